@@ -1,0 +1,121 @@
+"""The Flower ClientApp: one user's side. Messages in, one call into the workbench, messages out.
+
+Text is read here and stays here; what leaves is LoRA factors and numbers. A simulated client's user is
+the one its partition number points at; a real one is named by the node that runs it
+(`--node-config 'user-id="alice" data-source="/home/alice/notes.jsonl"'`), never by the server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.workbench import UserStates, Workbench, workbench
+from soppu import config as configuration
+from soppu import wire
+from soppu.config import Config
+from soppu.data import list_users, load_user
+from soppu.emulator import LayerPlan
+from soppu.errors import FederationError
+from soppu.evaluate.losses import mean_loss
+from soppu.train import TrainOptions, TrainResult, fit
+
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(msg: Message, context: Context) -> Message:
+    """Say who answers here and how much there is to train on."""
+    config, user_id = _who(msg, context)
+    user = load_user(config.data, user_id)
+    reply = ConfigRecord({"user": user_id, "plan-hash": _plan(msg).hash, "examples": len(user.train)})
+    return Message(content=RecordDict({"hello": reply}), reply_to=msg)
+
+
+@app.train()
+def train(msg: Message, context: Context) -> Message:
+    """Train the LoRA that came on this user's text and send it back, with the losses seen."""
+    config, user_id = _who(msg, context)
+    order = msg.content["config"]
+    torch.set_num_threads(config.federation.client_cpus)
+    shared, emulator_lora = wire.split_state(msg.content["arrays"].to_torch_state_dict())
+    bench = workbench(config, _plan(msg))
+    bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
+    start = wire.from_state(
+        shared,
+        bench.shapes,
+        rank=config.lora.rank,
+        who="server",
+        base_model=config.base.model,
+        base_hash=bench.plan.base_hash,
+        fan_in_fan_out=bench.plan.fan_in_fan_out,
+    )
+    states = bench.states(user_id)
+    options = _options(
+        config, mode=str(order["mode"]), seed=_seed(config, user_id, int(order["server-round"]))
+    )
+    result = fit(bench.top, bench.plan, states.train, start=start, options=options)
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(wire.to_state(result.adapter)),
+            "metrics": _metrics(bench, states, result),
+            "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash}),
+        }
+    )
+    return Message(content=content, reply_to=msg)
+
+
+def _who(msg: Message, context: Context) -> tuple[Config, str]:
+    """The settings that came, with this node's own data and cache in place of the server's ideas."""
+    config = configuration.from_dict(json.loads(str(msg.content["config"]["settings"])), source="server")
+    node = context.node_config
+    if "user-id" in node:
+        data = dataclasses.replace(
+            config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
+        )
+        base = dataclasses.replace(config.base, cache=str(node.get("model-cache", config.base.cache)))
+        return dataclasses.replace(config, data=data, base=base), str(node["user-id"])
+    if "partition-id" not in node:
+        raise FederationError(
+            "this node names no user: start it with --node-config 'user-id=… data-source=…'"
+        )
+    users = list_users(config.data)
+    return config, users[int(node["partition-id"])]
+
+
+def _plan(msg: Message) -> LayerPlan:
+    return LayerPlan.from_json(str(msg.content["config"]["plan"]))
+
+
+def _options(config: Config, *, mode: str, seed: int) -> TrainOptions:
+    federation, personal = config.federation, mode == "personal"
+    return TrainOptions(
+        steps=federation.personal_steps if personal else federation.local_steps,
+        batch_size=federation.batch_size,
+        learning_rate=federation.personal_learning_rate if personal else federation.learning_rate,
+        b_ratio=config.lora.alpha / config.lora.rank,
+        prox_weight=federation.prox_weight,
+        seed=seed,
+    )
+
+
+def _seed(config: Config, user_id: str, server_round: int) -> int:
+    text = f"{config.seed} {user_id} {server_round}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _metrics(bench: Workbench, states: UserStates, result: TrainResult) -> MetricRecord:
+    return MetricRecord(
+        {
+            "num-examples": len(states.train),
+            "train-loss-first": result.first_loss,
+            "train-loss-last": result.last_loss,
+            "emulator-loss-base": mean_loss(bench.top, bench.plan, states.heldout, adapter=None),
+            "emulator-loss": mean_loss(bench.top, bench.plan, states.heldout, adapter=result.adapter),
+        }
+    )

@@ -1,0 +1,68 @@
+"""What the federation remembers between attempts: the last round's tensors, and what happened so far.
+
+One safetensors file for tensors and one JSON file naming it; the JSON is written last, so it never names
+tensors that are not there. A checkpoint of another configuration or plan is ignored by its key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from soppu import files
+
+_STATE = "checkpoint.json"
+
+
+@dataclass
+class Checkpoint:
+    """State after `done` rounds (-1: nothing yet, 0: the emulator is aligned).
+
+    Attributes:
+        key: identity of the run; a file with another key is not used.
+        done: rounds finished.
+        tensors: shared LoRA and emulator LoRA, in wire names.
+        notes: JSON-able record of the rounds so far.
+    """
+
+    key: str
+    done: int = -1
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def load(folder: Path, *, key: str) -> Checkpoint:
+    """The last checkpoint of this run, or an empty one."""
+    path = folder / _STATE
+    if not path.exists():
+        return Checkpoint(key)
+    values = json.loads(path.read_text())
+    if values["key"] != key:
+        return Checkpoint(key)
+    return Checkpoint(key, values["done"], load_file(folder / values["tensors"]), values["notes"])
+
+
+def store(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; the one before stays valid until this one is whole."""
+    name = f"round-{checkpoint.done:04d}.safetensors"
+    files.write_bytes(folder / name, save({k: v.contiguous() for k, v in checkpoint.tensors.items()}))
+    files.write_text(
+        folder / _STATE,
+        json.dumps(
+            {"key": checkpoint.key, "done": checkpoint.done, "tensors": name, "notes": checkpoint.notes}
+        ),
+    )
+    for old in folder.glob("round-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def write_progress(folder: Path, values: Mapping[str, Any]) -> None:
+    """Say how far the run is, for whoever polls the folder."""
+    files.write_text(folder / "progress.json", json.dumps(dict(values)))

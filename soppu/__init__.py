@@ -1,0 +1,3 @@
+"""SOPPU: Scalable One PEFT Per User."""
+
+__version__ = "0.1.0"

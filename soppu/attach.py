@@ -1,0 +1,64 @@
+"""LoRA by forward hooks: a model answers with an adapter for the length of a with-block.
+
+Base weights are neither changed nor copied, ranks may differ between modules, and gradients reach A and B
+where those ask for them. Equal to PEFT's LoRA with scale 1 (tests hold the two against each other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.errors import AdapterError
+
+
+@contextmanager
+def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
+    """Add B A x to the output of every module the adapter names; None attaches nothing.
+
+    `adapter` is numbered as `model` is. Cost: O(r (i + o)) per token and module.
+
+    Raises:
+        AdapterError: the model has no such module.
+    """
+    hooks = []
+    try:
+        for name, pair in (adapter.pairs if adapter else {}).items():
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise AdapterError(f"{name}: the model has no such module") from None
+            hooks.append(module.register_forward_hook(_hook(pair)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hook(pair: LoraPair) -> Any:
+    def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0].to(pair.A.dtype)
+        change = nn.functional.linear(nn.functional.linear(x, pair.A), pair.B)
+        return output + change.to(output.dtype)
+
+    return add
+
+
+def initial_pairs(shapes: Mapping[str, tuple[int, int]], *, rank: int, seed: int) -> dict[str, LoraPair]:
+    """A from the seed, B zero: what every client starts from, the same for all.
+
+    A (r, i) is uniform in +-sqrt(1 / i) * sqrt(3) / sqrt(3), PEFT's kaiming_uniform_(a=sqrt(5)).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name in sorted(shapes):
+        o, i = shapes[name]
+        bound = i**-0.5
+        A = (torch.rand(rank, i, generator=generator) * 2 - 1) * bound
+        pairs[name] = LoraPair(A, torch.zeros(o, rank))
+    return pairs

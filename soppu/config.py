@@ -1,0 +1,266 @@
+"""The configuration of a run: frozen dataclasses read from TOML, checked as a whole.
+
+A file holds only what differs from the defaults below; `configs/default.toml` lists every key with its
+meaning. Unknown keys, wrong types and values out of range are collected and reported in one ConfigError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from soppu.errors import ConfigError
+
+
+def _key(
+    default: Any, *, low: float | None = None, high: float | None = None, one_of: tuple[str, ...] = ()
+) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "one_of": one_of})
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which language model everybody shares."""
+
+    model: str = "smollm2-135m"
+    cache: str = ".soppu/models"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where users' text comes from, and how much of it is used."""
+
+    source: str = "stdlib"
+    users: tuple[str, ...] = ()
+    train_examples: int = _key(64, low=1)
+    heldout_examples: int = _key(16, low=1)
+    min_examples: int = _key(8, low=1)
+    max_tokens: int = _key(192, low=16, high=32768)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The FedBiOT split: the last layers are the adapter, the rest is thinned to the emulator."""
+
+    adapter_layers: int = _key(4, low=1)
+    drop_ratio: float = _key(0.2, low=0.0, high=0.9)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The LoRA every user trains."""
+
+    rank: int = _key(8, low=1, high=512)
+    alpha: float = _key(16.0, low=1e-6)
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The server's distillation of the emulator towards the full model, on public text."""
+
+    source: str = "stdlib-public"
+    examples: int = _key(64, low=1)
+    warmup_steps: int = _key(60, low=0)
+    round_steps: int = _key(5, low=0)
+    batch_size: int = _key(4, low=1)
+    max_tokens: int = _key(128, low=16)
+    rank: int = _key(8, low=1)
+    learning_rate: float = _key(3e-4, low=0.0)
+    kl_weight: float = _key(0.05, low=0.0)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
+
+    rounds: int = _key(3, low=0)
+    local_steps: int = _key(10, low=1)
+    personal_steps: int = _key(30, low=1)
+    batch_size: int = _key(4, low=1)
+    learning_rate: float = _key(1e-3, low=0.0)
+    personal_learning_rate: float = _key(1e-3, low=0.0)
+    prox_weight: float = _key(1e-3, low=0.0)
+    client_cpus: int = _key(1, low=1)
+    client_gpus: float = _key(0.0, low=0.0)
+    min_users: int = _key(1, low=1)
+    timeout_s: int = _key(3600, low=1)
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """The joint compression of all adapters into one bundle."""
+
+    method: str = _key("joint", one_of=("joint",))
+    rank: int = _key(32, low=1)
+    max_steps: int = _key(10, low=1)
+    tolerance: float = _key(1e-5, low=0.0)
+    dtype: str = _key("float16", one_of=("float16", "bfloat16", "float32"))
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a bundle must reach before it may be published."""
+
+    min_mean_gain_kept: float = _key(0.9, low=-10.0, high=1.0)
+    min_user_gain_kept: float = _key(0.5, low=-10.0, high=1.0)
+    max_relative_error: float = _key(0.7, low=0.0)
+    min_improved_users: float = _key(1.0, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The serving target bundles are pushed to."""
+
+    target: str = _key("embedded", one_of=("embedded",))
+    url: str = "http://127.0.0.1:8099"
+    state: str = ".soppu/serve"
+    max_batch: int = _key(16, low=1)
+    canary_prompt: str = "def main():"
+    canary_tokens: int = _key(4, low=1)
+    completion_tokens: int = _key(24, low=1)
+    start_timeout_s: int = _key(180, low=1)
+
+
+@dataclass(frozen=True)
+class RegistryConfig:
+    """Where adapters, bundles and the catalogue of them are kept."""
+
+    root: str = ".soppu/registry"
+    catalogue: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `seed` fixes every random choice; `runs` is the folder reports are written to."""
+
+    seed: int = 0
+    runs: str = "runs"
+    frozen_dtype: str = _key("float32", one_of=("float32", "bfloat16"))
+    base: BaseConfig = BaseConfig()
+    data: DataConfig = DataConfig()
+    plan: PlanConfig = PlanConfig()
+    lora: LoraSettings = LoraSettings()
+    align: AlignConfig = AlignConfig()
+    federation: FederationConfig = FederationConfig()
+    compress: CompressConfig = CompressConfig()
+    gate: GateConfig = GateConfig()
+    serve: ServeConfig = ServeConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    def digest(self, *sections: str) -> str:
+        """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""
+        values = dataclasses.asdict(self)
+        chosen = {name: values[name] for name in sections} if sections else values
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a TOML file into a Config.
+
+    Args:
+        path: the file.
+        overrides: values that win over the file's, keyed `"section.key"`.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or holds faults; all of them are listed.
+    """
+    source = Path(path)
+    try:
+        values = tomllib.loads(source.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not TOML: {error}") from None
+    for name, value in (overrides or {}).items():
+        *sections, key = name.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return from_dict(values, source=str(source))
+
+
+def from_dict(values: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """Build a Config from nested mappings; ConfigError lists every fault with its key."""
+    faults: list[str] = []
+    config = _build(Config, values, "", faults)
+    if not faults:
+        _cross_check(config, faults)
+    if faults:
+        raise ConfigError("\n".join(f"{source}: {fault}" for fault in faults))
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values; `from_dict(to_dict(c)) == c`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def dump(config: Config) -> str:
+    """TOML text that `load` reads back to an equal Config."""
+    values = to_dict(config)
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name not in tables]
+    for table, entries in tables.items():
+        lines += ["", f"[{table}]", *(f"{name} = {json.dumps(value)}" for name, value in entries.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:
+    hints = get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for name in sorted(set(values) - fields.keys()):
+        faults.append(f"unknown key {prefix}{name!s}; {prefix or 'top level'} knows: {', '.join(fields)}")
+    chosen = {}
+    for name in fields.keys() & values.keys():
+        hint, value, label = hints[name], values[name], prefix + name
+        if dataclasses.is_dataclass(hint):
+            if isinstance(value, Mapping):
+                chosen[name] = _build(hint, value, f"{label}.", faults)
+            else:
+                faults.append(f"{label}: expected a table, found {value!r}")
+        else:
+            chosen[name] = _checked(value, hint, fields[name].metadata, label, faults)
+    return cls(**chosen)
+
+
+def _checked(value: Any, hint: Any, rules: Mapping[str, Any], label: str, faults: list[str]) -> Any:
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)[0]
+        if isinstance(value, list | tuple) and all(isinstance(item, inner) for item in value):
+            return tuple(value)
+        faults.append(f"{label}: expected a list of {inner.__name__}, found {value!r}")
+        return ()
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        faults.append(f"{label}: expected {hint.__name__}, found {value!r}")
+        return value
+    if rules.get("one_of") and value not in rules["one_of"]:
+        faults.append(f"{label}: found {value!r}, allowed: {', '.join(rules['one_of'])}")
+    for bound, wrong in (("low", lambda x, y: x < y), ("high", lambda x, y: x > y)):
+        limit = rules.get(bound)
+        if limit is not None and wrong(value, limit):
+            faults.append(f"{label}: found {value!r}, {'at least' if bound == 'low' else 'at most'} {limit}")
+    return value
+
+
+def _cross_check(config: Config, faults: list[str]) -> None:
+    if config.data.min_examples > config.data.train_examples:
+        faults.append(
+            f"data.min_examples: found {config.data.min_examples}, at most data.train_examples"
+            f" = {config.data.train_examples}"
+        )
+    if not config.serve.url.startswith(("http://", "https://")):
+        faults.append(f"serve.url: found {config.serve.url!r}, expected http://host:port")
+    device = config.compress.device
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        faults.append(f"compress.device: found {device!r}, allowed: auto, cpu, cuda, cuda:N")

@@ -1,0 +1,192 @@
+"""From a user's text to token blocks: reading, splitting, tokenising. It never leaves this process.
+
+Sources: `stdlib` (the built-in corpus), a JSONL file for all users, or a folder with one JSONL file a user.
+Every line is an object with the keys `user_id`, `prompt` and `completion`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from soppu import corpus
+from soppu.config import DataConfig
+from soppu.errors import DataError
+
+STDLIB = "stdlib"
+STDLIB_PUBLIC = "stdlib-public"
+IGNORE = -100
+_KEYS = ("user_id", "prompt", "completion")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing a user asked for and what they wrote."""
+
+    prompt: str
+    completion: str
+
+    def digest(self) -> str:
+        """Content hash: the order of a split does not depend on the order of a file."""
+        return hashlib.sha256(f"{self.prompt}\0{self.completion}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class UserData:
+    """One user's examples, already split."""
+
+    user_id: str
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+
+    def digest(self) -> str:
+        """Content hash over both parts."""
+        parts = [item.digest() for group in (self.train, self.heldout) for item in group]
+        return hashlib.sha256("\n".join([self.user_id, *parts]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One tokenised example: ids (t,), labels (t,) with IGNORE on the prompt."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer here."""
+
+    eos_token_id: int
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
+def list_users(config: DataConfig) -> list[str]:
+    """The users of a source: those named in `data.users`, else everybody who has enough examples.
+
+    Raises:
+        DataError: the source cannot be read, or a named user is not in it.
+    """
+    if config.source == STDLIB:
+        unknown = [user for user in config.users if not corpus.is_package(user)]
+        known = corpus.packages() if unknown or not config.users else []
+    else:
+        known = sorted(_read_source(config.source))
+        unknown = [user for user in config.users if user not in known]
+    if unknown:
+        raise DataError(f"data.users: {', '.join(unknown)} not in {config.source}; it has {', '.join(known)}")
+    return list(config.users) or known
+
+
+def load_user(config: DataConfig, user_id: str) -> UserData:
+    """Read and split one user's examples.
+
+    The split is by content hash, so it is the same on every machine and a repeated line never sits on
+    both sides.
+
+    Raises:
+        DataError: the user has fewer than `data.min_examples` examples beside one held out.
+    """
+    examples = sorted(set(_examples(config.source, user_id)), key=Example.digest)
+    if len(examples) < config.min_examples + 1:
+        raise DataError(
+            f"user {user_id!r} has {len(examples)} usable examples in {config.source},"
+            f" at least {config.min_examples + 1} are needed (data.min_examples + 1 held out)"
+        )
+    held = min(config.heldout_examples, len(examples) - config.min_examples)
+    train = examples[held : held + config.train_examples]
+    return UserData(user_id, tuple(train), tuple(examples[:held]))
+
+
+def load_public(source: str, *, limit: int) -> list[Example]:
+    """Text the server may see, for aligning the emulator: `stdlib-public` or a JSONL file."""
+    if source == STDLIB_PUBLIC:
+        examples = [Example(*pair) for pair in corpus.public_functions()]
+    else:
+        examples = [item for items in _read_source(source).values() for item in items]
+    if not examples:
+        raise DataError(f"align.source: {source} holds no examples")
+    return sorted(set(examples), key=Example.digest)[:limit]
+
+
+def tokenize(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int) -> list[Block]:
+    """Token blocks of at most `max_tokens`; the prompt is masked from the loss.
+
+    A prompt longer than half a block loses its beginning, a completion that does not fit its end.
+    """
+    blocks = []
+    for item in examples:
+        prompt = tokenizer.encode(item.prompt)[-(max_tokens // 2) :]
+        completion = tokenizer.encode(item.completion, add_special_tokens=False)
+        completion = [*completion, tokenizer.eos_token_id][: max_tokens - len(prompt)]
+        ids = torch.tensor(prompt + completion)
+        labels = torch.tensor([IGNORE] * len(prompt) + completion)
+        blocks.append(Block(ids, labels))
+    return blocks
+
+
+def collate(blocks: Sequence[Block], *, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-pad to one length: ids (b, t), attention mask (b, t), labels (b, t) with IGNORE on padding."""
+    ids = torch.nn.utils.rnn.pad_sequence([b.ids for b in blocks], batch_first=True, padding_value=pad_id)
+    labels = torch.nn.utils.rnn.pad_sequence(
+        [b.labels for b in blocks], batch_first=True, padding_value=IGNORE
+    )
+    lengths = torch.tensor([len(b.ids) for b in blocks])
+    mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
+    return ids, mask, labels
+
+
+def _examples(source: str, user_id: str) -> list[Example]:
+    if source == STDLIB:
+        return [Example(*pair) for pair in corpus.functions(user_id)]
+    users = _read_source(source)
+    if user_id not in users:
+        raise DataError(f"user {user_id!r} is not in {source}; it has {', '.join(sorted(users))}")
+    return users[user_id]
+
+
+def _read_source(source: str) -> dict[str, list[Example]]:
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(path.glob("*.jsonl"))
+        if not found:
+            raise DataError(f"{path}: no *.jsonl files; give a JSONL file, a folder of them, or {STDLIB!r}")
+    elif path.is_file():
+        found = [path]
+    else:
+        raise DataError(f"{path}: no such file or folder, and not {STDLIB!r}")
+    users: dict[str, list[Example]] = {}
+    for item in found:
+        before = sum(map(len, users.values()))
+        for user_id, example in _read_jsonl(item):
+            users.setdefault(user_id, []).append(example)
+        if sum(map(len, users.values())) == before:
+            raise DataError(f"{item}: user without examples: the file holds no line")
+    return users
+
+
+def _read_jsonl(path: Path) -> Iterable[tuple[str, Example]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+        missing = [key for key in _KEYS if not isinstance(value, dict) or not isinstance(value.get(key), str)]
+        if missing:
+            raise DataError(
+                f"{path}:{number}: lacks the text key {', '.join(missing)}; needed: {', '.join(_KEYS)}"
+            )
+        if not value["completion"]:
+            raise DataError(f"{path}:{number}: user {value['user_id']!r}: completion is empty")
+        yield value["user_id"], Example(value["prompt"], value["completion"])

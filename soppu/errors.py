@@ -1,0 +1,86 @@
+"""Every error SOPPU raises on purpose, one tree.
+
+    SoppuError
+    ├── ConfigError            a configuration file: unknown key, wrong type, value out of range
+    ├── DataError              a user's text: not JSON, a key missing, a user without examples
+    ├── UnsupportedModel       a base model whose layers we do not know how to split
+    ├── ModelError             a base model that cannot be fetched, or whose files have changed
+    ├── AdapterError           an adapter: missing tensor, wrong shape, NaN, another base model
+    ├── BundleError            a bundle file: truncated, corrupt, wrong hash, unknown user
+    ├── RegistryError          an id that is not there, or bytes that are not what their id says
+    │   └── StorageError       the disk refused a write; what was there before is untouched
+    ├── FederationError        the simulation failed, or too few users answered
+    ├── GateError              a bundle that must not be published; carries every reason
+    ├── TargetError            a serving target refused, failed a canary, or is not there
+    │   └── PortTaken          the port a server should listen on belongs to somebody else
+    └── RequestError           a generation request the server cannot answer; carries an HTTP status
+
+Messages name the thing, the value found and the values allowed.
+"""
+
+from __future__ import annotations
+
+
+class SoppuError(Exception):
+    """Base of the tree: catch this to catch everything SOPPU raises on purpose."""
+
+
+class ConfigError(SoppuError, ValueError):
+    """A configuration is wrong; the message lists every fault found, not only the first."""
+
+
+class DataError(SoppuError, ValueError):
+    """User text cannot be read; the message names file and line."""
+
+
+class UnsupportedModel(SoppuError, ValueError):
+    """The decoder layers of this model cannot be located; the message lists what is supported."""
+
+
+class ModelError(SoppuError):
+    """A base model is absent, cannot be converted, or is not the one its hash names."""
+
+
+class AdapterError(SoppuError, ValueError):
+    """An adapter is malformed or belongs to another base model."""
+
+
+class BundleError(SoppuError, ValueError):
+    """A bundle file is malformed, or lacks what was asked of it."""
+
+
+class RegistryError(SoppuError):
+    """The registry does not hold what was asked for, or holds it damaged."""
+
+
+class StorageError(RegistryError, OSError):
+    """A write did not reach the disk; nothing that was there before has changed."""
+
+
+class FederationError(SoppuError):
+    """The federated run did not deliver what was asked of it."""
+
+
+class GateError(SoppuError):
+    """The gate refused a bundle; `reasons` holds one line for each rule broken."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__("not published: " + "; ".join(self.reasons))
+
+
+class TargetError(SoppuError):
+    """A serving target could not be reached or did not pass its canaries."""
+
+
+class PortTaken(TargetError):
+    """Another process listens on the port; it is named, and nothing was started."""
+
+
+class RequestError(SoppuError):
+    """A request that cannot be answered. `status` and `error_type` follow LoRAX's API."""
+
+    def __init__(self, message: str, *, status: int, error_type: str) -> None:
+        self.status = status
+        self.error_type = error_type
+        super().__init__(message)

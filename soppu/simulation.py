@@ -1,0 +1,204 @@
+"""A federated simulation as a set of processes that we own: started, watched, and always ended.
+
+Flower's own `local` connection leaves a SuperLink running and shares it between runs. Here every run has a
+SuperLink, a port and a Flower home of its own, and whatever it started is gone when the call returns.
+This file starts Flower's programs; it does not import Flower.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from soppu.errors import FederationError
+
+RESULT, PROGRESS = "result.json", "progress.json"
+_MARK = "SOPPU_SIMULATION"
+_CONNECTION = """[superlink]
+default = "soppu"
+
+[superlink.soppu]
+address = "127.0.0.1:{port}"
+insecure = true
+"""
+_QUIET = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # else every run builds an environment of its own
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One run.
+
+    Attributes:
+        app: folder with the pyproject.toml that names the Flower apps.
+        config: the frozen configuration file handed to them.
+        workdir: where checkpoints, progress and the result go; a second attempt continues from it.
+        users: simulated clients.
+        client_cpus, client_gpus: what each of them may take; their number at a time follows from it.
+        timeout_s: after this the run has failed.
+    """
+
+    app: Path
+    config: Path
+    workdir: Path
+    users: int
+    client_cpus: int = 1
+    client_gpus: float = 0.0
+    timeout_s: float = 3600.0
+
+
+def run(
+    simulation: Simulation, *, on_progress: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Run to the end and return the server's `result.json`.
+
+    Args:
+        on_progress: called with `{"note", "share"}` whenever the server says something new.
+
+    Raises:
+        FederationError: it ended without a result, or ran out of time; the message has the log's last lines.
+    """
+    result = simulation.workdir / RESULT
+    result.unlink(missing_ok=True)
+    simulation.workdir.mkdir(parents=True, exist_ok=True)
+    log = simulation.workdir / "flower.log"
+    with _environment(simulation) as (environment, port), log.open("ab") as stream:
+        try:
+            superlink = _start_superlink(environment, port, stream)
+            client = _start_run(simulation, environment, stream)
+            _watch(simulation, (superlink, client), on_progress)
+        finally:
+            end_processes(environment[_MARK])
+    if not result.exists():
+        raise FederationError(f"the federated run ended without a result; {log}:\n{tail(log)}")
+    return dict(json.loads(result.read_text()))
+
+
+def end_processes(mark: str) -> int:
+    """Kill every process started under this mark, however deep; returns how many there were."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == mark:
+                found.append(process)
+                process.send_signal(signal.SIGKILL)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # gone meanwhile, or not ours to look at
+    psutil.wait_procs(found, timeout=10)
+    return len(found)
+
+
+def tail(path: Path, *, lines: int = 25) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]:
+    port = free_port()
+    scratch = Path(tempfile.mkdtemp(prefix="soppu-"))  # short: Ray's socket paths have 107 characters
+    home = scratch / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(_CONNECTION.format(port=port))
+    scripts = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        **_QUIET,
+        _MARK: uuid.uuid4().hex,
+        "FLWR_HOME": str(home),
+        "RAY_TMPDIR": str(scratch),
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+        "OMP_NUM_THREADS": str(simulation.client_cpus),
+    }
+    try:
+        yield environment, port
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start_superlink(environment: dict[str, str], port: int, log: Any) -> subprocess.Popen[bytes]:
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if requests.get(f"http://127.0.0.1:{port}/health", timeout=2).ok:
+                return process
+        except requests.ConnectionError:
+            time.sleep(0.2)
+    raise FederationError(f"flower-superlink did not come up on port {port} (exit code {process.poll()})")
+
+
+def _start_run(simulation: Simulation, environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
+    values = {"config": str(simulation.config.resolve()), "workdir": str(simulation.workdir.resolve())}
+    resources = (
+        f"num-supernodes={simulation.users} client-resources-num-cpus={simulation.client_cpus}"
+        f" client-resources-num-gpus={simulation.client_gpus}"
+    )
+    run_config = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+    command = ["flwr", "run", str(simulation.app), "soppu", "--stream", "--run-config", run_config]
+    return subprocess.Popen(
+        [*command, "--federation-config", resources],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def _watch(
+    simulation: Simulation,
+    processes: tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]],
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Return when `flwr run` has ended, the result is there, or the SuperLink has died."""
+    superlink, client = processes
+    deadline = time.monotonic() + simulation.timeout_s
+    said = ""
+    while client.poll() is None and superlink.poll() is None:
+        if (simulation.workdir / RESULT).exists():
+            return
+        path = simulation.workdir / PROGRESS
+        text = path.read_text() if path.exists() else ""
+        if on_progress and text and text != said:
+            said = text
+            on_progress(json.loads(text))
+        if time.monotonic() > deadline:
+            raise FederationError(f"the federated run took longer than {simulation.timeout_s:.0f} s")
+        time.sleep(0.5)
