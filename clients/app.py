@@ -41,9 +41,9 @@ def hello(msg: Message, context: Context) -> Message:
 def train(msg: Message, context: Context) -> Message:
     """Train the LoRA that came on this user's text and send it back, with the losses seen."""
     config, user_id = _who(msg, context)
-    order = msg.content["config"]
+    order = msg.content.config_records["config"]
     torch.set_num_threads(config.federation.client_cpus)
-    shared, emulator_lora = wire.split_state(msg.content["arrays"].to_torch_state_dict())
+    shared, emulator_lora = wire.split_state(msg.content.array_records["arrays"].to_torch_state_dict())
     bench = workbench(config, _plan(msg))
     bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
     start = wire.from_state(
@@ -57,7 +57,7 @@ def train(msg: Message, context: Context) -> Message:
     )
     states = bench.states(user_id)
     options = _options(
-        config, mode=str(order["mode"]), seed=_seed(config, user_id, int(order["server-round"]))
+        config, mode=str(order["mode"]), seed=_seed(config, user_id, int(str(order["server-round"])))
     )
     result = fit(bench.top, bench.plan, states.train, start=start, options=options)
     content = RecordDict(
@@ -75,6 +75,8 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
     config = configuration.from_dict(json.loads(str(msg.content["config"]["settings"])), source="server")
     node = context.node_config
     if "user-id" in node:
+        if "data-source" not in node:
+            raise FederationError(f"node of user {node['user-id']!r}: --node-config names no data-source")
         data = dataclasses.replace(
             config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
         )
@@ -84,8 +86,10 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"
         )
-    users = list_users(config.data)
-    return config, users[int(node["partition-id"])]
+    users, number = list_users(config.data), int(node["partition-id"])
+    if number >= len(users):
+        raise FederationError(f"partition {number} has no user: {config.data.source} gives {len(users)}")
+    return config, users[number]
 
 
 def _plan(msg: Message) -> LayerPlan:

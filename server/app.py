@@ -29,8 +29,8 @@ from soppu.adapter import LoraAdapter
 from soppu.align import Aligner
 from soppu.attach import initial_pairs
 from soppu.config import Config
-from soppu.errors import FederationError
-from soppu.registry import Registry
+from soppu.errors import FederationError, RegistryError
+from soppu.registry import Registry, check_user_id
 
 # What a client needs to know; where the registry is and what is served is not its business.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
@@ -78,7 +78,10 @@ class Federation:
             tokenizer,
             max_tokens=config.align.max_tokens,
         )
-        key = config.digest("base", "data", "plan", "lora", "align", "federation") + self.plan.hash
+        key = (
+            config.digest("frozen_dtype", "base", "data", "plan", "lora", "align", "federation")
+            + self.plan.hash
+        )
         self.state = checkpoints.load(workdir, key=f"{key}-{config.seed}")
         self.registry = Registry.open(config.registry.root, catalogue=config.registry.catalogue)
         self.adapters: dict[str, str] = {}
@@ -123,11 +126,16 @@ class Federation:
         for reply in grid.send_and_receive(messages, timeout=self.config.federation.timeout_s):
             node = reply.metadata.src_node_id
             if reply.has_error():
-                refused[f"node {node}"] = reply.error.reason
-            elif reply.content["hello"]["plan-hash"] != self.plan.hash:
-                refused[str(reply.content["hello"]["user"])] = "holds another layer plan"
+                refused[f"node {node}"] = str(reply.error.reason)
+                continue
+            said = reply.content.config_records["hello"]
+            user = str(said["user"])
+            if said["plan-hash"] != self.plan.hash:
+                refused[user] = "holds another layer plan"
+            elif fault := _name_fault(user, known):
+                refused[f"node {node}"] = fault
             else:
-                known[node] = str(reply.content["hello"]["user"])
+                known[node] = user
         if len(known) < self.config.federation.min_users:
             raise FederationError(
                 f"{len(known)} users can train, federation.min_users is {self.config.federation.min_users};"
@@ -203,6 +211,15 @@ class Federation:
     def progress(self, note: str, share: float) -> None:
         """Tell the folder how far we are; `share` runs from 0 to 1."""
         write_progress(self.workdir, {"note": note, "share": min(1.0, share)})
+
+
+def _name_fault(user: str, known: Mapping[int, str]) -> str:
+    """Why a node cannot go by this name, or "": adapters are stored under it, one a user."""
+    try:
+        check_user_id(user)
+    except RegistryError as error:
+        return str(error)
+    return f"says it is user {user!r}, and so does another node" if user in known.values() else ""
 
 
 def _wait_for_nodes(grid: Grid, wanted: int, *, timeout: float) -> list[int]:

@@ -8,9 +8,11 @@ adapter is kept as it is, under the user's name. A damaged reply is refused by n
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -22,6 +24,9 @@ from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
 
 SHARED, PERSONAL = "shared", "personal"
+WEIGHT = "num-examples"
+METRICS = (WEIGHT, "train-loss-first", "train-loss-last", "emulator-loss-base", "emulator-loss")
+_REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ class FedBiOT(FedAvg):
         first_round: int,
         last_round: int,
     ) -> None:
-        super().__init__(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+        super().__init__(
+            fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1, weighted_by_key=WEIGHT
+        )
         self.agreement = agreement
         self.nodes = dict(nodes)
         self.logs: list[RoundLog] = []
@@ -126,36 +133,58 @@ class FedBiOT(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, refuse by name, then average (shared) or keep apart (personal)."""
         log = self.logs[-1]
-        good = []
+        good: dict[str, Message] = {}
         for message in replies:
             user = self.nodes.get(message.metadata.src_node_id, f"node {message.metadata.src_node_id}")
+            if message.has_content():
+                log.bytes_up += sum(record.count_bytes() for record in message.content.values())
             try:
                 adapter = self._checked(message, user)
             except AdapterError as error:
                 log.refused[user] = str(error)
                 continue
-            log.bytes_up += sum(record.count_bytes() for record in message.content.values())
             log.accepted.append(user)
-            good.append(message)
+            good[user] = message
             if log.mode == PERSONAL:
-                self._keep(user, adapter, message.content["metrics"])
+                self._keep(user, adapter, message.content.metric_records["metrics"])
         for user in set(self.nodes.values()) - set(log.accepted) - set(log.refused):
             log.refused[user] = f"{user}: no answer in time"
         log.seconds = time.monotonic() - self._started
         if not good:
             return None, None
-        arrays, metrics = super().aggregate_train(server_round, good)
-        log.train_loss = float(metrics["train-loss-last"])
-        log.emulator_loss = float(metrics["emulator-loss"])
+        # in the order of names, not of arrival: a sum of floats depends on its order
+        arrays, metrics = super().aggregate_train(server_round, [good[user] for user in sorted(good)])
+        assert metrics is not None  # FedAvg gives both where there is a reply, and there is one
+        log.train_loss = cast(float, metrics["train-loss-last"])
+        log.emulator_loss = cast(float, metrics["emulator-loss"])
         return (None if log.mode == PERSONAL else arrays), metrics
 
     def _checked(self, message: Message, user: str) -> LoraAdapter:
         if message.has_error():
             raise AdapterError(f"{user}: the client failed: {message.error.reason}")
-        who = message.content["who"]
-        if who["user"] != user:
-            raise AdapterError(f"{user}: the reply says it is from {who['user']!r}")
-        if who["plan-hash"] != self.agreement.plan_hash:
-            found, ours = str(who["plan-hash"])[:12], self.agreement.plan_hash[:12]
+        if {name: type(record) for name, record in message.content.items()} != _REPLY:
+            found = ", ".join(sorted(message.content))
+            raise AdapterError(f"{user}: the reply holds {found or 'nothing'}; expected {', '.join(_REPLY)}")
+        who = message.content.config_records["who"]
+        if who.get("user") != user:
+            raise AdapterError(f"{user}: the reply says it is from {who.get('user')!r}")
+        if who.get("plan-hash") != self.agreement.plan_hash:
+            found, ours = str(who.get("plan-hash"))[:12], self.agreement.plan_hash[:12]
             raise AdapterError(f"{user}: trained on plan {found}, ours is {ours}")
-        return self.agreement.adapter(message.content["arrays"].to_torch_state_dict(), who=user)
+        _check_metrics(message.content.metric_records["metrics"], user)
+        try:
+            state = message.content.array_records["arrays"].to_torch_state_dict()
+        except (EOFError, TypeError, ValueError) as error:
+            raise AdapterError(f"{user}: the arrays cannot be read: {error}") from error
+        return self.agreement.adapter(state, who=user)
+
+
+def _check_metrics(metrics: MetricRecord, user: str) -> None:
+    """FedAvg divides by these and the registry stores them: the same names from all, finite numbers."""
+    if set(metrics) != set(METRICS):
+        raise AdapterError(f"{user}: metrics are {', '.join(sorted(metrics))}; expected {', '.join(METRICS)}")
+    for name, value in metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(f"{user}: metric {name} is {value}, expected a finite number")
+        if name == WEIGHT and value < 1:
+            raise AdapterError(f"{user}: metric {name} is {value}, expected at least 1")

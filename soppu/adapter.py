@@ -28,6 +28,18 @@ from soppu.errors import AdapterError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 IDENTITY_FILE = "soppu.json"
+# PEFT features whose effect is more than B @ A on the base weights as they are.
+_NOT_PLAIN = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "modules_to_save",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+)
+_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -144,7 +156,7 @@ def read(folder: Path) -> LoraAdapter:
 
     Raises:
         AdapterError: a file is missing or damaged, a tensor has no partner, or the folder uses a PEFT
-            feature that is not a plain LoRA (DoRA, bias, modules_to_save, trained embeddings).
+            feature that is not a plain LoRA (DoRA, bias, modules_to_save, PiSSA, trained embeddings).
     """
     config = _read_json(folder / CONFIG_FILE)
     _refuse_features(config, folder)
@@ -159,7 +171,9 @@ def read(folder: Path) -> LoraAdapter:
         if missing := {"A", "B"} - half.keys():
             raise AdapterError(f"{folder}: {name}: lora_{missing.pop()} is missing")
         scale = _scale(config, name, int(half["A"].shape[0]))
-        pairs[name] = LoraPair(half["A"], half["B"] if scale == 1.0 else half["B"] * scale)
+        # folded in float32: a bf16 product of B and the scale would lose digits
+        B = half["B"] if scale == 1.0 else half["B"].float() * scale
+        pairs[name] = LoraPair(half["A"], B)
     adapter = LoraAdapter(
         pairs,
         base_model=config.get("base_model_name_or_path") or "",
@@ -200,9 +214,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _refuse_features(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         raise AdapterError(f"{folder}: peft_type {config['peft_type']!r}, only LORA is supported")
-    faults = [name for name in ("use_dora", "modules_to_save", "use_qalora") if config.get(name)]
+    faults = [name for name in _NOT_PLAIN if config.get(name)]
     if config.get("bias", "none") != "none":
         faults.append(f"bias={config['bias']!r}")
+    if config.get("init_lora_weights") not in _INITS:
+        faults.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if faults:
         raise AdapterError(f"{folder}: not a plain LoRA adapter: {', '.join(faults)}")
 

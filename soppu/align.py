@@ -60,8 +60,8 @@ class Aligner:
         self._states = cache_states(self._teacher, blocks, pad_id=self.pad_id)
 
     def adapter(self) -> LoraAdapter:
-        """The emulator's LoRA as it is now, full-model names."""
-        pairs = {name: LoraPair(p.A.detach(), p.B.detach()) for name, p in self.pairs.items()}
+        """A copy of the emulator's LoRA as it is now, full-model names."""
+        pairs = {name: LoraPair(p.A.detach().clone(), p.B.detach().clone()) for name, p in self.pairs.items()}
         return LoraAdapter(pairs, base_hash=self.plan.base_hash)
 
     def load(self, adapter: LoraAdapter) -> None:

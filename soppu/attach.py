@@ -52,7 +52,7 @@ def _hook(pair: LoraPair) -> Any:
 def initial_pairs(shapes: Mapping[str, tuple[int, int]], *, rank: int, seed: int) -> dict[str, LoraPair]:
     """A from the seed, B zero: what every client starts from, the same for all.
 
-    A (r, i) is uniform in +-sqrt(1 / i) * sqrt(3) / sqrt(3), PEFT's kaiming_uniform_(a=sqrt(5)).
+    A (r, i) is uniform in +-sqrt(1 / i): PEFT's kaiming_uniform_(a=sqrt(5)).
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -174,9 +175,11 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     """
     source = Path(path)
     try:
-        values = tomllib.loads(source.read_text())
+        values = tomllib.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{source}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: not TOML: {error}") from None
     for name, value in (overrides or {}).items():
@@ -184,6 +187,8 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
         place = values
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{source}: {name}: {section} is a value, not a table")
         place[key] = value
     return from_dict(values, source=str(source))
 
@@ -208,10 +213,15 @@ def dump(config: Config) -> str:
     """TOML text that `load` reads back to an equal Config."""
     values = to_dict(config)
     tables = {name: value for name, value in values.items() if isinstance(value, dict)}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name not in tables]
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables]
     for table, entries in tables.items():
-        lines += ["", f"[{table}]", *(f"{name} = {json.dumps(value)}" for name, value in entries.items())]
+        lines += ["", f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in entries.items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    # TOML knows no surrogate pairs, which JSON's \u escapes would give, and no bare DEL
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:
@@ -222,7 +232,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, faults: list[
     chosen = {}
     for name in fields.keys() & values.keys():
         hint, value, label = hints[name], values[name], prefix + name
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if isinstance(value, Mapping):
                 chosen[name] = _build(hint, value, f"{label}.", faults)
             else:
@@ -244,6 +254,8 @@ def _checked(value: Any, hint: Any, rules: Mapping[str, Any], label: str, faults
     if type(value) is not hint:
         faults.append(f"{label}: expected {hint.__name__}, found {value!r}")
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        faults.append(f"{label}: found {value}, expected a finite number")
     if rules.get("one_of") and value not in rules["one_of"]:
         faults.append(f"{label}: found {value!r}, allowed: {', '.join(rules['one_of'])}")
     for bound, wrong in (("low", lambda x, y: x < y), ("high", lambda x, y: x > y)):

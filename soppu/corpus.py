@@ -19,14 +19,14 @@ MAX_BODY = 1200
 _NOT_USERS = {"test", "tests", "site-packages", "ensurepip", "encodings", "__pycache__", "pydoc_data"}
 
 
-def packages() -> list[str]:
-    """Names of the packages that can be users, most examples first, then by name."""
+def packages(*, least: int = 1) -> list[str]:
+    """Packages with at least `least` examples, most examples first, then by name."""
     counts = {
         folder.name: len(functions(folder.name))
         for folder in _root().iterdir()
         if (folder / "__init__.py").exists() and folder.name not in _NOT_USERS
     }
-    return sorted((name for name in counts if counts[name]), key=lambda name: (-counts[name], name))
+    return sorted((name for name in counts if counts[name] >= least), key=lambda name: (-counts[name], name))
 
 
 @cache
@@ -66,7 +66,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(source)
     except SyntaxError:  # lib2to3 ships Python 2 samples
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # as ast counts them; str.splitlines() also breaks at a form feed
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             pair = _split(node, lines)
@@ -78,11 +78,12 @@ def _split(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tu
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     if not body or body[0].lineno <= node.lineno or node.end_lineno is None:
         return None
-    start = body[0].lineno - 1
+    decorators = getattr(body[0], "decorator_list", [])  # of a nested function: above its own line number
+    start = min(item.lineno for item in (body[0], *decorators)) - 1
     indent = " " * node.col_offset
     first = indent + lines[node.lineno - 1].lstrip()
     text = textwrap.dedent("\n".join([first, *lines[node.lineno : node.end_lineno]]))
     head = start - node.lineno + 1
-    prompt = "\n".join(text.splitlines()[:head]) + "\n"
-    completion = "\n".join(text.splitlines()[head:]) + "\n"
+    prompt = "\n".join(text.split("\n")[:head]) + "\n"
+    completion = "\n".join(text.split("\n")[head:]) + "\n"
     return (prompt, completion) if MIN_BODY <= len(completion) <= MAX_BODY else None

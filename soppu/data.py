@@ -48,8 +48,8 @@ class UserData:
 
     def digest(self) -> str:
         """Content hash over both parts."""
-        parts = [item.digest() for group in (self.train, self.heldout) for item in group]
-        return hashlib.sha256("\n".join([self.user_id, *parts]).encode()).hexdigest()
+        parts = [[item.digest() for item in group] for group in (self.train, self.heldout)]
+        return hashlib.sha256(json.dumps([self.user_id, *parts]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Tokenizer(Protocol):
 
 
 def list_users(config: DataConfig) -> list[str]:
-    """The users of a source: those named in `data.users`, else everybody who has enough examples.
+    """The users of a source: those named in `data.users`, else everybody in it.
 
     Raises:
         DataError: the source cannot be read, or a named user is not in it.
     """
     if config.source == STDLIB:
         unknown = [user for user in config.users if not corpus.is_package(user)]
-        known = corpus.packages() if unknown or not config.users else []
+        known = corpus.packages(least=config.min_examples + 1) if unknown or not config.users else []
     else:
         known = sorted(_read_source(config.source))
         unknown = [user for user in config.users if user not in known]
@@ -175,7 +175,7 @@ def _read_source(source: str) -> dict[str, list[Example]]:
 
 
 def _read_jsonl(path: Path) -> Iterable[tuple[str, Example]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -93,8 +93,10 @@ class LayerPlan:
     @classmethod
     def from_json(cls, text: str) -> LayerPlan:
         """Read what `to_json` wrote."""
-        values = json.loads(text)
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+        }
+        return cls(**values)
 
 
 def make_plan(
@@ -158,13 +160,16 @@ def target_shapes(
 
     Args:
         numbers: full-model layer numbers; the adapter layers if left out.
+
+    Raises:
+        UnsupportedModel: a target module is not there, or has no weight matrix.
     """
     shapes = {}
     for index in plan.adapter if numbers is None else numbers:
         layer = model.get_submodule(f"{plan.path}.{index}")
         for name, module in layer.named_modules():
-            if name.rsplit(".", 1)[-1] in plan.target_modules:
-                weight = module.weight
+            weight = getattr(module, "weight", None)
+            if name.rsplit(".", 1)[-1] in plan.target_modules and weight is not None and weight.ndim == 2:
                 o, i = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
                 shapes[f"{plan.path}.{index}.{name}"] = (int(o), int(i))
     missing = sorted(set(plan.target_modules) - {name.rsplit(".", 1)[-1] for name in shapes})
@@ -248,7 +253,8 @@ def merge(model: PreTrainedModel, adapter: LoraAdapter) -> None:
             module = model.get_submodule(name)
             delta = pair.delta()
             delta = delta if isinstance(module, nn.Linear) else delta.T
-            changed = (module.weight.float() + delta).to(module.weight.dtype)
+            weight: Any = module.weight
+            changed = (weight.float() + delta).to(weight.dtype)
             module.weight = nn.Parameter(changed, requires_grad=False)
 
 

@@ -21,11 +21,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk refused the write. `path` is then what it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         _fsync(temporary)
         os.replace(temporary, path)
@@ -33,7 +34,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(f"{path}: write failed, nothing was changed: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

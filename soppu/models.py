@@ -79,7 +79,7 @@ def resolve(name: str, *, cache: Path) -> BaseModel:
         if not (folder / _STAMP).exists():
             _convert(PACKAGED[name], folder)
         return _verified(name, folder)
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if (folder / "config.json").exists():
         return BaseModel(name, folder.resolve(), _hash_folder(folder))
     if folder.exists() or name.startswith((".", "/", "~")):
@@ -94,8 +94,14 @@ def load_model(base: BaseModel, *, dtype: str = "float32") -> PreTrainedModel:
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; a model without a padding token pads with its end-of-text token."""
+    """Load the tokenizer; a model without a padding token pads with its end-of-text token.
+
+    Raises:
+        ModelError: it has no end-of-text token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"base model {base.name!r}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

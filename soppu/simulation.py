@@ -7,6 +7,8 @@ This file starts Flower's programs; it does not import Flower.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,11 +82,12 @@ def run(
     Raises:
         FederationError: it ended without a result, or ran out of time; the message has the log's last lines.
     """
-    result = simulation.workdir / RESULT
-    result.unlink(missing_ok=True)
     simulation.workdir.mkdir(parents=True, exist_ok=True)
+    result = simulation.workdir / RESULT
     log = simulation.workdir / "flower.log"
-    with _environment(simulation) as (environment, port), log.open("ab") as stream:
+    with _only_one(simulation), _environment(simulation) as (environment, port), log.open("ab") as stream:
+        end_processes(environment[_MARK])  # of an attempt that was killed
+        result.unlink(missing_ok=True)
         try:
             superlink = _start_superlink(environment, port, stream)
             client = _start_run(simulation, environment, stream)
@@ -111,6 +113,11 @@ def end_processes(mark: str) -> int:
     return len(found)
 
 
+def mark_of(workdir: Path) -> str:
+    """What all processes of a run carry in their environment; the same for every attempt at it."""
+    return hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:32]
+
+
 def tail(path: Path, *, lines: int = 25) -> str:
     """The last lines of a log."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
@@ -124,6 +131,19 @@ def free_port() -> int:
 
 
 @contextmanager
+def _only_one(simulation: Simulation) -> Iterator[None]:
+    """Hold the run's lock; the system lets go of it when the holder dies, however it dies."""
+    with (simulation.workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FederationError(
+                f"{simulation.workdir}: another process is running this federation"
+            ) from None
+        yield
+
+
+@contextmanager
 def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]:
     port = free_port()
     scratch = Path(tempfile.mkdtemp(prefix="soppu-"))  # short: Ray's socket paths have 107 characters
@@ -134,7 +154,7 @@ def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]
     environment = {
         **os.environ,
         **_QUIET,
-        _MARK: uuid.uuid4().hex,
+        _MARK: mark_of(simulation.workdir),
         "FLWR_HOME": str(home),
         "RAY_TMPDIR": str(scratch),
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),

@@ -53,7 +53,7 @@ def from_state(
         who: the sender, named in the message.
 
     Raises:
-        AdapterError: a missing or unknown tensor, a wrong shape, NaN or Inf.
+        AdapterError: a missing or unknown tensor, a wrong shape or kind of number, NaN or Inf.
     """
     wanted = {
         f"{name}.lora_{side}.weight": (rank, i) if side == "A" else (o, rank)
@@ -68,6 +68,8 @@ def from_state(
         tensor = state[key]
         if tuple(tensor.shape) != shape:
             raise AdapterError(f"{who}: {key}: shape {tuple(tensor.shape)}, the plan says {shape}")
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{who}: {key}: holds {tensor.dtype}, expected floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{who}: {key}: holds NaN or Inf")
     pairs = {

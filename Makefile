@@ -1,0 +1,66 @@
+# Everything a newcomer needs. `make demo` and `make test` do all set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PREFECT_PORT ?= 4200
+CONFIG ?= configs/demo.toml
+
+export PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
+export PREFECT_HOME ?= $(CURDIR)/.soppu/prefect
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export DO_NOT_TRACK = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help setup demo up down status test test-fast lint format docs bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## create .venv and install everything from constraints.txt
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0   # first: this one is the CPU build
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup      ## the whole pipeline on this machine: federate, compress, gate, serve (minutes)
+	$(BIN)/python -m deploy.stack up
+	$(BIN)/prefect deployment run soppu/full-pipeline --param config=$(CONFIG) --watch
+	$(BIN)/soppu report runs/latest
+
+up: setup        ## Prefect server, worker and deployments, if they are not up
+	$(BIN)/python -m deploy.stack up
+
+down: setup      ## stop what `make up` and the pipeline started, nothing else
+	$(BIN)/python -m deploy.stack down
+
+status: setup    ## what is up
+	$(BIN)/python -m deploy.stack status
+
+.venv-lorax/.installed: tests/lorax_env.sh
+	bash tests/lorax_env.sh && touch $@
+
+test: setup .venv-lorax/.installed   ## all tests, real servers and a real federated run included
+	$(BIN)/python -m pytest
+
+test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or Prefect
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup      ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup    ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup      ## regenerate docs/cli.md
+	$(BIN)/python -m docs.generate_cli
+
+bench: demo      ## run the demo and keep its figures in benchmarks/results/demo.json
+	$(BIN)/python -m benchmarks.demo
+
+clean: down      ## remove the environment, state and runs
+	rm -rf $(VENV) .venv-lorax .soppu runs

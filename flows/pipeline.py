@@ -1,0 +1,26 @@
+"""Flow `soppu`: from users' text to served tokens. Its deployment is `full-pipeline`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.recompress import recompress
+from tasks.collect import collect
+from tasks.federate import federate
+from tasks.prepare import prepare
+
+
+@flow(name="soppu", log_prints=True)
+def full_pipeline(config: str = "configs/default.toml", overrides: dict[str, Any] | None = None) -> str:
+    """Train every user's adapter where their text is, then compress, evaluate and publish all of them.
+
+    Args:
+        config: configuration file, relative to the repository or absolute.
+        overrides: `{"section.key": value}`, stronger than the file.
+    """
+    run = prepare(config, overrides)
+    federation = federate(run)
+    set_id = collect(run, federation)
+    return recompress(run=run, set_id=set_id)

@@ -1,0 +1,1 @@
+"""The commands of `soppu`, one file each; soppu.cli puts them together."""

@@ -1,0 +1,84 @@
+"""`soppu serve`: the embedded server from the command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
+    pairs = []
+    for value in values:
+        name, equals, folder = value.rpartition("=")
+        if not name or not equals or not folder:
+            raise click.BadParameter(f"{value!r} is not NAME=DIR")
+        pairs.append((name, Path(folder)))
+    return tuple(pairs)
+
+
+@click.command("serve")
+@click.option(
+    "--model", default="smollm2-135m", show_default=True, help="Alias, folder or hub id of the base."
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=Path(".soppu/models"),
+    show_default=True,
+    help="Where converted base models are kept.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    default=Path(".soppu/serve"),
+    show_default=True,
+    help="Folder that remembers what is served.",
+)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Bundle file to serve at once.",
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=DIR",
+    callback=_adapter,
+    help="PEFT folder to serve under a name of its own; repeatable.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="torch threads; 0 is torch's choice.",
+)
+@click.option(
+    "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Requests decoded together."
+)
+def serve_command(**given: Any) -> None:
+    """Serve a base model with every user's adapter, over LoRAX's HTTP API.
+
+    With SOPPU_ADMIN_TOKEN set, the routes under /soppu/v1 ask for it as a bearer token.
+    """
+    from soppu.serve.server import ServeOptions, run  # torch: not for `soppu --help`
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run(ServeOptions(**given, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", "")))

@@ -1,0 +1,120 @@
+"""`soppu users`, `soppu show` and `soppu forget`: look at the registry, and take a user out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
+
+
+def _registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    catalogue = click.option(
+        "--catalogue", default="", metavar="URL", help="SQLAlchemy URL; default: SQLite inside the registry."
+    )
+    root = click.option(
+        "--registry",
+        "root",
+        default=".soppu/registry",
+        show_default=True,
+        metavar="PATH/URL",
+        help="Where adapters and bundles are kept.",
+    )
+    return root(catalogue(command))
+
+
+@click.command("users")
+@_registry_options
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def users_command(root: str, catalogue: str, as_json: bool) -> None:
+    """List every user: current adapter, metrics, and where they are served."""
+    rows = _open(root, catalogue).users()
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    elif not rows:
+        click.echo("no users yet")
+    else:
+        click.echo(_table(("USER", "ADAPTER", "SINCE (UTC)", "METRICS", "PUBLISHED"), map(_user_cells, rows)))
+
+
+@click.command("show")
+@click.argument("user")
+@_registry_options
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def show_command(user: str, root: str, catalogue: str, as_json: bool) -> None:
+    """Show every adapter USER has held, oldest first; * marks the current one."""
+    rows = _open(root, catalogue).history(user)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    elif not rows:
+        click.echo(f"{user} was forgotten; nothing is kept")
+    else:
+        heads = ("", "ADAPTER", "SINCE (UTC)", "RUN", "METRICS", "PUBLISHED")
+        click.echo(_table(heads, map(_history_cells, rows)))
+
+
+@click.command("forget")
+@click.argument("user")
+@_registry_options
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def forget_command(user: str, root: str, catalogue: str, yes: bool) -> None:
+    """Delete USER's history, metrics and adapters. This cannot be undone."""
+    registry = _open(root, catalogue)
+    held = len({row.adapter_id for row in registry.history(user)})
+    if not yes:
+        click.confirm(f"Delete the history and the {held} adapter(s) of {user!r}?", abort=True)
+    click.echo(_report(registry.forget(user)))
+
+
+def _open(root: str, catalogue: str) -> Registry:
+    # Imported late: it brings torch along, and `soppu --help` should not wait for that.
+    from soppu.registry import Registry
+
+    return Registry.open(root, catalogue=catalogue, create=False)
+
+
+def _user_cells(row: UserRow) -> tuple[str, ...]:
+    places = [
+        place if adapter_id == row.adapter_id else f"{place} ({adapter_id})"
+        for place, adapter_id in row.published.items()
+    ]
+    return row.user, row.adapter_id, _when(row.at), _metrics(row.metrics), ", ".join(places) or "-"
+
+
+def _history_cells(row: HistoryRow) -> tuple[str, ...]:
+    mark = "*" if row.current else " "
+    places = ", ".join(row.published) or "-"
+    return mark, row.adapter_id, _when(row.at), row.run or "-", _metrics(row.metrics), places
+
+
+def _report(report: ForgetReport) -> str:
+    lines = [f"forgot {report.user}: {len(report.adapters_removed)} adapter(s) removed"]
+    if report.bundles_touched:
+        lines.append(f"{len(report.bundles_touched)} bundle(s) hold a core of this user and are marked so")
+    lines += [
+        f"still served by {one.place} (bundle {one.bundle_id[:12]}): recompress and publish to end that"
+        for one in report.publications_still_serving
+    ]
+    return "\n".join(lines)
+
+
+def _when(at: str) -> str:
+    return at[:19].replace("T", " ")
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in sorted(metrics.items())) or "-"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, *rows]
+    widths = [max(len(cells[column]) for cells in lines) for column in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in lines
+    )

@@ -1,0 +1,200 @@
+"""The gate: whether a bundle may be published, judged from losses and reconstruction errors.
+
+It only judges; measuring is done in `soppu.evaluate.losses` and `soppu.compress.metrics`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from soppu.config import GateConfig
+from soppu.errors import GateError
+from soppu.evaluate.losses import UserLosses
+
+TOLERANCE = 0.01
+"""Nats a token. A personal gain up to this is too small to be a ratio's denominator."""
+
+_NAMED = 10  # users spelt out in one reason; the rest is counted
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate decided, and the figures it decided on.
+
+    Attributes:
+        passed: whether the bundle may be published.
+        reasons: one line for each broken rule; empty when passed.
+        mean_gain_kept: compressed gain / personal gain, both summed over the users whose personal adapter
+            beats the base model; 0 where there is no such user.
+        worst_user: who keeps the least of a gain above `TOLERANCE`; "" if nobody gained that much.
+        worst_gain_kept: what that user keeps; 0 without such a user.
+        improved_share: share of the measured users whose personal loss is below the base model's.
+        max_relative_error: largest relative error of one user's adapter.
+        worst_error_user: whose that is.
+        unmeasured: users of the bundle without a held-out loss, judged by their relative error alone.
+        limits: the rules as configured, config key -> value.
+    """
+
+    passed: bool
+    reasons: tuple[str, ...]
+    mean_gain_kept: float
+    worst_user: str
+    worst_gain_kept: float
+    improved_share: float
+    max_relative_error: float
+    worst_error_user: str
+    unmeasured: tuple[str, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def raise_if_refused(self) -> None:
+        """Raise GateError with every reason, unless the bundle passed."""
+        if not self.passed:
+            raise GateError(list(self.reasons))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON values; every number is finite."""
+        return dataclasses.asdict(self) | {
+            "reasons": list(self.reasons),
+            "unmeasured": list(self.unmeasured),
+            "limits": dict(self.limits),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Verdict:
+        """The inverse of `to_dict`. Raises KeyError naming a missing field."""
+        known = {item.name: value[item.name] for item in dataclasses.fields(cls)}
+        known |= {name: tuple(known[name]) for name in ("reasons", "unmeasured")}
+        return cls(**known)
+
+
+def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], options: GateConfig) -> Verdict:
+    """Judge a bundle.
+
+    A user whose personal gain is at most `TOLERANCE` (or negative) has nothing whose kept share could be told
+    from noise. Such a user breaks `gate.min_user_gain_kept` where the compressed loss is worse than the base
+    model's by more than `TOLERANCE`.
+
+    A user without a loss is judged by the relative error alone and listed as unmeasured. Losses of nobody, a
+    loss without a relative error, and any number that is not finite are refused whatever the limits are.
+
+    Args:
+        losses: what was measured, one entry a user.
+        relative_error: user -> relative error of the compressed adapter, for everybody in the bundle.
+        options: the limits.
+    """
+    finite = [one for one in losses if all(map(math.isfinite, (one.base, one.personal, one.compressed)))]
+    improved = [one for one in finite if one.gain > 0]
+    sizeable = {one.user: one.gain_kept for one in improved if one.gain > TOLERANCE}
+    worst = min(sizeable, key=sizeable.__getitem__, default="")
+    errors = {user: value for user, value in relative_error.items() if math.isfinite(value)}
+    worst_error = max(errors, key=errors.__getitem__, default="")
+    measured = {one.user for one in losses}
+    figures = Verdict(
+        passed=False,
+        reasons=(),
+        mean_gain_kept=_mean_gain_kept(improved),
+        worst_user=worst,
+        worst_gain_kept=sizeable.get(worst, 0.0),
+        improved_share=sum(one.personal < one.base for one in losses) / len(losses) if losses else 0.0,
+        max_relative_error=errors.get(worst_error, 0.0),
+        worst_error_user=worst_error,
+        unmeasured=tuple(user for user in relative_error if user not in measured),
+        limits=dataclasses.asdict(options),
+    )
+    found = (
+        _not_measured(losses, relative_error),
+        _not_finite(losses, relative_error),
+        _total(figures, options) if finite else "",
+        _each(finite, options),
+        _error(errors, options),
+        _improved(losses, figures, options) if losses else "",
+    )
+    reasons = tuple(reason for reason in found if reason)
+    return dataclasses.replace(figures, passed=not reasons, reasons=reasons)
+
+
+def _mean_gain_kept(improved: Sequence[UserLosses]) -> float:
+    gained = math.fsum(one.gain for one in improved)
+    return math.fsum(one.base - one.compressed for one in improved) / gained if gained else 0.0
+
+
+def _not_measured(losses: Sequence[UserLosses], relative_error: Mapping[str, float]) -> str:
+    if not losses:
+        return "no user's held-out loss was measured"
+    faults = [f"{one.user} (no held-out examples)" for one in losses if one.examples < 1]
+    faults += [f"{one.user} (no relative error)" for one in losses if one.user not in relative_error]
+    return f"not measured: {_named(faults)}" if faults else ""
+
+
+def _not_finite(losses: Sequence[UserLosses], relative_error: Mapping[str, float]) -> str:
+    faults = [
+        f"{one.user} {name} loss {value}"
+        for one in losses
+        for name, value in (("base", one.base), ("personal", one.personal), ("compressed", one.compressed))
+        if not math.isfinite(value)
+    ]
+    faults += [
+        f"{user} relative error {value}" for user, value in relative_error.items() if not math.isfinite(value)
+    ]
+    return f"not finite: {_named(faults)}" if faults else ""
+
+
+def _total(figures: Verdict, options: GateConfig) -> str:
+    value, limit = figures.mean_gain_kept, options.min_mean_gain_kept
+    if value >= limit:
+        return ""
+    whose = f"; the worst is {figures.worst_user}" if figures.worst_user else ""
+    return (
+        f"gate.min_mean_gain_kept: {_shown(value, limit)} of all users' gain is kept, at least {limit}{whose}"
+    )
+
+
+def _each(finite: Sequence[UserLosses], options: GateConfig) -> str:
+    limit = options.min_user_gain_kept
+    faults = []
+    for one in sorted(finite, key=lambda one: one.gain_kept):
+        if one.gain > TOLERANCE:
+            if one.gain_kept < limit:
+                faults.append(f"{one.user} keeps {_shown(one.gain_kept, limit)}")
+        elif one.compressed > one.base + TOLERANCE:
+            faults.append(
+                f"{one.user} had no gain and goes from {one.base:.4f} to {one.compressed:.4f} nats a token,"
+                f" more than {TOLERANCE} above the base model"
+            )
+    return (
+        f"gate.min_user_gain_kept: at least {limit} of every user's gain: {_named(faults)}" if faults else ""
+    )
+
+
+def _error(errors: Mapping[str, float], options: GateConfig) -> str:
+    limit = options.max_relative_error
+    over = sorted((user for user in errors if errors[user] > limit), key=lambda user: -errors[user])
+    faults = [f"{user} {_shown(errors[user], limit)}" for user in over]
+    return f"gate.max_relative_error: relative error at most {limit}: {_named(faults)}" if faults else ""
+
+
+def _improved(losses: Sequence[UserLosses], figures: Verdict, options: GateConfig) -> str:
+    share, limit = figures.improved_share, options.min_improved_users
+    if share >= limit:
+        return ""
+    behind = [one for one in losses if not one.personal < one.base]
+    faults = [f"{one.user} ({one.personal:.4f}, base {one.base:.4f})" for one in behind]
+    return (
+        f"gate.min_improved_users: the personal adapter beats the base model for {_shown(share, limit)} of"
+        f" the users, at least {limit}; not for {_named(faults)}"
+    )
+
+
+def _named(faults: Sequence[str]) -> str:
+    rest = len(faults) - _NAMED
+    return ", ".join(faults[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _shown(value: float, limit: float) -> str:
+    """As few digits as tell the value from the limit."""
+    texts = (f"{value:.{digits}g}" for digits in (3, 6, 9))
+    return next((text for text in texts if float(text) != limit), repr(value))

@@ -1,0 +1,143 @@
+"""A report in a terminal, and as Markdown for an orchestrator's artifacts.
+
+User ids come from outside: no control character of theirs reaches the terminal, no markup the Markdown.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from soppu.evaluate.wording import certificate, curl, gain_kept, loss, percent, printable, ratio, size
+
+Row = Mapping[str, Any]
+
+_LISTED = 40  # users in the terminal table; of more, the ones that keep least are shown
+_WORST = 20
+_LONGEST = 32  # characters of a user id
+_HEADS = ("user", "examples", "base", "personal", "compressed", "gain kept", "adapter")
+_MARKUP = re.compile(r"([\\`*_\[\]#|~$])")
+
+
+def text(report: Row, *, report_path: str = "", prefect_url: str = "", server_url: str = "") -> str:
+    """What `make demo` ends with: the users, a line on compression, the verdict, where to look, a curl line.
+
+    Args:
+        report_path: of report.html; "" leaves the line out, as for the URLs.
+        server_url: of the server; "" takes the one the report says the bundle is served at.
+    """
+    users = report["users"]
+    shown = users if len(users) <= _LISTED else sorted(users, key=_kept)[:_WORST]
+    lines = [_table(_HEADS, map(_cells, shown), right=range(1, 6))]
+    if len(shown) < len(users):
+        lines.append(f"{len(users)} users; these {len(shown)} keep the least, the report lists all")
+    lines += ["", compression_line(report["compression"]), *_verdict(report["gate"]), ""]
+    server_url = server_url or (report["serving"] or {}).get("url", "")
+    places = {"report": report_path, "Prefect": prefect_url, "server": server_url}
+    lines += [f"{name + ':':9}{place}" for name, place in places.items() if place]
+    if asked := curl(report, server_url):
+        lines += ["", asked]
+    return "\n".join(lines)
+
+
+def compression_line(made: Row) -> str:
+    """Size, error and bound in one line."""
+    return (
+        f"{made['method']}, rank {made['k']}: {size(made['bytes_before'])} -> {size(made['bytes_after'])}"
+        f" ({ratio(made['bytes_before'], made['bytes_after'])} smaller), relative error mean"
+        f" {percent(made['relative_error']['mean'])}, worst {percent(made['relative_error']['max'])},"
+        f" no basis below {percent(made['lower_bound'])}"
+    )
+
+
+def user_rows(report: Row) -> list[dict[str, str]]:
+    """One dict a user with the terminal table's columns, as Prefect's table artifacts want them."""
+    return [dict(zip(_HEADS, _cells(user), strict=True)) for user in report["users"]]
+
+
+def markdown_users(report: Row) -> str:
+    """The table of all users in Markdown."""
+    return _markdown(_HEADS, map(_cells, report["users"]), right=range(1, 6))
+
+
+def markdown_compression(report: Row) -> str:
+    """Compression figures, certificate and verdict in Markdown."""
+    made, gate = report["compression"], report["gate"]
+    rows = [
+        ("bytes", size(made["bytes_before"]), size(made["bytes_after"])),
+        ("parameters", f"{made['parameters_before']:,}", f"{made['parameters_after']:,}"),
+    ]
+    error = made["relative_error"]
+    facts = (
+        f"{made['method']}, shared rank {made['k']}; relative error mean {percent(error['mean'])},"
+        f" worst user {percent(error['max'])}."
+    )
+    verdict = f"Gate: **{'passed' if gate['passed'] else 'refused'}**"
+    reasons = [f"- {_mark(reason)}" for reason in gate["reasons"]]
+    table = _markdown(("", "adapters", "bundle"), rows, right=(1, 2))
+    return "\n\n".join([table, _mark(facts), _mark(certificate(made)), "\n".join([verdict, "", *reasons])])
+
+
+def _cells(user: Row) -> tuple[str, ...]:
+    return (
+        _cut(printable(user["id"])),
+        f"{user['examples']:,}",
+        loss(user["loss_base"]),
+        loss(user["loss_personal"]),
+        loss(user["loss_compressed"]),
+        gain_kept(user),
+        printable(user["adapter_id"]),
+    )
+
+
+def _kept(user: Row) -> tuple[bool, float]:
+    """Sorts those who keep least first, those without a figure last."""
+    known = user["gain_kept"] is not None
+    return not known, user["gain_kept"] if known else 0.0
+
+
+def _verdict(gate: Row) -> list[str]:
+    kept = f"all users together keep {percent(gate['mean_gain_kept'])} of their gain"
+    if gate["passed"]:
+        return [f"gate passed: {kept}"]
+    return [f"gate REFUSED: {kept}", *(f"  - {printable(reason)}" for reason in gate["reasons"])]
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
+    numeric, lines = set(right), [tuple(heads), *rows]
+    widths = [max(_width(line[column]) for line in lines) for column in range(len(heads))]
+
+    def padded(cells: Sequence[str]) -> str:
+        parts = []
+        for column, cell in enumerate(cells):
+            gap = " " * (widths[column] - _width(cell))
+            parts.append(gap + cell if column in numeric else cell + gap)
+        return "  ".join(parts).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([padded(lines[0]), rule, *map(padded, lines[1:])])
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
+    numeric = set(right)
+    rule = ["--:" if column in numeric else "---" for column in range(len(heads))]
+    lines = [heads, rule, *([_mark(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mark(words: str) -> str:
+    """Text with nothing that Markdown or HTML would read as markup."""
+    return _MARKUP.sub(r"\\\1", escape(printable(words), quote=False))
+
+
+def _width(words: str) -> int:
+    """Columns a terminal takes for a text: two for wide characters, none for combining ones."""
+    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in words)
+    return len(words) + wide - sum(unicodedata.combining(one) > 0 for one in words)
+
+
+def _cut(words: str) -> str:
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"

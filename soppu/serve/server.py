@@ -1,0 +1,137 @@
+"""One server process: port, model, state, engine and HTTP put together. Command: `soppu.commands.serve`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from soppu import files
+from soppu.errors import ConfigError, PortTaken
+from soppu.models import load_model, load_tokenizer, resolve
+from soppu.serve.bank import AdapterBank
+from soppu.serve.engine import Engine, EngineOptions
+from soppu.serve.http import ServerInfo, create_app
+from soppu.serve.state import ServerState
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a server is started.
+
+    Attributes:
+        model: see `soppu.models.resolve`; `cache` is where converted models are kept.
+        port: 0 takes a free one.
+        state: folder that remembers what was served.
+        bundle: a bundle file to stage and activate before the first request.
+        adapters: (name, PEFT folder) pairs to load before the first request.
+        device: "auto" is cuda if there is one, else cpu.
+        threads: torch threads; 0 leaves torch's default.
+        admin_token: "" leaves the admin routes open.
+    """
+
+    model: str
+    cache: Path
+    state: Path
+    host: str = "127.0.0.1"
+    port: int = 8080
+    bundle: Path | None = None
+    adapters: tuple[tuple[str, Path], ...] = ()
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int = 0
+    max_batch: int = 8
+    admin_token: str = ""
+
+
+def run(options: ServeOptions) -> None:
+    """Serve until the process is told to stop.
+
+    Raises:
+        PortTaken: before anything is loaded.
+        ModelError: the base model cannot be had.
+        TargetError: the state folder is in use, or belongs to another base model.
+        BundleError: a bundle is damaged or does not fit.
+        AdapterError: an adapter is damaged or does not fit.
+    """
+    with claim_port(options.host, options.port) as listener:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        base = resolve(options.model, cache=options.cache)
+        device = _device(options.device)
+        model = load_model(base, dtype=options.dtype).to(device)  # type: ignore[arg-type]
+        bank = AdapterBank(model, base_hash=base.hash)
+        state = ServerState.open(options.state, bank)
+        try:
+            _preload(state, options)
+            engine = Engine(model, load_tokenizer(base), bank, EngineOptions(max_batch=options.max_batch))
+            info = ServerInfo(
+                base.name, base.hash, dtype=options.dtype, device=device, admin_token=options.admin_token
+            )
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    create_app(engine, info=info, state=state),
+                    log_level="warning",
+                    timeout_graceful_shutdown=10,
+                )
+            )
+            _announce(options, bank, listener)
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            _LOG.info("stopped")
+        finally:
+            state.close()
+
+
+def claim_port(host: str, port: int) -> socket.socket:
+    """A socket bound to `host:port`, not yet listening. PortTaken if somebody else has it."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host {host!r}: {error}") from None
+    listener = socket.socket(family, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def _device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return asked
+
+
+def _preload(state: ServerState, options: ServeOptions) -> None:
+    if options.bundle is not None:
+        bundle_id = files.sha256_file(options.bundle)
+        state.add_bundle(options.bundle, bundle_id=bundle_id)
+        state.activate(bundle_id)
+    for name, folder in options.adapters:
+        state.add_adapter(name, folder)
+
+
+def _announce(options: ServeOptions, bank: AdapterBank, listener: socket.socket) -> None:
+    if options.host not in ("127.0.0.1", "localhost", "::1") and not options.admin_token:
+        _LOG.warning(
+            "SOPPU_ADMIN_TOKEN is not set: whoever reaches %s may change what is served", options.host
+        )
+    users = len(bank.bundles().get(bank.active, ()))
+    port = listener.getsockname()[1]
+    _LOG.info(
+        "serving %s with %d users and %d single adapters at http://%s:%d",
+        options.model,
+        users,
+        len(bank.adapters()),
+        options.host,
+        port,
+    )

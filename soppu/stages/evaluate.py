@@ -1,0 +1,102 @@
+"""Stage: every user's held-out loss three ways, and the gate's verdict on them.
+
+Held-out text is read here, in the process that evaluates. In a simulation that is the same machine; where
+users' text may not leave their side, name a source of consented held-out text, and who is not in it is
+judged by the error of their adapter alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from soppu import emulator, models
+from soppu.compress import Bundle
+from soppu.config import Config
+from soppu.data import list_users, load_user, tokenize
+from soppu.evaluate.gate import check
+from soppu.evaluate.losses import UserLosses, mean_loss
+from soppu.stages.run import Run, open_run
+from soppu.train import cache_states
+
+
+def evaluate(
+    run_folder: str,
+    set_id: str,
+    bundle_id: str,
+    *,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> str:
+    """Measure, judge, and write both down; returns the name of the file in the run folder."""
+    run = open_run(run_folder)
+    registry = run.registry()
+    members = registry.get_set(set_id)
+    bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
+    bench = _Bench(run, layers=_lowest_layer(bundle))
+    losses = []
+    measured = [user for user in _with_text(run.config) if user in members]
+    for number, user in enumerate(measured, start=1):
+        personal = registry.get_adapter(members[user])
+        losses.append(bench.losses(user, personal, bundle.reconstruct(user)))
+        if on_progress:
+            on_progress({"note": f"evaluating {user}", "share": number / len(measured)})
+    verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
+    name = f"evaluation-{bundle_id[:16]}.json"
+    run.write(
+        name,
+        {
+            "bundle_id": bundle_id,
+            "set_id": set_id,
+            "adapters": members,
+            "losses": [dataclasses.asdict(item) for item in losses],
+            "verdict": verdict.to_dict(),
+        },
+    )
+    return name
+
+
+class _Bench:
+    """The full model, split where the lowest adapted layer begins."""
+
+    def __init__(self, run: Run, *, layers: int) -> None:
+        base = run.base()
+        self.config = run.config
+        self.model = models.load_model(base, dtype=run.config.frozen_dtype)
+        self.tokenizer = models.load_tokenizer(base)
+        total = len(emulator.decoder_layers(self.model))
+        self.plan = emulator.make_plan(
+            self.model,
+            base_hash=base.hash,
+            adapter_layers=total - layers,
+            drop_ratio=0.0,
+            target_modules=run.config.lora.target_modules,
+        )
+        self.top = emulator.TopModel(self.model, self.plan)
+        self.bottom = emulator.with_layers(self.model, self.plan.bottom)
+
+    def losses(self, user: str, personal: Any, compressed: Any) -> UserLosses:
+        held = load_user(self.config.data, user).heldout
+        blocks = tokenize(held, self.tokenizer, max_tokens=self.config.data.max_tokens)
+        states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
+        base, own, joint = (
+            mean_loss(self.top, self.plan, states, adapter=adapter)
+            for adapter in (None, personal, compressed)
+        )
+        return UserLosses(user, len(held), base, own, joint)
+
+
+def _with_text(config: Config) -> list[str]:
+    return list_users(config.data)
+
+
+def _lowest_layer(bundle: Bundle) -> int:
+    """The lowest full-model layer any module of the bundle sits in."""
+    numbers = [int(part) for name in bundle.modules for part in name.split(".") if part.isdigit()]
+    return min(numbers)
+
+
+def evaluation_path(run: Run, name: str) -> Path:
+    """Where `evaluate` wrote its findings."""
+    return run.folder / name

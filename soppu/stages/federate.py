@@ -1,0 +1,86 @@
+"""Stage: the federated rounds, and the freezing of what came back into a set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import soppu
+from soppu import adapter as adapters
+from soppu import emulator, models, simulation
+from soppu.emulator import LayerPlan
+from soppu.errors import FederationError
+from soppu.stages.run import CONFIG, open_run
+
+FEDERATION = "federation"
+
+
+def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] | None = None) -> str:
+    """Run the simulation until every user's adapter is in the registry.
+
+    An attempt that was interrupted goes on after its last finished round. Returns the federation's id:
+    a hash of who got which adapter.
+
+    Raises:
+        FederationError: it did not come to an end, or too few users answered.
+    """
+    run = open_run(run_folder)
+    settings = run.config.federation
+    result = simulation.run(
+        simulation.Simulation(
+            app=Path(soppu.__file__).resolve().parents[1],
+            config=run.folder / CONFIG,
+            workdir=run.folder / FEDERATION,
+            users=len(run.config.data.users),
+            client_cpus=settings.client_cpus,
+            client_gpus=settings.client_gpus,
+            timeout_s=settings.timeout_s,
+        ),
+        on_progress=on_progress,
+    )
+    pairs = json.dumps(sorted(result["adapters"].items()))
+    return f"f-{hashlib.sha256(pairs.encode()).hexdigest()[:16]}"
+
+
+def collect(run_folder: str, federation_id: str) -> str:
+    """Check every adapter the federation stored and freeze them as a set; returns the set's id.
+
+    Raises:
+        FederationError: the run folder holds the result of another federation.
+        AdapterError: an adapter is damaged, or does not fit the base model.
+    """
+    run = open_run(run_folder)
+    result = run.read(f"{FEDERATION}/{simulation.RESULT}")
+    pairs = json.dumps(sorted(result.get("adapters", {}).items()))
+    found = f"f-{hashlib.sha256(pairs.encode()).hexdigest()[:16]}"
+    if found != federation_id:
+        raise FederationError(f"{run.folder}: holds federation {found}, asked for {federation_id}")
+    registry, base = run.registry(), run.base()
+    plan = LayerPlan.from_json(result["plan"]["json"])
+    shapes = emulator.target_shapes(models.load_model(base, dtype=run.config.frozen_dtype), plan)
+    for user, adapter_id in result["adapters"].items():
+        adapter = registry.get_adapter(adapter_id)
+        adapters.validate(adapter, who=f"user {user!r}", base_hash=base.hash)
+        adapters.check_shapes(adapter, shapes, who=f"user {user!r}")
+    return registry.freeze_set(result["adapters"])
+
+
+def freeze_current(run_folder: str) -> str:
+    """Freeze every user's current adapter: where a recompression starts. Returns the set's id.
+
+    Raises:
+        FederationError: the registry holds no adapter of this base model.
+    """
+    run = open_run(run_folder)
+    registry, base = run.registry(), run.base()
+    current = registry.current_set()
+    fitting = {u: a for u, a in current.items() if registry.get_adapter(a).base_hash == base.hash}
+    if not fitting:
+        raise FederationError(
+            f"{run.config.registry.root}: no user has an adapter for base model {run.config.base.model!r}"
+            f" ({len(current)} for others); run the full pipeline first"
+        )
+    return registry.freeze_set(fitting)

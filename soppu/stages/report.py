@@ -1,0 +1,79 @@
+"""Stage: the report of a run, from what the other stages wrote into its folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from soppu import simulation
+from soppu.compress.metrics import CompressionReport
+from soppu.evaluate import report as reports
+from soppu.evaluate import summary
+from soppu.evaluate.gate import Verdict
+from soppu.evaluate.losses import UserLosses
+from soppu.evaluate.report import ReportInputs, Serving, Stage
+from soppu.stages.federate import FEDERATION
+from soppu.stages.publish import SERVING
+from soppu.stages.run import Run, open_run
+
+ORDER = ("prepare", "federate", "collect", "compress", "evaluate", "publish")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where the report is, and the two tables Prefect shows of it."""
+
+    html: Path
+    users_markdown: str
+    compression_markdown: str
+
+
+def write_report(run_folder: str, evaluation: str) -> Written:
+    """Write report.json and report.html with everything known so far, and point `latest` at the run.
+
+    Called before publication as well as after, so that a refused bundle has a report that says why.
+    """
+    run = open_run(run_folder)
+    found = run.read(evaluation)
+    bundle_id = found["bundle_id"]
+    compression = run.read(f"compression-{bundle_id[:16]}.json")
+    federation = run.read(f"{FEDERATION}/{simulation.RESULT}") or None
+    inputs = ReportInputs(
+        run=run.id,
+        config=run.config,
+        losses=[UserLosses(**item) for item in found["losses"]],
+        adapter_ids=found["adapters"],
+        compression=CompressionReport.from_dict(compression),
+        bytes_before=compression["bytes_before"],
+        bytes_after=compression["bytes_after"],
+        verdict=Verdict.from_dict(found["verdict"]),
+        set_id=found["set_id"],
+        bundle_id=bundle_id,
+        base_hash=run.base().hash,
+        federation=federation,
+        serving=_serving(run, bundle_id),
+        stages=_stages(run),
+    )
+    report = reports.build(inputs)
+    _, html = reports.write(run.folder, report)
+    _point_latest(run.folder)
+    return Written(html, summary.markdown_users(report), summary.markdown_compression(report))
+
+
+def _serving(run: Run, bundle_id: str) -> Serving | None:
+    """What `publish` noted, if it was this bundle."""
+    noted = run.read(SERVING)
+    return Serving(**noted) if noted.get("bundle_id") == bundle_id else None
+
+
+def _stages(run: Run) -> list[Stage]:
+    noted = [run.read(f"stages/{name}.json") for name in ORDER]
+    return [Stage(**item) for item in noted if item]
+
+
+def _point_latest(folder: Path) -> None:
+    temporary = folder.parent / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    temporary.replace(folder.parent / "latest")

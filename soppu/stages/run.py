@@ -1,0 +1,116 @@
+"""A run: the folder that holds its frozen configuration, its checkpoints, what was measured, its report.
+
+The id of a run is a hash of everything that decides its outcome, so the same configuration on the same
+text is the same run, and finds what an earlier attempt left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soppu import config as configuration
+from soppu import files, models
+from soppu.config import Config
+from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_user
+from soppu.errors import ConfigError
+from soppu.models import BaseModel
+from soppu.registry import Registry
+
+CONFIG = "config.toml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run folder."""
+
+    folder: Path
+    config: Config
+
+    @property
+    def id(self) -> str:
+        """Name of the folder: the configuration's name and 12 digits of the hash."""
+        return self.folder.name
+
+    def registry(self) -> Registry:
+        """The registry this run writes to."""
+        return Registry.open(self.config.registry.root, catalogue=self.config.registry.catalogue)
+
+    def base(self) -> BaseModel:
+        """The base model of this run."""
+        return models.resolve(self.config.base.model, cache=Path(self.config.base.cache))
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file into the folder, atomically. Raises StorageError."""
+        files.write_text(self.folder / name, json.dumps(dict(values), indent=2))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Read a JSON file of this run; {} if no stage has written it yet."""
+        path = self.folder / name
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def open_run(folder: str) -> Run:
+    """Open a folder that `prepare` made. Raises ConfigError if it is not one."""
+    path = Path(folder)
+    if not (path / CONFIG).exists():
+        raise ConfigError(f"{folder}: not a run folder, it holds no {CONFIG}")
+    return Run(path, configuration.load(path / CONFIG))
+
+
+def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, text: bool = True) -> str:
+    """Check the configuration, find base model and users, freeze all of it in a run folder.
+
+    Args:
+        config_path: a TOML file.
+        overrides: `{"section.key": value}`, stronger than the file.
+        text: whether users' text is part of the run's identity; a recompression alone reads none.
+
+    Returns:
+        The run folder, absolute.
+
+    Raises:
+        ConfigError, DataError, ModelError: with everything that is wrong, before any work is done.
+    """
+    config = _absolute(configuration.load(config_path, overrides))
+    base = models.resolve(config.base.model, cache=Path(config.base.cache))
+    digest = hashlib.sha256(f"{config.digest()} {base.hash}".encode())
+    if text:
+        config = _with_users(config)
+        for user in config.data.users:
+            digest.update(load_user(config.data, user).digest().encode())
+    folder = Path(config.runs) / f"{Path(config_path).stem}-{digest.hexdigest()[:12]}"
+    files.write_text(folder / CONFIG, configuration.dump(config))
+    return str(folder)
+
+
+def _with_users(config: Config) -> Config:
+    """Name every user, so that all later stages agree on who takes part."""
+    data = dataclasses.replace(config.data, users=tuple(list_users(config.data)))
+    return dataclasses.replace(config, data=data)
+
+
+def _absolute(config: Config) -> Config:
+    """Every path made absolute: stages run in other processes, with other working directories."""
+
+    def path(text: str, *words: str) -> str:
+        return text if not text or text in words or "://" in text else str(Path(text).resolve())
+
+    replace = dataclasses.replace
+    model = config.base.model
+    return replace(
+        config,
+        runs=path(config.runs),
+        base=replace(
+            config.base, cache=path(config.base.cache), model=path(model) if Path(model).exists() else model
+        ),
+        data=replace(config.data, source=path(config.data.source, STDLIB)),
+        align=replace(config.align, source=path(config.align.source, STDLIB_PUBLIC)),
+        serve=replace(config.serve, state=path(config.serve.state)),
+        registry=replace(config.registry, root=path(config.registry.root)),
+    )

@@ -1,0 +1,5 @@
+"""Serving targets: where bundles are published. A target is chosen by its name in the configuration."""
+
+from soppu.targets.embedded import EmbeddedTarget
+
+TARGETS = {"embedded": EmbeddedTarget}

@@ -1,0 +1,68 @@
+"""Judging one canary answer: is it from the adapter that was asked for, and does that adapter do anything?
+
+Not for sending requests; every target does that in its own way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from soppu.serve.names import header_value
+
+_ROUNDING = 1e-2  # more than rounding changes a logprob, in bfloat16 too
+Trace = tuple[tuple[int, float], ...]  # (token id, logprob) of every generated token
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """One user's canary: `reason` says what was wrong, "" if nothing was."""
+
+    user: str
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a canary asked for. `may_equal_base` is for users whose adapter is empty."""
+
+    adapter_id: str
+    version: str
+    may_equal_base: bool = False
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came back: `refusal` is the error, "" where there was an answer."""
+
+    refusal: str
+    adapter_id: str
+    version: str
+    trace: Trace
+
+
+def fault(answer: Answered, asked: Asked, *, base_trace: Trace) -> str:
+    """What is wrong with an answer, "" if nothing. `base_trace` is the base model's for the same prompt."""
+    if answer.refusal:
+        return answer.refusal
+    if answer.adapter_id != header_value(asked.adapter_id) or answer.version != asked.version:
+        return (
+            f"asked for {asked.adapter_id!r} of {asked.version!r},"
+            f" served by {answer.adapter_id!r} of {answer.version!r}"
+        )
+    if not answer.trace:
+        return "no tokens came back"
+    if not all(math.isfinite(logprob) for _, logprob in answer.trace):
+        return f"logprobs are not finite: {answer.trace}"
+    if answer.trace == base_trace and not asked.may_equal_base:
+        return "the answer is the base model's: the adapter has no effect"
+    return ""
+
+
+def is_close(trace: Trace, other: Trace) -> bool:
+    """Whether two traces differ by no more than rounding may: same tokens, logprobs nearly equal."""
+    return len(trace) == len(other) and all(
+        token == other_token and abs(logprob - other_logprob) < _ROUNDING
+        for (token, logprob), (other_token, other_logprob) in zip(trace, other, strict=True)
+    )

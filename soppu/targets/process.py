@@ -1,0 +1,119 @@
+"""A server as a detached process with a pid file. Not for talking to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from soppu import files
+from soppu.errors import TargetError
+
+_TAIL_LINES = 15
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process to start. `environment` is added to this process's own."""
+
+    command: Sequence[str]
+    log: Path
+    pid_file: Path
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def start(launch: Launch, *, ready: Callable[[], bool], timeout: float) -> int:
+    """Start the process in a session of its own and wait until `ready()`; return its pid.
+
+    Raises:
+        TargetError: it ended first, or was not ready within `timeout` seconds (it is stopped then); the
+            message holds the last lines of its log.
+    """
+    launch.log.parent.mkdir(parents=True, exist_ok=True)
+    with launch.log.open("ab") as log:
+        begin = log.tell()
+        process = subprocess.Popen(
+            list(launch.command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, **launch.environment},
+        )
+    record = {"pid": process.pid, "mark": _mark(process.pid)}
+    files.write_text(launch.pid_file, json.dumps(record))
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        if ready():
+            return process.pid
+        time.sleep(_POLL_SECONDS)
+    code = process.poll()
+    why = f"was not ready after {timeout:g} s" if code is None else f"ended with exit code {code}"
+    stop(launch.pid_file)
+    raise TargetError(f"the server {why}; last lines of {launch.log}:\n{_tail(launch.log, begin)}")
+
+
+def stop(pid_file: Path, *, grace: float = 15.0) -> bool:
+    """End the process a pid file names: SIGTERM, and SIGKILL after `grace` seconds. The file is removed.
+
+    Returns:
+        False if there was no such process any more.
+    """
+    if not pid_file.exists():
+        return False
+    record = json.loads(pid_file.read_text())
+    pid, mark = int(record["pid"]), record["mark"]
+    ended = False
+    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
+        if not _alive(pid, mark):
+            break
+        os.kill(pid, number)
+        ended = True
+        deadline = time.monotonic() + patience
+        while _alive(pid, mark) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    pid_file.unlink(missing_ok=True)
+    return ended
+
+
+def running(pid_file: Path) -> bool:
+    """Whether the process a pid file names is still there; False if there is no such file."""
+    if not pid_file.exists():
+        return False
+    record = json.loads(pid_file.read_text())
+    return _alive(int(record["pid"]), record["mark"])
+
+
+def _alive(pid: int, mark: str) -> bool:
+    """Whether `pid` is still the process that was started, and not another one that got its number."""
+    try:
+        os.waitpid(pid, os.WNOHANG)  # our own child stays a zombie until it is waited for
+    except ChildProcessError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return _mark(pid) == mark
+
+
+def _mark(pid: int) -> str:
+    """What tells two processes of one pid apart: the start time in ticks, "" where there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
+
+
+def _tail(log: Path, begin: int) -> str:
+    with log.open("rb") as stream:
+        stream.seek(begin)
+        lines = stream.read().decode(errors="replace").splitlines()
+    return "\n".join(lines[-_TAIL_LINES:])

@@ -1,0 +1,23 @@
+"""Task: bring a bundle live."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from soppu.stages import publish as stage
+from tasks.recording import recorded, transient
+
+
+@task(
+    name="publish",
+    retries=2,
+    retry_delay_seconds=[2, 10],
+    retry_condition_fn=transient,
+    timeout_seconds=3600,
+    cache_policy=NO_CACHE,
+)
+def publish(run: str, bundle_id: str, evaluation: str) -> str:
+    """Push, try every user, switch over. Not cached: what a server holds is for the server to say."""
+    with recorded(run, "publish"):
+        return stage.publish(run, bundle_id, evaluation)

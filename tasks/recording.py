@@ -1,0 +1,65 @@
+"""What every task shares: its cache key, when a retry makes sense, and the note of how long it took."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.runtime import task_run
+from prefect.tasks import Task
+
+from soppu.errors import AdapterError, BundleError, ConfigError, DataError, GateError, UnsupportedModel
+from soppu.stages.run import open_run
+
+_HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, BundleError)
+
+
+def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Cache key: the stage, its inputs, and the registry those inputs live in.
+
+    Inputs are content hashes, so equal inputs mean equal work. A registry that was wiped, or from which a
+    user was forgotten, has another identity, and nothing old is taken from the cache.
+    """
+    registry = open_run(parameters["run"]).registry()
+    values = [context.task.name, registry.identity(), parameters]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Retry what another attempt could mend; a wrong configuration stays wrong."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, _HOPELESS)
+
+
+@contextmanager
+def recorded(run: str, name: str) -> Iterator[None]:
+    """Note seconds and attempts of a stage in the run folder, for the report."""
+    started = time.monotonic()
+    yield
+    seconds = time.monotonic() - started
+    opened = open_run(run)
+    opened.write(
+        f"stages/{name}.json", {"name": name, "seconds": seconds, "attempts": task_run.run_count or 1}
+    )
+
+
+class Progress:
+    """A Prefect progress artifact that follows `{"note", "share"}` messages."""
+
+    def __init__(self, key: str) -> None:
+        # sync in a sync task; the annotation also covers the coroutine of an async one
+        self._id = cast(UUID, create_progress_artifact(0.0, key=key, description="starting"))
+
+    def __call__(self, said: dict[str, Any]) -> None:
+        """Show one message."""
+        update_progress_artifact(
+            self._id, progress=100.0 * float(said["share"]), description=str(said["note"])
+        )

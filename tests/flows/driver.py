@@ -1,0 +1,92 @@
+"""Drives the pipeline the way a user does: the `prefect` command and Prefect's API."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from deploy.stack import ROOT, Stack
+
+
+@dataclass
+class Pipeline:
+    """Starts flow runs the way a user does, and looks at what became of them."""
+
+    stack: Stack
+    folder: Path
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, deployment: str, **overrides: Any) -> str:
+        """`prefect deployment run`; returns the flow run's id."""
+        parameters = [
+            "--param",
+            f"config={ROOT / 'configs' / 'tiny.toml'}",
+            "--param",
+            f"overrides={json.dumps({**self.overrides, **overrides})}",
+        ]
+        out = self.prefect("deployment", "run", deployment, *parameters)
+        return next(
+            word for line in out.splitlines() if "UUID" in line for word in line.split() if "-" in word
+        )
+
+    def prefect(self, *arguments: str) -> str:
+        """Run the real `prefect` command against this stack."""
+        environment = {**os.environ, **self.stack.environment, "COLUMNS": "200", "NO_COLOR": "1"}
+        command = [str(Path(sys.executable).parent / "prefect"), *arguments]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Ask Prefect's API: POST with a body, else GET."""
+        url = f"{self.stack.api}/{path}"
+        answer = requests.get(url, timeout=30) if body is None else requests.post(url, json=body, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def wait(self, flow_run: str, *, timeout: float = 600) -> dict[str, Any]:
+        """The flow run once it has ended."""
+        ended = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+        return until(
+            lambda: (run := self.api(f"flow_runs/{flow_run}"))["state_type"] in ended and run, timeout=timeout
+        )
+
+    def task_runs(self, flow_run: str) -> dict[str, dict[str, Any]]:
+        """Task runs of a flow run and of the recompression it calls, by task name."""
+        own = self.api("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [flow_run]}}})
+        children = self.api("flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}})
+        for child in children:
+            own += self.api("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [child["id"]]}}})
+        return {item["name"].rsplit("-", 1)[0]: item for item in own}
+
+    def logs(self, flow_run: str) -> str:
+        """Messages of a flow run, for a failing test."""
+        found = self.api("logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run]}}, "limit": 200})
+        return "\n".join(item["message"] for item in found)
+
+    def run_folder(self) -> Path:
+        """The only run folder there is."""
+        folders = [
+            path for path in (self.folder / "runs").iterdir() if path.is_dir() and not path.is_symlink()
+        ]
+        assert len(folders) == 1, folders
+        return folders[0]
+
+
+def until(condition: Callable[[], Any], *, timeout: float, every: float = 0.2) -> Any:
+    """Poll until the condition gives something true; that is returned."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(every)
+    raise AssertionError(f"not within {timeout} s: {condition}")

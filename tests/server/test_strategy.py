@@ -1,0 +1,290 @@
+"""The strategy: the mean by hand, every bad reply refused by name, and everybody's own kept apart."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from server.strategy import METRICS, Agreement, FedBiOT
+from soppu import wire
+from soppu.adapter import LoraAdapter, LoraPair
+
+pytestmark = pytest.mark.usefixtures("flower_identity")
+
+SHAPES = {"model.layers.6.q_proj": (6, 5), "model.layers.7.down_proj": (3, 8)}
+NODES = {11: "alice", 12: "bob", 13: "carol"}
+EXAMPLES = {"alice": 30, "bob": 10, "carol": 60}
+RANK = 2
+KEY = "model.layers.7.down_proj.lora_A.weight"
+AGREEMENT = Agreement("p" * 64, SHAPES, RANK, "tiny", "b" * 64, fan_in_fan_out=True)
+
+
+class Server:
+    """A strategy, and what it asked its two callbacks to do."""
+
+    def __init__(self, *, first_round: int = 0, last_round: int = 3) -> None:
+        self.kept: dict[str, LoraAdapter] = {}
+        self.metrics: dict[str, MetricRecord] = {}
+        self.asked: list[int] = []
+        self.strategy = FedBiOT(
+            AGREEMENT,
+            NODES,
+            emulator=self.emulator,
+            keep=self.keep,
+            first_round=first_round,
+            last_round=last_round,
+        )
+
+    def emulator(self, number: int, arrays: ArrayRecord) -> dict[str, Tensor]:
+        self.asked.append(number)
+        return {"emulator/model.layers.0.q_proj.lora_A.weight": torch.full((2, 2), float(number))}
+
+    def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
+        self.kept[user] = adapter
+        self.metrics[user] = metrics
+
+    def ask(self, server_round: int = 1) -> list[Message]:
+        arrays = ArrayRecord(wire.to_state(make_adapter(0)))
+        config = ConfigRecord({"settings": "{}", "plan": "{}"})
+        return list(self.strategy.configure_train(server_round, arrays, config, None))  # type: ignore[arg-type]
+
+
+def make_adapter(seed: int) -> LoraAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {
+        name: LoraPair(torch.randn(RANK, i, generator=generator), torch.randn(o, RANK, generator=generator))
+        for name, (o, i) in SHAPES.items()
+    }
+    return LoraAdapter(pairs, "tiny", "b" * 64, fan_in_fan_out=True)
+
+
+SEEDS = {"alice": 1, "bob": 2, "carol": 3}
+
+
+def reply_content(user: str) -> RecordDict:
+    metrics = {name: 1.0 + SEEDS[user] for name in METRICS} | {"num-examples": EXAMPLES[user]}
+    return RecordDict(
+        {
+            "arrays": ArrayRecord(wire.to_state(make_adapter(SEEDS[user]))),
+            "metrics": MetricRecord(metrics),
+            "who": ConfigRecord({"user": user, "plan-hash": "p" * 64}),
+        }
+    )
+
+
+def answer(messages: list[Message]) -> list[Message]:
+    return [Message(reply_content(NODES[m.metadata.dst_node_id]), reply_to=m) for m in messages]
+
+
+def weighted(users: list[str]) -> dict[str, Tensor]:
+    """FedAvg written down: on A and on B, each for itself, by examples."""
+    total = sum(EXAMPLES[user] for user in users)
+    states = {user: wire.to_state(make_adapter(SEEDS[user])) for user in users}
+    return {
+        name: sum((EXAMPLES[user] / total * states[user][name] for user in users), torch.zeros(()))
+        for name in states[users[0]]
+    }
+
+
+def assert_mean(found: ArrayRecord | None, users: list[str]) -> None:
+    assert found is not None
+    state = found.to_torch_state_dict()
+    wanted = weighted(users)
+    assert state.keys() == wanted.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-6)
+        assert tensor.dtype == torch.float32
+
+
+# ---- what goes out
+
+
+def test_every_user_is_asked_with_the_same_tensors_and_told_what_to_do() -> None:
+    server = Server(last_round=2)
+    first, last = server.ask(1), server.ask(2)
+    assert [m.metadata.dst_node_id for m in first] == list(NODES)
+    assert {str(m.content["config"]["mode"]) for m in first} == {"shared"}
+    assert {str(m.content["config"]["mode"]) for m in last} == {"personal"}
+    assert [m.content["config"]["server-round"] for m in first + last] == [1] * 3 + [2] * 3
+    assert server.asked == [1, 2]  # the emulator is trained once a round, not once a user
+    for message in first:
+        assert list(message.content.array_records) == ["arrays"]  # Flower's privacy mods want exactly one
+        users, emulator = wire.split_state(message.content["arrays"].to_torch_state_dict())
+        assert wire.loose_from_state(users, base_hash="b" * 64).pairs.keys() == SHAPES.keys()
+        assert torch.equal(emulator["model.layers.0.q_proj.lora_A.weight"], torch.ones(2, 2))
+
+
+def test_round_numbers_go_on_after_a_resume() -> None:
+    server = Server(first_round=2, last_round=3)
+    (message, *_) = server.ask(1)
+    assert (message.content["config"]["server-round"], message.content["config"]["mode"]) == (3, "personal")
+    assert server.asked == [3] and server.strategy.logs[0].round == 3
+
+
+# ---- what comes back
+
+
+def test_the_mean_is_weighted_by_examples_and_taken_of_a_and_b_apart() -> None:
+    server = Server()
+    arrays, metrics = server.strategy.aggregate_train(1, answer(server.ask()))
+    assert_mean(arrays, ["alice", "bob", "carol"])
+    log = server.strategy.logs[0]
+    expected = (30 * 2 + 10 * 3 + 60 * 4) / 100
+    assert (log.train_loss, log.emulator_loss) == pytest.approx((expected, expected))
+    assert metrics is not None and metrics["train-loss-first"] == pytest.approx(expected)
+    assert (sorted(log.accepted), log.refused) == (["alice", "bob", "carol"], {})
+    assert server.kept == {}  # nobody's own adapter is stored in a shared round
+
+
+def test_the_mean_does_not_depend_on_who_answers_first() -> None:
+    results = []
+    for turn in (1, -1):
+        server = Server()
+        arrays, _ = server.strategy.aggregate_train(1, answer(server.ask())[::turn])
+        assert arrays is not None
+        results.append(arrays.to_torch_state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_the_personal_round_keeps_each_users_own() -> None:
+    server = Server(last_round=1)
+    arrays, _ = server.strategy.aggregate_train(1, answer(server.ask()))
+    assert arrays is None  # there is no mean to go on with
+    assert server.kept.keys() == set(NODES.values())
+    for user, adapter in server.kept.items():
+        assert adapter.content_hash() == make_adapter(SEEDS[user]).content_hash()
+        assert (adapter.base_model, adapter.fan_in_fan_out) == ("tiny", True)
+        assert server.metrics[user]["num-examples"] == EXAMPLES[user]
+
+
+def test_bytes_are_those_of_the_records() -> None:
+    server = Server()
+    messages = server.ask()
+    replies = answer(messages)
+    server.strategy.aggregate_train(1, replies)
+    log = server.strategy.logs[0]
+
+    def size(items: list[Message]) -> int:
+        return sum(record.count_bytes() for message in items for record in message.content.values())
+
+    assert log.bytes_down == size(messages) > 3 * 4 * (2 * 5 + 6 * 2 + 2 * 8 + 3 * 2)
+    assert log.bytes_up == size(replies) > 0
+    assert log.seconds >= 0
+
+
+# ---- what must not get in
+
+
+def tensor(name: str, value: Tensor) -> Callable[[RecordDict], None]:
+    def change(content: RecordDict) -> None:
+        content["arrays"] = ArrayRecord({**content["arrays"].to_torch_state_dict(), name: value})
+
+    return change
+
+
+def drop_tensor(content: RecordDict) -> None:
+    state = content["arrays"].to_torch_state_dict()
+    state.pop(KEY)
+    content["arrays"] = ArrayRecord(state)
+
+
+def garble(content: RecordDict) -> None:
+    content["arrays"][KEY] = Array(dtype="float32", shape=(2, 8), stype="numpy.ndarray", data=b"not an array")
+
+
+def empty(content: RecordDict) -> None:
+    content["arrays"][KEY] = Array(dtype="float32", shape=(2, 8), stype="numpy.ndarray", data=b"")
+
+
+def field(record: str, name: str, value: Any) -> Callable[[RecordDict], None]:
+    return lambda content: content[record].update({name: value})
+
+
+def without(record: str, name: str = "") -> Callable[[RecordDict], None]:
+    return lambda content: content[record].pop(name) if name else content.pop(record)
+
+
+def number(value: float) -> Tensor:
+    bad = torch.zeros(2, 8)
+    bad[1, 7] = value
+    return bad
+
+
+BAD = {
+    "NaN": (tensor(KEY, number(math.nan)), "holds NaN or Inf"),
+    "Inf": (tensor(KEY, number(-math.inf)), "holds NaN or Inf"),
+    "wrong shape": (tensor(KEY, torch.zeros(3, 8)), r"shape \(3, 8\), the plan says \(2, 8\)"),
+    "integers": (tensor(KEY, torch.zeros(2, 8, dtype=torch.int64)), "holds torch.int64"),
+    "missing tensor": (drop_tensor, "is missing"),
+    "unknown tensor": (
+        tensor("model.layers.4.q_proj.lora_A.weight", torch.zeros(2, 5)),
+        "not part of the plan",
+    ),
+    "garbage": (garble, "the arrays cannot be read"),
+    "no bytes": (empty, "the arrays cannot be read"),
+    "wrong plan": (field("who", "plan-hash", "q" * 64), "trained on plan qqqqqqqqqqqq, ours is pppppppppppp"),
+    "no plan": (without("who", "plan-hash"), "trained on plan None"),
+    "wrong user": (field("who", "user", "alice"), "says it is from 'alice'"),
+    "no user": (without("who", "user"), "says it is from None"),
+    "no who": (without("who"), "the reply holds arrays, metrics; expected arrays, metrics, who"),
+    "no arrays": (without("arrays"), "the reply holds metrics, who"),
+    "no metrics": (without("metrics"), "the reply holds arrays, who"),
+    "two array records": (
+        lambda content: content.update(more=ArrayRecord()),
+        "the reply holds arrays, metrics, more",
+    ),
+    "other kind": (lambda content: content.update(arrays=ConfigRecord()), "the reply holds"),
+    "metric missing": (without("metrics", "emulator-loss"), "metrics are"),
+    "metric unknown": (field("metrics", "mood", 1.0), "metrics are .*mood"),
+    "metric NaN": (field("metrics", "train-loss-last", math.nan), "metric train-loss-last is nan"),
+    "metric list": (field("metrics", "train-loss-last", [1.0]), "metric train-loss-last is"),
+    "no weight": (field("metrics", "num-examples", 0), "metric num-examples is 0, expected at least 1"),
+    "negative weight": (field("metrics", "num-examples", -50), "metric num-examples is -50"),
+    "infinite weight": (field("metrics", "num-examples", math.inf), "metric num-examples is inf"),
+}
+
+
+@pytest.mark.parametrize("mode", ["shared", "personal"])
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(fault: str, mode: str) -> None:
+    change, reason = BAD[fault]
+    server = Server(last_round=1 if mode == "personal" else 2)
+    replies = answer(server.ask())
+    change(replies[1].content)
+    arrays, metrics = server.strategy.aggregate_train(1, replies)
+    log = server.strategy.logs[0]
+    assert list(log.refused) == ["bob"]
+    assert log.refused["bob"].startswith("bob: ")
+    assert re.search(reason, log.refused["bob"]), log.refused["bob"]
+    assert sorted(log.accepted) == ["alice", "carol"]
+    assert metrics is not None and math.isfinite(log.train_loss)
+    if mode == "shared":
+        assert_mean(arrays, ["alice", "carol"])
+    else:
+        assert server.kept.keys() == {"alice", "carol"}
+
+
+def test_a_client_that_failed_and_one_that_is_silent_are_named() -> None:
+    server = Server()
+    messages = server.ask()
+    failed = Message(Error(code=1, reason="out of memory"), reply_to=messages[1])
+    arrays, _ = server.strategy.aggregate_train(1, [*answer(messages[:1]), failed])
+    assert_mean(arrays, ["alice"])
+    assert server.strategy.logs[0].refused == {
+        "bob": "bob: the client failed: out of memory",
+        "carol": "carol: no answer in time",
+    }
+
+
+def test_a_round_in_which_nobody_is_good_gives_no_mean() -> None:
+    server = Server()
+    server.ask()
+    assert server.strategy.aggregate_train(1, []) == (None, None)
+    assert server.strategy.logs[0].refused.keys() == set(NODES.values())

@@ -1,0 +1,108 @@
+"""Made-up inputs of a report, for as many users as a test wants."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from soppu.compress.metrics import Certificate, CompressionReport
+from soppu.config import Config
+from soppu.evaluate import report
+from soppu.evaluate.gate import check
+from soppu.evaluate.losses import UserLosses
+from soppu.evaluate.report import ReportInputs, Serving, Stage
+
+HOSTILE = "<script>alert('1')</script>&\"|`$\\foo$\x1b[31m\u202e]]> --><img src=x onerror=y>"
+LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
+
+
+def make_losses(users: list[str], seed: int = 0) -> list[UserLosses]:
+    rng = random.Random(seed)
+    made = []
+    for user in users:
+        base, gain = rng.uniform(2.0, 3.5), rng.uniform(0.05, 0.6)
+        made.append(UserLosses(user, 16, base, base - gain, base - gain * rng.uniform(0.92, 1.0)))
+    return made
+
+
+def make_compression(users: list[str], seed: int = 0) -> CompressionReport:
+    rng = random.Random(seed)
+    modules = [f"model.layers.{layer}.{leaf}" for layer in (26, 27, 28, 29) for leaf in LEAVES]
+    errors = {name: {user: rng.uniform(0.05, 0.3) for user in users} for name in modules}
+    count = float(len(users))
+    return CompressionReport(
+        method="joint",
+        k=32,
+        k_used=dict.fromkeys(modules, 32),
+        seed=0,
+        seconds=3.2,
+        device="cpu",
+        dtype="float16",
+        steps=dict.fromkeys(modules, 7),
+        relative_error={user: rng.uniform(0.1, 0.2) for user in users},
+        module_error=errors,
+        certificates=dict.fromkeys(modules, Certificate(0.02 * count, 0.0225 * count, 0.03 * count, count)),
+        parameters_before=300_000 * len(users),
+        parameters_after=600_000 + 16_000 * len(users),
+    )
+
+
+def make_federation(users: list[str]) -> dict[str, Any]:
+    """What server/app.py writes into result.json."""
+    rounds = [
+        {
+            "round": number,
+            "mode": "personal" if number == 3 else "shared",
+            "bytes_down": 620_000 * len(users),
+            "bytes_up": 310_000 * len(users),
+            "seconds": 20.5,
+            "train_loss": 2.5 - 0.1 * number,
+            "emulator_loss": 2.6 - 0.1 * number,
+            "accepted": users[1:] if number == 2 else users,
+            "refused": {users[0]: f"{users[0]}: lora_A holds NaN or Inf"} if number == 2 else {},
+        }
+        for number in (1, 2, 3)
+    ]
+    return {
+        "adapters": {user: f"a-{index:016x}" for index, user in enumerate(users)},
+        "plan": {"kept": [0, 1, 3, 5], "adapter_layers": [6, 7], "hash": "c" * 64, "json": "{}"},
+        "align": {"before": {"l2": 0.31, "kl": 1.2}, "after": {"l2": 0.12, "kl": 0.4}},
+        "rounds": rounds,
+        "refused": {"late": "no answer in time"},
+    }
+
+
+def make_serving(users: list[str]) -> Serving:
+    completions = {users[0]: "\n    return {1: '<b>&'}\n"}
+    return Serving(
+        "embedded", "http://127.0.0.1:8099", "b" * 64, dict.fromkeys(users, ""), completions=completions
+    )
+
+
+def make_inputs(count: int = 8, *, users: list[str] | None = None, **changes: Any) -> ReportInputs:
+    """Inputs for `count` users, or for those named."""
+    users = users or [f"user-{number:04d}" for number in range(count)]
+    compression, losses = make_compression(users), make_losses(users)
+    told = make_federation(users)
+    values: dict[str, Any] = {
+        "run": "run-1",
+        "config": Config(),
+        "losses": losses,
+        "adapter_ids": told["adapters"],
+        "compression": compression,
+        "bytes_before": 1_230_000 * count,
+        "bytes_after": 1_300_000 + 33_000 * count,
+        "verdict": check(losses, compression.relative_error, Config().gate),
+        "set_id": "s-0123456789abcdef",
+        "bundle_id": "b" * 64,
+        "federation": told,
+        "serving": make_serving(users),
+        "stages": (Stage("federate", 171.0, 2), Stage("compress", 3.4), Stage("publish", 6.5)),
+        "created": "2026-01-02T03:04:05+00:00",
+        "hardware": "Linux, 2 cores",
+    }
+    return ReportInputs(**{**values, **changes})
+
+
+def make_report(count: int = 8, **changes: Any) -> dict[str, Any]:
+    return report.build(make_inputs(count, **changes))

@@ -1,0 +1,185 @@
+"""The page: nothing from outside, nothing that runs, every text as text, every figure of the report on it."""
+
+from __future__ import annotations
+
+import functools
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from soppu.evaluate import html, plots
+from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
+
+VOID = {"meta", "br", "hr", "img", "input", "link", "area", "base", "col", "embed", "source", "track", "wbr"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.data: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.data.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+    @property
+    def text(self) -> str:
+        return "".join(self.data)
+
+
+@functools.cache
+def text_for(count: int) -> str:
+    return html.page(make_report(count))
+
+
+def assert_self_contained(page: Page) -> None:
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
+            assert value.startswith("#"), (tag, name, value)
+        if name == "style":
+            assert not re.search(r"url\((?!#)", value)
+
+
+@pytest.mark.parametrize("count", [1, 8, 200])
+def test_the_page_needs_nothing_but_itself(count: int) -> None:
+    text = text_for(count)
+    assert_self_contained(Page(text))
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert "default-src 'none'" in text
+
+
+def test_hostile_texts_stay_texts_everywhere() -> None:
+    made = make_report(users=[HOSTILE, "other"])
+    made["run"] = made["base_model"] = made["hardware"] = made["base_hash"] = HOSTILE
+    made["gate"].update(passed=False, reasons=[HOSTILE], worst_user=HOSTILE, unmeasured=[HOSTILE])
+    made["federation"]["rounds_log"][0]["mode"] = HOSTILE
+    made["federation"]["refused"] = {HOSTILE: HOSTILE}
+    made["serving"].update(target=HOSTILE, prompt=HOSTILE, canaries={HOSTILE: HOSTILE})
+    made["serving"]["completions"] = {HOSTILE: HOSTILE}
+    made["stages"][0]["name"] = HOSTILE
+    modules = made["compression"]["by_module"]
+    modules[HOSTILE] = dict(next(iter(modules.values())))
+    text = html.page(made)
+    page = Page(text)
+    assert_self_contained(page)
+    assert "\x1b" not in text and "\u202e" not in text
+    shown = HOSTILE.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd")
+    assert page.text.count(shown) >= 10
+
+
+def test_every_user_is_in_the_table_with_their_figures() -> None:
+    made = make_report(200)
+    page = Page(text_for(200))
+    for user in made["users"]:
+        start = page.cells.index(user["id"], page.cells.index("gain kept"))
+        losses = [f"{user[name]:.3f}" for name in ("loss_base", "loss_personal", "loss_compressed")]
+        assert page.cells[start + 2 : start + 5] == losses
+        assert page.cells[start + 5] == f"{100 * user['gain_kept']:.1f} %"
+        assert page.cells[start + 7] == user["adapter_id"]
+
+
+def test_long_tables_start_folded_and_short_ones_do_not() -> None:
+    assert "details" not in Page(text_for(24)).tags
+    assert "all 200 users" in Page(text_for(200)).text
+
+
+def test_all_four_figures_are_on_it() -> None:
+    text = text_for(8)
+    for svg in plots.figures(make_report(8)).values():
+        assert svg in text
+    assert Page(text).tags.count("svg") == 4
+
+
+def test_the_verdict_comes_with_every_reason() -> None:
+    assert "passed" in Page(text_for(8)).data
+    made = make_report(2)
+    made["gate"].update(passed=False, reasons=["gate.a: one", "gate.b: two"])
+    page = Page(html.page(made))
+    assert "refused" in page.data and {"gate.a: one", "gate.b: two"} <= set(page.data)
+
+
+def test_the_federation_table_has_traffic_and_refusals_of_every_round() -> None:
+    page = Page(text_for(8))
+    start = page.cells.index("refused") + 1
+    rounds = [page.cells[start + 9 * number : start + 9 * number + 9] for number in range(3)]
+    assert rounds[0][:5] == ["1", "shared", "4.96 MB", "2.48 MB", "20 s"]
+    assert rounds[1][7:] == ["7", "user-0000: user-0000: lora_A holds NaN or Inf"]
+    assert rounds[2][1] == "personal" and rounds[2][8] == "–"
+    assert "late: no answer in time" in page.text
+    assert "0.31 before, 0.12 after" in page.text and "0-1, 3, 5" in page.text
+
+
+def test_the_certificate_is_told_in_words() -> None:
+    text = Page(text_for(8)).text
+    assert "No shared basis of rank 32 can have less than 14.14 %" in text
+    assert "0.86 percentage points" in text and "relative error of 15.00 %" in text
+    assert "guarantees 17.32 %" in text
+
+
+def test_serving_has_the_curl_line_and_the_sample() -> None:
+    text = Page(text_for(8)).text
+    assert "curl -s http://127.0.0.1:8099/generate -H 'Content-Type: application/json' -d '{" in text
+    assert "8 of 8 users answered as they should" in text
+    assert "def main():\n    return {1: '<b>&'}" in text
+
+
+def test_a_failed_canary_is_named() -> None:
+    made = make_report(2)
+    made["serving"]["canaries"]["user-0001"] = "no tokens came back"
+    text = Page(html.page(made)).text
+    assert "1 of 2 users answered" in text and "user-0001: no tokens came back" in text
+
+
+@pytest.mark.parametrize("changes", [{"federation": None}, {"serving": None}, {"stages": ()}])
+def test_what_did_not_happen_is_left_out(changes: dict[str, Any]) -> None:
+    page = Page(html.page(make_report(3, **changes)))
+    assert_self_contained(page)
+    assert "curl" in page.text or changes == {"serving": None}
+
+
+def test_users_without_losses_are_shown_as_such() -> None:
+    inputs = make_inputs(3)
+    page = Page(html.page(make_report(3, losses=inputs.losses[:1])))
+    start = page.cells.index("user-0002", page.cells.index("gain kept"))
+    assert page.cells[start + 1 : start + 6] == ["0", "–", "–", "–", "–"]
+
+
+def test_the_same_report_gives_the_same_page() -> None:
+    assert html.page(make_report(8)) == text_for(8)
+
+
+def test_both_colour_schemes_define_every_colour_used() -> None:
+    text = text_for(8)
+    light, dark = (set(re.findall(r"--(\w+): #", part)) for part in text.split("@media (prefers-color", 1))
+    used = set(re.findall(r"var\(--(\w+)", text))
+    assert used <= light and used <= dark

@@ -1,0 +1,163 @@
+"""Names to slots: versions side by side, and refusal of what does not belong to the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from soppu.adapter import LoraPair
+from soppu.errors import AdapterError, BundleError, RequestError
+from soppu.serve.bank import AdapterBank
+from soppu.serve.layers import PairSlot, SharedSlot
+from tests.soppu.serve import tiny
+
+A, B = "a" * 64, "ab" * 32
+
+
+@pytest.fixture
+def bank() -> AdapterBank:
+    return AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH)
+
+
+def bundle(*users: str, seed: int = 0, rank: int = 8):  # type: ignore[no-untyped-def]
+    model = tiny.llama()
+    members = {user: tiny.lora(model, seed=seed + index) for index, user in enumerate(users)}
+    return tiny.bundle(members, rank=rank)
+
+
+def refusal(bank: AdapterBank, adapter_id: str) -> str:
+    with pytest.raises(RequestError) as caught:
+        bank.resolve(adapter_id)
+    assert (caught.value.status, caught.value.error_type) == (424, "generation")
+    message = str(caught.value)
+    assert message.startswith(
+        f"Request failed during generation: Server error: adapter {adapter_id!r} is not served here; "
+    )
+    return message
+
+
+def test_names_resolve_to_the_active_bundle_and_versions_to_any(bank: AdapterBank) -> None:
+    bank.stage(bundle("alice", "bob"), bundle_id=A)
+    assert "no bundle is active" in refusal(bank, "alice")
+    staged = bank.resolve(f"alice@{A}")
+    assert isinstance(staged.slot, SharedSlot) and staged.version == A
+    bank.activate(A)
+    assert bank.resolve("alice").slot is staged.slot
+    assert bank.resolve("bob").slot.index == 1  # type: ignore[union-attr]
+    bank.stage(bundle("bob", "alice"), bundle_id=B)
+    assert bank.resolve("alice").version == A
+    bank.activate(B)
+    assert (bank.resolve("alice").version, bank.resolve("alice").slot.index) == (B, 1)  # type: ignore[union-attr]
+    assert bank.resolve(f"alice@{A}").slot is staged.slot
+    assert bank.bundles() == {A: ("alice", "bob"), B: ("bob", "alice")}
+
+
+def test_the_empty_name_is_the_base_model(bank: AdapterBank) -> None:
+    resolved = bank.resolve("")
+    assert (resolved.slot, resolved.version, resolved.adapter_id) == (None, "", "")
+
+
+def test_prefixes_must_name_one_bundle(bank: AdapterBank) -> None:
+    bank.stage(bundle("alice"), bundle_id=A)
+    bank.stage(bundle("alice"), bundle_id=B)
+    assert bank.resolve("alice@aa").version == A
+    assert bank.resolve("alice@ab").version == B
+    assert "2 of 2 loaded bundles begin with 'a'" in refusal(bank, "alice@a")
+    assert "0 of 2" in refusal(bank, "alice@f")
+    assert "holds 1 users, not 'carol'" in refusal(bank, "carol@aa")
+    refusal(bank, "alice@")
+    refusal(bank, "@aa")
+
+
+def test_a_user_name_with_an_at_sign_is_found_whole_and_by_version(bank: AdapterBank) -> None:
+    bank.stage(bundle("alice@example.com", "alice"), bundle_id=A)
+    bank.activate(A)
+    assert bank.resolve("alice@example.com").slot.index == 0  # type: ignore[union-attr]
+    assert bank.resolve(f"alice@example.com@{A}").slot.index == 0  # type: ignore[union-attr]
+    assert bank.resolve(f"alice@{A}").slot.index == 1  # type: ignore[union-attr]
+
+
+def test_staging_again_changes_nothing_and_the_active_bundle_cannot_be_dropped(bank: AdapterBank) -> None:
+    bank.stage(bundle("alice"), bundle_id=A)
+    slot = bank.resolve(f"alice@{A}").slot
+    bank.stage(bundle("alice"), bundle_id=A)
+    assert bank.resolve(f"alice@{A}").slot is slot
+    bank.activate(A)
+    with pytest.raises(BundleError, match="is active"):
+        bank.drop(A)
+    bank.activate("")
+    bank.drop(A)
+    refusal(bank, f"alice@{A}")
+    with pytest.raises(BundleError, match="is not loaded"):
+        bank.activate(A)
+    with pytest.raises(BundleError, match="is not loaded"):
+        bank.drop(A)
+
+
+def test_a_bundle_of_another_base_is_refused_by_name(bank: AdapterBank) -> None:
+    for wrong in ("c" * 64, ""):
+        with pytest.raises(
+            BundleError, match=f"made for base model {wrong[:12]!r} .*this server has 'bbbbbbbbbbbb'"
+        ):
+            bank.stage(replace(bundle("alice"), base_hash=wrong), bundle_id=A)
+    assert bank.bundles() == {}
+
+
+def test_a_bundle_whose_modules_do_not_fit_is_refused_by_module(bank: AdapterBank) -> None:
+    good = bundle("alice")
+    name = "model.layers.0.mlp.down_proj"
+    module = good.modules[name]
+    with pytest.raises(BundleError, match="model.layers.9.nope: the base model has no such linear layer"):
+        bank.stage(replace(good, modules={"model.layers.9.nope": module}), bundle_id=A)
+    cut = replace(module, V=module.V[:-1])
+    with pytest.raises(BundleError, match=rf"{name}: shape \(32, 47\), the base model has \(32, 48\)"):
+        bank.stage(replace(good, modules={name: cut}), bundle_id=A)
+    with pytest.raises(BundleError, match="model.norm"):
+        bank.stage(replace(good, modules={"model.norm": module}), bundle_id=A)
+    assert bank.bundles() == {}
+
+
+def test_a_peft_adapter_is_served_by_its_name_and_may_be_replaced(bank: AdapterBank) -> None:
+    model = tiny.llama()
+    bank.add("dave", tiny.lora(model, seed=1, rank=2))
+    first = bank.resolve("dave")
+    assert isinstance(first.slot, PairSlot)
+    bank.add("dave", tiny.lora(model, seed=2, rank=4))
+    assert bank.resolve("dave").version != first.version
+    assert bank.adapters()["dave"].rank == 4 and bank.adapters()["dave"].verified
+    bank.remove("dave")
+    refusal(bank, "dave")
+    with pytest.raises(AdapterError, match="no adapter 'dave'"):
+        bank.remove("dave")
+
+
+def test_an_adapter_of_another_base_or_shape_is_refused(
+    bank: AdapterBank, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.llama()
+    with pytest.raises(AdapterError, match="dave: made for base model cccccccccccc"):
+        bank.add("dave", tiny.lora(model, seed=1, base_hash="c" * 64))
+    good = tiny.lora(model, seed=1)
+    wrong = LoraPair(torch.zeros(2, 5), torch.zeros(32, 2))
+    with pytest.raises(AdapterError, match=r"q_proj: shape \(32, 5\)"):
+        bank.add("dave", replace(good, pairs={"model.layers.0.self_attn.q_proj": wrong}))
+    with pytest.raises(AdapterError, match="no such module"):
+        bank.add("dave", tiny.lora(tiny.gpt2(), seed=1))
+    assert bank.adapters() == {}
+    bank.add("other-tool", tiny.lora(model, seed=1, base_hash=""))
+    assert not bank.adapters()["other-tool"].verified
+    assert "'other-tool' states no base hash" in caplog.text
+
+
+def test_a_name_cannot_mean_two_things(bank: AdapterBank) -> None:
+    adapter = tiny.lora(tiny.llama(), seed=1)
+    bank.stage(bundle("alice"), bundle_id=A)
+    bank.add("alice", adapter)
+    with pytest.raises(BundleError, match="user 'alice' has the name of a loaded adapter"):
+        bank.activate(A)
+    bank.remove("alice")
+    bank.activate(A)
+    with pytest.raises(AdapterError, match="the active bundle aaaaaaaaaaaa has a user of that name"):
+        bank.add("alice", adapter)

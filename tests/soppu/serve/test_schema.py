@@ -1,0 +1,239 @@
+"""LoRAX's parameter rules: what is accepted, what is refused, and that nothing is silently ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soppu.errors import RequestError
+from soppu.serve.names import header_value
+from soppu.serve.sampling import Sampling
+from soppu.serve.schema import parse_json, parse_request
+
+
+def parse(parameters: dict[str, Any] | None = None, **top: Any) -> Any:
+    body = {"inputs": "x", **top}
+    return parse_request(body if parameters is None else {**body, "parameters": parameters})
+
+
+def refused(parameters: dict[str, Any] | None = None, **top: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        parse(parameters, **top)
+    return caught.value
+
+
+def test_only_inputs_are_needed() -> None:
+    parsed = parse()
+    assert parsed.generation.inputs == "x"
+    assert parsed.generation.adapter_id == ""
+    assert parsed.generation.max_new_tokens is None
+    assert parsed.generation.sampling == Sampling()
+    assert (parsed.details, parsed.full_text, parsed.stream) == (False, False, False)
+
+
+def test_what_the_lorax_client_sends_is_accepted() -> None:
+    parsed = parse(
+        {
+            "adapter_id": "u/1",
+            "adapter_source": "local",
+            "merged_adapters": None,
+            "api_token": None,
+            "do_sample": False,
+            "max_new_tokens": None,
+            "ignore_eos_token": False,
+            "repetition_penalty": None,
+            "return_full_text": False,
+            "stop": [],
+            "seed": None,
+            "temperature": None,
+            "top_k": None,
+            "top_p": None,
+            "truncate": None,
+            "typical_p": None,
+            "best_of": None,
+            "watermark": False,
+            "details": True,
+            "decoder_input_details": False,
+            "return_k_alternatives": None,
+            "response_format": None,
+        },
+        stream=True,
+    )
+    assert parsed.generation.adapter_id == "u/1"
+    assert parsed.details and parsed.stream and parsed.adapter_source == "local"
+
+
+def test_unknown_keys_are_ignored_and_a_route_may_fix_the_stream_flag() -> None:
+    assert parse({"no_such": 1}, model="x").generation.inputs == "x"
+    assert parse_request({"inputs": "x", "stream": True}, stream=False).stream is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("repetition_penalty", 0),
+        ("top_k", 0),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
+        ("truncate", 0),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("stop", None),
+        ("stop", "x"),
+        ("stop", [1]),
+        ("stop", [""]),
+        ("stop", ["a", "b", "c", "d", "e"]),
+        ("do_sample", None),
+        ("details", 1),
+        ("ignore_eos_token", None),
+        ("adapter_id", 7),
+        ("adapter_source", 7),
+        ("api_token", 7),
+        ("return_full_text", "yes"),
+    ],
+)
+def test_a_wrong_value_is_a_422_that_names_the_parameter(name: str, value: object) -> None:
+    error = refused({name: value})
+    assert (error.status, error.error_type) == (422, "validation")
+    assert str(error).startswith("Input validation error: ")
+    assert name in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("best_of", 2),
+        ("best_of", True),
+        ("typical_p", 0.9),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -1),
+        ("return_k_alternatives", 3),
+        ("response_format", {"type": "json_object"}),
+        ("watermark", True),
+        ("decoder_input_details", True),
+        ("apply_chat_template", True),
+        ("merged_adapters", {"ids": ["a"], "weights": [1.0]}),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name_not_ignored(name: str, value: object) -> None:
+    error = refused({name: value})
+    assert error.status == 422
+    assert f"`{name}` is not implemented" in str(error)
+    assert parse({name: None}).generation.inputs == "x"
+
+
+@pytest.mark.parametrize(("name", "value"), [("best_of", 1), ("typical_p", 1.0), ("watermark", False)])
+def test_the_default_of_what_is_not_implemented_is_accepted(name: str, value: object) -> None:
+    assert parse({name: value}).generation.inputs == "x"
+
+
+def test_inputs_and_parameters_themselves_are_checked() -> None:
+    assert "missing field `inputs`" in str(_error(lambda: parse_request({})))
+    assert "cannot be empty" in str(refused(inputs=""))
+    assert "`inputs`" in str(refused(inputs=None))
+    assert "`parameters`" in str(_error(lambda: parse_request({"inputs": "x", "parameters": None})))
+    assert "`stream`" in str(refused(stream=None))
+    assert "at most one of" in str(refused({"adapter_id": "a", "merged_adapters": {"ids": []}}))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x00", "tab\t", "\u2028", "\x85"])
+def test_control_characters_in_an_adapter_id_are_refused(name: str) -> None:
+    error = refused({"adapter_id": name})
+    assert error.status == 422 and "control character U+" in str(error)
+
+
+def test_a_lone_surrogate_is_refused_before_it_reaches_a_tokenizer() -> None:
+    assert refused(inputs="\ud800").status == 422
+    assert refused({"stop": ["\udfff"]}).status == 422
+
+
+def test_an_unknown_adapter_source_is_a_424_as_in_lorax() -> None:
+    error = refused({"adapter_id": "a", "adapter_source": "ftp"})
+    assert (error.status, error.error_type) == (424, "generation")
+    assert "Invalid source 'ftp'" in str(error)
+    assert parse({"adapter_source": "HUB"}).adapter_source == "hub"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "samples"),
+    [
+        ({}, False),
+        ({"do_sample": True}, True),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 1.0}, False),
+        ({"top_k": 5}, True),
+        ({"top_p": 0.9}, True),
+        ({"top_p": 1.0}, False),
+        ({"temperature": 0}, False),
+        ({"temperature": 0, "do_sample": True, "top_k": 3}, False),
+        ({"repetition_penalty": 1.3}, False),
+    ],
+)
+def test_when_a_request_samples(parameters: dict[str, Any], samples: bool) -> None:
+    assert parse(parameters).generation.sampling.do_sample is samples
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000, b'{"inputs": NaN}', b"{" + b"1" * 5000])
+def test_a_body_that_is_not_json_is_a_400(body: bytes) -> None:
+    error = _error(lambda: parse_json(body))
+    assert error.status == 400
+
+
+def test_a_body_that_is_no_object_is_a_422() -> None:
+    assert _error(lambda: parse_json(b"[1]")).status == 422
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(
+    [
+        "adapter_id",
+        "stop",
+        "seed",
+        "temperature",
+        "top_k",
+        "top_p",
+        "truncate",
+        "details",
+        "best_of",
+        "watermark",
+    ]
+)
+
+
+@given(
+    parameters=st.dictionaries(NAMES, JSON), top=st.dictionaries(st.sampled_from(["stream", "extra"]), JSON)
+)
+def test_any_json_is_parsed_or_refused_never_a_crash(parameters: dict[str, Any], top: dict[str, Any]) -> None:
+    body = parse_json(json.dumps({"inputs": "x", "parameters": parameters, **top}).encode())
+    try:
+        parse_request(body)
+    except RequestError as error:
+        assert error.status in (422, 424)
+
+
+@given(st.text(max_size=20))
+def test_a_header_value_is_printable_ascii_and_leaves_ascii_alone(text: str) -> None:
+    value = header_value(text)
+    assert value.isascii() and all(" " <= character <= "~" for character in value)
+    if all(" " <= character <= "~" for character in text):
+        assert value == text
+
+
+def _error(call: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        call()
+    return caught.value

@@ -1,0 +1,160 @@
+"""Tiny models, a tokenizer and adapters for the serving tests; and PEFT's own answer to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import uvicorn
+from peft import PeftModel
+from starlette.types import ASGIApp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from soppu import adapter as adapters
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.compress import compress
+from soppu.compress.bundle import Bundle
+from soppu.compress.options import CompressOptions
+from soppu.serve.bank import AdapterBank
+from soppu.serve.engine import Engine, EngineOptions
+from soppu.serve.http import ServerInfo, create_app
+from soppu.serve.layers import linear_shapes
+from soppu.serve.server import claim_port
+from soppu.serve.state import ServerState
+
+BASE_HASH = "b" * 64
+_TEXT = [
+    "def main():\n    return 0\n",
+    "the quick brown fox jumps over the lazy dog",
+    "žluťoučký kůň 日本語 🦊🦊",
+]
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of about 300 tokens: its tokens often end inside a character."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def llama(*, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=tokenizer().pad_token_id,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def gpt2(*, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer()),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=tokenizer().pad_token_id,
+    )
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+def lora(model: PreTrainedModel, *, seed: int, rank: int = 3, base_hash: str = BASE_HASH) -> LoraAdapter:
+    """A random adapter on the attention and MLP outputs of every layer, large enough to change the text."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = ("q_proj", "down_proj", "c_attn", "c_proj")
+    pairs = {
+        name: LoraPair(
+            0.5 * torch.randn(rank, i, generator=generator), 0.5 * torch.randn(o, rank, generator=generator)
+        )
+        for name, (o, i) in linear_shapes(model).items()
+        if name.rsplit(".", 1)[-1] in leaves
+    }
+    fan_in_fan_out = isinstance(model, GPT2LMHeadModel)
+    return LoraAdapter(pairs, base_model="tiny", base_hash=base_hash, fan_in_fan_out=fan_in_fan_out)
+
+
+def bundle(members: Mapping[str, LoraAdapter], *, rank: int = 32) -> Bundle:
+    """A bundle that holds the adapters (almost) exactly."""
+    return compress(members, CompressOptions(rank=rank, dtype="float32", device="cpu"))
+
+
+def peft_text(
+    model: PreTrainedModel, prompt: str, adapter: LoraAdapter | None, *, tokens: int, **options: object
+) -> str:
+    """What `generate` of transformers gives for one prompt, with the adapter through PEFT."""
+    model = copy.deepcopy(model)
+    if adapter is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            adapters.write(adapter, Path(folder))
+            model = PeftModel.from_pretrained(model, folder)
+    ids = tokenizer()(prompt, return_tensors="pt")
+    out = model.generate(**ids, do_sample=False, max_new_tokens=tokens, **options)
+    return str(tokenizer().decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def listening(app: ASGIApp) -> Iterator[str]:
+    """Run an ASGI application on a real port in a thread; yields its URL."""
+    with claim_port("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def served(model: PreTrainedModel, folder: Path, *, token: str = "", **options: int) -> Iterator[str]:
+    """A server of `model` on a real port, without adapters; yields its URL."""
+    torch.set_num_threads(1)
+    bank = AdapterBank(model, base_hash=BASE_HASH)
+    state = ServerState.open(folder, bank)
+    engine = Engine(model, tokenizer(), bank, EngineOptions(**options))
+    app = create_app(engine, info=ServerInfo("tiny", BASE_HASH, admin_token=token), state=state)
+    try:
+        with listening(app) as url:
+            yield url
+    finally:
+        state.close()

@@ -1,0 +1,157 @@
+"""The configuration: every fault in one message, and text that reads back to the same values."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soppu import config as configuration
+from soppu.config import Config
+from soppu.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert configuration.load(write(tmp_path, "")) == Config()
+
+
+def test_values_from_the_file_and_overrides_win_in_that_order(tmp_path: Path) -> None:
+    path = write(tmp_path, 'seed = 3\n[lora]\nrank = 4\nalpha = 8\n[data]\nusers = ["a"]\n')
+    config = configuration.load(path, {"lora.rank": 2, "seed": 5, "plan.drop_ratio": 0.5})
+    assert (config.seed, config.lora.rank, config.lora.alpha) == (5, 2, 8.0)
+    assert (config.data.users, config.plan.drop_ratio) == (("a",), 0.5)
+    assert isinstance(config.lora.alpha, float)  # an integer is a fine way to write it
+
+
+def test_all_faults_come_in_one_message_with_file_and_key(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+sede = 1
+seed = "one"
+frozen_dtype = "int4"
+base = 3
+[lora]
+rnak = 8
+rank = 0
+alpha = true
+target_modules = ["q_proj", 3]
+[plan]
+drop_ratio = 0.95
+[federation]
+learning_rate = nan
+prox_weight = inf
+[nonsense]
+x = 1
+""",
+    )
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(path)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    for fault in (
+        "unknown key sede; top level knows: seed,",
+        "unknown key nonsense;",
+        "unknown key lora.rnak; lora. knows: rank, alpha, target_modules",
+        "seed: expected int, found 'one'",
+        "frozen_dtype: found 'int4', allowed: float32, bfloat16",
+        "base: expected a table, found 3",
+        "lora.rank: found 0, at least 1",
+        "lora.alpha: expected float, found True",
+        "lora.target_modules: expected a list of str, found ['q_proj', 3]",
+        "plan.drop_ratio: found 0.95, at most 0.9",
+        "federation.learning_rate: found nan, expected a finite number",
+        "federation.prox_weight: found inf, expected a finite number",
+    ):
+        assert sum(fault in line for line in lines) == 1, fault
+    assert len(lines) == 12
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"data": {"min_examples": 9, "train_examples": 8}}, "data.min_examples: found 9, at most"),
+        ({"serve": {"url": "localhost:80"}}, "serve.url: found 'localhost:80', expected http://"),
+        ({"compress": {"device": "tpu"}}, "compress.device: found 'tpu', allowed: auto, cpu, cuda"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(values: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError, match="configuration: ") as caught:
+        configuration.from_dict(values)
+    assert fault in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_config_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: no such file"):
+        configuration.load(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        configuration.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.toml: not TOML"):
+        configuration.load(write(tmp_path, "seed = "))
+    (tmp_path / "latin.toml").write_bytes(b'runs = "\xe9"')
+    with pytest.raises(ConfigError, match=r"latin\.toml: not TOML"):
+        configuration.load(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize("name", ["seed.x", "base.model.x"])
+def test_an_override_below_a_value_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is a value, not a table"):
+        configuration.load(write(tmp_path, 'seed = 1\n[base]\nmodel = "x"\n'), {name: 1})
+
+
+@pytest.mark.parametrize("name", ["sead", "lora.rnak", "nowhere.rank"])
+def test_an_override_of_an_unknown_key_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown key"):
+        configuration.load(write(tmp_path, ""), {name: 1})
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+numbers = st.floats(1e-6, 1e300, allow_nan=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts, users=st.lists(texts, max_size=3), number=numbers, seed=st.integers(-(2**40), 2**40))
+def test_dump_reads_back_to_the_same_values(text: str, users: list[str], number: float, seed: int) -> None:
+    config = configuration.from_dict(
+        {
+            "seed": seed,
+            "runs": text,
+            "data": {"users": users, "source": text},
+            "lora": {"alpha": number},
+            "serve": {"canary_prompt": text},
+        }
+    )
+    assert configuration.from_dict(tomllib.loads(configuration.dump(config))) == config
+    assert configuration.from_dict(configuration.to_dict(config)) == config
+
+
+def test_dump_survives_the_disk(tmp_path: Path) -> None:
+    config = configuration.from_dict({"runs": '🦊\x7f\u2028\r\n"\\', "data": {"users": ["žluťoučký"]}})
+    assert configuration.load(write(tmp_path, configuration.dump(config))) == config
+
+
+def test_the_digest_sees_the_sections_it_is_given_and_no_other() -> None:
+    one = Config()
+    other = dataclasses.replace(one, seed=1)
+    assert one.digest("base", "data") == other.digest("base", "data")
+    assert one.digest("seed") != other.digest("seed")
+    assert one.digest() != other.digest()
+    assert one.digest() == Config().digest()
+    assert len(one.digest()) == 16
+
+
+def test_a_config_is_hashable_and_frozen() -> None:
+    assert hash(Config()) == hash(Config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]
