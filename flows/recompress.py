@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from tasks.report import report
 
 from tasks.collect import freeze_current
 from tasks.compress import compress
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.publish import publish
+from tasks.report import report
 
 
 @flow(name="soppu-recompress", log_prints=True)

@@ -79,9 +79,9 @@ class LoraAdapter:
     _hash: str = field(default="", init=False, repr=False)
 
     def content_hash(self) -> str:
-        """SHA-256 over the base hash and every tensor (name, dtype, shape, bytes), in name order."""
+        """SHA-256 over base hash, weight layout and every tensor (name, dtype, shape, bytes), by name."""
         if not self._hash:
-            digest = hashlib.sha256(f"soppu-lora-1\n{self.base_hash}\n".encode())
+            digest = hashlib.sha256(f"soppu-lora-1\n{self.base_hash}\n{self.fan_in_fan_out}\n".encode())
             for name in sorted(self.pairs):
                 for side in ("A", "B"):
                     tensor = getattr(self.pairs[name], side).detach().cpu().contiguous()
@@ -141,7 +141,7 @@ def write(adapter: LoraAdapter, folder: Path) -> None:
     The identity file comes last: a folder without one was interrupted. Raises StorageError.
     """
     tensors = {
-        f"base_model.model.{name}.lora_{side}.weight": getattr(pair, side).detach().cpu().contiguous()
+        f"base_model.model.{name}.lora_{side}.weight": getattr(pair, side).detach().cpu().contiguous().clone()
         for name, pair in adapter.pairs.items()
         for side in ("A", "B")
     }

@@ -28,6 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
+        temporary.chmod(0o644)  # mkstemp makes it 0600, which another user's server could not read
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)

@@ -180,7 +180,7 @@ def _start_superlink(environment: dict[str, str], port: int, log: Any) -> subpro
         try:
             if requests.get(f"http://127.0.0.1:{port}/health", timeout=2).ok:
                 return process
-        except requests.ConnectionError:
+        except requests.RequestException:
             time.sleep(0.2)
     raise FederationError(f"flower-superlink did not come up on port {port} (exit code {process.poll()})")
 

@@ -23,13 +23,12 @@ _HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, 
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Cache key: the stage, its inputs, and the registry those inputs live in.
+    """Cache key: the stage, its inputs, and the run folder and registry those inputs live in.
 
-    Inputs are content hashes, so equal inputs mean equal work. A registry that was wiped, or from which a
-    user was forgotten, has another identity, and nothing old is taken from the cache.
+    Inputs are content hashes, so equal inputs mean equal work. A run folder or registry that was wiped, or
+    from which a user was forgotten, has another identity, and nothing old is taken from the cache.
     """
-    registry = open_run(parameters["run"]).registry()
-    values = [context.task.name, registry.identity(), parameters]
+    values = [context.task.name, open_run(parameters["run"]).identity, parameters]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -52,14 +51,17 @@ def recorded(run: str, name: str) -> Iterator[None]:
 
 
 class Progress:
-    """A Prefect progress artifact that follows `{"note", "share"}` messages."""
+    """A Prefect progress artifact that follows `{"note", "share"}` messages, at most one in `every_s`."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *, every_s: float = 10.0) -> None:
         # sync in a sync task; the annotation also covers the coroutine of an async one
         self._id = cast(UUID, create_progress_artifact(0.0, key=key, description="starting"))
+        self._every_s = every_s
+        self._last = 0.0
 
     def __call__(self, said: dict[str, Any]) -> None:
-        """Show one message."""
-        update_progress_artifact(
-            self._id, progress=100.0 * float(said["share"]), description=str(said["note"])
-        )
+        """Show one message; the last one is always shown."""
+        now, share = time.monotonic(), float(said["share"])
+        if now - self._last >= self._every_s or share >= 1.0:
+            self._last = now
+            update_progress_artifact(self._id, progress=100.0 * share, description=str(said["note"]))

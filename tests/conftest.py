@@ -1,4 +1,4 @@
-"""Tiny random models, a tokenizer and a saved base model, made in memory: no download, the same every time."""
+"""Tiny random models, a tokenizer and a saved base model, made in memory: no download, always the same."""
 
 from __future__ import annotations
 
@@ -162,15 +162,17 @@ def tiny_base(
     return folder
 
 
-@pytest.fixture
-def flower_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session")
+def flower_identity() -> Iterator[None]:
     """Who this process is to Flower: a Message cannot be made without. SuperLink and SuperNode set it."""
     from flwr.supercore.task_identity import (
         TaskIdentity,
     )  # takes seconds to import: only where it is asked for
 
-    for name, value in (("_task_id", 1), ("_run_id", 1), ("_node_id", 1)):
-        monkeypatch.setattr(TaskIdentity, name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_task_id", "_run_id", "_node_id"):
+            patch.setattr(TaskIdentity, name, 1)
+        yield
 
 
 def _write_users(folder: Path, counts: Mapping[str, int]) -> Path:

@@ -38,6 +38,7 @@ _THEME = {
     COMPRESSED: "compressed",
 }
 _WIDTH = 9.0  # inches; the page scales it
+_BARS = 40  # modules above which the panels of errors stand below each other
 _LABEL = 16  # characters of a name beside a bar
 _FONT = "DejaVu Sans"  # comes with matplotlib; what texts are measured with
 _LAYER = re.compile(r"\.(\d+)(?=\.|$)")
@@ -136,22 +137,27 @@ def errors(by_module: Mapping[str, Mapping[str, float | None]]) -> Figure:
     """Mean relative error by layer, one panel for q_proj, v_proj and the rest; users as dots or as ranges."""
     panels: dict[str, dict[str, dict[int, list[float]]]] = {}
     for module, values in by_module.items():
-        leaf, layer = module.rsplit(".", 1)[-1], _LAYER.findall(module)
-        panel = leaf if leaf in ("q_proj", "v_proj") else "the rest"
-        known = [value for value in values.values() if value is not None]
-        panels.setdefault(panel, {}).setdefault(leaf, {}).setdefault(
-            int(layer[0]) if layer else -1, []
-        ).extend(known)
+        panel, kind, layer = _place(module)
+        panels.setdefault(panel, {}).setdefault(kind, {})[layer] = [
+            v for v in values.values() if v is not None
+        ]
     names = [name for name in ("q_proj", "v_proj", "the rest") if name in panels]
-    weights = [max(1.0, 0.7 * len(panels[name])) for name in names]
-    figure = Figure(figsize=(_WIDTH, 3.1), layout="constrained")
-    row = figure.subplots(1, len(names), sharey=True, squeeze=False, width_ratios=weights)[0]
-    for axes, name in zip(row, names, strict=True):
-        _error_panel(axes, panels[name])
+    stacked = len(by_module) > _BARS
+    weights = [1.0 if stacked else max(1.0, 0.7 * len(panels[name])) for name in names]
+    figure = Figure(figsize=(_WIDTH, 2.4 * len(names) if stacked else 3.1), layout="constrained")
+    if stacked:
+        grid = figure.subplots(len(names), 1, sharey=True, squeeze=False)[:, 0]
+    else:
+        grid = figure.subplots(1, len(names), sharey=True, squeeze=False, width_ratios=weights)[0]
+    for axes, name, weight in zip(grid, names, weights, strict=True):
+        share = 1.0 if stacked else weight / sum(weights)
+        _error_panel(axes, panels[name], points=0.9 * 72 * _WIDTH * share)
         axes.set_title(name)
-        axes.set_xlabel("layer")
-    row[0].set_ylabel("relative error (%)")
-    row[0].set_ylim(bottom=0)
+        if axes is grid[0] or stacked:
+            axes.set_ylabel("relative error (%)")
+        if axes is grid[-1] or not stacked:
+            axes.set_xlabel("layer")
+    grid[0].set_ylim(bottom=0)
     return figure
 
 
@@ -236,40 +242,63 @@ def _sorted_gains(axes: Axes, personal: Sequence[float], compressed: Sequence[fl
     axes.set_xlabel("users, by the gain of their personal adapter")
 
 
-def _error_panel(axes: Axes, leaves: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
-    layers = sorted({layer for values in leaves.values() for layer in values})
-    width = 0.8 / len(leaves)
-    for number, (leaf, values) in enumerate(sorted(leaves.items())):
+def _place(module: str) -> tuple[str, str, int]:
+    """Panel, kind of module within a layer, and layer (-1 without one) of a full module name."""
+    leaf, layer = module.rsplit(".", 1)[-1], _LAYER.search(module)
+    if leaf in ("q_proj", "v_proj"):
+        return leaf, leaf, int(layer[1]) if layer else -1
+    return "the rest", module[layer.end() + 1 :] if layer else module, int(layer[1]) if layer else -1
+
+
+def _error_panel(axes: Axes, kinds: Mapping[str, Mapping[int, Sequence[float]]], *, points: float) -> None:
+    """One panel, `points` wide."""
+    layers = sorted({layer for values in kinds.values() for layer in values})
+    step = 0.8 / len(kinds)
+    for number, (kind, values) in enumerate(sorted(kinds.items())):
         colour = _REST[number % len(_REST)]
+        axes.bar([0], [0], color=colour, label=_label(kind, limit=24))
         for layer, shares in values.items():
             if shares:
-                left = layers.index(layer) - 0.4 + number * width
-                _error_bar(axes, left, width * 0.92, [100 * share for share in shares], colour)
-        axes.bar([0], [0], color=colour, label=_label(leaf))
-    axes.set_xticks(range(len(layers)), [str(layer) if layer >= 0 else "none" for layer in layers])
+                percents = [100 * share for share in shares]
+                span = (layers.index(layer) - 0.4 + number * step, 0.92 * step)
+                axes.bar([span[0]], [_mean(percents)], span[1], align="edge", color=colour, alpha=0.55)
+                _users_on_bar(axes, percents, span=span, points=points / len(layers) * span[1])
     axes.tick_params(axis="x", length=0)
-    if len(layers) > 16:
-        axes.set_xticks(range(0, len(layers), 4), [str(layer) for layer in layers[::4]])
-    if len(leaves) > 1:
-        axes.legend(ncols=3, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0.2)
+    every = 4 if len(layers) > 16 else 1
+    named = [str(layer) if layer >= 0 else "none" for layer in layers]
+    axes.set_xticks(range(0, len(layers), every), named[::every])
+    axes.margins(x=0.02)
+    if len(kinds) > 1:
+        place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "borderaxespad": 0.2}
+        axes.legend(ncols=4, fontsize=8, **place)
 
 
-def _error_bar(axes: Axes, left: float, width: float, values: Sequence[float], colour: str) -> None:
-    """A bar to the mean; on it one dot a user, or for many users a line from least to largest error."""
-    axes.bar([left], [math.fsum(values) / len(values)], width=width, align="edge", color=colour, alpha=0.55)
+def _users_on_bar(axes: Axes, values: Sequence[float], *, span: tuple[float, float], points: float) -> None:
+    """One dot a user, or for many users a line from least to largest error, thick over the middle 80 %.
+
+    Args:
+        span: left end and width of the bar, in data units.
+        points: width of the bar, which bounds what is drawn on it.
+    """
+    left, width = span
     if len(values) <= FEW:
         places = [left + width * (index + 1) / (len(values) + 1) for index in range(len(values))]
-        axes.plot(places, values, "o", color=INK, markersize=2.4, markeredgewidth=0)
+        axes.plot(places, values, "o", color=INK, markersize=min(2.4, 0.4 * points), markeredgewidth=0)
         return
     ordered, middle = sorted(values), left + width / 2
     tenth = len(ordered) // 10
-    axes.plot([middle] * 2, [ordered[0], ordered[-1]], color=INK, linewidth=0.8)
-    axes.plot([middle] * 2, [ordered[tenth], ordered[-1 - tenth]], color=INK, linewidth=2.4)
+    thick = min(2.4, 0.4 * points)
+    axes.plot([middle] * 2, [ordered[0], ordered[-1]], color=INK, linewidth=thick / 3)
+    axes.plot([middle] * 2, [ordered[tenth], ordered[-1 - tenth]], color=INK, linewidth=thick)
 
 
-def _label(text: str) -> str:
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _label(text: str, *, limit: int = _LABEL) -> str:
     shown = printable(text)
-    return shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…"
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def _or_nan(value: float | None) -> float:

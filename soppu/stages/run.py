@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from soppu.models import BaseModel
 from soppu.registry import Registry
 
 CONFIG = "config.toml"
+BIRTH = "birth"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Run:
     def id(self) -> str:
         """Name of the folder: the configuration's name and 12 digits of the hash."""
         return self.folder.name
+
+    @property
+    def identity(self) -> str:
+        """Names this folder and the registry it writes to; another name once either is made anew."""
+        return f"{(self.folder / BIRTH).read_text()} {self.registry().identity()}"
 
     def registry(self) -> Registry:
         """The registry this run writes to."""
@@ -86,6 +93,8 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
             digest.update(load_user(config.data, user).digest().encode())
     folder = Path(config.runs) / f"{Path(config_path).stem}-{digest.hexdigest()[:12]}"
     files.write_text(folder / CONFIG, configuration.dump(config))
+    if not (folder / BIRTH).exists():
+        files.write_text(folder / BIRTH, uuid.uuid4().hex)
     return str(folder)
 
 

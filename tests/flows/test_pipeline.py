@@ -37,7 +37,7 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
     assert compression["bytes_before"] == sum(
         registry.adapter_bytes(row["adapter_id"]) for row in users.values()
     )
-    assert report["serving"]["canaries_ok"] == 3
+    assert report["serving"]["canaries_ok"] is True
     assert {stage["name"] for stage in report["stages"]} >= {"federate", "compress", "evaluate", "publish"}
     assert "<svg" in (folder / "report.html").read_text()
     body = {"inputs": "def close(self):", "parameters": {"adapter_id": "email", "max_new_tokens": 4}}

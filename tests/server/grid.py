@@ -1,4 +1,4 @@
-"""A federation inside one process: a Flower Grid whose nodes are calls of the ClientApp. No Ray, no SuperLink."""
+"""A federation in one process: a Flower Grid whose nodes are calls of the ClientApp. No Ray, no SuperLink."""
 
 from __future__ import annotations
 

@@ -1,0 +1,105 @@
+"""A run with adapters in the registry, as if a federation had just ended. No Flower, no Prefect."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from soppu import emulator, models
+from soppu.adapter import LoraAdapter
+from soppu.attach import initial_pairs
+from soppu.data import load_user, tokenize
+from soppu.simulation import free_port
+from soppu.stages.run import Run, open_run, prepare
+from soppu.targets import process
+from soppu.train import TrainOptions, cache_states, fit
+
+USERS = ("ann", "bob", "cleo")
+
+
+@pytest.fixture
+def config_path(tiny_base: Path, tmp_path: Path) -> Path:
+    """A configuration file for three users with a few lines each and the tiny model."""
+    source = tmp_path / "users"
+    source.mkdir()
+    for user in USERS:
+        lines = [
+            {"user_id": user, "prompt": f"say {n}: ", "completion": f"{user} says {n} " * 3}
+            for n in range(14)
+        ]
+        (source / f"{user}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    values = {
+        "base": {"model": str(tiny_base)},
+        "data": {"source": str(source), "heldout_examples": 4, "max_tokens": 48},
+        "plan": {"adapter_layers": 2},
+        "compress": {"rank": 8, "dtype": "float32"},
+        "serve": {
+            "url": f"http://127.0.0.1:{free_port()}",
+            "state": str(tmp_path / "serve"),
+            "canary_tokens": 2,
+            "completion_tokens": 4,
+        },
+        "registry": {"root": str(tmp_path / "registry")},
+    }
+    lines = [f'runs = "{tmp_path / "runs"}"']
+    for table, entries in values.items():
+        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items())]
+    path = tmp_path / "three.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def run(config_path: Path) -> Iterator[Run]:
+    opened = open_run(prepare(str(config_path)))
+    yield opened
+    process.stop(Path(opened.config.serve.state) / "server.pid")
+
+
+@pytest.fixture
+def trained(run: Run) -> dict[str, str]:
+    """Every user's adapter, trained on the full model and stored; user -> adapter id."""
+    return {user: run.registry().put_adapter(train(run, user), user=user, run=run.id) for user in USERS}
+
+
+def train(run: Run, user: str, *, steps: int = 12) -> LoraAdapter:
+    """A real adapter of one user, trained without an emulator."""
+    base = run.base()
+    model, tokenizer = models.load_model(base), models.load_tokenizer(base)
+    plan = emulator.make_plan(model, base_hash=base.hash, adapter_layers=2, drop_ratio=0.0)
+    blocks = tokenize(load_user(run.config.data, user).train, tokenizer, max_tokens=48)
+    states = cache_states(emulator.with_layers(model, plan.bottom), blocks, pad_id=tokenizer.pad_token_id)
+    start = LoraAdapter(
+        initial_pairs(emulator.target_shapes(model, plan), rank=4, seed=0), str(base.path), base.hash
+    )
+    options = TrainOptions(steps=steps, learning_rate=1e-2)
+    return fit(emulator.TopModel(model, plan), plan, states, start=start, options=options).adapter
+
+
+@pytest.fixture
+def reconfigured(run: Run) -> Callable[..., Run]:
+    """The same run folder with some sections' values replaced: `reconfigured(gate={"…": 1.0})`."""
+
+    def change(**sections: dict[str, object]) -> Run:
+        from soppu import config as configuration
+        from soppu.files import write_text
+
+        config = run.config
+        for name, values in sections.items():
+            config = dataclasses.replace(
+                config, **{name: dataclasses.replace(getattr(config, name), **values)}
+            )
+        write_text(run.folder / "config.toml", configuration.dump(config))
+        return open_run(str(run.folder))
+
+    return change
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

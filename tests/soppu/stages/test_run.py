@@ -1,0 +1,53 @@
+"""Preparing a run: the id follows from what decides the outcome, faults come before work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from soppu.errors import ConfigError, DataError
+from soppu.stages.run import Run, open_run, prepare
+
+
+def test_the_same_configuration_is_the_same_run(config_path: Path) -> None:
+    assert prepare(str(config_path)) == prepare(str(config_path))
+
+
+def test_another_seed_or_another_text_is_another_run(config_path: Path, run: Run) -> None:
+    assert prepare(str(config_path), {"seed": 1}) != str(run.folder)
+    with (Path(run.config.data.source) / "ann.jsonl").open("a") as stream:
+        stream.write("\n" + json.dumps({"user_id": "ann", "prompt": "new", "completion": "words"}))
+    assert prepare(str(config_path)) != str(run.folder)
+
+
+def test_a_prepared_run_names_every_user_and_absolute_paths(run: Run) -> None:
+    assert run.config.data.users == ("ann", "bob", "cleo")
+    for path in (run.config.runs, run.config.base.model, run.config.registry.root, run.config.serve.state):
+        assert Path(path).is_absolute()
+
+
+def test_overrides_win_and_unknown_ones_are_refused(config_path: Path) -> None:
+    assert open_run(prepare(str(config_path), {"compress.rank": 3})).config.compress.rank == 3
+    with pytest.raises(ConfigError, match=r"unknown key compress\.rnak"):
+        prepare(str(config_path), {"compress.rnak": 3})
+
+
+def test_a_user_with_too_little_text_stops_the_run_before_it_starts(config_path: Path, run: Run) -> None:
+    line = json.dumps({"user_id": "dan", "prompt": "p", "completion": "c"})
+    (Path(run.config.data.source) / "dan.jsonl").write_text(line)
+    with pytest.raises(DataError, match=r"user 'dan' has 1 usable examples"):
+        prepare(str(config_path))
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        open_run(str(tmp_path))
+
+
+def test_a_run_that_was_wiped_has_another_identity(config_path: Path, run: Run) -> None:
+    before = run.identity
+    assert open_run(prepare(str(config_path))).identity == before
+    (run.folder / "birth").unlink()
+    assert open_run(prepare(str(config_path))).identity != before

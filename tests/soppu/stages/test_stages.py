@@ -1,0 +1,129 @@
+"""The stages after the federation, one after the other, against a real registry and a real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from soppu.compress import Bundle
+from soppu.errors import FederationError, GateError, RegistryError, TargetError
+from soppu.stages import federate
+from soppu.stages.compress import compress_set
+from soppu.stages.evaluate import evaluate
+from soppu.stages.publish import open_target, publish
+from soppu.stages.report import write_report
+from soppu.stages.run import Run
+
+WAVE_THROUGH = {"min_mean_gain_kept": -10.0, "min_user_gain_kept": -10.0, "max_relative_error": 1.0}
+
+
+def evaluated(run: Run) -> tuple[str, str]:
+    set_id = federate.freeze_current(str(run.folder))
+    bundle_id = compress_set(str(run.folder), set_id)
+    return bundle_id, evaluate(str(run.folder), set_id, bundle_id)
+
+
+def test_freezing_an_empty_registry_says_so(run: Run) -> None:
+    with pytest.raises(FederationError, match="run the full pipeline first"):
+        federate.freeze_current(str(run.folder))
+
+
+def test_every_stage_called_twice_gives_the_same_ids(run: Run, trained: dict[str, str]) -> None:
+    folder = str(run.folder)
+    set_id = federate.freeze_current(folder)
+    assert federate.freeze_current(folder) == set_id
+    assert run.registry().get_set(set_id) == trained
+    bundle_id = compress_set(folder, set_id)
+    assert compress_set(folder, set_id) == bundle_id
+
+
+def test_evaluation_measures_every_user_three_ways(run: Run, trained: dict[str, str]) -> None:
+    bundle_id, name = evaluated(run)
+    found = run.read(name)
+    assert [item["user"] for item in found["losses"]] == sorted(trained)
+    for item in found["losses"]:
+        assert item["personal"] < item["base"]
+        assert item["compressed"] == pytest.approx(item["personal"], abs=0.5)
+    assert found["bundle_id"] == bundle_id
+
+
+def test_full_rank_keeps_all_of_the_gain(reconfigured: Callable[..., Run], trained: dict[str, str]) -> None:
+    run = reconfigured(compress={"rank": 4 * len(trained)})
+    for item in run.read(evaluated(run)[1])["losses"]:
+        assert item["compressed"] == pytest.approx(item["personal"], abs=1e-4)
+
+
+def test_a_user_without_text_here_is_judged_by_the_error_alone(
+    run: Run, reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    narrowed = reconfigured(data={"users": ("ann", "bob")})
+    found = narrowed.read(evaluated(narrowed)[1])
+    assert [item["user"] for item in found["losses"]] == ["ann", "bob"]
+    assert found["verdict"]["unmeasured"] == ["cleo"]
+
+
+def test_publishing_serves_every_user_and_doing_it_again_changes_nothing(
+    run: Run, reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    run = reconfigured(gate=WAVE_THROUGH)
+    bundle_id, name = evaluated(run)
+    folder = str(run.folder)
+    assert publish(folder, bundle_id, name) == run.config.serve.url
+    target = open_target(run)
+    assert target.active() == bundle_id
+    assert publish(folder, bundle_id, name) == run.config.serve.url
+    assert target.bundles() == (bundle_id,)
+    assert run.registry().published("embedded").bundle_id == bundle_id
+
+    report = json.loads((write_report(folder, name).html.parent / "report.json").read_text())
+    assert report["serving"]["canaries_ok"] is True
+    assert set(report["serving"]["canaries"]) == set(trained)
+    assert report["compression"]["bytes_after"] == run.registry().bundle_path(bundle_id).stat().st_size
+    assert (run.folder.parent / "latest").resolve() == run.folder
+
+
+def test_the_gate_stops_a_bundle_and_leaves_what_was_published(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    run = reconfigured(gate=WAVE_THROUGH)
+    first, name = evaluated(run)
+    publish(str(run.folder), first, name)
+    run = reconfigured(gate={"min_mean_gain_kept": 1.0}, compress={"rank": 1})
+    second, name = evaluated(run)
+    with pytest.raises(GateError, match=r"gate\.min_mean_gain_kept") as refused:
+        publish(str(run.folder), second, name)
+    assert refused.value.reasons
+    target = open_target(run)
+    assert target.active() == first
+    assert target.bundles() == (first,)
+    assert run.registry().published("embedded").bundle_id == first
+    report = json.loads((write_report(str(run.folder), name).html.parent / "report.json").read_text())
+    assert report["serving"] is None and report["gate"]["reasons"]
+
+
+def test_a_failed_canary_leaves_what_was_published(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    run = reconfigured(gate=WAVE_THROUGH)
+    first, name = evaluated(run)
+    publish(str(run.folder), first, name)
+    registry = run.registry()
+    bundle = Bundle.load(registry.bundle_path(first))
+    for module in bundle.modules.values():
+        module.norm[1].fill_(1e-30)  # bob has an adapter, and it does nothing
+    broken = registry.put_bundle(bundle.to_bytes(), set_id=registry.bundle(first).set_id)
+    with pytest.raises(TargetError, match=r"canaries failed: bob: .*no effect"):
+        publish(str(run.folder), broken, name)
+    assert open_target(run).active() == first
+    assert registry.published("embedded").bundle_id == first
+
+
+def test_a_forgotten_user_is_not_in_the_next_set(run: Run, trained: dict[str, str]) -> None:
+    old = federate.freeze_current(str(run.folder))
+    run.registry().forget("bob")
+    new = federate.freeze_current(str(run.folder))
+    assert set(run.registry().get_set(new)) == {"ann", "cleo"}
+    with pytest.raises(RegistryError, match="forgotten"):
+        compress_set(str(run.folder), old)
