@@ -10,6 +10,8 @@ export PREFECT_HOME ?= $(CURDIR)/.soppu/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
+# LAPACK on two threads that share busy cores is many times slower than on one
+test test-fast: export OMP_NUM_THREADS = 1
 
 .PHONY: help setup demo up down status test test-fast lint format docs bench clean
 
@@ -27,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup      ## the whole pipeline on this machine: federate, compress, gate, serve (minutes)
 	$(BIN)/python -m deploy.stack up
 	$(BIN)/prefect deployment run soppu/full-pipeline --param config=$(CONFIG) --watch
-	$(BIN)/soppu report runs/latest
+	$(BIN)/soppu report runs/latest --prefect-url $(PREFECT_API_URL:/api=)
 
 up: setup        ## Prefect server, worker and deployments, if they are not up
 	$(BIN)/python -m deploy.stack up

@@ -11,6 +11,7 @@
     │   └── StorageError       the disk refused a write; what was there before is untouched
     ├── FederationError        the simulation failed, or too few users answered
     ├── GateError              a bundle that must not be published; carries every reason
+    ├── ReportError            a report.json that is missing, not JSON, or lacks a field
     ├── TargetError            a serving target refused, failed a canary, or is not there
     │   └── PortTaken          the port a server should listen on belongs to somebody else
     └── RequestError           a generation request the server cannot answer; carries an HTTP status
@@ -67,6 +68,10 @@ class GateError(SoppuError):
     def __init__(self, reasons: list[str]) -> None:
         self.reasons = list(reasons)
         super().__init__("not published: " + "; ".join(self.reasons))
+
+
+class ReportError(SoppuError, ValueError):
+    """A report that cannot be read, or is not whole; the message names each field."""
 
 
 class TargetError(SoppuError):

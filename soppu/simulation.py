@@ -101,16 +101,26 @@ def run(
 
 def end_processes(mark: str) -> int:
     """Kill every process started under this mark, however deep; returns how many there were."""
+    ended = 0
+    for _ in range(10):  # one that is about to die may have forked after the list was made: look again
+        found = _kill_marked(mark)
+        if not found:
+            break
+        psutil.wait_procs(found, timeout=10)
+        ended += len(found)
+    return ended
+
+
+def _kill_marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(_MARK) == mark:
-                found.append(process)
                 process.send_signal(signal.SIGKILL)
+                found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # gone meanwhile, or not ours to look at
-    psutil.wait_procs(found, timeout=10)
-    return len(found)
+    return found
 
 
 def mark_of(workdir: Path) -> str:

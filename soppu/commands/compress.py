@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
-from soppu import adapter, files
-from soppu.compress import Bundle, CompressOptions, compress
-from soppu.compress.options import DTYPES
+from soppu.config import CompressConfig
 
-_DEFAULT = CompressOptions()
+if TYPE_CHECKING:
+    from soppu.compress import Bundle
+
+_DEFAULT = CompressConfig()
+_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @click.command("compress")
@@ -25,7 +27,7 @@ _DEFAULT = CompressOptions()
 @click.option("--rank", type=int, default=_DEFAULT.rank, show_default=True, help="Shared rank k.")
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPES)),
+    type=click.Choice(_DTYPES),
     default=_DEFAULT.dtype,
     show_default=True,
     help="Storage type.",
@@ -40,6 +42,9 @@ def compress_command(folders: tuple[str, ...], rank: int, dtype: str, *, out: Pa
     Every folder is one user's adapter, named after the folder; USER=DIR gives another name. The table shows
     the relative error of every user's adapter as stored, and the bytes of its weights file.
     """
+    from soppu import adapter  # torch: not for `soppu --help`
+    from soppu.compress import CompressOptions, compress
+
     options = CompressOptions(rank=rank, dtype=dtype, device=device)
     named = _users(folders)
     adapters = {user: adapter.read(folder) for user, folder in named.items()}
@@ -67,6 +72,9 @@ def compress_command(folders: tuple[str, ...], rank: int, dtype: str, *, out: Pa
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def inspect_command(bundle: Path, *, as_json: bool) -> None:
     """Check the file BUNDLE and print its users, modules, shared ranks, certificate and errors."""
+    from soppu import files
+    from soppu.compress import Bundle  # torch: not for `soppu --help`
+
     loaded, bundle_id, size = Bundle.load(bundle), files.sha256_file(bundle), bundle.stat().st_size
     if as_json:
         facts = {"id": bundle_id, "bytes": size} | _description(loaded)

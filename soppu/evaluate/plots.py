@@ -247,7 +247,8 @@ def _place(module: str) -> tuple[str, str, int]:
     leaf, layer = module.rsplit(".", 1)[-1], _LAYER.search(module)
     if leaf in ("q_proj", "v_proj"):
         return leaf, leaf, int(layer[1]) if layer else -1
-    return "the rest", module[layer.end() + 1 :] if layer else module, int(layer[1]) if layer else -1
+    kind = module[layer.end() + 1 :] if layer else ""
+    return "the rest", kind or module, int(layer[1]) if layer else -1
 
 
 def _error_panel(axes: Axes, kinds: Mapping[str, Mapping[int, Sequence[float]]], *, points: float) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soppu import __version__, files
+from soppu.errors import ReportError
 from soppu.evaluate import html, schema
-from soppu.evaluate.schema import FORMAT, ReportError
+from soppu.evaluate.schema import FORMAT
 
 if TYPE_CHECKING:  # these bring torch along; re-rendering a report needs none of it
     from soppu.compress.metrics import CompressionReport

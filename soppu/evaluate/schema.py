@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from soppu.errors import SoppuError
+from soppu.errors import ReportError
 
 FORMAT = 1
 
@@ -139,10 +139,6 @@ FIELDS: Mapping[str, str] = {
 _STEP = re.compile(r"\[\]|\{\}|[^.\[\]{}]+")
 _SHOWN = 20
 _MISSING = object()
-
-
-class ReportError(SoppuError, ValueError):
-    """A report lacks a field or holds something else there; the message names each such field."""
 
 
 def check(report: object, *, source: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
     target = open_target(run)
     path = registry.bundle_path(bundle_id)
     bundle = Bundle.load(path, expected_hash=bundle_id)
+    before = target.active()
     target.publish(path, bundle_id=bundle_id)
     canaries = target.canary(
         bundle.users,
@@ -43,8 +44,11 @@ def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
     )
     failed = [f"{item.user}: {item.reason}" for item in canaries if not item.ok]
     if failed:
+        if bundle_id != before:
+            target.drop(bundle_id)
         raise TargetError(f"bundle {bundle_id[:12]} stays unpublished, canaries failed: {'; '.join(failed)}")
     target.activate(bundle_id)
+    _drop_others(target, keep={bundle_id, before})
     registry.record_publication(target=settings.target, url=settings.url, bundle_id=bundle_id)
     serving = Serving(
         target=settings.target,
@@ -83,6 +87,12 @@ def open_target(run: Run) -> EmbeddedTarget:
         )
     )
     return target
+
+
+def _drop_others(target: EmbeddedTarget, *, keep: set[str]) -> None:
+    """Leave the server the bundle that is live and the one before it, for a rollback."""
+    for bundle_id in set(target.bundles()) - keep:
+        target.drop(bundle_id)
 
 
 def _without_change(bundle: Bundle) -> set[str]:

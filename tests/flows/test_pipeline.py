@@ -1,4 +1,4 @@
-"""The whole pipeline as a user starts it: a deployment run on a real worker, a real simulation, a real server."""
+"""The whole pipeline as a user starts it: a real worker, a real simulation, a real server."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def test_the_hash_does_not_depend_on_order_or_memory_layout() -> None:
 def test_the_hash_is_the_same_today_and_tomorrow() -> None:
     pairs = {"model.layers.0.q_proj": LoraPair(torch.arange(6.0).reshape(2, 3), torch.ones(4, 2))}
     # Stored adapters are named by it: a change here orphans every registry.
-    expected = "a2da17f1151c4eba7f46da4d1b88de152d678c93e85d7546e5fdcf5820594a58"
+    expected = "dd2ba1320420bed43175460262f8f8234be2bfe15d5ccdd3a057acd455ae1430"
     assert LoraAdapter(pairs, base_hash=BASE).content_hash() == expected
 
 
@@ -319,12 +319,13 @@ def test_any_flipped_bit_changes_the_hash(name: str, side: str, byte: int, bit: 
     assert LoraAdapter(pairs, base_hash=BASE).content_hash() != adapter.content_hash()
 
 
-def test_names_types_shapes_and_base_are_part_of_the_hash() -> None:
+def test_names_types_shapes_layout_and_base_are_part_of_the_hash() -> None:
     A, B = torch.zeros(2, 4), torch.zeros(4, 2)
     variants = [
         LoraAdapter({"x": LoraPair(A, B)}, base_hash=BASE),
         LoraAdapter({"y": LoraPair(A, B)}, base_hash=BASE),
         LoraAdapter({"x": LoraPair(A, B)}, base_hash="c" * 64),
+        LoraAdapter({"x": LoraPair(A, B)}, base_hash=BASE, fan_in_fan_out=True),
         LoraAdapter({"x": LoraPair(torch.zeros(4, 2), torch.zeros(2, 4))}, base_hash=BASE),
         LoraAdapter({"x": LoraPair(A.half(), B.half())}, base_hash=BASE),
         LoraAdapter({"x": LoraPair(A.bfloat16(), B.bfloat16())}, base_hash=BASE),

@@ -81,13 +81,21 @@ def test_error_bars_are_means_with_a_dot_or_a_range(count: int) -> None:
         "the rest",
     ]
     values = list(by_module["model.layers.27.self_attn.v_proj"].values())
-    bars = [bar.get_height() for bars in figure.axes[1].containers for bar in bars]
+    bars = [bar.get_height() for bars in figure.axes[1].containers for bar in bars if bar.get_height()]
     assert bars[1] == pytest.approx(100 * sum(values) / count)
     shown = [line.get_ydata() for line in figure.axes[1].lines]
     if count <= plots.FEW:
         assert sorted(shown[1]) == pytest.approx(sorted(100 * value for value in values))
     else:
         assert list(shown[2]) == pytest.approx([100 * min(values), 100 * max(values)])
+
+
+def test_two_modules_of_one_name_in_a_layer_get_a_bar_each() -> None:
+    names = ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"]
+    axes = plots.errors(dict(zip(names, ({"alice": 0.1}, {"alice": 0.3}), strict=True))).axes[0]
+    heights = [bar.get_height() for bars in axes.containers for bar in bars if bar.get_height()]
+    assert heights == pytest.approx([10, 30])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["attn.c_proj", "mlp.c_proj"]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +106,10 @@ def test_error_bars_are_means_with_a_dot_or_a_range(count: int) -> None:
         (["model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.q_proj"], ["q_proj", "v_proj"]),
         (["lm_head"], ["the rest"]),
         ([f"model.layers.{layer}.self_attn.q_proj" for layer in range(32)], ["q_proj"]),
+        (
+            [f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(32) for leaf in "ovq"],
+            ["q_proj", "v_proj", "the rest"],
+        ),
     ],
 )
 def test_other_families_and_many_layers_find_their_panel(modules: list[str], panels: list[str]) -> None:

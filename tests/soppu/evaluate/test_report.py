@@ -14,11 +14,11 @@ import pytest
 
 from server.strategy import RoundLog
 from soppu.compress.metrics import CompressionReport
-from soppu.errors import SoppuError, StorageError
+from soppu.errors import ReportError, SoppuError, StorageError
 from soppu.evaluate import report, schema
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs, Serving, Stage, build
-from soppu.evaluate.schema import FIELDS, ReportError
+from soppu.evaluate.schema import FIELDS
 from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
 
 ROOT = Path(__file__).parents[3]

@@ -116,8 +116,25 @@ def test_a_failed_canary_leaves_what_was_published(
     broken = registry.put_bundle(bundle.to_bytes(), set_id=registry.bundle(first).set_id)
     with pytest.raises(TargetError, match=r"canaries failed: bob: .*no effect"):
         publish(str(run.folder), broken, name)
-    assert open_target(run).active() == first
+    target = open_target(run)
+    assert target.active() == first
+    assert target.bundles() == (first,)
     assert registry.published("embedded").bundle_id == first
+
+
+def test_the_bundle_before_stays_for_a_rollback_and_older_ones_go(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    published = []
+    for rank in (8, 7, 6):
+        run = reconfigured(gate=WAVE_THROUGH, compress={"rank": rank})
+        bundle_id, name = evaluated(run)
+        publish(str(run.folder), bundle_id, name)
+        published.append(bundle_id)
+    target = open_target(run)
+    assert set(target.bundles()) == set(published[1:])
+    target.rollback(published[1])
+    assert target.active() == published[1]
 
 
 def test_a_forgotten_user_is_not_in_the_next_set(run: Run, trained: dict[str, str]) -> None:

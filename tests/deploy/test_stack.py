@@ -1,0 +1,50 @@
+"""The local stack refuses what is not its own. Bringing it up is tested in tests/flows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from deploy.stack import Stack, down, healthy, up
+from soppu.errors import PortTaken, TargetError
+
+
+class Stranger(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"somebody else")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    server = HTTPServer(("127.0.0.1", 0), Stranger)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_port_that_somebody_else_listens_on_is_named(stranger: int, tmp_path: Path) -> None:
+    stack = Stack(api=f"http://127.0.0.1:{stranger}/api", state=tmp_path)
+    with pytest.raises(PortTaken, match=rf"{stranger}.*somebody else"):
+        up(stack)
+    assert not list(tmp_path.rglob("*.pid"))
+
+
+def test_a_remote_server_that_is_down_is_not_started_here(tmp_path: Path) -> None:
+    stack = Stack(api="http://prefect.invalid:4200/api", state=tmp_path)
+    assert not healthy(stack)
+    with pytest.raises(TargetError, match=r"prefect\.invalid"):
+        up(stack)
+
+
+def test_down_with_nothing_up_ends_nothing(tmp_path: Path) -> None:
+    assert set(down(Stack(state=tmp_path, serve_state=tmp_path / "serve")).values()) == {False}
