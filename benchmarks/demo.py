@@ -3,6 +3,8 @@
     make bench          # runs the demo, then this
     python -m benchmarks.demo [RUN_DIR]
 
+The README's block between the `demo` marks is written from the result file; a test holds the two together.
+
 Measures nothing itself. It adds what a figure needs to mean something: hardware, versions, seed and commit.
 """
 
@@ -20,6 +22,7 @@ from soppu.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "demo.json"
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 PACKAGES = ("torch", "transformers", "peft", "flwr", "prefect", "ray")
 
 
@@ -57,6 +60,49 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def block(result: dict[str, Any]) -> str:
+    """The README's Markdown for a result file."""
+    rows = [
+        f"| {user['id']} | {user['examples']} | {user['loss_base']:.3f} | {user['loss_personal']:.3f} |"
+        f" {user['loss_compressed']:.3f} | {100 * user['gain_kept']:.1f} % |"
+        for user in result["users"]
+    ]
+    made, rounds = result["compression"], result["federation"]
+    errors = made["relative_error"]
+    seconds = {stage["name"]: stage["seconds"] for stage in result["stages"]}
+    total = sum(seconds.values())
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value >= 1)
+    return "\n".join(
+        [
+            "| user | held-out examples | loss base | personal | compressed | gain kept |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Losses are nats a token on held-out functions. {len(rows)} adapters of"
+            f" {_mb(made['bytes_before'])} (float32) became one bundle of {_mb(made['bytes_after'])}"
+            f" ({made['dtype']}) at shared rank {made['k']}: {made['ratio']:.1f}x fewer bytes on disk,"
+            f" {made['parameters_before'] / made['parameters_after']:.1f}x fewer numbers. Relative error:"
+            f" {100 * errors['mean']:.1f} % mean, {100 * errors['max']:.1f} % worst user; no shared basis"
+            f" of this rank can go below {100 * made['lower_bound']:.1f} %. {rounds['rounds']} rounds"
+            f" carried {_mb(rounds['bytes_down'])} to the clients and {_mb(rounds['bytes_up'])} back.",
+            "",
+            f"{total / 60:.1f} minutes of stages ({parts}) on {result['hardware']}; commit"
+            f" `{result['commit'][:12]}`, seed {result['seed']}. Source: `benchmarks/results/demo.json`.",
+        ]
+    )
+
+
+def with_block(readme: str, text: str) -> str:
+    """The README with its demo block replaced."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
 def _commit() -> str:
     told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     return told.stdout.strip()
@@ -65,8 +111,11 @@ def _commit() -> str:
 def main() -> None:
     """Read the run's report, write the result file."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "latest")
-    write_text(RESULT, json.dumps(figures(read(folder / "report.json")), indent=2) + "\n")
-    print(f"written: {RESULT}")
+    result = figures(read(folder / "report.json"))
+    write_text(RESULT, json.dumps(result, indent=2) + "\n")
+    readme = ROOT / "README.md"
+    write_text(readme, with_block(readme.read_text(), block(result)))
+    print(f"written: {RESULT} and the demo's table in {readme}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""What the documents say is so: commands and files exist, figures are the measured ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import demo
+from docs.generate_cli import PAGE, render
+from soppu import __version__
+from soppu.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every command line in a fenced block without a language, split as a shell would."""
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.S | re.M)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(make|\.venv/bin/)", line)]
+
+
+def test_the_cli_page_is_what_the_commands_say() -> None:
+    assert PAGE.read_text() == render(), "run `make docs`"
+
+
+@pytest.mark.parametrize("words", [c for c in commands(README) if c[0] == ".venv/bin/soppu"], ids=" ".join)
+def test_soppu_commands_of_the_readme_exist(words: list[str]) -> None:
+    assert words[1] in COMMANDS
+    known = CliRunner().invoke(main, [words[1], "--help"]).output
+    for option in (word for word in words[2:] if word.startswith("--")):
+        assert option in known, option
+
+
+@pytest.mark.parametrize("words", [c for c in commands(README) if c[0] == "make"], ids=" ".join)
+def test_make_targets_of_the_readme_exist(words: list[str]) -> None:
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_prefect_commands_of_the_readme_name_real_deployments_and_files() -> None:
+    deployed = (ROOT / "deploy" / "prefect.yaml").read_text()
+    flows = "".join(path.read_text() for path in (ROOT / "flows").glob("*.py"))
+    found = [c for c in commands(README) if c[0].endswith("prefect")]
+    assert len(found) >= 2
+    for words in found:
+        flow, name = words[words.index("run") + 1].split("/")
+        assert f'@flow(name="{flow}"' in flows
+        assert f"- name: {name}" in deployed
+        for value in (word.partition("=")[2] for word in words if word.startswith("config=")):
+            assert (ROOT / value).is_file()
+
+
+def test_links_and_the_file_tour_point_at_things_that_are_there() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    tour = README.split("## File tour")[1].split("\n## ")[0]
+    for name in re.findall(r"`([\w./]+(?:\.py|/))`", tour):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readmes_figures_are_the_measured_ones() -> None:
+    result = json.loads(demo.RESULT.read_text())
+    assert demo.with_block(README, demo.block(result)) == README, "run `make bench`"
+
+
+def test_configuration_keys_named_in_the_documents_exist() -> None:
+    default = tomllib.loads((ROOT / "configs" / "default.toml").read_text())
+    sections = [name for name, value in default.items() if isinstance(value, dict)]
+    other_words = {"report.md", "format.md"}  # fields of their own, with a test of their own
+    for page in (page for page in PAGES if page.name not in other_words):
+        for section, key in re.findall(rf"`({'|'.join(sections)})\.(\w+)`", page.read_text()):
+            if (ROOT / "soppu" / section / f"{key}.py").exists() or key in ("py", "Client"):
+                continue
+            assert key in default[section], f"{page.name}: {section}.{key}"
+
+
+def test_version_and_changelog_agree() -> None:
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
