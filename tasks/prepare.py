@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from soppu.stages import run as runs
-from tasks.recording import recorded, transient
+from tasks.recording import note, transient
 
 
 @task(
@@ -21,6 +22,7 @@ from tasks.recording import recorded, transient
 )
 def prepare(config: str, overrides: dict[str, Any] | None = None, *, text: bool = True) -> str:
     """Freeze configuration, base model and users into a run folder; the same input gives the same folder."""
-    folder = runs.prepare(config, overrides, text=text)
-    with recorded(folder, "prepare"):
-        return folder
+    started = time.monotonic()
+    run = runs.prepare(config, overrides, text=text)
+    note(run, "prepare", seconds=time.monotonic() - started)
+    return run

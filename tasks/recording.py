@@ -43,11 +43,13 @@ def recorded(run: str, name: str) -> Iterator[None]:
     """Note seconds and attempts of a stage in the run folder, for the report."""
     started = time.monotonic()
     yield
-    seconds = time.monotonic() - started
-    opened = open_run(run)
-    opened.write(
-        f"stages/{name}.json", {"name": name, "seconds": seconds, "attempts": task_run.run_count or 1}
-    )
+    note(run, name, seconds=time.monotonic() - started)
+
+
+def note(run: str, name: str, *, seconds: float) -> None:
+    """Write down how long a stage took, and the how-manieth attempt this was."""
+    values = {"name": name, "seconds": seconds, "attempts": task_run.run_count or 1}
+    open_run(run).write(f"stages/{name}.json", values)
 
 
 class Progress:

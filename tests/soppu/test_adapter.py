@@ -158,6 +158,20 @@ def test_the_scale_goes_into_b_alone(tiny_llama: PreTrainedModel, tmp_path: Path
     assert torch.equal(adapter.pairs[name].B, expected)
 
 
+def test_a_bfloat16_folder_is_folded_in_float32_and_works(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    """A bfloat16 product would lose digits; and both halves have to be of one type to be multiplied."""
+    saved_by_peft(tiny_llama, tmp_path, lora_alpha=13)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
+    stored = load_file(tmp_path / adapters.WEIGHTS_FILE)
+    theirs = logits(PeftModel.from_pretrained(copy.deepcopy(tiny_llama), tmp_path).eval())
+    adapter = adapters.read(tmp_path)
+    for name, pair in adapter.pairs.items():
+        assert torch.equal(pair.B, stored[f"base_model.model.{name}.lora_B.weight"].float() * (13 / 4))
+        assert pair.delta().shape == (pair.B.shape[0], pair.A.shape[1])
+    with attached(tiny_llama, adapter):
+        torch.testing.assert_close(logits(tiny_llama), theirs, rtol=1e-4, atol=1e-4)
+
+
 # ---- what is refused
 
 
