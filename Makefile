@@ -52,7 +52,7 @@ test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or 
 lint: setup      ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --cache-dir=/dev/null   # an incremental run at times loses submodules of a package
 
 format: setup    ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

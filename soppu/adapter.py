@@ -171,9 +171,9 @@ def read(folder: Path) -> LoraAdapter:
         if missing := {"A", "B"} - half.keys():
             raise AdapterError(f"{folder}: {name}: lora_{missing.pop()} is missing")
         scale = _scale(config, name, int(half["A"].shape[0]))
+        pair = LoraPair(half["A"], half["B"])
         # folded in float32: a bf16 product of B and the scale would lose digits
-        B = half["B"] if scale == 1.0 else half["B"].float() * scale
-        pairs[name] = LoraPair(half["A"], B)
+        pairs[name] = pair if scale == 1.0 else LoraPair(pair.A.float(), pair.B.float() * scale)
     adapter = LoraAdapter(
         pairs,
         base_model=config.get("base_model_name_or_path") or "",

@@ -21,6 +21,7 @@ from uuid import uuid4
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from soppu import files
 from soppu.adapter import IDENTITY_FILE
 from soppu.errors import RegistryError, StorageError
 
@@ -112,7 +113,7 @@ class LocalBlobs(Blobs):
                 check(temporary)
                 _seal(temporary)
                 moved = _move(temporary, path)
-            _sync(path.parent)
+            files.sync(path.parent)
         if not moved:
             self.fetch(key, check)
 
@@ -307,8 +308,8 @@ def _seal(path: Path) -> None:
     """Read-only and on the disk; temporary files are born readable by their owner alone."""
     for file in path.iterdir() if path.is_dir() else [path]:
         file.chmod(0o444)
-        _sync(file)
-    _sync(path)
+        files.sync(file)
+    files.sync(path)
 
 
 def _move(temporary: Path, path: Path) -> bool:
@@ -320,11 +321,3 @@ def _move(temporary: Path, path: Path) -> bool:
             raise
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -29,9 +29,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes it 0600, which another user's server could not read
-        _fsync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: write failed, nothing was changed: {error}") from error
     finally:
@@ -59,7 +59,8 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -76,6 +76,12 @@ def test_the_value_is_not_visible_before_the_block_ends(tmp_path: Path) -> None:
     assert path.read_text() == "whole"
 
 
+def test_others_may_read_what_was_written(tmp_path: Path) -> None:
+    """A temporary file is its maker's alone; a server that runs as another user has to read the result."""
+    files.write_text(tmp_path / "value.txt", "x")
+    assert (tmp_path / "value.txt").stat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
 def test_sha256_file_equals_hashlib_around_the_chunk_size(tmp_path: Path, size: int) -> None:
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
