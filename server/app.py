@@ -78,11 +78,7 @@ class Federation:
             tokenizer,
             max_tokens=config.align.max_tokens,
         )
-        key = (
-            config.digest("frozen_dtype", "base", "data", "plan", "lora", "align", "federation")
-            + self.plan.hash
-        )
-        self.state = checkpoints.load(workdir, key=f"{key}-{config.seed}")
+        self.state = checkpoints.load(workdir, key=f"{config.training_digest()} {self.plan.hash}")
         self.registry = Registry.open(config.registry.root, catalogue=config.registry.catalogue)
         self.adapters: dict[str, str] = {}
 
@@ -176,7 +172,7 @@ class Federation:
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
         """Store one user's own adapter."""
         values = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        run = self.workdir.name
+        run = self.workdir.resolve().name
         self.adapters[user] = self.registry.put_adapter(adapter, user=user, run=run, metrics=values)
 
     def remember(self, done: int, shared: Mapping[str, Tensor], **notes: Any) -> None:

@@ -181,6 +181,12 @@ def read(folder: Path) -> LoraAdapter:
         fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
     )
     validate(adapter, who=str(folder))
+    noted = _identity(folder).get("content", "")
+    if noted and noted != adapter.content_hash():
+        raise AdapterError(
+            f"{folder}: {IDENTITY_FILE} belongs to other tensors ({noted[:12]}, found"
+            f" {adapter.content_hash()[:12]}); delete it if another program has written the folder again"
+        )
     return adapter
 
 

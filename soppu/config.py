@@ -94,6 +94,10 @@ class FederationConfig:
     timeout_s: int = _key(3600, low=1)
 
 
+# Keys of [federation] that change how a run is carried out, not what comes out of it.
+OPERATIONAL = frozenset({"client_cpus", "client_gpus", "min_users", "timeout_s"})
+
+
 @dataclass(frozen=True)
 class CompressConfig:
     """The joint compression of all adapters into one bundle."""
@@ -155,6 +159,14 @@ class Config:
     gate: GateConfig = GateConfig()
     serve: ServeConfig = ServeConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    def training_digest(self) -> str:
+        """Hash (16 hex) of what decides which adapters come out; not of where it runs or what comes after."""
+        values = dataclasses.asdict(self)
+        federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
+        sections = {name: values[name] for name in ("seed", "frozen_dtype", "data", "plan", "lora", "align")}
+        chosen = {**sections, "model": self.base.model, "federation": federation}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
     def digest(self, *sections: str) -> str:
         """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""

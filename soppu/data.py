@@ -121,11 +121,14 @@ def load_public(source: str, *, limit: int) -> list[Example]:
 def tokenize(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int) -> list[Block]:
     """Token blocks of at most `max_tokens`; the prompt is masked from the loss.
 
-    A prompt longer than half a block loses its beginning, a completion that does not fit its end.
+    A prompt longer than half a block loses its beginning (but not a token that the tokenizer begins every
+    text with), a completion that does not fit loses its end.
     """
     blocks = []
     for item in examples:
-        prompt = tokenizer.encode(item.prompt)[-(max_tokens // 2) :]
+        prompt = tokenizer.encode(item.prompt)
+        special = prompt[: len(prompt) - len(tokenizer.encode(item.prompt, add_special_tokens=False))]
+        prompt = special + prompt[len(special) :][-(max_tokens // 2 - len(special)) :]
         completion = tokenizer.encode(item.completion, add_special_tokens=False)
         completion = [*completion, tokenizer.eos_token_id][: max_tokens - len(prompt)]
         ids = torch.tensor(prompt + completion)

@@ -155,8 +155,11 @@ def _convert(packaged: PackagedModel, folder: Path) -> None:
         out = work / "model"
         _convert_gguf(gguf, out)
         files.write_text(out / _STAMP, json.dumps({"hash": _hash_folder(out), "from": packaged.requirement}))
-        if not (folder / _STAMP).exists():  # another process may have finished first
+        try:
             out.rename(folder)
+        except OSError:
+            if not (folder / _STAMP).exists():  # else another process has finished first
+                raise
 
 
 def _convert_gguf(gguf: Path, out: Path) -> None:

@@ -12,23 +12,28 @@ import soppu
 from soppu import adapter as adapters
 from soppu import emulator, models, simulation
 from soppu.emulator import LayerPlan
-from soppu.errors import FederationError
-from soppu.stages.run import CONFIG, open_run
+from soppu.errors import FederationError, RegistryError
+from soppu.registry import Registry
+from soppu.stages.run import CONFIG, FEDERATION, open_run
 
-FEDERATION = "federation"
+RESULT = f"{FEDERATION}/{simulation.RESULT}"
 
 
 def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] | None = None) -> str:
     """Run the simulation until every user's adapter is in the registry.
 
-    An attempt that was interrupted goes on after its last finished round. Returns the federation's id:
-    a hash of who got which adapter.
+    An attempt that was interrupted goes on after its last finished round, and adapters that a run with
+    the same training left in the registry are taken as they are. Returns the federation's id: a hash of
+    who got which adapter.
 
     Raises:
         FederationError: it did not come to an end, or too few users answered.
     """
     run = open_run(run_folder)
     settings = run.config.federation
+    done = run.read(RESULT)
+    if done and _all_held(run.registry(), done["adapters"]):
+        return _id(done)
     result = simulation.run(
         simulation.Simulation(
             app=Path(soppu.__file__).resolve().parents[1],
@@ -41,8 +46,7 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
         ),
         on_progress=on_progress,
     )
-    pairs = json.dumps(sorted(result["adapters"].items()))
-    return f"f-{hashlib.sha256(pairs.encode()).hexdigest()[:16]}"
+    return _id(result)
 
 
 def collect(run_folder: str, federation_id: str) -> str:
@@ -53,9 +57,8 @@ def collect(run_folder: str, federation_id: str) -> str:
         AdapterError: an adapter is damaged, or does not fit the base model.
     """
     run = open_run(run_folder)
-    result = run.read(f"{FEDERATION}/{simulation.RESULT}")
-    pairs = json.dumps(sorted(result.get("adapters", {}).items()))
-    found = f"f-{hashlib.sha256(pairs.encode()).hexdigest()[:16]}"
+    result = run.read(RESULT)
+    found = _id(result)
     if found != federation_id:
         raise FederationError(f"{run.folder}: holds federation {found}, asked for {federation_id}")
     registry, base = run.registry(), run.base()
@@ -84,3 +87,16 @@ def freeze_current(run_folder: str) -> str:
             f" ({len(current)} for others); run the full pipeline first"
         )
     return registry.freeze_set(fitting)
+
+
+def _id(result: dict[str, Any]) -> str:
+    pairs = json.dumps(sorted(result.get("adapters", {}).items()))
+    return f"f-{hashlib.sha256(pairs.encode()).hexdigest()[:16]}"
+
+
+def _all_held(registry: Registry, adapters: dict[str, str]) -> bool:
+    """Whether every user still holds the adapter: nobody was forgotten, the registry was not wiped."""
+    try:
+        return all(user in registry.owner(adapter_id) for user, adapter_id in adapters.items())
+    except RegistryError:
+        return False

@@ -6,14 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from soppu import simulation
 from soppu.compress.metrics import CompressionReport
 from soppu.evaluate import report as reports
 from soppu.evaluate import summary
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs, Serving, Stage
-from soppu.stages.federate import FEDERATION
+from soppu.stages.federate import RESULT
 from soppu.stages.publish import SERVING
 from soppu.stages.run import Run, open_run
 
@@ -38,7 +37,7 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     found = run.read(evaluation)
     bundle_id = found["bundle_id"]
     compression = run.read(f"compression-{bundle_id[:16]}.json")
-    federation = run.read(f"{FEDERATION}/{simulation.RESULT}") or None
+    federation = run.read(RESULT) or None
     inputs = ReportInputs(
         run=run.id,
         config=run.config,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from soppu.registry import Registry
 
 CONFIG = "config.toml"
 BIRTH = "birth"
+FEDERATION = "federation"
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,29 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
-    digest = hashlib.sha256(f"{config.digest()} {base.hash}".encode())
+    texts = ""
     if text:
         config = _with_users(config)
-        for user in config.data.users:
-            digest.update(load_user(config.data, user).digest().encode())
-    folder = Path(config.runs) / f"{Path(config_path).stem}-{digest.hexdigest()[:12]}"
+        texts = " ".join(load_user(config.data, user).digest() for user in config.data.users)
+    folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
     files.write_text(folder / CONFIG, configuration.dump(config))
     if not (folder / BIRTH).exists():
         files.write_text(folder / BIRTH, uuid.uuid4().hex)
+    if text:
+        training = _digest(config.training_digest(), base.hash, texts, config.registry.root)
+        _link(folder / FEDERATION, folder.parent / ".federations" / training)
     return str(folder)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _link(link: Path, folder: Path) -> None:
+    """Runs that differ only in what comes after the training share its folder, and so its adapters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(folder, link.parent))
 
 
 def _with_users(config: Config) -> Config:

@@ -75,9 +75,8 @@ class Pipeline:
 
     def run_folder(self) -> Path:
         """The only run folder there is."""
-        folders = [
-            path for path in (self.folder / "runs").iterdir() if path.is_dir() and not path.is_symlink()
-        ]
+        found = (self.folder / "runs").iterdir()
+        folders = [path for path in found if not path.is_symlink() and not path.name.startswith(".")]
         assert len(folders) == 1, folders
         return folders[0]
 

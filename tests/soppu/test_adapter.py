@@ -345,3 +345,12 @@ def test_names_types_shapes_layout_and_base_are_part_of_the_hash() -> None:
         LoraAdapter({"x": LoraPair(A.bfloat16(), B.bfloat16())}, base_hash=BASE),
     ]
     assert len({adapter.content_hash() for adapter in variants}) == len(variants)
+
+
+def test_an_identity_left_over_from_other_tensors_is_not_believed(tmp_path: Path) -> None:
+    adapters.write(small(), tmp_path)
+    edit_tensors(tmp_path, lambda tensors: next(iter(tensors.values())).add_(1.0))
+    with pytest.raises(AdapterError, match=r"soppu\.json belongs to other tensors"):
+        adapters.read(tmp_path)
+    (tmp_path / "soppu.json").unlink()
+    assert adapters.read(tmp_path).base_hash == ""

@@ -231,3 +231,17 @@ def test_a_token_that_looks_like_padding_is_not_masked() -> None:
     block = Block(torch.tensor([5, 1, 1]), torch.tensor([IGNORE, 1, 1]))
     _, mask, labels = data.collate([block], pad_id=1)
     assert mask.tolist() == [[1, 1, 1]] and labels.tolist() == [[IGNORE, 1, 1]]
+
+
+class BeginsWithSeven:
+    """A tokenizer that begins every text with token 7, as Llama's does with its BOS."""
+
+    eos_token_id = 0
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [7] * add_special_tokens + [10 + int(digit) for digit in text]
+
+
+def test_a_cut_prompt_keeps_the_token_every_text_begins_with() -> None:
+    (block,) = data.tokenize([Example("123456", "89")], BeginsWithSeven(), max_tokens=8)
+    assert block.ids.tolist() == [7, 14, 15, 16, 18, 19, 0]

@@ -51,3 +51,15 @@ def test_a_run_that_was_wiped_has_another_identity(config_path: Path, run: Run) 
     assert open_run(prepare(str(config_path))).identity == before
     (run.folder / "birth").unlink()
     assert open_run(prepare(str(config_path))).identity != before
+
+
+def test_runs_that_differ_only_after_the_training_share_its_folder(config_path: Path) -> None:
+    def federation(**overrides: object) -> Path:
+        named = {key.replace("__", "."): value for key, value in overrides.items()}
+        return (Path(prepare(str(config_path), named)) / "federation").resolve()
+
+    plain = federation()
+    assert federation(compress__rank=3) == plain
+    assert federation(federation__timeout_s=5) == plain
+    assert federation(federation__learning_rate=0.5) != plain
+    assert federation(seed=1) != plain

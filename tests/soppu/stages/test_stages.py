@@ -30,6 +30,20 @@ def test_freezing_an_empty_registry_says_so(run: Run) -> None:
         federate.freeze_current(str(run.folder))
 
 
+def test_a_federation_that_is_done_is_not_run_again(run: Run, trained: dict[str, str]) -> None:
+    run.write(federate.RESULT, {"adapters": trained})
+    before = sorted(path.name for path in (run.folder / "federation").iterdir())
+    first = federate.federate(str(run.folder))
+    assert federate.federate(str(run.folder)) == first
+    assert sorted(path.name for path in (run.folder / "federation").iterdir()) == before
+
+
+def test_collecting_the_result_of_another_federation_is_refused(run: Run, trained: dict[str, str]) -> None:
+    run.write(federate.RESULT, {"adapters": trained})
+    with pytest.raises(FederationError, match="asked for f-0"):
+        federate.collect(str(run.folder), "f-0")
+
+
 def test_every_stage_called_twice_gives_the_same_ids(run: Run, trained: dict[str, str]) -> None:
     folder = str(run.folder)
     set_id = federate.freeze_current(folder)
