@@ -17,6 +17,7 @@ COMMANDS = {
     "compress": "soppu.commands.compress:compress_command",
     "inspect": "soppu.commands.compress:inspect_command",
     "serve": "soppu.commands.serve:serve_command",
+    "rollback": "soppu.commands.rollback:rollback_command",
     "report": "soppu.commands.report:report_command",
 }
 

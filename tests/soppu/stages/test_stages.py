@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 
 import pytest
+from click.testing import CliRunner
 
+from soppu.cli import main
 from soppu.compress import Bundle
 from soppu.errors import FederationError, GateError, RegistryError, TargetError
 from soppu.stages import federate
@@ -147,8 +149,26 @@ def test_the_bundle_before_stays_for_a_rollback_and_older_ones_go(
         published.append(bundle_id)
     target = open_target(run)
     assert set(target.bundles()) == set(published[1:])
-    target.rollback(published[1])
-    assert target.active() == published[1]
+    where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
+    result = CliRunner().invoke(main, ["rollback", *where])
+    assert result.exit_code == 0, result.output
+    assert target.active() == run.registry().published("embedded").bundle_id == published[1]
+    result = CliRunner().invoke(main, ["rollback", *where, "--to", published[0]])  # no longer on the server
+    assert result.exit_code == 0, result.output
+    assert target.active() == published[0]
+
+
+def test_there_is_nothing_to_roll_back_to_at_first(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    run = reconfigured(gate=WAVE_THROUGH)
+    bundle_id, name = evaluated(run)
+    publish(str(run.folder), bundle_id, name)
+    where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
+    result = CliRunner().invoke(main, ["rollback", *where])
+    assert result.exit_code == 1
+    assert "was ever published there" in result.output
+    assert open_target(run).active() == bundle_id
 
 
 def test_a_forgotten_user_is_not_in_the_next_set(run: Run, trained: dict[str, str]) -> None:
