@@ -54,7 +54,8 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
                 "relative_error",
                 "lower_bound",
             )
-        },
+        }
+        | {"relative_achieved": report["compression"]["certificate"]["relative_achieved"]},
         "gate": report["gate"],
         "stages": report["stages"],
     }
@@ -82,9 +83,11 @@ def block(result: dict[str, Any]) -> str:
             f" {_mb(made['bytes_before'])} (float32) became one bundle of {_mb(made['bytes_after'])}"
             f" ({made['dtype']}) at shared rank {made['k']}: {made['ratio']:.1f}x fewer bytes on disk,"
             f" {made['parameters_before'] / made['parameters_after']:.1f}x fewer numbers. Relative error:"
-            f" {100 * errors['mean']:.1f} % mean, {100 * errors['max']:.1f} % worst user; no shared basis"
-            f" of this rank can go below {100 * made['lower_bound']:.1f} %. {rounds['rounds']} rounds"
-            f" carried {_mb(rounds['bytes_down'])} to the clients and {_mb(rounds['bytes_up'])} back.",
+            f" {100 * errors['mean']:.1f} % mean, {100 * errors['max']:.1f} % worst user. The certificate"
+            f" weighs every user and module the same: {100 * made['relative_achieved']:.1f} %, where no"
+            f" shared basis of this rank can go below {100 * made['lower_bound']:.1f} %."
+            f" {rounds['rounds']} rounds carried {_mb(rounds['bytes_down'])} to the clients and"
+            f" {_mb(rounds['bytes_up'])} back.",
             "",
             f"{total / 60:.1f} minutes of stages ({parts}) on {result['hardware']}; commit"
             f" `{result['commit'][:12]}`, seed {result['seed']}. Source: `benchmarks/results/demo.json`.",

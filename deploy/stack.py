@@ -7,7 +7,9 @@ What was started here has a pid file under the state folder; `down` ends those a
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +21,13 @@ import click
 import requests
 
 from soppu.errors import PortTaken, SoppuError, TargetError
+from soppu.simulation import end_processes
 from soppu.targets import process
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = "soppu"
+WORKER = "soppu-local"
+MARK = "SOPPU_STACK"
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,14 @@ class Stack:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "SOPPU_HOME": str(ROOT),
+            MARK: self.mark,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         }
+
+    @property
+    def mark(self) -> str:
+        """What every process that descends from this stack carries in its environment."""
+        return hashlib.sha256(str(self.state.resolve()).encode()).hexdigest()[:32]
 
     @property
     def dashboard(self) -> str:
@@ -80,18 +91,24 @@ def up(stack: Stack) -> dict[str, bool]:
 
 def down(stack: Stack) -> dict[str, bool]:
     """End what `up` and the pipeline started; name -> whether there was something to end."""
-    return {
-        "worker": process.stop(stack.pid_file("worker")),
-        "prefect server": process.stop(stack.pid_file("prefect-server")),
-        "embedded server": process.stop(stack.serve_state / "server.pid"),
-    }
+    ended = {"worker": process.stop(stack.pid_file("worker"))}
+    if ended["worker"]:
+        # Prefect goes on calling a stopped worker online; the next `up` should not believe it
+        requests.delete(f"{stack.api}/work_pools/{POOL}/workers/{WORKER}", timeout=30)
+    ended["prefect server"] = process.stop(stack.pid_file("prefect-server"))
+    ended["embedded server"] = process.stop(stack.serve_state / "server.pid")
+    ended["runs under way"] = end_processes(stack.mark, variable=MARK) > 0
+    return ended
 
 
 def healthy(stack: Stack) -> bool:
     """Whether a Prefect API answers; False if nothing listens, PortTaken if something else does."""
+    address = urlsplit(stack.api)
     try:
         response = requests.get(f"{stack.api}/health", timeout=10)
-    except requests.ConnectionError:
+    except requests.RequestException as error:
+        if listens(str(address.hostname), address.port or 80):
+            raise PortTaken(f"{stack.api}: something listens, but is no Prefect server: {error}") from None
         return False
     if response.status_code != 200 or response.text.strip() != "true":
         raise PortTaken(f"{stack.api}: answers, but not as a Prefect server: {response.text[:80]!r}")
@@ -102,6 +119,15 @@ def workers(stack: Stack) -> list[str]:
     """Names of the workers that are online in our pool."""
     response = requests.post(f"{stack.api}/work_pools/{POOL}/workers/filter", json={}, timeout=30)
     return [item["name"] for item in response.json() if item["status"] == "ONLINE"] if response.ok else []
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether anything accepts a connection there."""
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _server(stack: Stack) -> bool:
@@ -117,11 +143,12 @@ def _server(stack: Stack) -> bool:
 
 def _worker(stack: Stack) -> bool:
     pid_file = stack.pid_file("worker")
-    # One that was killed still counts as online in the API for a while: its pid file knows better.
-    if process.running(pid_file) or (not pid_file.exists() and workers(stack)):
+    # The API goes on calling our own online after it was killed: its pid file knows better.
+    if process.running(pid_file) or [name for name in workers(stack) if name != WORKER]:
         return False
-    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "soppu-local"]
-    _start(stack, "worker", command, lambda: bool(workers(stack)))
+    requests.delete(f"{stack.api}/work_pools/{POOL}/workers/{WORKER}", timeout=30)
+    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER]
+    _start(stack, "worker", command, lambda: WORKER in workers(stack))
     return True
 
 

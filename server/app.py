@@ -132,7 +132,7 @@ class Federation:
                 refused[f"node {node}"] = fault
             else:
                 known[node] = user
-        if len(known) < self.config.federation.min_users:
+        if len(known) < max(1, self.config.federation.min_users):
             raise FederationError(
                 f"{len(known)} users can train, federation.min_users is {self.config.federation.min_users};"
                 f" refused: {refused or 'nobody'}"
@@ -183,7 +183,11 @@ class Federation:
 
     def finish(self, strategy: FedBiOT, silent: Mapping[str, str]) -> None:
         """Write result.json, last of all: its presence says that the run is whole."""
-        if len(self.adapters) < self.config.federation.min_users:
+        least = self.config.federation.min_users
+        if lost := (strategy.logs[-1].lost if not least else []):
+            why = [strategy.logs[-1].refused[user] for user in lost]
+            raise FederationError(f"{len(lost)} users sent no adapter: {'; '.join(why)}")
+        if len(self.adapters) < max(1, least):
             raise FederationError(
                 f"{len(self.adapters)} adapters came back, federation.min_users is"
                 f" {self.config.federation.min_users}: {strategy.logs[-1].refused}"

@@ -73,6 +73,7 @@ class RoundLog:
     emulator_loss: float = 0.0
     accepted: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)  # of the refused, those whose client crashed or was silent
 
 
 class FedBiOT(FedAvg):
@@ -142,6 +143,7 @@ class FedBiOT(FedAvg):
                 adapter = self._checked(message, user)
             except AdapterError as error:
                 log.refused[user] = str(error)
+                log.lost += [user] if message.has_error() else []
                 continue
             log.accepted.append(user)
             good[user] = message
@@ -149,6 +151,7 @@ class FedBiOT(FedAvg):
                 self._keep(user, adapter, message.content.metric_records["metrics"])
         for user in set(self.nodes.values()) - set(log.accepted) - set(log.refused):
             log.refused[user] = f"{user}: no answer in time"
+            log.lost.append(user)
         log.seconds = time.monotonic() - self._started
         if not good:
             return None, None

@@ -170,7 +170,7 @@ def read(folder: Path) -> LoraAdapter:
     for name, half in halves.items():
         if missing := {"A", "B"} - half.keys():
             raise AdapterError(f"{folder}: {name}: lora_{missing.pop()} is missing")
-        scale = _scale(config, name, int(half["A"].shape[0]))
+        scale = _scale(config, name, half["A"], who=str(folder))
         pair = LoraPair(half["A"], half["B"])
         # folded in float32: a bf16 product of B and the scale would lose digits
         pairs[name] = pair if scale == 1.0 else LoraPair(pair.A.float(), pair.B.float() * scale)
@@ -229,9 +229,15 @@ def _refuse_features(config: Mapping[str, Any], folder: Path) -> None:
         raise AdapterError(f"{folder}: not a plain LoRA adapter: {', '.join(faults)}")
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _scale(config: Mapping[str, Any], module: str, A: Tensor, *, who: str) -> float:
+    if A.ndim != 2 or A.shape[0] < 1:
+        raise AdapterError(f"{who}: {module}: lora_A has shape {tuple(A.shape)}, expected (r, i) with r >= 1")
+    rank = int(A.shape[0])
+    try:
+        alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise AdapterError(f"{who}: {CONFIG_FILE}: lora_alpha or alpha_pattern: {error}") from None
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -89,13 +89,12 @@ class FederationConfig:
     personal_learning_rate: float = _key(1e-3, low=0.0)
     prox_weight: float = _key(1e-3, low=0.0)
     client_cpus: int = _key(1, low=1)
-    client_gpus: float = _key(0.0, low=0.0)
-    min_users: int = _key(1, low=1)
+    min_users: int = _key(0, low=0)
     timeout_s: int = _key(3600, low=1)
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "client_gpus", "min_users", "timeout_s"})
+OPERATIONAL = frozenset({"client_cpus", "min_users", "timeout_s"})
 
 
 @dataclass(frozen=True)

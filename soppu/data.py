@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from soppu.errors import DataError
 STDLIB = "stdlib"
 STDLIB_PUBLIC = "stdlib-public"
 IGNORE = -100
+HELD_OUT_ONE_IN = 4
 _KEYS = ("user_id", "prompt", "completion")
 
 
@@ -36,6 +38,10 @@ class Example:
     def digest(self) -> str:
         """Content hash: the order of a split does not depend on the order of a file."""
         return hashlib.sha256(f"{self.prompt}\0{self.completion}".encode()).hexdigest()
+
+    def is_held_out(self) -> bool:
+        """Whether this is one of the quarter that is never trained on, whatever any configuration says."""
+        return int(self.digest()[:8], 16) % HELD_OUT_ONE_IN == 0
 
 
 @dataclass(frozen=True)
@@ -90,21 +96,22 @@ def list_users(config: DataConfig) -> list[str]:
 def load_user(config: DataConfig, user_id: str) -> UserData:
     """Read and split one user's examples.
 
-    The split is by content hash, so it is the same on every machine and a repeated line never sits on
-    both sides.
+    The split is by content hash alone: the same on every machine and under every configuration, so that
+    nothing is ever measured on text that was trained on. The configured numbers only shorten each part.
 
     Raises:
-        DataError: the user has fewer than `data.min_examples` examples beside one held out.
+        DataError: fewer than `data.min_examples` are left to train on.
     """
     examples = sorted(set(_examples(config.source, user_id)), key=Example.digest)
-    if len(examples) < config.min_examples + 1:
+    held = [item for item in examples if item.is_held_out()] or examples[:1]
+    never = set(held)
+    train = [item for item in examples if item not in never]
+    if len(train) < config.min_examples:
         raise DataError(
-            f"user {user_id!r} has {len(examples)} usable examples in {config.source},"
-            f" at least {config.min_examples + 1} are needed (data.min_examples + 1 held out)"
+            f"user {user_id!r} has {len(train)} examples to train on in {config.source} ({len(held)} are held"
+            f" out), data.min_examples is {config.min_examples}"
         )
-    held = min(config.heldout_examples, len(examples) - config.min_examples)
-    train = examples[held : held + config.train_examples]
-    return UserData(user_id, tuple(train), tuple(examples[:held]))
+    return UserData(user_id, tuple(train[: config.train_examples]), tuple(held[: config.heldout_examples]))
 
 
 def load_public(source: str, *, limit: int) -> list[Example]:
@@ -169,22 +176,30 @@ def _read_source(source: str) -> dict[str, list[Example]]:
         raise DataError(f"{path}: no such file or folder, and not {STDLIB!r}")
     users: dict[str, list[Example]] = {}
     for item in found:
-        before = sum(map(len, users.values()))
-        for user_id, example in _read_jsonl(item):
-            users.setdefault(user_id, []).append(example)
-        if sum(map(len, users.values())) == before:
+        state = item.stat()
+        examples = _read_jsonl(item, state.st_mtime_ns, state.st_size)
+        if not examples:
             raise DataError(f"{item}: user without examples: the file holds no line")
+        for user_id, example in examples:
+            users.setdefault(user_id, []).append(example)
     return users
 
 
-def _read_jsonl(path: Path) -> Iterable[tuple[str, Example]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+@lru_cache(maxsize=64)
+def _read_jsonl(path: Path, changed: int, size: int) -> tuple[tuple[str, Example], ...]:
+    """A file's lines; `changed` and `size` are there for the cache, since every user asks for the file."""
+    return tuple(_parse_jsonl(path))
+
+
+def _parse_jsonl(path: Path) -> Iterable[tuple[str, Example]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode("utf-8"))
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
         except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+            raise DataError(f"{path}:{number}: not JSON in UTF-8: {error}") from None
         missing = [key for key in _KEYS if not isinstance(value, dict) or not isinstance(value.get(key), str)]
         if missing:
             raise DataError(

@@ -7,7 +7,6 @@ This file starts Flower's programs; it does not import Flower.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -58,7 +57,7 @@ class Simulation:
         config: the frozen configuration file handed to them.
         workdir: where checkpoints, progress and the result go; a second attempt continues from it.
         users: simulated clients.
-        client_cpus, client_gpus: what each of them may take; their number at a time follows from it.
+        client_cpus: cores each of them may take; how many run at a time follows from it.
         timeout_s: after this the run has failed.
     """
 
@@ -67,14 +66,13 @@ class Simulation:
     workdir: Path
     users: int
     client_cpus: int = 1
-    client_gpus: float = 0.0
     timeout_s: float = 3600.0
 
 
 def run(
     simulation: Simulation, *, on_progress: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """Run to the end and return the server's `result.json`.
+    """Run to the end and return the server's `result.json`. One call a work folder at a time.
 
     Args:
         on_progress: called with `{"note", "share"}` whenever the server says something new.
@@ -85,7 +83,7 @@ def run(
     simulation.workdir.mkdir(parents=True, exist_ok=True)
     result = simulation.workdir / RESULT
     log = simulation.workdir / "flower.log"
-    with _only_one(simulation), _environment(simulation) as (environment, port), log.open("ab") as stream:
+    with _environment(simulation) as (environment, port), log.open("ab") as stream:
         end_processes(environment[_MARK])  # of an attempt that was killed
         result.unlink(missing_ok=True)
         try:
@@ -99,11 +97,11 @@ def run(
     return dict(json.loads(result.read_text()))
 
 
-def end_processes(mark: str) -> int:
-    """Kill every process started under this mark, however deep; returns how many there were."""
+def end_processes(mark: str, *, variable: str = _MARK) -> int:
+    """Kill every process whose environment holds this mark, however deep; returns how many there were."""
     ended = 0
     for _ in range(10):  # one that is about to die may have forked after the list was made: look again
-        found = _kill_marked(mark)
+        found = _kill_marked(mark, variable)
         if not found:
             break
         psutil.wait_procs(found, timeout=10)
@@ -111,11 +109,11 @@ def end_processes(mark: str) -> int:
     return ended
 
 
-def _kill_marked(mark: str) -> list[psutil.Process]:
+def _kill_marked(mark: str, variable: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(_MARK) == mark:
+            if process.pid != os.getpid() and process.environ().get(variable) == mark:
                 process.send_signal(signal.SIGKILL)
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -138,19 +136,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _only_one(simulation: Simulation) -> Iterator[None]:
-    """Hold the run's lock; the system lets go of it when the holder dies, however it dies."""
-    with (simulation.workdir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FederationError(
-                f"{simulation.workdir}: another process is running this federation"
-            ) from None
-        yield
 
 
 @contextmanager
@@ -191,15 +176,18 @@ def _start_superlink(environment: dict[str, str], port: int, log: Any) -> subpro
             if requests.get(f"http://127.0.0.1:{port}/health", timeout=2).ok:
                 return process
         except requests.RequestException:
-            time.sleep(0.2)
+            pass  # not listening yet
+        time.sleep(0.2)
     raise FederationError(f"flower-superlink did not come up on port {port} (exit code {process.poll()})")
 
 
 def _start_run(simulation: Simulation, environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
     values = {"config": str(simulation.config.resolve()), "workdir": str(simulation.workdir.resolve())}
+    wanted = simulation.users * simulation.client_cpus
+    cores = max(min(os.cpu_count() or 1, wanted), simulation.client_cpus)  # no more actors than users
     resources = (
         f"num-supernodes={simulation.users} client-resources-num-cpus={simulation.client_cpus}"
-        f" client-resources-num-gpus={simulation.client_gpus}"
+        f" init-args-num-cpus={cores}"
     )
     run_config = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
     command = ["flwr", "run", str(simulation.app), "soppu", "--stream", "--run-config", run_config]

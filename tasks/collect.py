@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from soppu.stages import federate as stage
-from tasks.recording import recorded, stage_key, transient
+from tasks.recording import recorded, transient
 
 
 @task(
@@ -15,11 +15,10 @@ from tasks.recording import recorded, stage_key, transient
     retry_delay_seconds=[2, 10],
     retry_condition_fn=transient,
     timeout_seconds=1800,
-    cache_key_fn=stage_key,
-    persist_result=True,
+    cache_policy=NO_CACHE,
 )
 def collect(run: str, federation: str) -> str:
-    """Check shapes, numbers and base model of every adapter of a federation; freeze them as a set."""
+    """Check a federation's adapters and make them current; freeze everybody's. Not cached: see below."""
     with recorded(run, "collect"):
         return stage.collect(run, federation)
 

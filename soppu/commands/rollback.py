@@ -24,22 +24,26 @@ import click
 def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> None:
     """Make the bundle before the present one live again, and record that.
 
-    The server keeps the bundle before; an older one is brought back from the registry.
+    The server keeps the bundle before; an older one is brought back from the registry. Going back a second
+    time goes one further. A bundle with a user who was forgotten is never live again.
     """
-    from soppu.errors import RegistryError  # torch comes along with the registry: not for `soppu --help`
-    from soppu.registry import Registry
+    from soppu.errors import RegistryError, TargetError
+    from soppu.registry import Registry  # torch comes along: not for `soppu --help`
+    from soppu.stages.publish import previous_bundles, refuse_forgotten
     from soppu.targets.embedded import EmbeddedTarget
 
     registry = Registry.open(root, catalogue=catalogue, create=False)
     target = EmbeddedTarget(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
+    if not target.is_up():
+        raise TargetError(f"{url}: nobody answers there")
     live = target.active()
     if not bundle_id:
-        here = [item for item in registry.publications() if item.url.rstrip("/") == url.rstrip("/")]
-        before = [item.bundle_id for item in here if item.bundle_id != live]
+        before = previous_bundles(registry, url, live)
         if not before:
-            raise RegistryError(f"{url}: nothing but {live[:12] or 'no bundle'} was ever published there")
+            raise RegistryError(f"{url}: nothing but {live[:12] or 'no bundle'} was published there")
         bundle_id = before[0]
+    refuse_forgotten(registry, bundle_id)
     target.publish(registry.bundle_path(bundle_id), bundle_id=bundle_id)
     target.activate(bundle_id)
-    registry.record_publication(target="embedded", url=url, bundle_id=bundle_id)
+    registry.record_publication(target="embedded", url=target.url, bundle_id=bundle_id)
     click.echo(f"{url}: {live[:12] or 'no bundle'} -> {bundle_id[:12]}")

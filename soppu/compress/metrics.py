@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -126,10 +126,14 @@ class CompressionReport:
             steps={name: int(steps) for name, steps in value["steps"].items()},
             relative_error=_floats(value["relative_error"]),
             module_error={name: _floats(errors) for name, errors in value["module_error"].items()},
-            certificates={name: Certificate(**_floats(part)) for name, part in value["certificates"].items()},
+            certificates={name: _certificate(part) for name, part in value["certificates"].items()},
             parameters_before=int(value["parameters_before"]),
             parameters_after=int(value["parameters_after"]),
         )
+
+
+def _certificate(part: Mapping[str, Any]) -> Certificate:
+    return Certificate(**{item.name: float(part[item.name]) for item in fields(Certificate)})
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -49,7 +49,8 @@ def compression_line(made: Row) -> str:
         f"{made['method']}, rank {made['k']}: {size(made['bytes_before'])} -> {size(made['bytes_after'])}"
         f" ({ratio(made['bytes_before'], made['bytes_after'])} smaller), relative error mean"
         f" {percent(made['relative_error']['mean'])}, worst {percent(made['relative_error']['max'])},"
-        f" no basis below {percent(made['lower_bound'])}"
+        f" root mean square {percent(made['certificate']['relative_achieved'])} where no shared basis of this"
+        f" rank goes below {percent(made['lower_bound'])}"
     )
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import IO, ParamSpec, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -151,11 +151,18 @@ class AdminApi:
             raise _not_found(f"bundle {bundle_id} is not loaded; there are {len(self._state.bank.bundles())}")
         return bundle_id
 
+    def _temporary(self) -> IO[bytes]:
+        # Unbuffered: closing a buffer that a full disk refused would raise a second time.
+        try:
+            return tempfile.NamedTemporaryFile(dir=self._state.incoming, buffering=0)
+        except OSError as error:
+            raise _not_stored(error) from error
+
     @asynccontextmanager
     async def _upload(self, request: Request) -> AsyncIterator[tuple[Path, str]]:
         """The body in a temporary file, with its SHA-256; the file is gone afterwards."""
         digest, size = hashlib.sha256(), 0
-        with tempfile.NamedTemporaryFile(dir=self._state.incoming) as stream:
+        with self._temporary() as stream:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > _MAX_UPLOAD:
@@ -165,8 +172,7 @@ class AdminApi:
                         error_type="bad_request",
                     )
                 digest.update(chunk)
-                await run_in_threadpool(stream.write, chunk)
-            stream.flush()
+                await run_in_threadpool(_write_all, stream, chunk)
             yield Path(stream.name), digest.hexdigest()
 
 
@@ -174,8 +180,8 @@ def unpack_adapter(archive: Path, folder: Path) -> None:
     """Take the files of a PEFT folder out of an uncompressed tar; no path of the archive is ever used.
 
     Raises:
-        AdapterError: not a tar, a member that is not a plain file, an unexpected or repeated name, or the
-            configuration or the weights missing.
+        AdapterError: not a tar, a member that is not a plain file (a sparse one is not), an unexpected or
+            repeated name, more bytes than an upload may have, or the configuration or the weights missing.
     """
     try:
         with tarfile.open(archive, "r:") as tar:
@@ -185,11 +191,13 @@ def unpack_adapter(archive: Path, folder: Path) -> None:
                 name = member.name.removeprefix("./")
                 if name in _IGNORED:
                     continue
-                if name not in _EXPECTED or not member.isreg() or name in chosen:
+                if name not in _EXPECTED or not _is_plain(member) or name in chosen:
                     raise AdapterError(
                         f"tar member {member.name!r}: expected one plain file each of {_EXPECTED}"
                     )
                 chosen[name] = member
+            if (size := sum(member.size for member in chosen.values())) > _MAX_UPLOAD:
+                raise AdapterError(f"the tar holds {size} bytes, at most {_MAX_UPLOAD} are taken")
             if missing := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in chosen]:
                 raise AdapterError(f"the tar lacks {missing[0]}")
             for name, member in chosen.items():
@@ -199,6 +207,24 @@ def unpack_adapter(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(stream, out)
     except tarfile.TarError as error:
         raise AdapterError(f"the body is not an uncompressed tar: {error}") from None
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    # A sparse member of some bytes may unpack to any size.
+    return member.isreg() and not member.issparse()
+
+
+def _write_all(stream: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[stream.write(view) :]
+    except OSError as error:
+        raise _not_stored(error) from error
+
+
+def _not_stored(error: OSError) -> RequestError:
+    return RequestError(f"the upload cannot be stored: {error}", status=507, error_type="storage")
 
 
 async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -114,10 +114,15 @@ class AdapterBank:
     def drop(self, bundle_id: str) -> None:
         """Forget a bundle. Requests under way finish on it. BundleError if it is active or not loaded."""
         with self._lock:
+            self.check_drop(bundle_id)
+            del self._bundles[bundle_id]
+
+    def check_drop(self, bundle_id: str) -> None:
+        """Raise what `drop` would: BundleError if the bundle is active or not loaded."""
+        with self._lock:
             self._bundle(bundle_id)
             if bundle_id == self._active:
                 raise BundleError(f"bundle {bundle_id[:12]} is active; activate another one first")
-            del self._bundles[bundle_id]
 
     def add(self, name: str, adapter: LoraAdapter) -> None:
         """Load a PEFT adapter under `name`, or replace it; requests under way finish on the old one.
@@ -147,9 +152,14 @@ class AdapterBank:
     def remove(self, name: str) -> None:
         """Forget a PEFT adapter. Requests under way finish on it. AdapterError if it is not there."""
         with self._lock:
+            self.check_remove(name)
+            del self._adapters[name]
+
+    def check_remove(self, name: str) -> None:
+        """Raise what `remove` would: AdapterError if no adapter has that name."""
+        with self._lock:
             if name not in self._adapters:
                 raise AdapterError(f"no adapter {name!r} is loaded; there are {len(self._adapters)}")
-            del self._adapters[name]
 
     def resolve(self, adapter_id: str) -> Resolved:
         """Find what `adapter_id` means now.

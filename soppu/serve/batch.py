@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from soppu.errors import RequestError
 from soppu.serve.generation import Generation
 from soppu.serve.layers import Router, Routing
 from soppu.serve.refusals import failed
@@ -64,21 +65,28 @@ class Batch:
         logits = self._runner.forward(self._ids, mask=self._mask, cache=self._cache, routing=self._routing)
         tokens, logprobs = self._choose(logits)
         for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
-            if row.done:  # cancelled during the forward
+            if row.done:  # cancelled during the forward, or failed at its choice
                 continue
             if math.isfinite(logprob):
                 row.push(token, logprob)
             else:
-                row.fail(failed(f"the logits of adapter {row.job.resolved.adapter_id!r} are not finite"))
+                row.fail(_not_finite(row))
         self._ids = self._tensor([[token] for token in tokens])
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         self._drop_done()
 
     def _choose(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """A token and its logprob for every row; a row that cannot have one fails alone."""
         chosen = logits.argmax(-1)
+        finite = logits.logsumexp(-1).isfinite().tolist()  # a single -inf only rules a token out
         for position, row in enumerate(self.rows):
-            if not row.sampler.is_plain:
-                chosen[position] = row.sampler.choose(logits[position].cpu(), row.ids)
+            if not finite[position]:
+                row.fail(_not_finite(row))
+            elif not row.sampler.is_plain:
+                try:
+                    chosen[position] = row.sampler.choose(logits[position].cpu(), row.ids)
+                except RuntimeError as error:  # torch.multinomial, where the parameters overflow the scores
+                    row.fail(failed(f"no token can be chosen with these parameters: {error}"))
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         return chosen.tolist(), logprobs.tolist()
 
@@ -99,3 +107,7 @@ class Batch:
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _not_finite(row: Generation) -> RequestError:
+    return failed(f"the logits of adapter {row.job.resolved.adapter_id!r} are not finite")

@@ -19,6 +19,7 @@ from soppu.serve.generation import Generation, GenerationRequest, Job, Sink, Voc
 from soppu.serve.refusals import failed, incomplete, invalid, overloaded
 
 _LOG = logging.getLogger(__name__)
+_UNHEALTHY_AFTER = 3
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Engine:
         self._condition = threading.Condition()
         self._tokenizing = threading.Lock()
         self._closed = False
+        self._failed_batches = 0
         self._thread = threading.Thread(target=self._loop, name="soppu-engine", daemon=True)
 
     def __enter__(self) -> Engine:
@@ -75,6 +77,11 @@ class Engine:
     def alive(self) -> bool:
         """True while requests are being answered."""
         return self._thread.is_alive() and not self._closed
+
+    @property
+    def healthy(self) -> bool:
+        """`alive`, and not three batches in a row have failed as a whole."""
+        return self.alive and self._failed_batches < _UNHEALTHY_AFTER
 
     @property
     def waiting(self) -> int:
@@ -113,6 +120,8 @@ class Engine:
             if self._closed:
                 raise incomplete()
             if len(self._waiting) >= self.options.max_queue:
+                self._purge()
+            if len(self._waiting) >= self.options.max_queue:
                 raise overloaded()
             self._waiting.append(generation)
             self._condition.notify_all()
@@ -147,9 +156,12 @@ class Engine:
                 batch = Batch(self._runner, rows)
                 while batch.rows and not self._closed:
                     batch.step()
+                if not self._closed:
+                    self._failed_batches = 0
             except (
                 Exception
             ) as error:  # whatever one batch raises must not end the thread: its requests are told
+                self._failed_batches += 1
                 _LOG.exception("a batch of %d requests failed", len(rows))
                 for row in rows:
                     row.fail(failed(f"{type(error).__name__}: {error}"))
@@ -158,18 +170,26 @@ class Engine:
 
     def _gather(self) -> list[Generation]:
         """Wait for requests, then a moment for company. Empty means the engine was closed."""
+        rows: list[Generation] = []
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or self._waiting)
-            self._condition.wait_for(
-                lambda: self._closed or len(self._waiting) >= self.options.max_batch,
-                timeout=self.options.gather_seconds,
-            )
-            if self._closed:
-                return []
-            rows = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.options.max_batch))]
+            while not rows:  # all that waited may have been cancelled
+                self._condition.wait_for(lambda: self._closed or self._waiting)
+                self._condition.wait_for(
+                    lambda: self._closed or len(self._waiting) >= self.options.max_batch,
+                    timeout=self.options.gather_seconds,
+                )
+                if self._closed:
+                    return []
+                self._purge()
+                count = min(len(self._waiting), self.options.max_batch)
+                rows = [self._waiting.popleft() for _ in range(count)]
         for row in rows:
             row.start()
         return rows
+
+    def _purge(self) -> None:
+        """Drop what was cancelled while it waited. The condition is held."""
+        self._waiting = deque(row for row in self._waiting if not row.done)
 
 
 def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

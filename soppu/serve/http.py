@@ -96,8 +96,8 @@ class GenerateApi:
         return await self._stream(parse_request(await _json(request), stream=True))
 
     async def health(self, _: Request) -> Response:
-        """200 with an empty body while the engine runs, else 503."""
-        if self._engine.alive:
+        """200 with an empty body while the engine runs and its batches succeed, else 503."""
+        if self._engine.healthy:
             return Response()
         raise RequestError("unhealthy", status=503, error_type="healthcheck")
 

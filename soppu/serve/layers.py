@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from soppu.adapter import LoraPair
 from soppu.errors import UnsupportedModel
 
+# model_type -> layers that transformers feeds with (rows * tokens, features).
+_FLAT: Mapping[str, tuple[str, ...]] = {"opt": ("fc1", "fc2")}
+
 
 @dataclass(frozen=True, eq=False)
 class SharedFactors:
@@ -183,13 +186,15 @@ class Router:
 class AdaptedLinear(nn.Module):
     """A frozen `nn.Linear` or `Conv1D` plus the change its router asks for, row by row.
 
-    Without a routing it is the base layer, bit for bit.
+    Without a routing it is the base layer, bit for bit. A `flat` layer gets its rows laid end to end,
+    (b T, i), as transformers' OPT does it around its MLP; every row then has T tokens.
     """
 
-    def __init__(self, base: nn.Module, *, name: str, router: Router) -> None:
+    def __init__(self, base: nn.Module, *, name: str, router: Router, flat: bool = False) -> None:
         super().__init__()
         self.base = base
         self.name = name
+        self.flat = flat
         self._router = router
 
     @property
@@ -203,10 +208,16 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, T, i) -> (b, T, o)."""
+        """(b, T, i) -> (b, T, o); (b T, i) -> (b T, o) where the layer is flat."""
         y: Tensor = self.base(x)
         routing = self._router.routing
-        return y if routing is None else routing.apply(self.name, x, y)
+        if routing is None:
+            return y
+        if self.flat:
+            rows = routing.rows
+            changed = routing.apply(self.name, x.view(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1]))
+            return changed.view(y.shape)
+        return routing.apply(self.name, x, y)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -222,9 +233,10 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def install(model: nn.Module, names: Iterable[str], *, router: Router) -> None:
     """Wrap the named layers of `model`; a wrapped one stays. Base weights are not touched."""
+    flat = _FLAT.get(getattr(getattr(model, "config", None), "model_type", ""), ())
     for name in names:
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         layer = getattr(parent, leaf)
         if not isinstance(layer, AdaptedLinear):
-            setattr(parent, leaf, AdaptedLinear(layer, name=name, router=router))
+            setattr(parent, leaf, AdaptedLinear(layer, name=name, router=router, flat=leaf in flat))

@@ -21,6 +21,8 @@ from soppu.serve.sampling import Sampling
 T = TypeVar("T")
 Json = dict[str, Any]
 MAX_STOP_SEQUENCES = 4
+_GREEDY_BELOW = 1e-5  # temperatures below this one overflow fp32 scores
+_PENALTIES = (1e-3, 1e3)
 ADAPTER_SOURCES = ("hub", "local", "s3", "pbase")
 # Values of what this server does not implement that ask for nothing; None is always among them.
 _UNUSED: dict[str, tuple[object, ...]] = {
@@ -177,17 +179,20 @@ def _sampling(fields: _Fields) -> Sampling:
     seed = fields.get("seed", _INTEGER, -1)
     if temperature < 0:
         raise invalid(f"`temperature` must be non-negative. Given: {temperature}")
-    if penalty <= 0:
-        raise invalid(f"`repetition_penalty` must be strictly positive. Given: {penalty}")
+    if not _PENALTIES[0] <= penalty <= _PENALTIES[1]:
+        raise invalid(
+            f"`repetition_penalty` must be >= {_PENALTIES[0]} and <= {_PENALTIES[1]}. Given: {penalty}"
+        )
     if not 0 < top_p <= 1:
         raise invalid(f"`top_p` must be > 0.0 and <= 1.0. Given: {top_p}")
     if top_k == 0:
         raise invalid("`top_k` must be strictly positive")
     asked = fields.get("do_sample", _BOOLEAN, False, nullable=False)
+    greedy = temperature < _GREEDY_BELOW
     warped = temperature != 1.0 or top_k > 0 or top_p < 1.0
     return Sampling(
-        do_sample=(asked or warped) and temperature > 0,  # temperature 0 is greedy
-        temperature=temperature or 1.0,
+        do_sample=(asked or warped) and not greedy,
+        temperature=1.0 if greedy else temperature,
         top_k=max(top_k, 0),
         top_p=top_p,
         repetition_penalty=penalty,

@@ -19,6 +19,7 @@ from soppu.serve.http import ServerInfo, create_app
 from soppu.serve.state import ServerState
 
 _LOG = logging.getLogger(__name__)
+_BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def run(options: ServeOptions) -> None:
 
 
 def claim_port(host: str, port: int) -> socket.socket:
-    """A socket bound to `host:port`, not yet listening. PortTaken if somebody else has it."""
+    """A socket that listens at `host:port`. PortTaken if somebody else has it.
+
+    It listens at once, because two sockets that are only bound may share a port. Clients wait while the
+    model loads.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -99,6 +104,7 @@ def claim_port(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}") from None

@@ -97,10 +97,16 @@ class ServerState:
             return previous
 
     def drop_bundle(self, bundle_id: str) -> None:
-        """Forget a bundle and delete its file. BundleError if it is active or not there."""
+        """Forget a bundle and delete its file.
+
+        Raises:
+            BundleError: it is active, or not there.
+            StorageError: the disk refused it. The bundle is still served then.
+        """
         with self._changing:
+            self.bank.check_drop(bundle_id)
+            self._write(without_bundle=bundle_id)
             self.bank.drop(bundle_id)
-            self._write()
             self._bundle_path(bundle_id).unlink(missing_ok=True)
 
     def add_adapter(self, name: str, folder: Path) -> None:
@@ -129,11 +135,17 @@ class ServerState:
                 shutil.rmtree(self._adapter_path(old))
 
     def drop_adapter(self, name: str) -> None:
-        """Forget an adapter and delete its copy. AdapterError if there is none of that name."""
+        """Forget an adapter and delete its copy.
+
+        Raises:
+            AdapterError: there is none of that name.
+            StorageError: the disk refused it. The adapter is still served then.
+        """
         with self._changing:
+            self.bank.check_remove(name)
+            self._write(without_adapter=name)
             self.bank.remove(name)
             key = self._folders.pop(name)
-            self._write()
             shutil.rmtree(self._adapter_path(key))
 
     def _undo_adapter(self, name: str, old: str) -> None:
@@ -152,13 +164,13 @@ class ServerState:
     def _adapter_path(self, key: str) -> Path:
         return self._root / "adapters" / key
 
-    def _write(self) -> None:
+    def _write(self, *, without_bundle: str = "", without_adapter: str = "") -> None:
         content = {
             "format": 1,
             "base_hash": self.bank.base_hash,
             "active": self.bank.active,
-            "bundles": sorted(self.bank.bundles()),
-            "adapters": self._folders,
+            "bundles": sorted(self.bank.bundles().keys() - {without_bundle}),
+            "adapters": {name: key for name, key in self._folders.items() if name != without_adapter},
         }
         files.write_text(self._root / "state.json", json.dumps(content, indent=2, sort_keys=True))
 

@@ -8,18 +8,22 @@ judged by the error of their adapter alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from soppu import emulator, models
+from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.config import Config
-from soppu.data import list_users, load_user, tokenize
+from soppu.data import Example, list_users, load_user, tokenize
+from soppu.errors import DataError
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import UserLosses, mean_loss
 from soppu.stages.run import Run, open_run
 from soppu.train import cache_states
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -36,10 +40,10 @@ def evaluate(
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
     bench = _Bench(run, layers=_lowest_layer(bundle))
     losses = []
-    measured = [user for user in _with_text(run.config) if user in members]
-    for number, user in enumerate(measured, start=1):
+    measured = _with_text(run.config, members)
+    for number, (user, heldout) in enumerate(measured.items(), start=1):
         personal = registry.get_adapter(members[user])
-        losses.append(bench.losses(user, personal, bundle.reconstruct(user)))
+        losses.append(bench.losses(user, heldout, (personal, bundle.reconstruct(user))))
         if on_progress:
             on_progress({"note": f"evaluating {user}", "share": number / len(measured)})
     verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
@@ -76,27 +80,30 @@ class _Bench:
         self.top = emulator.TopModel(self.model, self.plan)
         self.bottom = emulator.with_layers(self.model, self.plan.bottom)
 
-    def losses(self, user: str, personal: Any, compressed: Any) -> UserLosses:
-        held = load_user(self.config.data, user).heldout
+    def losses(
+        self, user: str, held: Sequence[Example], adapters: tuple[LoraAdapter, LoraAdapter]
+    ) -> UserLosses:
+        """Losses with the base model, and with the (personal, compressed) adapters."""
         blocks = tokenize(held, self.tokenizer, max_tokens=self.config.data.max_tokens)
         states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
         base, own, joint = (
-            mean_loss(self.top, self.plan, states, adapter=adapter)
-            for adapter in (None, personal, compressed)
+            mean_loss(self.top, self.plan, states, adapter=adapter) for adapter in (None, *adapters)
         )
         return UserLosses(user, len(held), base, own, joint)
 
 
-def _with_text(config: Config) -> list[str]:
-    return list_users(config.data)
+def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Example, ...]]:
+    """Held-out text of the members who have enough of it here; the gate lists the others as unmeasured."""
+    found = {}
+    for user in set(list_users(config.data)).intersection(members):
+        try:
+            found[user] = load_user(config.data, user).heldout
+        except DataError as error:
+            _log.warning("not measured: %s", error)
+    return dict(sorted(found.items()))
 
 
 def _lowest_layer(bundle: Bundle) -> int:
     """The lowest full-model layer any module of the bundle sits in."""
     numbers = [int(part) for name in bundle.modules for part in name.split(".") if part.isdigit()]
     return min(numbers)
-
-
-def evaluation_path(run: Run, name: str) -> Path:
-    """Where `evaluate` wrote its findings."""
-    return run.folder / name

@@ -10,11 +10,11 @@ from typing import Any
 
 import soppu
 from soppu import adapter as adapters
-from soppu import emulator, models, simulation
+from soppu import emulator, files, models, simulation
 from soppu.emulator import LayerPlan
 from soppu.errors import FederationError, RegistryError
 from soppu.registry import Registry
-from soppu.stages.run import CONFIG, FEDERATION, open_run
+from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
 
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
 
@@ -30,27 +30,33 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
         FederationError: it did not come to an end, or too few users answered.
     """
     run = open_run(run_folder)
+    with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
+        result = run.read(RESULT)
+        if not (result and _all_held(run.registry(), result["adapters"])):
+            result = _simulate(run, on_progress)
+        return _id(result)
+
+
+def _simulate(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     settings = run.config.federation
-    done = run.read(RESULT)
-    if done and _all_held(run.registry(), done["adapters"]):
-        return _id(done)
-    result = simulation.run(
+    return simulation.run(
         simulation.Simulation(
             app=Path(soppu.__file__).resolve().parents[1],
             config=run.folder / CONFIG,
             workdir=run.folder / FEDERATION,
             users=len(run.config.data.users),
             client_cpus=settings.client_cpus,
-            client_gpus=settings.client_gpus,
             timeout_s=settings.timeout_s,
         ),
         on_progress=on_progress,
     )
-    return _id(result)
 
 
 def collect(run_folder: str, federation_id: str) -> str:
-    """Check every adapter the federation stored and freeze them as a set; returns the set's id.
+    """Check every adapter of a federation, make them current, and freeze everybody's as a set.
+
+    Users who took no part keep the adapter they have: a bundle without them would end their service.
+    Returns the set's id.
 
     Raises:
         FederationError: the run folder holds the result of another federation.
@@ -68,7 +74,9 @@ def collect(run_folder: str, federation_id: str) -> str:
         adapter = registry.get_adapter(adapter_id)
         adapters.validate(adapter, who=f"user {user!r}", base_hash=base.hash)
         adapters.check_shapes(adapter, shapes, who=f"user {user!r}")
-    return registry.freeze_set(result["adapters"])
+        if registry.current_set().get(user) != adapter_id:  # a run of an earlier configuration, again
+            registry.put_adapter(adapter, user=user, run=run.id)
+    return freeze_current(run_folder)
 
 
 def freeze_current(run_folder: str) -> str:

@@ -6,34 +6,66 @@ import dataclasses
 import os
 from pathlib import Path
 
+from soppu import files
 from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.report import Serving
+from soppu.registry import Registry
 from soppu.stages.run import Run, open_run
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 
 SERVING = "serving.json"
+SAMPLES = 64  # users whose sample completion goes into the report
 
 
 def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
     """Publish a bundle; returns the URL it is served at.
 
     Staged first, asked one canary a user, switched to only when all of them answered. Until then, and if
-    anything fails, what was published before goes on being served.
+    anything fails, what was published before goes on being served. One publication at a time.
 
     Raises:
         GateError: the evaluation's verdict was no; carries every reason.
-        TargetError: the server refused, is not there, or a canary failed.
+        TargetError: the server refused, is not there, a canary failed, or a user of the bundle has been
+            forgotten meanwhile.
     """
     run = open_run(run_folder)
     Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
+    with files.exclusive(Path(run.config.serve.state) / "publish.lock"):
+        return _publish(run, bundle_id)
+
+
+def _publish(run: Run, bundle_id: str) -> str:
     registry, settings = run.registry(), run.config.serve
+    refuse_forgotten(registry, bundle_id)
     target = open_target(run)
     path = registry.bundle_path(bundle_id)
     bundle = Bundle.load(path, expected_hash=bundle_id)
-    before = target.active()
     target.publish(path, bundle_id=bundle_id)
+    try:
+        canaries = _ask_canaries(run, target, bundle, bundle_id)
+        refuse_forgotten(registry, bundle_id)
+    except TargetError:
+        if bundle_id != target.active():
+            target.drop(bundle_id)
+        raise
+    target.activate(bundle_id)
+    registry.record_publication(target=settings.target, url=settings.url, bundle_id=bundle_id)
+    _drop_others(target, keep={bundle_id, *previous_bundles(registry, settings.url, bundle_id)[:1]})
+    serving = Serving(settings.target, settings.url, bundle_id, canaries, settings.canary_prompt)
+    run.write(SERVING, dataclasses.asdict(serving))
+    completions = {
+        user: target.complete(settings.canary_prompt, user=user, max_new_tokens=settings.completion_tokens)
+        for user in bundle.users[:SAMPLES]
+    }
+    run.write(SERVING, dataclasses.asdict(dataclasses.replace(serving, completions=completions)))
+    return settings.url
+
+
+def _ask_canaries(run: Run, target: EmbeddedTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
+    """One answer of every user's core in the staged bundle; user -> "". TargetError names who failed."""
+    settings = run.config.serve
     canaries = target.canary(
         bundle.users,
         settings.canary_prompt,
@@ -44,27 +76,27 @@ def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
     )
     failed = [f"{item.user}: {item.reason}" for item in canaries if not item.ok]
     if failed:
-        if bundle_id != before:
-            target.drop(bundle_id)
         raise TargetError(f"bundle {bundle_id[:12]} stays unpublished, canaries failed: {'; '.join(failed)}")
-    target.activate(bundle_id)
-    _drop_others(target, keep={bundle_id, before})
-    registry.record_publication(target=settings.target, url=settings.url, bundle_id=bundle_id)
-    serving = Serving(
-        target=settings.target,
-        url=settings.url,
-        bundle_id=bundle_id,
-        canaries={item.user: item.reason for item in canaries},
-        prompt=settings.canary_prompt,
-        completions={
-            user: target.complete(
-                settings.canary_prompt, user=user, max_new_tokens=settings.completion_tokens
-            )
-            for user in bundle.users
-        },
-    )
-    run.write(SERVING, dataclasses.asdict(serving))
-    return settings.url
+    return {item.user: item.reason for item in canaries}
+
+
+def refuse_forgotten(registry: Registry, bundle_id: str) -> None:
+    """TargetError if a user of this bundle has been forgotten: it must not go live, not even again."""
+    if registry.bundle(bundle_id).contains_forgotten:
+        raise TargetError(
+            f"bundle {bundle_id[:12]} holds a user who was forgotten; compress again without them"
+        )
+
+
+def previous_bundles(registry: Registry, url: str, bundle_id: str) -> list[str]:
+    """Bundles that a server could go back to from this one, the best choice first.
+
+    Those that were live before this one first was, newest first; then whatever else was ever live there.
+    """
+    here = [item.bundle_id for item in registry.publications() if item.url.rstrip("/") == url.rstrip("/")]
+    first = len(here) - 1 - here[::-1].index(bundle_id) if bundle_id in here else -1
+    others = dict.fromkeys(item for item in [*here[first + 1 :], *here] if item != bundle_id)
+    return [item for item in others if not registry.bundle(item).contains_forgotten]
 
 
 def open_target(run: Run) -> EmbeddedTarget:

@@ -38,6 +38,7 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     bundle_id = found["bundle_id"]
     compression = run.read(f"compression-{bundle_id[:16]}.json")
     federation = run.read(RESULT) or None
+    serving = _serving(run, bundle_id)
     inputs = ReportInputs(
         run=run.id,
         config=run.config,
@@ -51,8 +52,8 @@ def write_report(run_folder: str, evaluation: str) -> Written:
         bundle_id=bundle_id,
         base_hash=run.base().hash,
         federation=federation,
-        serving=_serving(run, bundle_id),
-        stages=_stages(run),
+        serving=serving,
+        stages=_stages(run, published=serving is not None),
     )
     report = reports.build(inputs)
     _, html = reports.write(run.folder, report)
@@ -66,8 +67,9 @@ def _serving(run: Run, bundle_id: str) -> Serving | None:
     return Serving(**noted) if noted.get("bundle_id") == bundle_id else None
 
 
-def _stages(run: Run) -> list[Stage]:
-    noted = [run.read(f"stages/{name}.json") for name in ORDER]
+def _stages(run: Run, *, published: bool) -> list[Stage]:
+    """What the stages noted; a publication of an earlier bundle in this folder is not one of this."""
+    noted = [run.read(f"stages/{name}.json") for name in ORDER if published or name != "publish"]
     return [Stage(**item) for item in noted if item]
 
 

@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from soppu import config as configuration
 from soppu import files, models
+from soppu.compress import CompressOptions
 from soppu.config import Config
-from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_user
+from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user
+from soppu.emulator import make_plan
 from soppu.errors import ConfigError
 from soppu.models import BaseModel
-from soppu.registry import Registry
+from soppu.registry import Registry, check_user_id
 
 CONFIG = "config.toml"
 BIRTH = "birth"
@@ -84,14 +89,18 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
         The run folder, absolute.
 
     Raises:
-        ConfigError, DataError, ModelError: with everything that is wrong, before any work is done.
+        ConfigError, DataError, ModelError, UnsupportedModel, RegistryError: what is wrong with settings,
+            text, base model, plan or a user's id, before any work is done.
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
+    CompressOptions(device=config.compress.device).torch_device()
     texts = ""
     if text:
         config = _with_users(config)
-        texts = " ".join(load_user(config.data, user).digest() for user in config.data.users)
+        _check_split(config, base)
+        public = [item.digest() for item in load_public(config.align.source, limit=config.align.examples)]
+        texts = " ".join([*public, *(load_user(config.data, user).digest() for user in config.data.users)])
     folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
     files.write_text(folder / CONFIG, configuration.dump(config))
     if not (folder / BIRTH).exists():
@@ -100,6 +109,19 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
         training = _digest(config.training_digest(), base.hash, texts, config.registry.root)
         _link(folder / FEDERATION, folder.parent / ".federations" / training)
     return str(folder)
+
+
+def _check_split(config: Config, base: BaseModel) -> None:
+    """Cut a model without weights, to hear of a wrong plan before a simulation is started for it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path, local_files_only=True))
+    make_plan(
+        model,
+        base_hash=base.hash,
+        adapter_layers=config.plan.adapter_layers,
+        drop_ratio=config.plan.drop_ratio,
+        target_modules=config.lora.target_modules,
+    )
 
 
 def _digest(*parts: str) -> str:
@@ -115,7 +137,10 @@ def _link(link: Path, folder: Path) -> None:
 
 def _with_users(config: Config) -> Config:
     """Name every user, so that all later stages agree on who takes part."""
-    data = dataclasses.replace(config.data, users=tuple(list_users(config.data)))
+    users = list_users(config.data)
+    for user in users:
+        check_user_id(user)
+    data = dataclasses.replace(config.data, users=tuple(users))
     return dataclasses.replace(config, data=data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from soppu.targets import process
 from soppu.targets.canary import Answered, Asked, CanaryResult, Trace, fault, is_close
 
 _CONNECT_SECONDS = 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -69,6 +71,10 @@ class EmbeddedTarget:
         """
         try:
             response = _request("GET", f"{self.url}/info", timeout=(_CONNECT_SECONDS, 10.0))
+        except requests.ReadTimeout:
+            raise PortTaken(
+                f"{self.url}: something listens, but does not answer; it may be a server that still loads"
+            ) from None
         except requests.RequestException as error:
             if not self._listens():
                 return False
@@ -89,12 +95,20 @@ class EmbeddedTarget:
     def start(self, launch: ServerLaunch) -> bool:
         """Start a server on this machine unless one is up; wait until it is healthy. False if one was up.
 
+        Of several starts with one pid file, one starts a server and the others wait for it.
+
         Raises:
             PortTaken: the port answers, but not as a SOPPU server; nothing is started.
             TargetError: the server ended or was not healthy in time; the message holds the end of its log.
+                Or the pid file names a process that still runs, and serves elsewhere.
         """
-        if self.is_up():
-            return False
+        with process.held(launch.pid_file):
+            if self.is_up():
+                return False
+            self._launch(launch)
+        return True
+
+    def _launch(self, launch: ServerLaunch) -> None:
         search = [str(Path(soppu.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, search))}  # also from a checkout, anywhere
         if self._token:
@@ -104,7 +118,6 @@ class EmbeddedTarget:
             ready=self._is_healthy,
             timeout=launch.timeout,
         )
-        return True
 
     def stop(self, pid_file: Path) -> bool:
         """End the server that `start` began. False if it was not running any more."""
@@ -163,7 +176,8 @@ class EmbeddedTarget:
         A user passes who gets an answer with that very adapter, at least one token, and finite logprobs that
         are not the base model's (but for `zero_users`, whose adapter is empty). Rounding differs with the
         company in a batch, so an answer close to the base model's is asked for again, alone: on an idle
-        server an adapter without effect then gives the base model's numbers exactly.
+        server an adapter without effect then gives the base model's numbers exactly. A server whose queue
+        is full is asked again until the target's timeout.
 
         Args:
             workers: canaries under way at once.
@@ -171,13 +185,13 @@ class EmbeddedTarget:
         Raises:
             TargetError: the base model itself does not answer.
         """
-        base = self._generate(prompt, "", max_new_tokens)
+        base = self._patiently(prompt, "", max_new_tokens)
         if base.status_code != 200:
             raise TargetError(f"{self.url}: the base model does not answer: {_refusal(base)}")
         base_trace = _trace(base)
 
         def ask(user: str) -> Answered:
-            return _answered(self._generate(prompt, f"{user}@{bundle_id}", max_new_tokens))
+            return _answered(self._patiently(prompt, f"{user}@{bundle_id}", max_new_tokens))
 
         with ThreadPoolExecutor(workers) as pool:
             answers = list(pool.map(ask, users))
@@ -216,9 +230,19 @@ class EmbeddedTarget:
 
     def _is_healthy(self) -> bool:
         try:
-            return _request("GET", f"{self.url}/health", timeout=(2.0, 2.0)).status_code == 200
+            return _request("GET", f"{self.url}/health", timeout=(2.0, 1.0)).status_code == 200
         except requests.RequestException:
             return False
+
+    def _patiently(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
+        """`_generate`, again and again while the server is overloaded, until the timeout of an answer."""
+        deadline, pause = time.monotonic() + self._timeout[1], _FIRST_PAUSE
+        while True:
+            response = self._generate(prompt, adapter_id, max_new_tokens)
+            if response.status_code != 429 or time.monotonic() + pause > deadline:
+                return response
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _generate(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
         parameters = {"adapter_id": adapter_id or None, "max_new_tokens": max_new_tokens, "details": True}

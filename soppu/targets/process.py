@@ -7,15 +7,22 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from soppu import files
 from soppu.errors import TargetError
 
 _TAIL_LINES = 15
 _POLL_SECONDS = 0.2
+
+
+class _Record(TypedDict):
+    pid: int
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,15 @@ class Launch:
 def start(launch: Launch, *, ready: Callable[[], bool], timeout: float) -> int:
     """Start the process in a session of its own and wait until `ready()`; return its pid.
 
+    Two starts on one pid file must not overlap: see `held`.
+
     Raises:
-        TargetError: it ended first, or was not ready within `timeout` seconds (it is stopped then); the
-            message holds the last lines of its log.
+        TargetError: the pid file names a process that still runs (nothing is started then); or ours ended
+            first, or was not ready within `timeout` seconds (it is stopped then): the message holds the
+            last lines of its log.
     """
+    if running(launch.pid_file):
+        raise TargetError(f"{launch.pid_file}: names a process that still runs; stop it first")
     launch.log.parent.mkdir(parents=True, exist_ok=True)
     with launch.log.open("ab") as log:
         begin = log.tell()
@@ -46,17 +58,28 @@ def start(launch: Launch, *, ready: Callable[[], bool], timeout: float) -> int:
             start_new_session=True,
             env={**os.environ, **launch.environment},
         )
-    record = {"pid": process.pid, "mark": _mark(process.pid)}
+    record: _Record = {"pid": process.pid, "mark": _mark(process.pid)}
     files.write_text(launch.pid_file, json.dumps(record))
     deadline = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < deadline:
-        if ready():
+        if ready() and process.poll() is None:  # another server may be the one that answers
             return process.pid
         time.sleep(_POLL_SECONDS)
     code = process.poll()
     why = f"was not ready after {timeout:g} s" if code is None else f"ended with exit code {code}"
-    stop(launch.pid_file)
+    _end(record)
+    _forget(launch.pid_file, record)
     raise TargetError(f"the server {why}; last lines of {launch.log}:\n{_tail(launch.log, begin)}")
+
+
+@contextmanager
+def held(pid_file: Path) -> Iterator[None]:
+    """Let one process, or thread, at a time start what the pid file will name; the others wait.
+
+    The lock is the file `<pid_file>.lock`, which stays.
+    """
+    with files.exclusive(pid_file.with_name(f"{pid_file.name}.lock")):
+        yield
 
 
 def stop(pid_file: Path, *, grace: float = 15.0) -> bool:
@@ -67,8 +90,22 @@ def stop(pid_file: Path, *, grace: float = 15.0) -> bool:
     """
     if not pid_file.exists():
         return False
-    record = json.loads(pid_file.read_text())
-    pid, mark = int(record["pid"]), record["mark"]
+    record = _read(pid_file)
+    ended = _end(record, grace=grace)
+    _forget(pid_file, record)
+    return ended
+
+
+def running(pid_file: Path) -> bool:
+    """Whether the process a pid file names is still there; False if there is no such file."""
+    if not pid_file.exists():
+        return False
+    record = _read(pid_file)
+    return _alive(record["pid"], record["mark"])
+
+
+def _end(record: _Record, *, grace: float = 15.0) -> bool:
+    pid, mark = record["pid"], record["mark"]
     ended = False
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
         if not _alive(pid, mark):
@@ -78,16 +115,18 @@ def stop(pid_file: Path, *, grace: float = 15.0) -> bool:
         deadline = time.monotonic() + patience
         while _alive(pid, mark) and time.monotonic() < deadline:
             time.sleep(0.05)
-    pid_file.unlink(missing_ok=True)
     return ended
 
 
-def running(pid_file: Path) -> bool:
-    """Whether the process a pid file names is still there; False if there is no such file."""
-    if not pid_file.exists():
-        return False
+def _forget(pid_file: Path, record: _Record) -> None:
+    """Remove the pid file, unless it names another process by now."""
+    if pid_file.exists() and _read(pid_file) == record:
+        pid_file.unlink(missing_ok=True)
+
+
+def _read(pid_file: Path) -> _Record:
     record = json.loads(pid_file.read_text())
-    return _alive(int(record["pid"]), record["mark"])
+    return {"pid": int(record["pid"]), "mark": str(record["mark"])}
 
 
 def _alive(pid: int, mark: str) -> bool:

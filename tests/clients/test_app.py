@@ -163,10 +163,10 @@ def test_a_node_that_is_not_set_up_says_what_is_missing(
 
 
 def test_a_user_with_too_little_text_says_so_before_training(setup: Setup) -> None:
-    more = dataclasses.replace(setup.config.data, min_examples=10, train_examples=10)
+    more = dataclasses.replace(setup.config.data, min_examples=8, train_examples=10)
     wanting = dataclasses.replace(setup.config, data=more)
     assert user_in(app(setup.message("query.hello", wanting), node(**{"partition-id": 0}))) == "alice"
-    with pytest.raises(DataError, match="user 'bob' has 9 usable examples"):
+    with pytest.raises(DataError, match="user 'bob' has 7 examples to train on"):
         app(setup.message("query.hello", wanting), node(**{"partition-id": 1}))
 
 

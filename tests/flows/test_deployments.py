@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from deploy.stack import POOL, Stack, up, workers
+from deploy.stack import POOL, ROOT, Stack, down, up, workers
+from soppu.simulation import free_port
 from tests.flows.driver import Pipeline, until
 
 pytestmark = pytest.mark.slow
@@ -24,6 +30,26 @@ def test_the_nightly_deployment_gets_scheduled_runs_within_a_minute(pipeline: Pi
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
     }
     assert until(lambda: pipeline.api("flow_runs/filter", waiting), timeout=60)
+
+
+def test_down_and_up_again_has_a_worker_that_works(tmp_path: Path) -> None:
+    made = Stack(
+        api=f"http://127.0.0.1:{free_port()}/api", state=tmp_path / "state", serve_state=tmp_path / "serve"
+    )
+    try:
+        assert up(made) == {"prefect server": True, "worker": True}
+        assert down(made)["worker"]
+        assert up(made) == {"prefect server": True, "worker": True}
+        assert workers(made)
+    finally:
+        down(made)
+
+
+def test_prefect_in_this_folder_talks_to_the_local_stack() -> None:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    command = [str(Path(sys.executable).parent / "prefect"), "config", "view"]
+    shown = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
+    assert f"PREFECT_API_URL='{Stack().api}'" in shown
 
 
 def test_up_a_second_time_starts_nothing(stack: Stack) -> None:

@@ -59,7 +59,7 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
 def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
     pipeline: Pipeline, tiny_overrides: dict[str, object]
 ) -> None:
-    pipeline.overrides |= tiny_overrides
+    pipeline.overrides |= tiny_overrides | {"federation.rounds": 20}  # long enough to be caught in the middle
     flow_run = pipeline.start("soppu/full-pipeline")
     runs = pipeline.folder / "runs"
 
@@ -82,12 +82,15 @@ def test_a_killed_worker_costs_no_finished_stage(
     pipeline: Pipeline, tiny_overrides: dict[str, object]
 ) -> None:
     pipeline.overrides |= tiny_overrides
-    pipeline.start("soppu/full-pipeline")
-    finished = until(
-        lambda: next((pipeline.folder / "runs").glob("*/stages/compress.json"), None), timeout=300, every=0.02
-    )
+    first = pipeline.start("soppu/full-pipeline")
+
+    def compressed() -> bool:
+        tasks = pipeline.task_runs(first)
+        return "compress" in tasks and tasks["compress"]["state_type"] == "COMPLETED"
+
+    until(compressed, timeout=300, every=0.1)
     kill_worker(pipeline)
-    stages = finished.parent
+    stages = pipeline.run_folder() / "stages"
     before = {path.name: path.read_text() for path in stages.glob("*.json")}
     assert "federate.json" in before and "publish.json" not in before
 
@@ -95,7 +98,7 @@ def test_a_killed_worker_costs_no_finished_stage(
     again = pipeline.start("soppu/full-pipeline")
     completed(pipeline, again)
     tasks = pipeline.task_runs(again)
-    for name in ("federate", "collect", "compress"):
+    for name in ("federate", "compress"):
         assert tasks[name]["state_name"] == "Cached", tasks[name]["state_name"]
         assert (stages / f"{name}.json").read_text() == before[f"{name}.json"]
     assert (stages / "publish.json").exists()

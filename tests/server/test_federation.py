@@ -300,7 +300,11 @@ def test_a_user_who_is_silent_in_the_last_round_has_no_adapter(config: Build, tm
         last = asked.metadata.message_type == "train" and round_of(asked) == 3
         return None if last and user_of(asked) == "carol" else reply
 
-    federate(config(), tmp_path / "work", InProcessGrid(NODES, tamper=silent))
+    with pytest.raises(FederationError, match="1 users sent no adapter: carol: no answer in time"):
+        federate(config(), tmp_path / "work", InProcessGrid(NODES, tamper=silent))
+    assert not (tmp_path / "work" / "result.json").exists()
+    allowed = config(federation={"min_users": 2})
+    federate(allowed, tmp_path / "work", InProcessGrid(NODES, tamper=silent))
     found = result(tmp_path / "work")
     assert found["adapters"].keys() == {"alice", "bob"}
     assert found["refused"] == {"carol": "carol: no answer in time"}
@@ -308,16 +312,16 @@ def test_a_user_who_is_silent_in_the_last_round_has_no_adapter(config: Build, tm
 
 
 def test_a_user_without_enough_text_is_named_and_left_out(config: Build, tmp_path: Path) -> None:
-    run = config(data={"min_examples": 9, "train_examples": 9})  # bob has nine, one of them held out
+    run = config(data={"min_examples": 8, "train_examples": 9})  # bob has nine, two of them held out
     grid, _ = federate(run, tmp_path / "work")
     found = result(tmp_path / "work")
     assert found["adapters"].keys() == {"alice", "carol"}
-    assert "user 'bob' has 9 usable examples" in found["refused"]["node 101"]
+    assert "user 'bob' has 7 examples to train on" in found["refused"]["node 101"]
     assert {m.metadata.dst_node_id for m in grid.of_type("train")} == {100, 102}
 
 
 def test_too_few_users_are_an_error_that_says_why(config: Build, tmp_path: Path) -> None:
-    run = config(data={"min_examples": 9, "train_examples": 9}, federation={"min_users": 3})
+    run = config(data={"min_examples": 8, "train_examples": 9}, federation={"min_users": 3})
     with pytest.raises(FederationError, match=r"2 users can train, federation.min_users is 3; .*bob"):
         federate(run, tmp_path / "work")
     assert not (tmp_path / "work" / "result.json").exists()
@@ -328,7 +332,8 @@ def test_too_few_adapters_are_an_error_that_says_why(config: Build, tmp_path: Pa
         return None if asked.metadata.message_type == "train" else reply
 
     with pytest.raises(FederationError, match=r"0 adapters came back, .*no answer in time"):
-        federate(config(federation={"rounds": 0}), tmp_path / "work", InProcessGrid(NODES, tamper=fail))
+        few = config(federation={"rounds": 0, "min_users": 1})
+        federate(few, tmp_path / "work", InProcessGrid(NODES, tamper=fail))
     assert not (tmp_path / "work" / "result.json").exists()
 
 

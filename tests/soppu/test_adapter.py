@@ -354,3 +354,32 @@ def test_an_identity_left_over_from_other_tensors_is_not_believed(tmp_path: Path
         adapters.read(tmp_path)
     (tmp_path / "soppu.json").unlink()
     assert adapters.read(tmp_path).base_hash == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "x"},
+        {"alpha_pattern": {"(": 4}},
+        {"alpha_pattern": ["q_proj"]},
+    ],
+)
+def test_a_scale_that_cannot_be_read_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    adapters.write(small(), tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: lora_alpha or alpha_pattern"):
+        adapters.read(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (), (4,)])
+def test_factors_that_are_no_matrix_are_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    adapters.write(small(), tmp_path)
+
+    def flatten(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(key for key in tensors if "lora_A" in key)
+        tensors[name] = torch.zeros(shape)
+
+    edit_tensors(tmp_path, flatten)
+    with pytest.raises(AdapterError, match="lora_A has shape"):
+        adapters.read(tmp_path)

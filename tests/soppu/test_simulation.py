@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import subprocess
@@ -15,7 +14,6 @@ import psutil
 import pytest
 
 from soppu import simulation
-from soppu.errors import FederationError
 from soppu.simulation import Simulation
 
 MARK = simulation._MARK
@@ -104,15 +102,6 @@ def test_the_mark_belongs_to_the_folder_not_to_the_attempt(tmp_path: Path) -> No
     assert simulation.mark_of(tmp_path / "a") == simulation.mark_of(tmp_path / "link")
     assert simulation.mark_of(tmp_path / "a") == simulation.mark_of(tmp_path / "b" / ".." / "a")
     assert simulation.mark_of(tmp_path / "a") != simulation.mark_of(tmp_path / "b")
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text("{}")
-    with (tmp_path / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FederationError, match="another process is running this federation"):
-            simulation.run(Simulation(tmp_path, tmp_path / "config.toml", tmp_path, users=1))
-    assert (tmp_path / "result.json").exists()  # the other's
 
 
 def test_the_environment_is_a_run_of_its_own_and_goes_with_it(tmp_path: Path) -> None:

@@ -76,7 +76,10 @@ def test_of_many_users_those_who_keep_least_are_shown() -> None:
 
 def test_compression_verdict_and_places_follow() -> None:
     text = summary.text(make_report(6), report_path="runs/x/report.html", prefect_url="http://localhost:4200")
-    assert "7.38 MB -> 1.5 MB (4.93× smaller)" in text and "no basis below 14.1 %" in text
+    assert (
+        "7.38 MB -> 1.5 MB (4.93× smaller)" in text
+        and "no shared basis of this rank goes below 14.1 %" in text
+    )
     assert "gate passed: all users together keep 9" in text
     assert re.search(r"^report: +runs/x/report\.html$", text, re.MULTILINE)
     assert re.search(r"^Prefect: http://localhost:4200$", text, re.MULTILINE)

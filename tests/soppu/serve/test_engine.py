@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from soppu.emulator import SUPPORTED
 from soppu.errors import RequestError
 from soppu.serve.bank import AdapterBank
 from soppu.serve.detokenize import Detokenizer
@@ -52,11 +54,11 @@ def text(engine: Engine, prompt: str, adapter_id: str = "", *, tokens: int = 12)
     return generation.result()[1].text
 
 
-@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_users_in_one_batch_get_the_text_of_peft_and_generate(
-    build: Callable[[], PreTrainedModel], make: Callable[..., Engine]
+    family: str, make: Callable[..., Engine]
 ) -> None:
-    model = build()
+    model = tiny.model(family)
     members = {name: tiny.lora(model, seed=seed) for seed, name in enumerate(("alice", "bob", "carol"))}
     shared = tiny.bundle(members)
     plain = {"dave": tiny.lora(model, seed=11, rank=5), "erin": tiny.lora(model, seed=12, rank=1)}
@@ -219,9 +221,61 @@ def test_a_full_queue_is_429_and_a_cancelled_request_frees_its_row(make: Callabl
     assert (caught.value.status, caught.value.error_type) == (429, "overloaded")
     running.cancel()
     waiting[0].cancel()
+    instead = engine.submit(GenerationRequest("a", max_new_tokens=2))
     gate.set()
-    assert len(waiting[1].result()[0]) == 2
+    assert len(waiting[1].result()[0]) == len(instead.result()[0]) == 2
     assert len(running.ids) <= 2
+
+
+def test_cancelled_requests_take_no_rows_of_the_next_batch(make: Callable[..., Engine]) -> None:
+    model = tiny.llama()
+    gate, inside, sizes = threading.Event(), threading.Event(), []
+    model.lm_head.register_forward_hook(
+        lambda _, args, __: (sizes.append(len(args[0])), inside.set(), gate.wait(30), None)[-1]
+    )
+    engine = make(model, max_batch=2, gather_seconds=0.0)
+    first = engine.submit(GenerationRequest("a", max_new_tokens=1))
+    assert inside.wait(30)
+    engine.submit(GenerationRequest("a", max_new_tokens=1)).cancel()
+    kept = [engine.submit(GenerationRequest("a", max_new_tokens=1)) for _ in range(2)]
+    gate.set()
+    assert all(generation.result() for generation in (first, *kept))
+    assert sizes == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(do_sample=True, temperature=1e-40, seed=1),
+        Sampling(do_sample=True, repetition_penalty=1e-44, seed=1),
+    ],
+)
+def test_parameters_that_allow_no_token_fail_their_own_request_only(
+    sampling: Sampling, make: Callable[..., Engine]
+) -> None:
+    engine = make(tiny.llama(), gather_seconds=0.2)
+    bad = engine.submit(GenerationRequest("a", max_new_tokens=3, sampling=sampling))
+    good = engine.submit(GenerationRequest("a", max_new_tokens=3))
+    with pytest.raises(RequestError, match="no token can be chosen with these parameters") as caught:
+        bad.result()
+    assert caught.value.status == 424
+    assert good.result()[1].text == tiny.peft_text(tiny.llama(), "a", None, tokens=3)
+
+
+def test_an_engine_is_unhealthy_from_three_failed_batches_until_one_succeeds(
+    make: Callable[..., Engine],
+) -> None:
+    model = tiny.llama()
+    engine = make(model)
+    handle = model.lm_head.register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("boom")))
+    for healthy in (True, True, False):
+        with pytest.raises(RequestError, match="boom"):
+            engine.submit(GenerationRequest("a", max_new_tokens=3)).result()
+        assert engine.healthy is healthy
+    handle.remove()
+    engine.submit(GenerationRequest("a", max_new_tokens=3)).result()
+    engine.submit(GenerationRequest("a", max_new_tokens=3)).result()  # the first batch is over by now
+    assert engine.alive and engine.healthy
 
 
 def test_a_broken_adapter_fails_alone_and_a_broken_batch_does_not_end_the_engine(
@@ -236,11 +290,16 @@ def test_a_broken_adapter_fails_alone_and_a_broken_batch_does_not_end_the_engine
     for pair in loaded.pairs.values():  # type: ignore[union-attr]
         pair.B.fill_(math.inf)
     engine = make(model, bank=bank, gather_seconds=0.2)
-    bad = engine.submit(GenerationRequest("a", "bad", max_new_tokens=3))
+    drawn = Sampling(do_sample=True, seed=1)
+    bad = [
+        engine.submit(GenerationRequest("a", "bad", max_new_tokens=3, sampling=sampling))
+        for sampling in (Sampling(), drawn)
+    ]
     good = engine.submit(GenerationRequest("a", max_new_tokens=3))
-    with pytest.raises(RequestError, match="adapter 'bad' are not finite") as caught:
-        bad.result()
-    assert caught.value.status == 424
+    for generation in bad:
+        with pytest.raises(RequestError, match="adapter 'bad' are not finite") as caught:
+            generation.result()
+        assert caught.value.status == 424
     assert good.result()[1].text == tiny.peft_text(tiny.llama(), "a", None, tokens=3)
     handle = model.lm_head.register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("boom")))
     with pytest.raises(RequestError, match="Server error: ValueError: boom"):
@@ -264,9 +323,16 @@ def test_a_listener_that_raises_loses_only_its_own_request(make: Callable[..., E
 def test_closing_fails_what_is_not_finished_and_refuses_what_comes() -> None:
     model = tiny.llama()
     inside = threading.Event()
-    model.lm_head.register_forward_hook(lambda *_: inside.set())
     bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
-    with Engine(model, tiny.tokenizer(), bank, EngineOptions(max_batch=1)) as engine:
+    engine = Engine(model, tiny.tokenizer(), bank, EngineOptions(max_batch=1))
+
+    def wait_for_the_end(*_: object) -> None:
+        inside.set()
+        while engine.alive:
+            time.sleep(0.01)
+
+    model.lm_head.register_forward_hook(wait_for_the_end)
+    with engine:
         running = [engine.submit(GenerationRequest("a", max_new_tokens=100)) for _ in range(2)]
         assert inside.wait(30)
     for generation in running:

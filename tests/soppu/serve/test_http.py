@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import resource
 import tarfile
 import tempfile
 import threading
@@ -24,7 +25,8 @@ from soppu import adapter as adapters
 from soppu import files
 from soppu.adapter import LoraAdapter
 from soppu.compress.bundle import Bundle
-from soppu.errors import BundleError, StorageError, TargetError
+from soppu.errors import AdapterError, BundleError, StorageError, TargetError
+from soppu.serve.admin import unpack_adapter
 from soppu.serve.bank import AdapterBank
 from soppu.serve.engine import Engine, EngineOptions
 from soppu.serve.http import ServerInfo, create_app
@@ -440,6 +442,45 @@ def test_a_tar_with_anything_unexpected_is_refused_and_leaves_nothing(
     assert [path.name for path in (tmp_path / "state").rglob("*") if path.is_file()] == ["lock"]
 
 
+def test_a_sparse_member_or_too_much_of_it_is_refused(
+    members: dict[str, LoraAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = tarfile.TarInfo("adapter_config.json")
+    sparse.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)}
+    sparse.size = 1
+    archive = tmp_path / "sparse.tar"
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as out:
+        out.addfile(sparse, io.BytesIO(b"{"))
+    with pytest.raises(AdapterError, match=r"'adapter_config.json': expected one plain file"):
+        unpack_adapter(archive, tmp_path / "folder")
+    archive.write_bytes(tar(members["alice"]))
+    monkeypatch.setattr("soppu.serve.admin._MAX_UPLOAD", 1000)
+    with pytest.raises(AdapterError, match=r"the tar holds \d+ bytes, at most 1000 are taken"):
+        unpack_adapter(archive, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_an_upload_the_disk_refuses_is_a_507_and_leaves_nothing(start: Start, tmp_path: Path) -> None:
+    server = start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # stands for a full disk
+    try:
+        response = server.client.put("/soppu/v1/adapters/dave", content=b"x" * (2 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (response.status_code, response.json()["error_type"]) == (507, "storage")
+    assert "the upload cannot be stored: [Errno 27]" in response.json()["error"]
+    assert list((tmp_path / "state" / "incoming").iterdir()) == []
+
+
+def test_health_tells_of_an_engine_whose_batches_all_fail(start: Start) -> None:
+    server = start()
+    server.model.lm_head.register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("boom")))
+    for status in (200, 200, 503):
+        assert server.post().status_code == 424
+        assert server.client.get("/health").status_code == status
+
+
 def slow_model(seen: list[int]) -> PreTrainedModel:
     model = tiny.llama()
 
@@ -478,8 +519,10 @@ def test_a_full_disk_changes_nothing(
 ) -> None:
     server = start()
     first = put(server, shared)
+    staged = put(server, tiny.bundle({"carol": members["alice"]}), activate=False)
     server.client.put("/soppu/v1/adapters/dave", content=tar(members["alice"]))
-    before = [server.post(adapter_id=who).json() for who in ("alice", "dave")]
+    who = ("alice", "dave", f"carol@{staged}")
+    before = [server.post(adapter_id=name).json() for name in who]
     second = tiny.bundle({"bob": members["alice"]}).to_bytes()
 
     write_text = files.write_text
@@ -496,11 +539,13 @@ def test_a_full_disk_changes_nothing(
             ("PUT", "/soppu/v1/adapters/dave", tar(members["bob"])),
             ("PUT", "/soppu/v1/adapters/erin", tar(members["bob"])),
             ("POST", "/soppu/v1/deactivate", b""),
+            ("DELETE", f"/soppu/v1/bundles/{staged}", b""),
+            ("DELETE", "/soppu/v1/adapters/dave", b""),
         ):
             response = server.client.request(method, path, content=content)
             assert (response.status_code, response.json()["error_type"]) == (507, "storage")
-        assert (server.bank.active, list(server.bank.bundles())) == (first, [first])
+        assert (server.bank.active, list(server.bank.bundles())) == (first, [first, staged])
         assert list(server.bank.adapters()) == ["dave"]
-    assert [server.post(adapter_id=who).json() for who in ("alice", "dave")] == before
+    assert [server.post(adapter_id=name).json() for name in who] == before
     server = start()
-    assert [server.post(adapter_id=who).json() for who in ("alice", "dave")] == before
+    assert [server.post(adapter_id=name).json() for name in who] == before

@@ -140,6 +140,18 @@ def test_a_layer_that_mixes_rows_is_refused() -> None:
         adapted(torch.randn(6, I))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_flat_layer_gives_every_row_its_own_change(tokens: int) -> None:
+    torch.manual_seed(0)
+    base, router = nn.Linear(I, O), Router()
+    flat = AdaptedLinear(base, name="layer", router=router, flat=True)
+    plain = AdaptedLinear(base, name="layer", router=router)
+    x = torch.randn(len(POOL[:-1]), tokens, I)
+    with torch.no_grad(), router.using(Routing(POOL[:-1])):
+        torch.testing.assert_close(flat(x.view(-1, I)), plain(x).view(-1, O))
+    assert flat(x.view(-1, I)).shape == (len(x) * tokens, O)
+
+
 def test_installing_twice_wraps_once_and_shapes_are_those_of_the_change() -> None:
     model = nn.ModuleDict({"a": nn.Linear(I, O), "b": Conv1D(O, I), "c": nn.LayerNorm(I)})
     assert linear_shapes(model) == {"a": (O, I), "b": (O, I)}

@@ -17,10 +17,9 @@ from peft import PeftModel
 from starlette.types import ASGIApp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    GPT2Config,
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -30,6 +29,7 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import compress
 from soppu.compress.bundle import Bundle
 from soppu.compress.options import CompressOptions
+from soppu.emulator import SUPPORTED
 from soppu.serve.bank import AdapterBank
 from soppu.serve.engine import Engine, EngineOptions
 from soppu.serve.http import ServerInfo, create_app
@@ -61,44 +61,51 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
 
 
-def llama(*, seed: int = 0) -> PreTrainedModel:
+_SIZES: Mapping[str, int] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_OWN_SIZES: Mapping[str, Mapping[str, float]] = {
+    "llama": {"num_key_value_heads": 2, "initializer_range": 0.3},
+    "mistral": {"num_key_value_heads": 2, "initializer_range": 0.3},
+    "qwen2": {"num_key_value_heads": 2, "initializer_range": 0.3},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3},
+    "gpt_neox": {"initializer_range": 0.3},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3},
+    "gpt2": {"initializer_range": 0.3},
+}
+
+
+def model(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """A random model of two layers, of one of the supported families."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
+        **{name: size for name, size in _SIZES.items() if family != "opt" or name != "intermediate_size"},
+        **_OWN_SIZES[family],
         vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=tokenizer().eos_token_id,
         pad_token_id=tokenizer().pad_token_id,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def llama(*, seed: int = 0) -> PreTrainedModel:
+    return model("llama", seed=seed)
 
 
 def gpt2(*, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(tokenizer()),
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=128,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer().eos_token_id,
-        pad_token_id=tokenizer().pad_token_id,
-    )
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+    return model("gpt2", seed=seed)
 
 
 def lora(model: PreTrainedModel, *, seed: int, rank: int = 3, base_hash: str = BASE_HASH) -> LoraAdapter:
-    """A random adapter on the attention and MLP outputs of every layer, large enough to change the text."""
+    """A random adapter on the family's default targets in every layer, large enough to change the text."""
     generator = torch.Generator().manual_seed(seed)
-    leaves = ("q_proj", "down_proj", "c_attn", "c_proj")
+    leaves = SUPPORTED[model.config.model_type][1]
     pairs = {
         name: LoraPair(
             0.5 * torch.randn(rank, i, generator=generator), 0.5 * torch.randn(o, rank, generator=generator)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from soppu.errors import ConfigError, DataError
+from soppu.errors import ConfigError, DataError, SoppuError
 from soppu.stages.run import Run, open_run, prepare
 
 
@@ -37,7 +37,7 @@ def test_overrides_win_and_unknown_ones_are_refused(config_path: Path) -> None:
 def test_a_user_with_too_little_text_stops_the_run_before_it_starts(config_path: Path, run: Run) -> None:
     line = json.dumps({"user_id": "dan", "prompt": "p", "completion": "c"})
     (Path(run.config.data.source) / "dan.jsonl").write_text(line)
-    with pytest.raises(DataError, match=r"user 'dan' has 1 usable examples"):
+    with pytest.raises(DataError, match=r"user 'dan' has 0 examples to train on"):
         prepare(str(config_path))
 
 
@@ -63,3 +63,37 @@ def test_runs_that_differ_only_after_the_training_share_its_folder(config_path: 
     assert federation(federation__timeout_s=5) == plain
     assert federation(federation__learning_rate=0.5) != plain
     assert federation(seed=1) != plain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"plan.adapter_layers": 40}, r"plan\.adapter_layers: found 40"),
+        ({"lora.target_modules": ["nope"]}, r"lora\.target_modules: no nope"),
+        ({"align.source": "absent.jsonl"}, r"absent\.jsonl: no such file"),
+        ({"compress.device": "cuda:99"}, "cuda:99"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_started(
+    config_path: Path, overrides: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SoppuError, match=message):
+        prepare(str(config_path), overrides)
+
+
+def test_a_user_id_that_cannot_be_stored_is_refused(config_path: Path, run: Run) -> None:
+    lines = [{"user_id": "a@b", "prompt": str(n), "completion": "c"} for n in range(20)]
+    (Path(run.config.data.source) / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SoppuError, match="a@b"):
+        prepare(str(config_path))
+
+
+def test_other_public_text_is_another_training(config_path: Path, tmp_path: Path) -> None:
+    public = tmp_path / "public.jsonl"
+    found = set()
+    for text in ("one", "two"):
+        lines = [{"user_id": "p", "prompt": f"{text} {n}", "completion": "c"} for n in range(4)]
+        public.write_text("\n".join(map(json.dumps, lines)))
+        run = prepare(str(config_path), {"align.source": str(public)})
+        found.add((Path(run) / "federation").resolve())
+    assert len(found) == 2

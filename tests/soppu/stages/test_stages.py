@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from soppu import emulator, models
 from soppu.cli import main
 from soppu.compress import Bundle
 from soppu.errors import FederationError, GateError, RegistryError, TargetError
@@ -17,6 +19,7 @@ from soppu.stages.evaluate import evaluate
 from soppu.stages.publish import open_target, publish
 from soppu.stages.report import write_report
 from soppu.stages.run import Run
+from tests.soppu.stages.conftest import train
 
 WAVE_THROUGH = {"min_mean_gain_kept": -10.0, "min_user_gain_kept": -10.0, "max_relative_error": 1.0}
 
@@ -34,10 +37,27 @@ def test_freezing_an_empty_registry_says_so(run: Run) -> None:
 
 def test_a_federation_that_is_done_is_not_run_again(run: Run, trained: dict[str, str]) -> None:
     run.write(federate.RESULT, {"adapters": trained})
-    before = sorted(path.name for path in (run.folder / "federation").iterdir())
     first = federate.federate(str(run.folder))
     assert federate.federate(str(run.folder)) == first
-    assert sorted(path.name for path in (run.folder / "federation").iterdir()) == before
+    assert not (run.folder / "federation" / "flower.log").exists()  # no process was started
+
+
+def test_collecting_makes_a_federation_current_and_keeps_everybody_else_served(
+    run: Run, trained: dict[str, str]
+) -> None:
+    registry, plan = run.registry(), a_plan(run)
+    newer = registry.put_adapter(train(run, "ann", steps=3), user="ann")
+    older = {"ann": trained["ann"], "bob": trained["bob"]}
+    run.write(federate.RESULT, {"adapters": older, "plan": {"json": plan.to_json()}})
+    assert registry.current("ann") == newer
+    set_id = federate.collect(str(run.folder), federate.federate(str(run.folder)))
+    assert registry.get_set(set_id) == trained  # cleo took no part, and is still there
+    assert registry.current_set() == trained
+
+
+def a_plan(run: Run) -> emulator.LayerPlan:
+    base = run.base()
+    return emulator.make_plan(models.load_model(base), base_hash=base.hash, adapter_layers=2, drop_ratio=0.0)
 
 
 def test_collecting_the_result_of_another_federation_is_refused(run: Run, trained: dict[str, str]) -> None:
@@ -167,8 +187,50 @@ def test_there_is_nothing_to_roll_back_to_at_first(
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
     result = CliRunner().invoke(main, ["rollback", *where])
     assert result.exit_code == 1
-    assert "was ever published there" in result.output
+    assert "was published there" in result.output
     assert open_target(run).active() == bundle_id
+
+
+def test_a_bundle_with_a_forgotten_user_never_goes_live_again(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    run = reconfigured(gate=WAVE_THROUGH)
+    with_bob, name = evaluated(run)
+    publish(str(run.folder), with_bob, name)
+    run.registry().forget("bob")
+    with pytest.raises(TargetError, match="a user who was forgotten"):
+        publish(str(run.folder), with_bob, name)
+    without, name = evaluated(run)
+    publish(str(run.folder), without, name)
+    target = open_target(run)
+    assert target.bundles() == (without,)
+    where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
+    assert CliRunner().invoke(main, ["rollback", *where]).exit_code == 1
+    assert CliRunner().invoke(main, ["rollback", *where, "--to", with_bob]).exit_code == 1
+    assert target.active() == without
+
+
+def test_publishing_again_keeps_the_bundle_to_roll_back_to(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    published = []
+    for rank in (8, 7):
+        run = reconfigured(gate=WAVE_THROUGH, compress={"rank": rank})
+        bundle_id, name = evaluated(run)
+        publish(str(run.folder), bundle_id, name)
+        published.append(bundle_id)
+    publish(str(run.folder), bundle_id, name)
+    assert set(open_target(run).bundles()) == set(published)
+
+
+def test_a_user_who_has_too_little_text_left_does_not_stop_the_others(
+    run: Run, reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    path = Path(run.config.data.source) / "cleo.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:3]))
+    found = run.read(evaluated(run)[1])
+    assert [item["user"] for item in found["losses"]] == ["ann", "bob"]
+    assert found["verdict"]["unmeasured"] == ["cleo"]
 
 
 def test_a_forgotten_user_is_not_in_the_next_set(run: Run, trained: dict[str, str]) -> None:

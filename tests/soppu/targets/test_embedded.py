@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread, Timer
 
 import pytest
 import requests
@@ -23,7 +24,8 @@ from soppu.compress.bundle import Bundle
 from soppu.errors import PortTaken, TargetError
 from soppu.models import resolve
 from soppu.serve.http import ServerInfo
-from soppu.targets import TARGETS
+from soppu.serve.server import claim_port
+from soppu.targets import TARGETS, process
 from soppu.targets.canary import Answered, Asked, fault
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from tests.soppu.serve import tiny
@@ -102,6 +104,39 @@ def test_a_canary_without_effect_fails_unless_it_is_known_to_be_empty(
     assert result.ok
 
 
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[tuple[str, Event]]:
+    """URL of a server whose only row and only place in the queue are taken until the event is set."""
+    gate, inside, model = Event(), Event(), tiny.llama()
+    model.lm_head.register_forward_hook(lambda *_: (inside.set(), gate.wait(30), None)[-1])
+    with tiny.served(model, tmp_path / "state", max_batch=1, max_queue=1) as url:
+        target = EmbeddedTarget(url)
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(target.complete, PROMPT, max_new_tokens=2)
+            assert inside.wait(30)
+            pool.submit(target.complete, PROMPT, max_new_tokens=2)
+            while requests.get(f"{url}/info", timeout=5).json()["waiting"] < 1:
+                time.sleep(0.01)
+            yield url, gate
+            gate.set()
+
+
+def test_a_canary_waits_for_a_full_server(
+    full: tuple[str, Event], shared: Bundle, files: dict[str, Path]
+) -> None:
+    url, gate = full
+    target, one = EmbeddedTarget(url), next(iter(files))
+    target.publish(files[one], bundle_id=one)
+    Timer(0.3, gate.set).start()
+    results = target.canary(shared.users * 4, PROMPT, bundle_id=one, workers=8)
+    assert [item.reason for item in results] == [""] * 8
+
+
+def test_a_canary_does_not_wait_for_ever(full: tuple[str, Event]) -> None:
+    with pytest.raises(TargetError, match="HTTP 429: Model is overloaded"):
+        EmbeddedTarget(full[0], timeout=0.5).canary(["alice"], PROMPT, bundle_id="1" * 64)
+
+
 def test_every_fault_of_an_answer_is_named() -> None:
     asked, base = Asked("alice@v", version="v"), ((1, -0.5),)
     good = Answered("", "alice@v", "v", ((2, -0.25),))
@@ -176,7 +211,7 @@ def test_a_port_of_somebody_else_is_named_and_nothing_is_started(stranger: int, 
         target.is_up()
     with pytest.raises(PortTaken):
         target.start(launch(tmp_path, "unused"))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["server.pid.lock"]
 
 
 def test_a_port_that_does_not_speak_http_is_taken_too() -> None:
@@ -189,6 +224,13 @@ def test_a_port_that_does_not_speak_http_is_taken_too() -> None:
         Thread(target=hang_up, daemon=True).start()
         with pytest.raises(PortTaken, match="something listens, but is no SOPPU server"):
             EmbeddedTarget(f"http://127.0.0.1:{listener.getsockname()[1]}").is_up()
+
+
+def test_a_port_is_claimed_once_before_anything_is_loaded() -> None:
+    with claim_port("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"cannot listen on 127.0.0.1:{port}"):
+            claim_port("127.0.0.1", port)
 
 
 def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
@@ -255,6 +297,22 @@ def test_a_server_process_is_started_once_serves_restarts_and_stops(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_two_starts_at_once_start_one_server(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    target = EmbeddedTarget(f"http://127.0.0.1:{free_port()}")
+    options = launch(tmp_path, str(tmp_path / "model"))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            started = list(pool.map(target.start, [options] * 2))
+        assert sorted(started) == [False, True]
+        assert process.running(options.pid_file)
+    finally:
+        assert target.stop(options.pid_file)
+    assert not target.is_up()
+
+
+@pytest.mark.slow
 def test_a_server_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     target = EmbeddedTarget(f"http://127.0.0.1:{free_port()}")
     options = launch(tmp_path, str(tmp_path / "absent"))
@@ -284,4 +342,3 @@ def test_a_pid_file_of_a_process_that_is_gone_ends_nobody(tmp_path: Path) -> Non
 def test_targets_are_chosen_by_name_and_secrets_are_not_shown() -> None:
     assert TARGETS == {"embedded": EmbeddedTarget}
     assert "secret" not in repr(ServerInfo("m", "h", admin_token="secret"))
-    assert os.environ.get("SOPPU_ADMIN_TOKEN") is None

@@ -1,0 +1,79 @@
+"""Starting and ending processes by pid file: whose file it is, and whose process answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from soppu import files
+from soppu.errors import TargetError
+from soppu.targets import process
+
+SLEEP = (sys.executable, "-c", "import time; time.sleep(60)")
+
+
+def launch(folder: Path, *command: str) -> process.Launch:
+    return process.Launch(command, folder / "log", folder / "server.pid")
+
+
+def test_ready_is_not_enough_where_another_process_answers(tmp_path: Path) -> None:
+    options = launch(tmp_path, sys.executable, "-c", "print('the lock is taken'); raise SystemExit(3)")
+
+    def ready() -> bool:
+        while process.running(options.pid_file):
+            pass
+        return True
+
+    with pytest.raises(TargetError, match=r"(?s)the server ended with exit code .*the lock is taken"):
+        process.start(options, ready=ready, timeout=30)
+    assert not options.pid_file.exists()
+
+
+def test_a_failed_start_leaves_the_pid_file_of_another_process(tmp_path: Path) -> None:
+    other, options = launch(tmp_path, *SLEEP), launch(tmp_path, sys.executable, "-c", "input()")
+    try:
+
+        def overwrite() -> bool:
+            """As a second start without the lock would; ours has ended by the next look."""
+            while process.running(options.pid_file):
+                pass
+            process.start(other, ready=lambda: True, timeout=30)
+            return False
+
+        with pytest.raises(TargetError, match="ended with exit code"):
+            process.start(options, ready=overwrite, timeout=30)
+        assert process.running(other.pid_file)
+    finally:
+        assert process.stop(other.pid_file)
+
+
+def test_nothing_is_started_over_a_process_that_runs(tmp_path: Path) -> None:
+    options = launch(tmp_path, *SLEEP)
+    pid = process.start(options, ready=lambda: True, timeout=30)
+    try:
+        with pytest.raises(TargetError, match=r"server\.pid: names a process that still runs"):
+            process.start(options, ready=lambda: True, timeout=30)
+        assert json.loads(options.pid_file.read_text())["pid"] == pid
+    finally:
+        assert process.stop(options.pid_file)
+
+
+def test_held_lets_one_in_at_a_time(tmp_path: Path) -> None:
+    inside = threading.Event()
+
+    def enter() -> None:
+        with process.held(tmp_path / "server.pid"):
+            inside.set()
+
+    thread = threading.Thread(target=enter)
+    with process.held(tmp_path / "server.pid"):
+        thread.start()
+        assert not inside.wait(0.2)
+        with pytest.raises(BlockingIOError), files.exclusive(tmp_path / "server.pid.lock", wait=False):
+            pass
+    thread.join(30)
+    assert inside.is_set()
