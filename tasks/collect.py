@@ -18,7 +18,7 @@ from tasks.recording import recorded, transient
     cache_policy=NO_CACHE,
 )
 def collect(run: str, federation: str) -> str:
-    """Check a federation's adapters and make them current; freeze everybody's. Not cached: see below."""
+    """Check a federation's adapters, make them current, freeze everybody's; not cached, that changes."""
     with recorded(run, "collect"):
         return stage.collect(run, federation)
 

@@ -70,11 +70,12 @@ def collect(run_folder: str, federation_id: str) -> str:
     registry, base = run.registry(), run.base()
     plan = LayerPlan.from_json(result["plan"]["json"])
     shapes = emulator.target_shapes(models.load_model(base, dtype=run.config.frozen_dtype), plan)
+    current = registry.current_set()
     for user, adapter_id in result["adapters"].items():
         adapter = registry.get_adapter(adapter_id)
         adapters.validate(adapter, who=f"user {user!r}", base_hash=base.hash)
         adapters.check_shapes(adapter, shapes, who=f"user {user!r}")
-        if registry.current_set().get(user) != adapter_id:  # a run of an earlier configuration, again
+        if current.get(user) != adapter_id:  # a run of an earlier configuration, again
             registry.put_adapter(adapter, user=user, run=run.id)
     return freeze_current(run_folder)
 
