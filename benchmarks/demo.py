@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from soppu.evaluate.report import read
+from soppu.evaluate.wording import bounded, made_by
 from soppu.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,11 +45,17 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         "compression": {
             key: report["compression"][key]
             for key in (
+                "method",
+                "target",
                 "k",
+                "k_used",
+                "clusters",
+                "whitened",
                 "dtype",
                 "bytes_before",
                 "bytes_after",
                 "ratio",
+                "ratio_16_bit",
                 "parameters_before",
                 "parameters_after",
                 "relative_error",
@@ -81,17 +88,27 @@ def block(result: dict[str, Any]) -> str:
             "",
             f"Losses are nats a token on held-out functions. {len(rows)} adapters of"
             f" {_mb(made['bytes_before'])} (float32) became one bundle of {_mb(made['bytes_after'])}"
-            f" ({made['dtype']}) at shared rank {made['k']}: {made['ratio']:.1f}x fewer bytes on disk,"
-            f" {made['parameters_before'] / made['parameters_after']:.1f}x fewer numbers. Relative error:"
-            f" {100 * errors['mean']:.1f} % mean, {100 * errors['max']:.1f} % worst user. The certificate"
-            f" weighs every user and module the same: {100 * made['relative_achieved']:.1f} %, where no"
-            f" shared basis of this rank can go below {100 * made['lower_bound']:.1f} %."
+            f" ({made_by(made)}; {made['dtype']}): {made['ratio']:.1f}x fewer bytes on disk,"
+            f" {made['ratio_16_bit']:.1f}x fewer than at 16 bits a number. Relative error:"
+            f" {100 * errors['rms']:.1f} % root mean square, {100 * errors['mean']:.1f} % mean,"
+            f" {100 * errors['max']:.1f} % worst user. {_bound(made)}"
             f" {rounds['rounds']} rounds carried {_mb(rounds['bytes_down'])} to the clients and"
             f" {_mb(rounds['bytes_up'])} back.",
             "",
             f"{total / 60:.1f} minutes of stages ({parts}) on {result['hardware']}; commit"
             f" `{result['commit'][:12]}`, seed {result['seed']}. Source: `benchmarks/results/demo.json`.",
         ]
+    )
+
+
+def _bound(made: dict[str, Any]) -> str:
+    """What the certificate says: of shared bases alone, users and modules weighing the same."""
+    if not bounded(made):
+        return "The certificate, which speaks of one shared basis a module, has no bound."
+    return (
+        f"The shared bases with a core for every user and nothing else leave"
+        f" {100 * made['relative_achieved']:.1f} %, every user and module weighing the same; no bases of"
+        f" these ranks could leave less than {100 * made['lower_bound']:.1f} %."
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.packing import Parcel, pack
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
 from soppu import wire
@@ -39,7 +40,7 @@ def hello(msg: Message, context: Context) -> Message:
 
 @app.train()
 def train(msg: Message, context: Context) -> Message:
-    """Train the LoRA that came on this user's text and send it back, with the losses seen."""
+    """Train the LoRA that came on this user's text and send it back, its form named, with the losses seen."""
     config, user_id = _who(msg, context)
     order = msg.content.config_records["config"]
     torch.set_num_threads(config.federation.client_cpus)
@@ -56,15 +57,15 @@ def train(msg: Message, context: Context) -> Message:
         fan_in_fan_out=bench.plan.fan_in_fan_out,
     )
     states = bench.states(user_id)
-    options = _options(
-        config, mode=str(order["mode"]), seed=_seed(config, user_id, int(str(order["server-round"])))
-    )
+    mode, number = str(order["mode"]), int(str(order["server-round"]))
+    options = _options(config, mode=mode, seed=_seed(config, user_id, number))
     result = fit(bench.top, bench.plan, states.train, start=start, options=options)
+    parcel = pack(bench, states, result.adapter, personal=mode == "personal")
     content = RecordDict(
         {
-            "arrays": ArrayRecord(wire.to_state(result.adapter)),
-            "metrics": _metrics(bench, states, result),
-            "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash}),
+            "arrays": ArrayRecord(parcel.state),
+            "metrics": _metrics(bench, states, result, parcel),
+            "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form}),
         }
     )
     return Message(content=content, reply_to=msg)
@@ -113,13 +114,16 @@ def _seed(config: Config, user_id: str, server_round: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _metrics(bench: Workbench, states: UserStates, result: TrainResult) -> MetricRecord:
-    return MetricRecord(
+def _metrics(bench: Workbench, states: UserStates, result: TrainResult, parcel: Parcel) -> MetricRecord:
+    metrics = MetricRecord(
         {
             "num-examples": len(states.train),
             "train-loss-first": result.first_loss,
             "train-loss-last": result.last_loss,
             "emulator-loss-base": mean_loss(bench.top, bench.plan, states.heldout, adapter=None),
-            "emulator-loss": mean_loss(bench.top, bench.plan, states.heldout, adapter=result.adapter),
+            "emulator-loss": parcel.loss,
         }
     )
+    if parcel.ternary_loss is not None:
+        metrics["emulator-loss-ternary"] = parcel.ternary_loss
+    return metrics

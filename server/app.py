@@ -21,8 +21,9 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from server import checkpoint as checkpoints
+from server.agreement import Agreement
 from server.checkpoint import Checkpoint, write_progress
-from server.strategy import Agreement, FedBiOT
+from server.strategy import FedBiOT
 from soppu import config as configuration
 from soppu import data, emulator, files, models, wire
 from soppu.adapter import LoraAdapter
@@ -69,6 +70,8 @@ class Federation:
             base_model=config.base.model,
             base_hash=base.hash,
             fan_in_fan_out=self.plan.fan_in_fan_out,
+            form=config.federation.wire,
+            max_loss=config.federation.wire_max_loss,
         )
         self.aligner = Aligner(
             model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed

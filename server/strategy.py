@@ -8,7 +8,6 @@ adapter is kept as it is, under the user's name. A damaged reply is refused by n
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,45 +18,28 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from soppu import wire
+from server.agreement import LOSS, TERNARY_LOSS, WEIGHT, Agreement
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
 
 SHARED, PERSONAL = "shared", "personal"
-WEIGHT = "num-examples"
-METRICS = (WEIGHT, "train-loss-first", "train-loss-last", "emulator-loss-base", "emulator-loss")
-_REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """What every reply has to match.
+class Received:
+    """How one user's adapter came: its form, the bytes of the reply, the held-out losses told.
 
     Attributes:
-        plan_hash: hash of the layer plan the server works with.
-        shapes: full-model name -> (o, i) of every adapted module.
-        rank: LoRA rank.
-        base_model, base_hash, fan_in_fan_out: written into the adapters that are kept.
+        form: "float32" or "ternary".
+        bytes_up: of the whole reply.
+        loss_float32: on the client's emulator, of the adapter as trained.
+        loss_ternary: of its ternary form, sent or not; None where there was none.
     """
 
-    plan_hash: str
-    shapes: Mapping[str, tuple[int, int]]
-    rank: int
-    base_model: str
-    base_hash: str
-    fan_in_fan_out: bool
-
-    def adapter(self, state: Mapping[str, Tensor], *, who: str) -> LoraAdapter:
-        """Tensors -> adapter; AdapterError names `who` and what is wrong."""
-        return wire.from_state(
-            state,
-            self.shapes,
-            rank=self.rank,
-            who=who,
-            base_model=self.base_model,
-            base_hash=self.base_hash,
-            fan_in_fan_out=self.fan_in_fan_out,
-        )
+    form: str
+    bytes_up: int
+    loss_float32: float
+    loss_ternary: float | None
 
 
 @dataclass
@@ -72,6 +54,7 @@ class RoundLog:
     train_loss: float = 0.0
     emulator_loss: float = 0.0
     accepted: list[str] = field(default_factory=list)
+    received: dict[str, Received] = field(default_factory=dict)  # of the accepted
     refused: dict[str, str] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)  # of the refused, those whose client crashed or was silent
 
@@ -138,14 +121,15 @@ class FedBiOT(FedAvg):
         for message in replies:
             user = self.nodes.get(message.metadata.src_node_id, f"node {message.metadata.src_node_id}")
             if message.has_content():
-                log.bytes_up += sum(record.count_bytes() for record in message.content.values())
+                log.bytes_up += _size(message)
             try:
-                adapter = self._checked(message, user)
+                form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
             except AdapterError as error:
                 log.refused[user] = str(error)
                 log.lost += [user] if message.has_error() else []
                 continue
             log.accepted.append(user)
+            log.received[user] = _received(message, form)
             good[user] = message
             if log.mode == PERSONAL:
                 self._keep(user, adapter, message.content.metric_records["metrics"])
@@ -156,38 +140,31 @@ class FedBiOT(FedAvg):
         if not good:
             return None, None
         # in the order of names, not of arrival: a sum of floats depends on its order
-        arrays, metrics = super().aggregate_train(server_round, [good[user] for user in sorted(good)])
-        assert metrics is not None  # FedAvg gives both where there is a reply, and there is one
+        arrays, metrics = self._mean([good[user] for user in sorted(good)], log)
         log.train_loss = cast(float, metrics["train-loss-last"])
-        log.emulator_loss = cast(float, metrics["emulator-loss"])
-        return (None if log.mode == PERSONAL else arrays), metrics
+        log.emulator_loss = cast(float, metrics[LOSS])
+        return arrays, metrics
 
-    def _checked(self, message: Message, user: str) -> LoraAdapter:
-        if message.has_error():
-            raise AdapterError(f"{user}: the client failed: {message.error.reason}")
-        if {name: type(record) for name, record in message.content.items()} != _REPLY:
-            found = ", ".join(sorted(message.content))
-            raise AdapterError(f"{user}: the reply holds {found or 'nothing'}; expected {', '.join(_REPLY)}")
-        who = message.content.config_records["who"]
-        if who.get("user") != user:
-            raise AdapterError(f"{user}: the reply says it is from {who.get('user')!r}")
-        if who.get("plan-hash") != self.agreement.plan_hash:
-            found, ours = str(who.get("plan-hash"))[:12], self.agreement.plan_hash[:12]
-            raise AdapterError(f"{user}: trained on plan {found}, ours is {ours}")
-        _check_metrics(message.content.metric_records["metrics"], user)
-        try:
-            state = message.content.array_records["arrays"].to_torch_state_dict()
-        except (EOFError, TypeError, ValueError) as error:
-            raise AdapterError(f"{user}: the arrays cannot be read: {error}") from error
-        return self.agreement.adapter(state, who=user)
+    def _mean(self, replies: list[Message], log: RoundLog) -> tuple[ArrayRecord | None, MetricRecord]:
+        """What the replies have in common: of a personal round the numbers alone."""
+        if log.mode == PERSONAL:
+            return None, self.train_metrics_aggr_fn([reply.content for reply in replies], WEIGHT)
+        arrays, metrics = super().aggregate_train(log.round, replies)
+        assert metrics is not None  # FedAvg gives both where there is a reply, and there is one
+        return arrays, metrics
 
 
-def _check_metrics(metrics: MetricRecord, user: str) -> None:
-    """FedAvg divides by these and the registry stores them: the same names from all, finite numbers."""
-    if set(metrics) != set(METRICS):
-        raise AdapterError(f"{user}: metrics are {', '.join(sorted(metrics))}; expected {', '.join(METRICS)}")
-    for name, value in metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterError(f"{user}: metric {name} is {value}, expected a finite number")
-        if name == WEIGHT and value < 1:
-            raise AdapterError(f"{user}: metric {name} is {value}, expected at least 1")
+def _size(message: Message) -> int:
+    """Bytes of a message's records."""
+    return sum(record.count_bytes() for record in message.content.values())
+
+
+def _received(message: Message, form: str) -> Received:
+    metrics = message.content.metric_records["metrics"]
+    ternary = metrics.get(TERNARY_LOSS)
+    return Received(
+        form,
+        _size(message),
+        loss_float32=float(cast(float, metrics[LOSS])),
+        loss_ternary=None if ternary is None else float(cast(float, ternary)),
+    )

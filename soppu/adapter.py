@@ -86,7 +86,8 @@ class LoraAdapter:
                 for side in ("A", "B"):
                     tensor = getattr(self.pairs[name], side).detach().cpu().contiguous()
                     digest.update(f"{name}.{side} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                    digest.update(tensor.view(torch.uint8).numpy().tobytes())
+                    # flat first: a single row or column may keep any stride and still be contiguous
+                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
             object.__setattr__(self, "_hash", digest.hexdigest())
         return self._hash
 

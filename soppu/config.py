@@ -14,13 +14,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from soppu.errors import ConfigError
 
+if TYPE_CHECKING:
+    from soppu.compress.options import CompressOptions
+
 
 def _key(
-    default: Any, *, low: float | None = None, high: float | None = None, one_of: tuple[str, ...] = ()
+    default: Any, *, low: float | None = None, high: float | None = None, one_of: tuple[Any, ...] = ()
 ) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "one_of": one_of})
 
@@ -88,6 +91,9 @@ class FederationConfig:
     learning_rate: float = _key(1e-3, low=0.0)
     personal_learning_rate: float = _key(1e-3, low=0.0)
     prox_weight: float = _key(1e-3, low=0.0)
+    wire: str = _key("float32", one_of=("float32", "ternary"))
+    wire_density: float = _key(0.2, low=1e-6, high=1.0)
+    wire_max_loss: float = _key(0.01, low=0.0)
     client_cpus: int = _key(1, low=1)
     min_users: int = _key(0, low=0)
     timeout_s: int = _key(3600, low=1)
@@ -97,16 +103,40 @@ class FederationConfig:
 OPERATIONAL = frozenset({"client_cpus", "min_users", "timeout_s"})
 
 
+# What a bundle can be asked for, one at a time; a target that is given replaces the default one.
+TARGETS = ("ratio", "max_bytes", "max_error")
+# Keys of [compress] that decide what errors are weighed by; the others are those of CompressOptions.
+CALIBRATION = frozenset({"whiten", "calibration_examples"})
+
+
 @dataclass(frozen=True)
 class CompressConfig:
-    """The joint compression of all adapters into one bundle."""
+    """The compression of all adapters into one bundle; `soppu.compress.CompressOptions` explains the keys."""
 
-    method: str = _key("joint", one_of=("joint",))
-    rank: int = _key(32, low=1)
-    max_steps: int = _key(10, low=1)
+    method: str = _key("residual", one_of=("residual", "svd", "joint", "joint-diag", "cluster", "ternary"))
+    rank: int = _key(64, low=1)
+    ratio: float = _key(16.0, low=0.0)
+    max_bytes: int = _key(0, low=0)
+    max_error: float = _key(0.0, low=0.0)
+    clusters: int = _key(1, low=1)
+    basis_bits: int = _key(8, one_of=(2, 3, 4, 5, 6, 8, 16, 32))
+    core_bits: int = _key(8, one_of=(4, 6, 8, 16, 32))
+    density: float = _key(0.1, low=0.0, high=1.0)
+    alpha: float = _key(1.0, low=0.0)
+    faithful: bool = False
+    max_steps: int = _key(10, low=0)
     tolerance: float = _key(1e-5, low=0.0)
-    dtype: str = _key("float16", one_of=("float16", "bfloat16", "float32"))
+    shrink: float = _key(0.05, low=0.0, high=1.0)
     device: str = "auto"
+    whiten: bool = False
+    calibration_examples: int = _key(32, low=1)
+
+    def options(self, *, seed: int = 0) -> CompressOptions:
+        """The same for the library. Raises ConfigError for values that do not go together."""
+        from soppu.compress.options import CompressOptions  # torch: a command's defaults do without
+
+        values = {name: value for name, value in vars(self).items() if name not in CALIBRATION}
+        return CompressOptions(**values, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -145,7 +175,7 @@ class RegistryConfig:
 class Config:
     """One run. `seed` fixes every random choice; `runs` is the folder reports are written to."""
 
-    seed: int = 0
+    seed: int = _key(0, low=0)
     runs: str = "runs"
     frozen_dtype: str = _key("float32", one_of=("float32", "bfloat16"))
     base: BaseConfig = BaseConfig()
@@ -207,7 +237,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
 def from_dict(values: Mapping[str, Any], *, source: str = "configuration") -> Config:
     """Build a Config from nested mappings; ConfigError lists every fault with its key."""
     faults: list[str] = []
-    config = _build(Config, values, "", faults)
+    config = _build(Config, _with_given_target(values), "", faults)
     if not faults:
         _cross_check(config, faults)
     if faults:
@@ -268,7 +298,7 @@ def _checked(value: Any, hint: Any, rules: Mapping[str, Any], label: str, faults
     if isinstance(value, float) and not math.isfinite(value):
         faults.append(f"{label}: found {value}, expected a finite number")
     if rules.get("one_of") and value not in rules["one_of"]:
-        faults.append(f"{label}: found {value!r}, allowed: {', '.join(rules['one_of'])}")
+        faults.append(f"{label}: found {value!r}, allowed: {', '.join(map(str, rules['one_of']))}")
     for bound, wrong in (("low", lambda x, y: x < y), ("high", lambda x, y: x > y)):
         limit = rules.get(bound)
         if limit is not None and wrong(value, limit):
@@ -284,6 +314,29 @@ def _cross_check(config: Config, faults: list[str]) -> None:
         )
     if not config.serve.url.startswith(("http://", "https://")):
         faults.append(f"serve.url: found {config.serve.url!r}, expected http://host:port")
-    device = config.compress.device
-    if device not in ("auto", "cpu") and not device.startswith("cuda"):
-        faults.append(f"compress.device: found {device!r}, allowed: auto, cpu, cuda, cuda:N")
+    faults += _compress_faults(config.compress)
+
+
+def _with_given_target(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values, and no default ratio for a bundle that is given another target."""
+    section = values.get("compress")
+    if not isinstance(section, Mapping) or "ratio" in section or not section.keys() & set(TARGETS):
+        return values
+    given = any(section.get(name) for name in TARGETS)
+    return {**values, "compress": {**section, "ratio": 0.0}} if given else values
+
+
+def _compress_faults(settings: CompressConfig) -> list[str]:
+    """What is wrong with [compress] as a whole: its targets, and whatever CompressOptions refuses."""
+    faults = []
+    given = [name for name in TARGETS if getattr(settings, name)]
+    if len(given) > 1:
+        found = ", ".join(f"compress.{name} = {getattr(settings, name)!r}" for name in given)
+        faults.append(f"{found}: a bundle has one target, the others are 0")
+        others: dict[str, Any] = dict.fromkeys(given[:-1], 0)
+        settings = dataclasses.replace(settings, **others)
+    try:
+        settings.options()
+    except ConfigError as error:
+        faults += str(error).split("; ")
+    return faults

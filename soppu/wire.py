@@ -2,6 +2,7 @@
 
 Always full-model names, always float32, scale folded. A prefix keeps the emulator's own LoRA and the
 users' LoRA apart in one record, because Flower's privacy mods expect exactly one array record a message.
+A user's own adapter may also travel in another form, see `soppu.wire_ternary`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from soppu.errors import AdapterError
 
 EMULATOR = "emulator/"
 USER = ""
+FLOAT32, TERNARY = "float32", "ternary"  # the forms of a user's own adapter
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -70,7 +72,8 @@ def from_state(
             raise AdapterError(f"{who}: {key}: shape {tuple(tensor.shape)}, the plan says {shape}")
         if not tensor.is_floating_point():
             raise AdapterError(f"{who}: {key}: holds {tensor.dtype}, expected floating-point numbers")
-        if not bool(torch.isfinite(tensor).all()):
+        # as float32, which is what it becomes: a float64 may be finite and yet too large for that
+        if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{who}: {key}: holds NaN or Inf")
     pairs = {
         name: LoraPair(state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 
 from soppu.stages.compress import compress_set
-from tasks.recording import recorded, stage_key, transient
+from tasks.recording import Progress, recorded, stage_key, transient
 
 
 @task(
@@ -18,6 +18,6 @@ from tasks.recording import recorded, stage_key, transient
     persist_result=True,
 )
 def compress(run: str, set_id: str) -> str:
-    """Compress all adapters of a set into one shared basis, on the GPU if there is one."""
+    """Compress all adapters of a set into one bundle, on the GPU if there is one."""
     with recorded(run, "compress"):
-        return compress_set(run, set_id)
+        return compress_set(run, set_id, on_progress=Progress("soppu-compressing"))

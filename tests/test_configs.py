@@ -60,21 +60,29 @@ def test_every_key_of_default_says_what_it_means() -> None:
 
 
 def test_every_choice_is_named_where_it_is_made() -> None:
-    """A key with a fixed list of values names each of them on its line."""
-    lines = {}
-    section = ""
+    """A key with a fixed list of values names each of them in its comment."""
+    lines: dict[str, str] = {}
+    section = last = ""
     for line in DEFAULT.read_text().splitlines():
         if match := re.match(r"\[(\w+)\]", line):
             section = match[1] + "."
         elif match := re.match(r"(\w+) = ", line):
-            lines[section + match[1]] = line
+            last = section + match[1]
+            lines[last] = line
+        elif re.match(r"\s+# ", line):  # a comment that goes on
+            lines[last] += line
     checked = 0
     for section_field in dataclasses.fields(Config):
         owner = getattr(Config(), section_field.name)
         fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else [section_field]
         prefix = f"{section_field.name}." if dataclasses.is_dataclass(owner) else ""
         for field in fields:
-            for value in field.metadata.get("one_of", ()):
+            for value in map(str, field.metadata.get("one_of", ())):
                 assert value in lines[prefix + field.name], f"{prefix}{field.name}: {value} is not mentioned"
                 checked += 1
     assert checked >= 6
+
+
+def test_the_targets_of_the_shipped_files_are_those_their_comments_speak_of() -> None:
+    targets = {path.stem: str(configuration.load(path).compress.options().target) for path in FILES}
+    assert targets == {"default": "16x", "demo": "16x", "nightly": "16x", "tiny": "4x"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import demo
+from benchmarks import compression_page, demo
 from docs.generate_cli import PAGE
 from soppu import __version__
 from soppu.cli import COMMANDS, main
@@ -75,6 +75,15 @@ def test_links_and_the_file_tour_point_at_things_that_are_there() -> None:
 def test_the_readmes_figures_are_the_measured_ones() -> None:
     result = json.loads(demo.RESULT.read_text())
     assert demo.with_block(README, demo.block(result)) == README, "run `make bench`"
+
+
+def test_the_figures_on_compression_are_the_measured_ones() -> None:
+    made = compression_page.blocks()
+    for page in (ROOT / "README.md", ROOT / "docs" / "compression.md"):
+        text = page.read_text()
+        marks = set(re.findall(r"<!-- ([\w-]+):begin -->", text)) - {"demo"}
+        assert marks and marks <= set(compression_page.MARKS)
+        assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.compression page`"
 
 
 def test_configuration_keys_named_in_the_documents_exist() -> None:

@@ -1,159 +1,153 @@
-"""`soppu compress` and `soppu inspect`: PEFT folders into one bundle file, and what a bundle file holds.
-
-Not for the catalogue: neither command looks at a registry.
-"""
+"""`soppu compress`: PEFT folders into one bundle file. Not for the catalogue: it looks at no registry."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
+from soppu.commands.describe import summary, table
+from soppu.commands.folders import named_folders
 from soppu.config import CompressConfig
 
 if TYPE_CHECKING:
-    from soppu.compress import Bundle
+    from torch import Tensor
+
+    from soppu.adapter import LoraAdapter
 
 _DEFAULT = CompressConfig()
-_DTYPES = ("float16", "bfloat16", "float32")
+_METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
 
 
 @click.command("compress")
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")
-@click.option("--rank", type=int, default=_DEFAULT.rank, show_default=True, help="Shared rank k.")
-@click.option(
-    "--dtype",
-    type=click.Choice(_DTYPES),
-    default=_DEFAULT.dtype,
-    show_default=True,
-    help="Storage type.",
-)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Bundle to write."
 )
+@click.option(
+    "--method", type=click.Choice(_METHODS), default=_DEFAULT.method, show_default=True, help="See above."
+)
+@click.option("--ratio", type=float, default=0.0, help="Target: how many times smaller than at 16 bits.")
+@click.option("--max-bytes", type=int, default=0, help="Target: bytes of the bundle file, at most.")
+@click.option("--max-error", type=float, default=0.0, help="Target: relative error of every user, at most.")
+@click.option(
+    "--rank",
+    type=int,
+    default=_DEFAULT.rank,
+    show_default=True,
+    help="Largest shared rank k; without a target, the rank of the joint methods.",
+)
+@click.option("--clusters", type=int, default=1, show_default=True, help="Bases a module has; cluster.")
+@click.option(
+    "--basis-bits",
+    type=int,
+    default=_DEFAULT.basis_bits,
+    show_default=True,
+    help="Bits of basis numbers, 2 to 8, 16 or 32; joint methods.",
+)
+@click.option(
+    "--core-bits",
+    type=int,
+    default=_DEFAULT.core_bits,
+    show_default=True,
+    help="Bits of core numbers: 4, 6, 8, 16 or 32; joint methods.",
+)
+@click.option(
+    "--density",
+    type=float,
+    default=_DEFAULT.density,
+    show_default=True,
+    help="Share of numbers kept without a target; ternary.",
+)
+@click.option(
+    "--alpha", type=float, default=_DEFAULT.alpha, show_default=True, help="Factor on the scale; ternary."
+)
+@click.option("--faithful", is_flag=True, help="ComPEFT as published, one scale an adapter; ternary.")
+@click.option(
+    "--moments",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File of `soppu calibrate`: weigh errors by what they do to the output.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sketches and cluster starts.")
 @click.option("--device", default=_DEFAULT.device, show_default=True, help="auto, cpu, cuda or cuda:N.")
-def compress_command(folders: tuple[str, ...], rank: int, dtype: str, *, out: Path, device: str) -> None:
+def compress_command(folders: tuple[str, ...], *, out: Path, moments: Path | None, **settings: Any) -> None:
     """Compress the PEFT adapters in DIR... into one bundle.
 
-    Every folder is one user's adapter, named after the folder; USER=DIR gives another name. The table shows
-    the relative error of every user's adapter as stored, and the bytes of its weights file.
-    """
+    Every folder is one user's adapter, named after the folder; USER=DIR gives another name. A folder that is
+    no adapter itself stands for all adapter folders in it. Adapters are read as they are needed, several
+    times, so any number of them fits into memory.
+
+    \b
+    What it has to reach is one target:
+      --ratio 16         a size: 16 times below 16 bits a number. The default, for residual and svd
+      --max-bytes 500000 a size: this many bytes
+      --max-error 0.3    a quality: the smallest file in which no user's relative error is above 0.3
+
+    \b
+    How it gets there is a method:
+      residual    the default; fits any adapters: a shared basis as far as it pays, numbers of a user's own
+                  where it does not. Never much worse than svd, far smaller where users are alike
+      svd         each adapter by itself, mixed widths. For few or unrelated adapters; nothing is shared, so
+                  nothing of a user stays when the user goes
+      joint       a full core for every user in one basis: the cheapest to serve, for many users who are alike
+      joint-diag  a diagonal core: smallest of all for a user, and least exact. No --max-error
+      cluster     joint with several bases, for users who fall into groups: --clusters
+      ternary     ComPEFT, signs and a scale: to compare with. No --max-error
+
+    Without a target the joint methods keep --rank and ternary --density. Take a ratio first, look at the
+    errors in the table, and ask for --max-error if every user has to be good.
+
+    The table shows every user's relative error as stored, and the bytes of the weights file.
+    """  # noqa: D301
     from soppu import adapter  # torch: not for `soppu --help`
     from soppu.compress import CompressOptions, compress
+    from soppu.reading import AdaptersOnDemand
 
-    options = CompressOptions(rank=rank, dtype=dtype, device=device)
-    named = _users(folders)
-    adapters = {user: adapter.read(folder) for user, folder in named.items()}
-    with tqdm(desc="compress", unit="module", disable=None) as bar:
+    options = CompressOptions(**settings)
+    options.torch_device()
+    named = named_folders(folders)
+    adapters = AdaptersOnDemand(named, adapter.read)
+    weighed = _moments(moments, adapters) if moments else None
+    with tqdm(desc="reading", total=len(named), unit="user", disable=None) as bar:
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
+        def show(what: str, done: int, total: int) -> None:
+            if done <= bar.n:  # another pass over the users
+                bar.reset(total)
+            bar.set_description_str(what, refresh=False)
             bar.update(done - bar.n)
 
-        bundle = compress(adapters, options, progress=show)
+        bundle = compress(adapters, options, moments=weighed, progress=show)
     bundle_id = bundle.save(out)
-
     before = {user: (folder / adapter.WEIGHTS_FILE).stat().st_size for user, folder in named.items()}
-    errors = bundle.report.relative_error
+    errors, total, after = bundle.report.relative_error, sum(before.values()), out.stat().st_size
     rows = [(user, f"{errors[user]:.5f}", f"{before[user]:,}") for user in bundle.users]
-    _table(("user", "relative error", "bytes before"), rows)
-    _summary(bundle)
-    total, after = sum(before.values()), out.stat().st_size
+    table(("user", "relative error", "bytes before"), rows)
+    summary(bundle, after)
     click.echo(f"on disk      {total:,} -> {after:,} bytes ({total / after:.2f}x)")
     click.echo(f"bundle       {out}\nid           {bundle_id}")
 
 
-@click.command("inspect")
-@click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect_command(bundle: Path, *, as_json: bool) -> None:
-    """Check the file BUNDLE and print its users, modules, shared ranks, certificate and errors."""
-    from soppu import files
-    from soppu.compress import Bundle  # torch: not for `soppu --help`
+def _moments(path: Path, adapters: Mapping[str, LoraAdapter]) -> dict[str, Tensor]:
+    """Second moments of every module that somebody adapts, of the base model that the adapters name."""
+    from soppu import calibrate
+    from soppu.errors import BundleError
 
-    loaded, bundle_id, size = Bundle.load(bundle), files.sha256_file(bundle), bundle.stat().st_size
-    if as_json:
-        facts = {"id": bundle_id, "bytes": size} | _description(loaded)
-        click.echo(json.dumps(facts, indent=2))
-        return
-    errors = loaded.report.relative_error
-    users = zip(loaded.users, loaded.adapter_ids, strict=True)
-    _table(("user", "relative error", "adapter"), [(user, f"{errors[user]:.5f}", a) for user, a in users])
-    _table(
-        ("module", "out x in", "k", "cores", "mean error", "bound", "steps"),
-        [_module_row(loaded, name) for name in loaded.modules],
-    )
-    _summary(loaded)
-    click.echo(f"base model   {loaded.base_model or 'unnamed'} {loaded.base_hash[:12]}")
-    click.echo(f"on disk      {size:,} bytes\nid           {bundle_id}")
-
-
-def _users(folders: Sequence[str]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for text in folders:
-        user, separator, path = text.partition("=")
-        if not separator or Path(text).is_dir():
-            user, path = Path(text).resolve().name, text
-        if not user:
-            raise click.BadParameter(f"{text!r} names no user; expected DIR or USER=DIR")
-        if user in named:
-            raise click.BadParameter(f"user {user!r} is given twice; tell them apart with USER=DIR")
-        named[user] = Path(path)
-    return named
-
-
-def _module_row(bundle: Bundle, name: str) -> tuple[str, ...]:
-    module, report = bundle.modules[name], bundle.report
-    errors = list(report.module_error[name].values())
-    return (
-        name,
-        f"{module.U.shape[0]} x {module.V.shape[0]}",
-        str(module.k),
-        "full" if module.c is None else f"thin, {module.c}",
-        f"{sum(errors) / len(errors):.5f}",
-        f"{report.certificates[name].relative_lower_bound:.5f}",
-        str(report.steps[name]),
-    )
-
-
-def _summary(bundle: Bundle) -> None:
-    report, overall = bundle.report, bundle.report.overall
-    before, after = report.parameters_before, report.parameters_after
-    click.echo(f"users        {len(bundle.users)}, modules {len(bundle.modules)}, rank {report.k} asked")
-    click.echo(f"error        mean {report.relative_error_mean:.5f}, worst {report.relative_error_max:.5f}")
-    click.echo(
-        f"certificate  {overall.relative_achieved:.5f} root mean square over users and modules, unrounded; "
-        f"no shared basis of this rank goes below {overall.relative_lower_bound:.5f}"
-    )
-    click.echo(f"parameters   {before:,} -> {after:,} ({before / after:.2f}x)")
-
-
-def _description(bundle: Bundle) -> dict[str, Any]:
-    return {
-        "base_model": bundle.base_model,
-        "base_hash": bundle.base_hash,
-        "users": dict(zip(bundle.users, bundle.adapter_ids, strict=True)),
-        "modules": {
-            name: {
-                "out": module.U.shape[0],
-                "in": module.V.shape[0],
-                "k": module.k,
-                "c": module.c,
-                "ranks": list(bundle.ranks[name]),
-            }
-            for name, module in bundle.modules.items()
-        },
-        "report": bundle.report.to_dict(),
-    }
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        click.echo("  ".join(cells).rstrip())
-    click.echo()
+    widths: dict[str, int] = {}
+    base_hash = ""
+    for adapter in adapters.values():
+        base_hash = base_hash or adapter.base_hash
+        widths |= {name: int(pair.A.shape[1]) for name, pair in adapter.pairs.items()}
+    if not base_hash:
+        click.echo(
+            f"{path}: the folders do not say which base model they are for; widths are checked", err=True
+        )
+    found = calibrate.load(path, base_hash=base_hash or calibrate.base_of(path), modules=sorted(widths))
+    for name, i in widths.items():
+        if found[name].shape[0] != i:
+            raise BundleError(
+                f"{path}: {name}: moments of {found[name].shape[0]} features, the adapters have {i}"
+            )
+    return found

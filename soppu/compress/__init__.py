@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter
-from soppu.compress import fleet, joint
-from soppu.compress.bundle import Bundle, SharedModule
-from soppu.compress.metrics import Certificate, CompressionReport, relative_errors, squared_errors
+from soppu.compress import compeft, residual, shared_basis
+from soppu.compress import fleet as fleets
+from soppu.compress.bundle import Bundle
+from soppu.compress.edit import Projection, forget, project
+from soppu.compress.fit import Fit, Progress
+from soppu.compress.fleet import Fleet
+from soppu.compress.metrics import CompressionReport, relative_errors
 from soppu.compress.options import CompressOptions
+from soppu.compress.quantise import QUANTISERS
+from soppu.compress.residual import Question
+from soppu.compress.whitening import Whitener, make
 
-__all__ = ["Bundle", "CompressOptions", "compress"]
+__all__ = ["Bundle", "CompressOptions", "Projection", "compress", "forget", "project"]
 
-
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """One module as it is stored, and what the report says of it. n-sized tensors are float64."""
-
-    module: SharedModule
-    ranks: tuple[int, ...]
-    squared_error: Tensor
-    norm: Tensor
-    certificate: Certificate
-    steps: int
+_FLOAT_WIDTHS = (16, 32)
 
 
 def compress(
@@ -36,90 +31,116 @@ def compress(
     options: CompressOptions,
     *,
     adapter_ids: Mapping[str, str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Compress the adapters of many users into one bundle.
 
-    The errors in its report are those of the tensors as stored, after rounding to `options.dtype`.
+    The errors in its report are those of the numbers as stored. Adapters are looked up once for each pass and
+    held a batch at a time, so a mapping that reads them from disk keeps memory flat.
 
     Args:
         adapters: user -> adapter, all of one base model. Ranks may differ, and users may lack modules.
         adapter_ids: user -> id the bundle records; by default the registry's id of the adapter's content.
-        progress: called with (modules done, modules in all) after every module.
+        moments: module -> (i, i) second moments of its input (`soppu.calibrate`); errors are then weighed by
+            what they do to the output. Modules not named stay plain.
+        progress: called with (what is done, users done, users in all).
 
     Raises:
         AdapterError: no adapters, a malformed one, or two that do not belong together; both users are named.
         ConfigError: a device this machine does not have.
+        BundleError: the target cannot be met.
     """
     started = time.perf_counter()
-    device = options.torch_device()
-    fleet.check(adapters)
-    names = sorted({name for adapter in adapters.values() for name in adapter.pairs})
-    fitted: dict[str, _Fitted] = {}
-    for name in names:
-        fitted[name] = _METHODS[options.method](*fleet.factors(adapters, name, device), options)
-        if progress is not None:
-            progress(len(fitted), len(names))
-    first = next(iter(adapters.values()))
-    return Bundle(
-        users=tuple(adapters),
-        adapter_ids=fleet.ids(adapters, adapter_ids),
-        base_model=first.base_model,
-        base_hash=first.base_hash,
-        fan_in_fan_out=first.fan_in_fan_out,
-        modules={name: fit.module for name, fit in fitted.items()},
-        ranks={name: fit.ranks for name, fit in fitted.items()},
-        report=_report(adapters, options, fitted=fitted, seconds=time.perf_counter() - started),
-    )
+    tell = progress or (lambda what, done, total: None)
+    fleet = fleets.survey(adapters, adapter_ids=adapter_ids, device=options.torch_device())
+    given = moments or {}
+    whiteners = {name: make(given[name], shrink=options.shrink) for name in fleet.shapes if name in given}
+    build = _Builder(fleet, options, whitened=bool(whiteners))
+    found = _fit(fleet, options, whiteners, build=build, progress=tell)
+    bundle = build.bundle(found)
+    report = dataclasses.replace(bundle.report, seconds=time.perf_counter() - started)
+    return dataclasses.replace(bundle, report=report)
 
 
-def _joint(outs: list[Tensor], ins: list[Tensor], options: CompressOptions) -> _Fitted:
-    fit = joint.fit(outs, ins, rank=options.rank, max_steps=options.max_steps, tolerance=options.tolerance)
-    ranks = tuple(int(b.shape[1]) for b in outs)
-    p, q = joint.split_cores(fit, ranks)
-    module = SharedModule(fit.U, fit.V, p, q, fit.norm).rounded(options.torch_dtype())
-    return _Fitted(
-        module=module,
-        ranks=ranks,
-        squared_error=squared_errors(outs, ins, module).cpu(),
-        norm=fit.norm.cpu(),
-        certificate=Certificate(fit.lower_bound, fit.achieved, fit.upper_bound, fit.total),
-        steps=fit.steps,
-    )
-
-
-_METHODS: Mapping[str, Callable[[list[Tensor], list[Tensor], CompressOptions], _Fitted]] = MappingProxyType(
-    {"joint": _joint}
-)
-
-
-def _report(
-    adapters: Mapping[str, LoraAdapter],
+def _fit(
+    fleet: Fleet,
     options: CompressOptions,
+    whiteners: dict[str, Whitener],
     *,
-    fitted: Mapping[str, _Fitted],
-    seconds: float,
-) -> CompressionReport:
-    squared = torch.stack([fit.squared_error for fit in fitted.values()]).sum(0)
-    norm = torch.stack([fit.norm for fit in fitted.values()]).square().sum(0).sqrt()
-    errors = relative_errors(squared, norm).tolist()
-    return CompressionReport(
-        method=options.method,
-        k=options.rank,
-        k_used={name: fit.module.k for name, fit in fitted.items()},
+    build: _Builder,
+    progress: Progress,
+) -> Fit:
+    if options.method in ("joint", "joint-diag", "cluster"):
+        return shared_basis.fit(fleet, options, whiteners=whiteners, size_of=build.size, progress=progress)
+    if options.method == "ternary":
+        return compeft.fit(fleet, options, whiteners=whiteners, size_of=build.size, progress=progress)
+    question = Question(
+        target=options.target,
+        most_rank=0 if options.method == "svd" else options.rank,
+        widths=(*QUANTISERS, *_FLOAT_WIDTHS),
         seed=options.seed,
-        seconds=seconds,
-        device=options.torch_device().type,
-        dtype=options.dtype,
-        steps={name: fit.steps for name, fit in fitted.items()},
-        relative_error=dict(zip(adapters, errors, strict=True)),
-        module_error={name: _module_errors(tuple(adapters), fit) for name, fit in fitted.items()},
-        certificates={name: fit.certificate for name, fit in fitted.items()},
-        parameters_before=sum(adapter.parameters() for adapter in adapters.values()),
-        parameters_after=sum(fit.module.parameters() for fit in fitted.values()),
+        size_of=build.size,
+        whiteners=whiteners,
     )
+    return residual.fit(fleet, question, progress=progress)
 
 
-def _module_errors(users: tuple[str, ...], fit: _Fitted) -> dict[str, float]:
-    errors = relative_errors(fit.squared_error, fit.norm).tolist()
-    return {user: error for user, error, r in zip(users, errors, fit.ranks, strict=True) if r}
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Builder:
+    """Turns a fit into the bundle it is; a fit towards a number of bytes asks for its size on the way."""
+
+    fleet: Fleet
+    options: CompressOptions
+    whitened: bool
+
+    def size(self, fit: Fit) -> int:
+        return len(self.bundle(fit).to_bytes())
+
+    def bundle(self, fit: Fit) -> Bundle:
+        fleet = self.fleet
+        return Bundle(
+            users=fleet.users,
+            adapter_ids=fleet.adapter_ids,
+            base_model=fleet.base_model,
+            base_hash=fleet.base_hash,
+            fan_in_fan_out=fleet.fan_in_fan_out,
+            shapes=fleet.shapes,
+            ranks=fleet.ranks,
+            bases=fit.bases,
+            cluster=fit.cluster,
+            norm=fleet.norm.float(),
+            pages=fit.pages,
+            report=self._report(fit),
+        )
+
+    def _report(self, fit: Fit) -> CompressionReport:
+        fleet, options = self.fleet, self.options
+        errors = relative_errors(fit.squared.sum(0), fleet.norm).tolist()
+        tables = relative_errors(fit.squared, fleet.norms)
+        present = fleet.ranks > 0
+        return CompressionReport(
+            method=options.method,
+            rank=options.rank,
+            clusters=options.clusters,
+            target=str(options.target),
+            whitened=self.whitened,
+            seed=options.seed,
+            device=fleet.device.type,
+            storage=fit.storage,
+            parameters_before=fleet.parameters,
+            parameters_after=fit.numbers,
+            seconds=0.0,
+            k_used={name: max(side.k for side in pairs[0]) for name, pairs in fit.bases.items()},
+            steps=fit.steps,
+            relative_error=dict(zip(fleet.users, errors, strict=True)),
+            module_error={
+                name: {
+                    user: error
+                    for user, error, has in zip(fleet.users, row.tolist(), here.tolist(), strict=True)
+                    if has
+                }
+                for name, row, here in zip(fleet.shapes, tables, present, strict=True)
+            },
+            certificates=fit.certificates,
+        )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -18,10 +20,12 @@ from torch import Tensor
 
 from soppu.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 METADATA_KEY = "soppu"
 _MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 _BLANK = "0" * 64
+_DTYPES = ("U8", "F16", "BF16", "F32", "F64")  # of any tensor in any format version
 
 
 def encode(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
@@ -41,23 +45,30 @@ def decode(data: bytes, *, source: str) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         BundleError: truncated, not safetensors, no SOPPU metadata, another format version, or damaged.
     """
-    text = _metadata_text(_header(data, source), source)
+    header = _header(data, source)
+    text = _metadata_text(header, source)
     metadata = parse(text, source)
     version = metadata.get("format")
-    if version != FORMAT or isinstance(version, bool):
-        raise BundleError(f"{source}: format version {version!r}, this reader knows {FORMAT}")
+    if type(version) is not int or version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise BundleError(f"{source}: format version {version!r}, this reader knows {known}")
+    _check_dtypes(header, source)
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+    except (SafetensorError, AssertionError, RuntimeError, ValueError, OverflowError) as error:
         raise BundleError(f"{source}: truncated or not safetensors: {error}") from None
     _check_content(text, metadata.get("content"), tensors, source)
     return metadata, tensors
 
 
 def parse(text: str, source: str) -> dict[str, Any]:
-    """A JSON object without NaN or Infinity. Raises BundleError."""
+    """A JSON object of finite numbers and whole strings, no key of it twice. Raises BundleError. O(size)."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object
+        )
+        if "\\u" in text:  # an escape can stand for half a character, which no text file can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{source}: metadata is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -89,6 +100,12 @@ def _metadata_text(header: Mapping[str, Any], source: str) -> str:
     return text
 
 
+def _check_dtypes(header: Mapping[str, Any], source: str) -> None:
+    for name, entry in header.items():
+        if name != "__metadata__" and (not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES):
+            raise BundleError(f"{source}: tensor {name[:60]!r} is not one of {', '.join(_DTYPES)}")
+
+
 def _check_content(text: str, digest: object, tensors: Mapping[str, Tensor], source: str) -> None:
     if not isinstance(digest, str) or len(digest) != len(_BLANK) or text.count(_content(digest)) != 1:
         raise BundleError(f"{source}: metadata has no content digest")
@@ -118,3 +135,17 @@ def _content(digest: str) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:60]} is not a finite number")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice[:60]!r} is there twice")
+    return made

@@ -21,7 +21,7 @@ from torch import Tensor
 from soppu.errors import AdapterError
 
 SMALLEST_NORM = float(torch.finfo(torch.float32).tiny)  # norms are stored in float32: a smaller delta is zero
-_LARGEST_NORM = float(torch.finfo(torch.float32).max)
+LARGEST_NORM = float(torch.finfo(torch.float32).max)
 _EPS = torch.finfo(torch.float64).eps
 _SPARE = 8  # columns carried beyond k, so that convergence does not hang on the gap right after k
 _SWEEPS = 8  # block iterations before the full eigenproblem is solved after all
@@ -106,22 +106,58 @@ def fit(
     x, m, y, norm = _canonical(outs, ins)
     out, inn = _reduce(x, ranks), _reduce(y, ranks)
     k = min(rank, outs[0].shape[0], ins[0].shape[1], sum(ranks))
-    values_out, u = _leading(_gram_root(out.parts, m), k)
-    values_in, v = _leading(_gram_root(inn.parts, m.mT), k)
+    values_out, u = leading(gram_root(out.parts, m), k)
+    values_in, v = leading(gram_root(inn.parts, m.mT), k)
     total = float((norm > 0).sum())
     tails = [float(values.clamp(min=0)[k:].sum()) for values in (values_out, values_in)]
     # Round-off of two p x p eigenproblems: the bounds are widened by it, to hold for the computed numbers.
     slack = 8 * _EPS * (len(values_out) + len(values_in)) * total
     lower, upper = max(max(tails) - slack, 0.0), sum(tails) + slack
 
-    small = _Alternation(out.parts, m, inn.parts, least=tolerance * total)
+    small = Alternation(out.parts, m, inn.parts, least=tolerance * total)
     u, v, objective = small.run(u, v, max_steps=max_steps, ceiling=total - lower)
-    u, v = _fix_signs(out.lift(u)), _fix_signs(inn.lift(v))
+    u, v = fix_signs(out.lift(u)), fix_signs(inn.lift(v))
     return JointFit(u, v, u.mT @ x, m @ (y.mT @ v), norm, objective, total, lower, upper)
 
 
 @dataclass(frozen=True, eq=False)
-class _Alternation:
+class CoreFit:
+    """A joint fit of deltas that are few numbers: U (p, k), V (q, k), and the energy captured on the way."""
+
+    U: Tensor
+    V: Tensor
+    objective: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        """Alternations made after the start."""
+        return len(self.objective) - 1
+
+
+def fit_cores(left: Tensor, right: Tensor, *, rank: int, max_steps: int, tolerance: float) -> CoreFit:
+    """Fit one basis to n deltas left_n right_n as they are, their norms the weights. O(n p r k) a step.
+
+    Args:
+        left: (n, p, r).
+        right: (n, r, q).
+        rank: k; min(k, p, q) is used.
+    """
+    x, y = left.double(), right.mT.double()
+    k = min(rank, x.shape[1], y.shape[1])
+    m = torch.eye(x.shape[2], dtype=torch.float64, device=x.device).expand(len(x), -1, -1)
+    if not len(x):
+        eye = torch.eye(max(x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
+        return CoreFit(eye[: x.shape[1], :k], eye[: y.shape[1], :k], (0.0,))
+    _, u = leading(gram_root(x, y.mT), k)
+    _, v = leading(gram_root(y, x.mT), k)
+    total = float((x @ y.mT).square().sum())
+    small = Alternation(x, m, y, least=tolerance * total)
+    u, v, objective = small.run(u, v, max_steps=max_steps, ceiling=total)
+    return CoreFit(u, v, objective)
+
+
+@dataclass(frozen=True, eq=False)
+class Alternation:
     """HOOI on D_n = x_n m_n y_n^T in small coordinates; `least` is the energy not worth a further step."""
 
     x: Tensor
@@ -136,8 +172,8 @@ class _Alternation:
         objective = [self.energy(u, v)]
         quiet = 0
         while len(objective) <= max_steps and quiet < 2 and ceiling - objective[-1] > self.least:
-            u = _follow(_gram_root(self.x, self.m @ (self.y.mT @ v)), u, least=_INNER * self.least)
-            v = _follow(_gram_root(self.y, self.m.mT @ (self.x.mT @ u)), v, least=_INNER * self.least)
+            u = _follow(gram_root(self.x, self.m @ (self.y.mT @ v)), u, least=_INNER * self.least)
+            v = _follow(gram_root(self.y, self.m.mT @ (self.x.mT @ u)), v, least=_INNER * self.least)
             objective.append(self.energy(u, v))
             quiet = quiet + 1 if objective[-1] - objective[-2] < self.least else 0
         return u, v, tuple(objective)
@@ -156,8 +192,8 @@ def _canonical(outs: Sequence[Tensor], ins: Sequence[Tensor]) -> tuple[Tensor, T
     y, r_in = torch.linalg.qr(pad([a.mT for a in ins]))
     m = r_out @ r_in.mT
     norm = torch.linalg.matrix_norm(m)
-    if not bool((norm <= _LARGEST_NORM).all()):
-        raise AdapterError(f"norm of a delta: {float(norm.max()):.3g}, allowed: up to {_LARGEST_NORM:.3g}")
+    if not bool((norm <= LARGEST_NORM).all()):
+        raise AdapterError(f"norm of a delta: {float(norm.max()):.3g}, allowed: up to {LARGEST_NORM:.3g}")
     # A delta that is nothing but the round-off of its factors is a zero delta too.
     noise = 8 * _EPS * torch.linalg.matrix_norm(r_out) * torch.linalg.matrix_norm(r_in)
     norm = torch.where(norm <= noise.clamp(min=SMALLEST_NORM), 0.0, norm)
@@ -189,7 +225,7 @@ def _reduce(x: Tensor, ranks: Sequence[int]) -> _Side:
     return _Side(basis, parts.reshape(-1, n, q).transpose(0, 1).contiguous())
 
 
-def _gram_root(parts: Tensor, factor: Tensor) -> Tensor:
+def gram_root(parts: Tensor, factor: Tensor) -> Tensor:
     """W (p, n f) with W W^T = sum_n (X_n F_n) (X_n F_n)^T, from parts (n, p, q) and factors F (n, q, f)."""
     if factor.shape[2] > factor.shape[1]:
         # Only F F^T counts, so its triangular root (q, q) does the work of F (q, f).
@@ -197,7 +233,7 @@ def _gram_root(parts: Tensor, factor: Tensor) -> Tensor:
     return (parts @ factor).transpose(0, 1).reshape(parts.shape[1], -1)
 
 
-def _leading(root: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def leading(root: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """All eigenvalues of W W^T, descending, and its leading k eigenvectors (p, k). O(p^2 n f + p^3)."""
     values, vectors = torch.linalg.eigh(root @ root.mT)
     return values.flip(0), vectors[:, -k:].flip(1)
@@ -218,15 +254,15 @@ def _follow(root: Tensor, start: Tensor, *, least: float) -> Tensor:
         for _ in range(_SWEEPS):
             space, _ = torch.linalg.qr(torch.cat([block, root @ image], dim=1))
             seen = space.mT @ root
-            _, vectors = _leading(seen, width)
+            _, vectors = leading(seen, width)
             block, image = space @ vectors, seen.mT @ vectors
             before, captured = captured, image[:, :k].square().sum()
             if float(captured - before) <= least:
                 return block[:, :k]
-    return _leading(root, k)[1]
+    return leading(root, k)[1]
 
 
-def _fix_signs(columns: Tensor) -> Tensor:
+def fix_signs(columns: Tensor) -> Tensor:
     """Flip columns (..., d, k) so that the entry of largest size in each is positive."""
     return columns * _signs(columns)
 

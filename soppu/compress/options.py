@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
+from soppu.compress.quantise import COORDS, FLOATS, QUANTISERS
+from soppu.compress.target import Target
 from soppu.errors import ConfigError
 
-METHODS = ("joint",)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
+BASIS_BITS = (*QUANTISERS, *FLOATS)
+CORE_BITS = (*COORDS, *FLOATS)
+DEFAULT_RATIO = 16.0  # of methods that need a target and were given none
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -20,34 +24,61 @@ class CompressOptions:
     """How a set of adapters becomes a bundle.
 
     Attributes:
-        method: name of the method; "joint" is one shared basis for all users.
-        rank: k asked for. A module uses min(k, i, o, sum of its ranks); the report says how much.
-        max_steps: most alternations after the closed-form start; 0 keeps the start.
+        method: "residual" shares a basis where that pays and gives every user numbers of their own where it
+            does not; "svd" shares nothing; "joint" keeps cores in one shared basis, "joint-diag" diagonal
+            ones, "cluster" cores in one of several bases; "ternary" is ComPEFT.
+        rank: largest shared rank; joint methods use it as it is where there is no target.
+        ratio: target: bytes at 16 bits a number over bytes of the file. At most one target may be given;
+            residual, svd and ternary take a ratio of 16 where there is none.
+        max_bytes: target: size of the file, at most.
+        max_error: target: relative error of every user, at most. For residual, svd, joint and cluster.
+        clusters: bases a module has, method "cluster" alone.
+        basis_bits: bits of basis numbers in joint methods; 16 and 32 are floats.
+        core_bits: bits of core numbers in joint methods; 16 and 32 are floats.
+        density: share of numbers "ternary" keeps where there is no target.
+        alpha: factor on the scale of "ternary", as in ComPEFT.
+        faithful: whether "ternary" follows the released code to the letter, one global threshold and scale.
+        max_steps: most alternations after the closed-form start of a joint fit; 0 keeps the start.
         tolerance: stop when two steps in a row gain less than this share of the total energy.
-        seed: for methods that draw random numbers; "joint" draws none. Recorded in the report.
-        dtype: how bases and cores are stored: "float16", "bfloat16" or "float32".
+        shrink: how far calibration moments are drawn towards white input; used where moments are given.
+        seed: of sketches and of cluster starts. Recorded in the report.
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
         ConfigError: a value outside its range; the message lists every fault.
     """
 
-    method: str = "joint"
-    rank: int = 32
+    method: str = "residual"
+    rank: int = 64
+    ratio: float = 0.0
+    max_bytes: int = 0
+    max_error: float = 0.0
+    clusters: int = 1
+    basis_bits: int = 8
+    core_bits: int = 8
+    density: float = 0.1
+    alpha: float = 1.0
+    faithful: bool = False
     max_steps: int = 10
     tolerance: float = 1e-5
+    shrink: float = 0.05
     seed: int = 0
-    dtype: str = "float16"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         checks = (
             ("method", self.method in METHODS, f"one of {', '.join(METHODS)}"),
             ("rank", _whole(self.rank, 1), "an integer of 1 or more"),
+            ("clusters", _whole(self.clusters, 1), "an integer of 1 or more"),
+            ("basis_bits", self.basis_bits in BASIS_BITS, f"one of {', '.join(map(str, BASIS_BITS))}"),
+            ("core_bits", self.core_bits in CORE_BITS, f"one of {', '.join(map(str, CORE_BITS))}"),
+            ("density", _share(self.density, above=True, one=True), "a number above 0, at most 1"),
+            ("alpha", _number(self.alpha) and self.alpha > 0, "a number above 0"),
+            ("faithful", isinstance(self.faithful, bool), "true or false"),
             ("max_steps", _whole(self.max_steps, 0), "an integer of 0 or more"),
             ("tolerance", _share(self.tolerance), "a number from 0 up to, not including, 1"),
+            ("shrink", _share(self.shrink, above=True, one=True), "a number above 0, at most 1"),
             ("seed", _whole(self.seed, 0), "an integer of 0 or more"),
-            ("dtype", self.dtype in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
             ("device", _device(self.device), "auto, cpu, cuda or cuda:N"),
         )
         faults = [
@@ -55,12 +86,20 @@ class CompressOptions:
             for name, good, allowed in checks
             if not good
         ]
+        if self.method != "cluster" and self.clusters != 1:
+            faults.append(f"compress.clusters = {self.clusters!r}: only the method cluster has more than one")
+        if self.max_error and self.method in ("ternary", "joint-diag"):
+            faults.append(f"compress.max_error: the method {self.method} has no such target")
         if faults:
             raise ConfigError("; ".join(faults))
+        self.target  # noqa: B018  raises what is wrong with it
 
-    def torch_dtype(self) -> torch.dtype:
-        """The storage type as torch names it."""
-        return DTYPES[self.dtype]
+    @property
+    def target(self) -> Target:
+        """What the bundle has to reach."""
+        given = Target(ratio=self.ratio, max_bytes=self.max_bytes, max_error=self.max_error)
+        needs = self.method in ("residual", "svd")
+        return Target(ratio=DEFAULT_RATIO) if needs and not given else given
 
     def torch_device(self) -> torch.device:
         """The device to compute on. Raises ConfigError where CUDA is asked for and absent."""
@@ -77,10 +116,15 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _share(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(value: object, *, above: bool = False, one: bool = False) -> bool:
+    if not _number(value):
         return False
-    return math.isfinite(value) and 0 <= value < 1
+    share = float(value)  # type: ignore[arg-type]
+    return (share > 0 if above else share >= 0) and (share <= 1 if one else share < 1)
 
 
 def _device(value: object) -> bool:

@@ -13,16 +13,19 @@ from typing import Any
 from soppu.evaluate import plots
 from soppu.evaluate.wording import (
     NONE,
+    bounded,
     certificate,
     curl,
     duration,
+    forms,
     gain_kept,
     loss,
+    made_by,
     percent,
     printable,
-    ratio,
     short,
     size,
+    smaller,
 )
 
 Row = Mapping[str, Any]
@@ -157,29 +160,31 @@ def _users(users: Sequence[Row], figure: str) -> str:
 def _compression(made: Row, drawn: Mapping[str, str]) -> str:
     error = made["relative_error"]
     facts = {
-        "method": f"{made['method']}, shared rank {made['k']}, stored as {made['dtype']},"
-        f" fitted on {made['device']}",
+        "method": f"{made_by(made)}; stored as {made['dtype']}, fitted on {made['device']}",
         "on disk": f"{size(made['bytes_before'])} of adapters, {size(made['bytes_after'])} of bundle:"
-        f" {ratio(made['bytes_before'], made['bytes_after'])} smaller",
+        f" {smaller(made)}",
         "parameters": f"{made['parameters_before']:,} before, {made['parameters_after']:,} after",
-        "relative error": f"mean {percent(error['mean'])}, worst user {percent(error['max'])}",
+        "relative error": f"root mean square {percent(error['rms'])}, mean {percent(error['mean'])},"
+        f" worst user {percent(error['max'])}",
         "bundle": made["bundle_id"] or NONE,
         "set": made["set_id"] or NONE,
     }
     rows = [_module_row(made, name) for name in made["by_module"]]
-    heads = ("module", "rank", "steps", "mean error", "worst error", "fit", "lower bound")
+    heads = ("module", "k used", "steps", "mean error", "worst error", "bases alone", "lower bound")
     table = _table(heads, rows, right=range(1, 7), fold=f"all {len(rows)} modules")
     return (
         f"<h2>Compression</h2>\n{_facts(facts)}<p>{_text(certificate(made))}</p>"
         f"{_figure(drawn['sizes'])}{_figure(drawn.get('errors', ''))}"
         '<p class="quiet">Bars are means over users; dots are users. With many users a thin line spans all of'
-        f" them, a thick one the middle 80 %.</p>{table}"
+        " them, a thick one the middle 80 %. Bases alone, and the bound for bases of these ranks, leave out"
+        f" numbers of the users' own.</p>{table}"
     )
 
 
 def _module_row(made: Row, name: str) -> tuple[str, ...]:
     errors = [value for value in made["by_module"][name].values() if value is not None]
-    part = made["certificate"]["modules"].get(name, {})
+    # a module without a basis has nothing to certify
+    part = made["certificate"]["modules"].get(name, {}) if made["k_used"].get(name) else {}
     return (
         name,
         str(made["k_used"].get(name, NONE)),
@@ -187,7 +192,7 @@ def _module_row(made: Row, name: str) -> tuple[str, ...]:
         percent(math.fsum(errors) / len(errors) if errors else None),
         percent(max(errors, default=None)),
         percent(_relative(part, "achieved")),
-        percent(_relative(part, "lower_bound")),
+        percent(_relative(part, "lower_bound") if bounded(made) else None),
     )
 
 
@@ -220,6 +225,7 @@ def _federation(report: Row) -> str:
     facts = {
         "traffic": f"{size(told['bytes_down'])} down to the clients, {size(told['bytes_up'])} up,"
         f" in {duration(told['seconds'])}",
+        "own adapters": forms(told["forms"]),
         **_plan_facts(report),
     }
     refused = [f"<li>{_text(user)}: {_text(why)}</li>" for user, why in told["refused"].items()]

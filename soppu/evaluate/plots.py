@@ -162,7 +162,7 @@ def errors(by_module: Mapping[str, Mapping[str, float | None]]) -> Figure:
 
 
 def sizes(compression: Row) -> Figure:
-    """Numbers and bytes, all adapters against the one bundle."""
+    """Numbers and bytes on disk, all adapters against the one bundle."""
     figure = Figure(figsize=(_WIDTH, 1.7), layout="constrained")
     shown: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("parameters", "parameters", lambda value: f"{value:,.0f}"),
@@ -177,7 +177,7 @@ def sizes(compression: Row) -> Figure:
         axes.set_xlim(0, 1.35 * max(before, after, 1))
         axes.set_xticks([])
         axes.grid(visible=False)
-        axes.set_title(f"{label}, {ratio(before, after)} smaller")
+        axes.set_title(f"{label}, {ratio(before, after)} fewer")
         axes.spines["bottom"].set_visible(False)
     return figure
 

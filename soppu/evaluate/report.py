@@ -214,10 +214,24 @@ def _users(inputs: ReportInputs) -> list[dict[str, Any]]:
 def _federation(told: Mapping[str, Any]) -> dict[str, Any]:
     rounds = told["rounds"]
     totals = {name: sum(log.get(name, 0) for log in rounds) for name in ("bytes_up", "bytes_down", "seconds")}
-    return {"rounds": len(rounds), **totals, "refused": told["refused"], "rounds_log": rounds}
+    own = {"refused": told["refused"], "forms": _forms(rounds), "rounds_log": rounds}
+    return {"rounds": len(rounds), **totals, **own}
+
+
+def _forms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many users sent their own adapter in which form, and the bytes of those replies."""
+    found: dict[str, dict[str, int]] = {}
+    for log in rounds:
+        for one in log.get("received", {}).values() if log.get("mode") == "personal" else ():
+            form = found.setdefault(one.get("form", ""), {"users": 0, "bytes_up": 0})
+            form["users"] += 1
+            form["bytes_up"] += one.get("bytes_up", 0)
+    return dict(sorted(found.items()))
 
 
 def _compression(inputs: ReportInputs) -> dict[str, Any]:
+    from soppu.compress.target import ratio  # torch, which whoever holds a CompressionReport has already
+
     made = inputs.compression
     overall = made.overall
     bounds = {
@@ -229,18 +243,26 @@ def _compression(inputs: ReportInputs) -> dict[str, Any]:
         "bundle_id": inputs.bundle_id,
         "set_id": inputs.set_id,
         "method": made.method,
-        "k": made.k,
+        "target": made.target,
+        "k": made.rank,
         "k_used": made.k_used,
+        "clusters": made.clusters,
+        "whitened": made.whitened,
         "steps": made.steps,
-        "dtype": made.dtype,
+        "dtype": made.storage,
         "device": made.device,
         "seconds": made.seconds,
         "bytes_before": inputs.bytes_before,
         "bytes_after": inputs.bytes_after,
         "ratio": inputs.bytes_before / max(inputs.bytes_after, 1),
+        "ratio_16_bit": ratio(made.parameters_before, max(inputs.bytes_after, 1)),
         "parameters_before": made.parameters_before,
         "parameters_after": made.parameters_after,
-        "relative_error": {"mean": made.relative_error_mean, "max": made.relative_error_max},
+        "relative_error": {
+            "rms": made.relative_error_rms,
+            "mean": made.relative_error_mean,
+            "max": made.relative_error_max,
+        },
         "lower_bound": overall.relative_lower_bound,
         "by_module": made.module_error,
         "certificate": asdict(overall) | bounds,

@@ -11,7 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from soppu.evaluate.wording import certificate, curl, gain_kept, loss, percent, printable, ratio, size
+from soppu.evaluate.wording import (
+    bounded,
+    certificate,
+    curl,
+    gain_kept,
+    loss,
+    made_by,
+    percent,
+    printable,
+    size,
+    smaller,
+)
 
 Row = Mapping[str, Any]
 
@@ -44,13 +55,18 @@ def text(report: Row, *, report_path: str = "", prefect_url: str = "", server_ur
 
 
 def compression_line(made: Row) -> str:
-    """Size, error and bound in one line."""
+    """Size, error and, where there are shared bases, their bound, in one line."""
+    error, part = made["relative_error"], made["certificate"]
+    line = (
+        f"{made_by(made)}: {size(made['bytes_before'])} -> {size(made['bytes_after'])} ({smaller(made)}),"
+        f" relative error {percent(error['rms'])} root mean square, mean {percent(error['mean'])}, worst"
+        f" {percent(error['max'])}"
+    )
+    if not bounded(made):
+        return line
     return (
-        f"{made['method']}, rank {made['k']}: {size(made['bytes_before'])} -> {size(made['bytes_after'])}"
-        f" ({ratio(made['bytes_before'], made['bytes_after'])} smaller), relative error mean"
-        f" {percent(made['relative_error']['mean'])}, worst {percent(made['relative_error']['max'])},"
-        f" root mean square {percent(made['certificate']['relative_achieved'])} where no shared basis of this"
-        f" rank goes below {percent(made['lower_bound'])}"
+        f"{line}; the shared bases alone leave {percent(part['relative_achieved'])}, none of their ranks less"
+        f" than {percent(made['lower_bound'])}"
     )
 
 
@@ -73,8 +89,8 @@ def markdown_compression(report: Row) -> str:
     ]
     error = made["relative_error"]
     facts = (
-        f"{made['method']}, shared rank {made['k']}; relative error mean {percent(error['mean'])},"
-        f" worst user {percent(error['max'])}."
+        f"{made_by(made)}: {smaller(made)}; relative error {percent(error['rms'])} root mean square, mean"
+        f" {percent(error['mean'])}, worst user {percent(error['max'])}."
     )
     verdict = f"Gate: **{'passed' if gate['passed'] else 'refused'}**"
     reasons = [f"- {_mark(reason)}" for reason in gate["reasons"]]

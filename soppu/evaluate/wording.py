@@ -56,6 +56,12 @@ def size(count: float) -> str:
     raise AssertionError("unreachable: GB always returns")
 
 
+def forms(sent: Mapping[str, Any]) -> str:
+    """How users' own adapters came back: "2 as ternary (9.1 kB up), 1 as float32 (310 kB up)"."""
+    told = sorted(sent.items(), key=lambda item: -item[1]["users"])
+    return ", ".join(f"{one['users']:,} as {form} ({size(one['bytes_up'])} up)" for form, one in told) or NONE
+
+
 def duration(seconds: float) -> str:
     """75 -> "1 min 15 s"."""
     if seconds < 9.95:
@@ -73,24 +79,72 @@ def ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}×" if after else NONE
 
 
+def smaller(compression: Mapping[str, Any]) -> str:
+    """How much smaller the bundle is than the files as they were, and than 16 bits for each number."""
+    on_disk = ratio(compression["bytes_before"], compression["bytes_after"])
+    return f"{on_disk} smaller on disk, {compression['ratio_16_bit']:.2f}× than at 16 bits a number"
+
+
+def made_by(compression: Mapping[str, Any]) -> str:
+    """The method, what it had to reach, and the shared ranks that came out of it."""
+    used = compression["k_used"].values()
+    words = [compression["method"], *([f"target {compression['target']}"] if compression["target"] else [])]
+    if not any(used):
+        words.append("no shared basis")
+    else:
+        low, high = min(used), max(used)
+        words.append(
+            f"shared rank {low if low == high else f'{low} to {high}'} of {compression['k']} allowed"
+        )
+    words += [f"{compression['clusters']} clusters"] if compression["clusters"] > 1 else []
+    words += ["errors weighed by calibration"] if compression["whitened"] else []
+    return ", ".join(words)
+
+
 def certificate(compression: Mapping[str, Any]) -> str:
-    """The certificate as sentences: what was reached, what nobody can beat, what the start guaranteed."""
+    """The certificate as sentences: what the shared bases leave by themselves, and the best would.
+
+    It says nothing of the users' own numbers, which a bundle may keep beside the bases.
+    """
     part = compression["certificate"]
     least, reached = part["relative_lower_bound"], part["relative_achieved"]
+    if not any(compression["k_used"].values()):
+        return "No module has a shared basis, so there is none to certify: every adapter is kept by itself."
     if least is None or reached is None:
         return "The bounds of this compression are not finite; nothing is certified."
+    weighed = ", inputs weighed by calibration" if compression["whitened"] else ""
     sentences = [
-        f"Over all modules and users the fit has a relative error of {percent(reached, digits=2)} (root"
-        " mean square, all adapters of a module weighing the same). No shared basis of rank"
-        f" {compression['k']} can have less than {percent(least, digits=2)}, whatever the method: at most"
-        f" {100 * max(reached - least, 0.0):.2f} percentage points are left to gain."
+        "With a core for every user and no number of a user's own, the shared bases leave a relative error of"
+        f" {percent(reached, digits=2)} (root mean square over modules and users, all adapters of a module"
+        f" weighing the same{weighed}). {_bound(compression)}"
     ]
-    if part["total"] and part["upper_bound"] is not None:
+    if part["upper_bound"] is not None and part["upper_bound"] < part["total"]:
         guaranteed = math.sqrt(part["upper_bound"] / part["total"])
+        sentences.append(f"The closed-form start alone guarantees {percent(guaranteed, digits=2)} or better.")
+    if compression["method"] == "residual":
         sentences.append(
-            f"The closed-form start alone guarantees {percent(min(guaranteed, 1.0), digits=2)} or better."
+            "Numbers of the users' own lie beside the bases: the error as stored may be far lower."
         )
     return " ".join(sentences)
+
+
+def bounded(compression: Mapping[str, Any]) -> bool:
+    """Whether the certificate has a bound: there are shared bases, and everybody is in the same ones."""
+    return compression["clusters"] == 1 and any(compression["k_used"].values())
+
+
+def _bound(compression: Mapping[str, Any]) -> str:
+    part = compression["certificate"]
+    least, reached = part["relative_lower_bound"], part["relative_achieved"]
+    if not bounded(compression):
+        return "How much less other groups of users and their bases could leave is not known."
+    doubt = 1 - part["confidence"]
+    sure = f" (this holds with a probability of 1 - {doubt:.1g} or more)" if doubt > 0 else ""
+    return (
+        f"No bases of the ranks used can leave less than {percent(least, digits=2)}, whatever the"
+        f" method{sure}: better bases could gain {100 * max(reached - least, 0.0):.2f} percentage points at"
+        " most."
+    )
 
 
 def curl(report: Mapping[str, Any], url: str = "") -> str:

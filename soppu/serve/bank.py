@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from soppu.adapter import LoraAdapter, LoraPair, check_shapes, validate
 from soppu.compress.bundle import Bundle
-from soppu.compress.shared import SharedModule
 from soppu.errors import AdapterError, BundleError, RequestError
-from soppu.serve.layers import PairSlot, Router, SharedFactors, SharedSlot, Slot, install, linear_shapes
+from soppu.serve import load
+from soppu.serve.layers import Router, install, linear_shapes
 from soppu.serve.refusals import failed
+from soppu.serve.slots import BundleSlot, PairSlot, Slot
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class AdapterBank:
         self._dtype = model.dtype
         self._shapes = linear_shapes(model)
         self._lock = threading.RLock()
-        self._bundles: dict[str, Mapping[str, SharedSlot]] = {}
+        self._bundles: dict[str, Mapping[str, BundleSlot]] = {}
         self._adapters: dict[str, LoadedAdapter] = {}
         self._active = ""
 
@@ -89,8 +90,9 @@ class AdapterBank:
         if bundle_id in self.bundles():
             return
         self._check(bundle, bundle_id)
-        factors = {name: self._factors(name, module) for name, module in bundle.modules.items()}
-        users = {user: SharedSlot(factors, index) for index, user in enumerate(bundle.users)}
+        factors = load.read(bundle, cast=self._cast)
+        members = zip(bundle.users, bundle.cluster.tolist(), strict=True)
+        users = {user: BundleSlot(factors, index, cluster) for index, (user, cluster) in enumerate(members)}
         with self._lock:  # only now: requests must not wait for the copying
             install(self._model, factors, router=self.router)
             self._bundles.setdefault(bundle_id, users)
@@ -195,7 +197,7 @@ class AdapterBank:
             raise _not_served(adapter_id, f"bundle {found[0][:12]} holds {len(users)} users, not {user!r}")
         return Resolved(adapter_id, found[0], users[user])
 
-    def _bundle(self, bundle_id: str) -> Mapping[str, SharedSlot]:
+    def _bundle(self, bundle_id: str) -> Mapping[str, BundleSlot]:
         if bundle_id not in self._bundles:
             raise BundleError(f"bundle {bundle_id[:12]!r} is not loaded; there are {len(self._bundles)}")
         return self._bundles[bundle_id]
@@ -207,22 +209,11 @@ class AdapterBank:
                 f"{who}: made for base model {bundle.base_hash[:12]!r} ({bundle.base_model}),"
                 f" this server has {self.base_hash[:12]!r}"
             )
-        for name, module in bundle.modules.items():
-            shape = (int(module.U.shape[0]), int(module.V.shape[0]))
+        for name, shape in bundle.shapes.items():
             if name not in self._shapes:
                 raise BundleError(f"{who}: {name}: the base model has no such linear layer")
             if shape != self._shapes[name]:
                 raise BundleError(f"{who}: {name}: shape {shape}, the base model has {self._shapes[name]}")
-
-    def _factors(self, name: str, module: SharedModule) -> SharedFactors:
-        scaled = module.P * module.norm[:, None, None]
-        return SharedFactors(
-            U=self._cast(name, module.U),
-            V=self._cast(name, module.V),
-            P=self._cast(name, scaled),
-            Q=None if module.Q is None else self._cast(name, module.Q),
-            present=tuple(bool(norm > 0) for norm in module.norm),
-        )
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         weight = self._model.get_submodule(name).weight

@@ -12,8 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from soppu.errors import RequestError
 from soppu.serve.generation import Generation
-from soppu.serve.layers import Router, Routing
+from soppu.serve.layers import Router
 from soppu.serve.refusals import failed
+from soppu.serve.routing import Routing
 
 
 @dataclass(frozen=True, eq=False)

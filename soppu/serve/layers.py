@@ -1,170 +1,20 @@
-"""Per-row adapters around a frozen linear layer: the tensor core of multi-adapter serving.
+"""Layers with per-row adapters: a frozen linear layer plus what the routing of the forward under way adds.
 
-One batch may mix rows of one or several bundles (shared-basis form, y = Wx + U S_user V^T x), rows of plain
-LoRA adapters (y = Wx + B A x) and rows of the base model. Which row gets what is a `Routing`; resolving
-names to slots belongs to `soppu.serve.bank`, generation to `soppu.serve.engine`.
+What is added to which row is `soppu.serve.routing`; generation is `soppu.serve.engine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from soppu.adapter import LoraPair
-from soppu.errors import UnsupportedModel
+from soppu.serve.routing import Routing
 
 # model_type -> layers that transformers feeds with (rows * tokens, features).
 _FLAT: Mapping[str, tuple[str, ...]] = {"opt": ("fc1", "fc2")}
-
-
-@dataclass(frozen=True, eq=False)
-class SharedFactors:
-    """One module of a bundle, ready to serve: U (o, k), V (i, k), P (n, k, c), Q (n, c, k) or None.
-
-    The norm of every user is folded into P, so S_n = P_n @ Q_n (or S_n = P_n where Q is None).
-    `present` says who has an adapter at this module at all.
-    """
-
-    U: Tensor
-    V: Tensor
-    P: Tensor
-    Q: Tensor | None
-    present: tuple[bool, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class SharedSlot:
-    """One user of one loaded bundle. Holding the slot keeps that version's tensors alive."""
-
-    modules: Mapping[str, SharedFactors]
-    index: int
-
-
-@dataclass(frozen=True, eq=False)
-class PairSlot:
-    """One loaded LoRA adapter: module name -> (A, B) on the model's device, in its dtype."""
-
-    pairs: Mapping[str, LoraPair]
-
-
-Slot = SharedSlot | PairSlot
-
-
-@dataclass(frozen=True, eq=False)
-class SharedChange:
-    """What m rows of one bundle add at one module; `rows` is None where they are the whole batch."""
-
-    rows: Tensor | None
-    U: Tensor
-    V: Tensor
-    P: Tensor
-    Q: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` (m, T, i) -> x V S^T U^T (m, T, o). O(m T k (i + o + c))."""
-        t = x @ self.V
-        if self.Q is not None:
-            t = torch.bmm(t, self.Q.mT)
-        return torch.bmm(t, self.P.mT) @ self.U.mT
-
-
-@dataclass(frozen=True, eq=False)
-class PairChange:
-    """What m rows of plain LoRA add at one module: A (m, R, i), B (m, o, R), padded with zeros to rank R."""
-
-    rows: Tensor | None
-    A: Tensor
-    B: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` (m, T, i) -> x A^T B^T (m, T, o). O(m T R (i + o))."""
-        return torch.bmm(torch.bmm(x, self.A.mT), self.B.mT)
-
-
-Change = SharedChange | PairChange
-
-
-class Routing:
-    """Which slot every row of a batch goes to; None is the base model.
-
-    The factors of a module are gathered once for a routing and reused by every decoding step, so make a
-    new routing only when rows leave or join.
-    """
-
-    def __init__(self, slots: Sequence[Slot | None]) -> None:
-        self.rows = len(slots)
-        self._shared: dict[int, list[tuple[int, SharedSlot]]] = {}
-        self._pairs: list[tuple[int, PairSlot]] = []
-        for row, slot in enumerate(slots):
-            if isinstance(slot, SharedSlot):
-                self._shared.setdefault(id(slot.modules), []).append((row, slot))
-            elif isinstance(slot, PairSlot):
-                self._pairs.append((row, slot))
-        self._changes: dict[str, tuple[Change, ...]] = {}
-
-    def changes(self, module: str) -> tuple[Change, ...]:
-        """The changes of one module, at most one for each bundle and one for all plain LoRA rows."""
-        if module not in self._changes:
-            self._changes[module] = tuple(self._gather(module))
-        return self._changes[module]
-
-    def apply(self, module: str, x: Tensor, y: Tensor) -> Tensor:
-        """Add this module's changes to the base output `y` (b, T, o), in place; rows of the base stay.
-
-        Args:
-            module: full-model module name.
-            x: the layer's input (b, T, i), b the rows of this routing.
-
-        Raises:
-            UnsupportedModel: the layer's input does not keep the batch as its first dimension.
-        """
-        changes = self.changes(module)
-        if changes and (x.ndim != 3 or x.shape[0] != self.rows):
-            raise UnsupportedModel(
-                f"{module}: input of shape {tuple(x.shape)} for a batch of {self.rows} rows;"
-                " per-row adapters need (rows, tokens, features)"
-            )
-        for change in changes:
-            if change.rows is None:
-                y = y.add_(change(x))
-            else:
-                y = y.index_add_(0, change.rows, change(x[change.rows]))
-        return y
-
-    def _gather(self, module: str) -> Iterator[Change]:
-        for members in self._shared.values():
-            factors = members[0][1].modules.get(module)
-            if factors is not None:
-                here = [(row, slot.index) for row, slot in members if factors.present[slot.index]]
-                if here:
-                    yield self._shared_change(factors, here)
-        pairs = [(row, slot.pairs[module]) for row, slot in self._pairs if module in slot.pairs]
-        if pairs:
-            yield self._pair_change(pairs)
-
-    def _shared_change(self, factors: SharedFactors, members: list[tuple[int, int]]) -> SharedChange:
-        index = torch.tensor([slot for _, slot in members], device=factors.P.device)
-        rows = self._rows([row for row, _ in members], factors.P.device)
-        Q = None if factors.Q is None else factors.Q[index]
-        return SharedChange(rows, U=factors.U, V=factors.V, P=factors.P[index], Q=Q)
-
-    def _pair_change(self, members: list[tuple[int, LoraPair]]) -> PairChange:
-        first = members[0][1]
-        rank = max(pair.rank for _, pair in members)
-        A = first.A.new_zeros(len(members), rank, first.A.shape[1])
-        B = first.B.new_zeros(len(members), first.B.shape[0], rank)
-        for position, (_, pair) in enumerate(members):
-            A[position, : pair.rank] = pair.A
-            B[position, :, : pair.rank] = pair.B
-        return PairChange(self._rows([row for row, _ in members], first.A.device), A=A, B=B)
-
-    def _rows(self, rows: list[int], device: torch.device) -> Tensor | None:
-        return None if len(rows) == self.rows else torch.tensor(rows, device=device)
 
 
 class Router:

@@ -2,32 +2,76 @@
 
 from __future__ import annotations
 
-from soppu.compress import CompressOptions, compress
-from soppu.stages.run import open_run
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from soppu import calibrate, models
+from soppu.adapter import LoraAdapter
+from soppu.compress import compress
+from soppu.data import load_public, tokenize
+from soppu.reading import AdaptersOnDemand
+from soppu.stages.run import Run, open_run
+
+Tell = Callable[[dict[str, Any]], None]
 
 
-def compress_set(run_folder: str, set_id: str) -> str:
-    """Compress a frozen set into a bundle, store it, and note its sizes; returns the bundle's id."""
+def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = None) -> str:
+    """Compress a frozen set into a bundle, store it, and note its sizes; returns the bundle's id.
+
+    Adapters are read from the registry in every pass, so memory does not grow with their number.
+    """
     run = open_run(run_folder)
     registry = run.registry()
     members = registry.get_set(set_id)
-    settings = run.config.compress
+    adapters = AdaptersOnDemand(members, registry.get_adapter)
+    tell = on_progress or (lambda said: None)
     bundle = compress(
-        {user: registry.get_adapter(adapter_id) for user, adapter_id in members.items()},
-        CompressOptions(
-            method=settings.method,
-            rank=settings.rank,
-            max_steps=settings.max_steps,
-            tolerance=settings.tolerance,
-            dtype=settings.dtype,
-            device=settings.device,
-            seed=run.config.seed,
-        ),
+        adapters,
+        run.config.compress.options(seed=run.config.seed),
         adapter_ids=members,
+        moments=_moments(run, adapters, tell) if run.config.compress.whiten else None,
+        progress=lambda what, done, total: tell(_said(what, "users", done, total)),
     )
     bundle_id = registry.put_bundle(bundle.to_bytes(), set_id=set_id, run=run.id)
     report = bundle.report.to_dict()
     report["bytes_before"] = sum(registry.adapter_bytes(adapter_id) for adapter_id in members.values())
     report["bytes_after"] = registry.bundle_bytes(bundle_id)
     run.write(f"compression-{bundle_id[:16]}.json", report)
+    tell({"note": f"compressed {len(members)} users", "share": 1.0})
     return bundle_id
+
+
+def _said(what: str, things: str, done: int, total: int) -> dict[str, Any]:
+    # a pass that ends is not the end: how many there will be is not known before the last
+    return {"note": f"{what}: {done} of {total} {things}", "share": done / (total + 1)}
+
+
+def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[str, Tensor]:
+    """Second moments of every adapted module's input; kept in the run folder, named by what decides them."""
+    modules = sorted({name for adapter in adapters.values() for name in adapter.pairs})
+    base, config = run.base(), run.config
+    texts = load_public(config.align.source, limit=config.compress.calibration_examples)
+    parts = [
+        base.hash,
+        str(config.data.max_tokens),
+        config.frozen_dtype,
+        *modules,
+        *(t.digest() for t in texts),
+    ]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    path = run.folder / f"moments-{digest}.safetensors"
+    if not path.exists():
+        model = models.load_model(base, dtype=config.frozen_dtype)
+        blocks = tokenize(texts, models.load_tokenizer(base), max_tokens=config.data.max_tokens)
+        found = calibrate.second_moments(
+            model,
+            blocks,
+            modules,
+            progress=lambda done, total: tell(_said("calibrating", "texts", done, total)),
+        )
+        tokens = sum(len(block.ids) for block in blocks)
+        calibrate.save(found, path, base_hash=base.hash, examples=len(blocks), tokens=tokens)
+    return calibrate.load(path, base_hash=base.hash, modules=modules)

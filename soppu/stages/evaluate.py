@@ -105,5 +105,5 @@ def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Exampl
 
 def _lowest_layer(bundle: Bundle) -> int:
     """The lowest full-model layer any module of the bundle sits in."""
-    numbers = [int(part) for name in bundle.modules for part in name.split(".") if part.isdigit()]
+    numbers = [int(part) for name in bundle.shapes for part in name.split(".") if part.isdigit()]
     return min(numbers)

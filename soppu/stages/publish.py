@@ -12,6 +12,7 @@ from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.report import Serving
 from soppu.registry import Registry
+from soppu.serve.load import unchanged
 from soppu.stages.run import Run, open_run
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 
@@ -64,13 +65,13 @@ def _publish(run: Run, bundle_id: str) -> str:
 
 
 def _ask_canaries(run: Run, target: EmbeddedTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
-    """One answer of every user's core in the staged bundle; user -> "". TargetError names who failed."""
+    """One answer with every user's adapter in the staged bundle; user -> "". TargetError names who failed."""
     settings = run.config.serve
     canaries = target.canary(
         bundle.users,
         settings.canary_prompt,
         bundle_id=bundle_id,
-        zero_users=_without_change(bundle),
+        zero_users=unchanged(bundle),
         max_new_tokens=settings.canary_tokens,
         workers=settings.max_batch,
     )
@@ -125,12 +126,3 @@ def _drop_others(target: EmbeddedTarget, *, keep: set[str]) -> None:
     """Leave the server the bundle that is live and the one before it, for a rollback."""
     for bundle_id in set(target.bundles()) - keep:
         target.drop(bundle_id)
-
-
-def _without_change(bundle: Bundle) -> set[str]:
-    """Users whose cores are zero everywhere: for them the base model's answer is the right one."""
-    return {
-        user
-        for number, user in enumerate(bundle.users)
-        if all(float(module.norm[number]) == 0.0 for module in bundle.modules.values())
-    }

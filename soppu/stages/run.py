@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from soppu import config as configuration
 from soppu import files, models
-from soppu.compress import CompressOptions
 from soppu.config import Config
 from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user
 from soppu.emulator import make_plan
@@ -94,7 +93,7 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
-    CompressOptions(device=config.compress.device).torch_device()
+    config.compress.options(seed=config.seed).torch_device()
     texts = ""
     if text:
         config = _with_users(config)

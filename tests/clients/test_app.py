@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 from clients.app import app
 from clients.workbench import workbench
 from soppu import config as configuration
-from soppu import data, emulator, models, wire
+from soppu import data, emulator, models, wire, wire_ternary
 from soppu.adapter import LoraAdapter
 from soppu.attach import initial_pairs
-from soppu.config import Config
+from soppu.compress import ternary
+from soppu.config import Config, LoraSettings
 from soppu.emulator import LayerPlan, TopModel
 from soppu.errors import ConfigError, DataError, FederationError
+from soppu.evaluate.losses import mean_loss
 from soppu.train import TrainOptions, cache_states, fit
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -224,7 +226,7 @@ def test_the_reply_holds_factors_of_the_adapter_layers_and_numbers_only(setup: S
         reply.content["arrays"].to_torch_state_dict(), setup.shapes, rank=2, who="alice"
     )
     assert all(pair.B.abs().max() > 0 for pair in adapter.pairs.values())  # it has trained
-    assert dict(reply.content["who"]) == {"user": "alice", "plan-hash": setup.plan.hash}
+    assert dict(reply.content["who"]) == {"user": "alice", "plan-hash": setup.plan.hash, "form": "float32"}
     assert set(reply.content["metrics"]) == {
         "num-examples",
         "train-loss-first",
@@ -233,6 +235,76 @@ def test_the_reply_holds_factors_of_the_adapter_layers_and_numbers_only(setup: S
         "emulator-loss",
     }
     assert all(isinstance(value, int | float) for value in reply.content["metrics"].values())
+
+
+# ---- in which form
+
+
+def ternary_wire(setup: Setup, **changes: Any) -> Config:
+    settings = {"wire": "ternary", "wire_density": 0.5, "wire_max_loss": 9.0, **changes}
+    return dataclasses.replace(
+        setup.config, federation=dataclasses.replace(setup.config.federation, **settings)
+    )
+
+
+def received(setup: Setup, reply: Message) -> LoraAdapter:
+    """As a server would read it."""
+    form = wire_ternary.from_ternary if reply.content["who"]["form"] == "ternary" else wire.from_state
+    return form(reply.content["arrays"].to_torch_state_dict(), setup.shapes, rank=2, who="alice")
+
+
+def test_a_personal_adapter_within_its_budget_comes_as_signs_and_gains(setup: Setup) -> None:
+    config = ternary_wire(setup)
+    plain, sent = (
+        app(setup.train("personal", config=one), node(**{"partition-id": 0}))
+        for one in (setup.config, config)
+    )
+    assert (plain.content["who"]["form"], sent.content["who"]["form"]) == ("float32", "ternary")
+    assert list(sent.content.array_records) == ["arrays"]
+    trained = received(setup, plain)
+    wanted = ternary.applied(trained, ternary.fixed(trained, density=0.5))
+    assert received(setup, sent).content_hash() == wanted.content_hash()
+    # the two losses are those of the adapter before and of what the server decodes
+    metrics = sent.content["metrics"]
+    assert set(metrics) - set(plain.content["metrics"]) == {"emulator-loss-ternary"}
+    assert metrics["emulator-loss"] == plain.content["metrics"]["emulator-loss"]
+    bench = workbench(config, setup.plan)
+    heldout = bench.states("alice").heldout
+    full = dataclasses.replace(wanted, base_hash=setup.plan.base_hash)
+    assert metrics["emulator-loss-ternary"] == mean_loss(bench.top, bench.plan, heldout, adapter=full)
+    assert metrics["emulator-loss-ternary"] != metrics["emulator-loss"]
+
+
+def test_a_client_over_its_budget_sends_float32_and_says_so(setup: Setup) -> None:
+    config = ternary_wire(setup, wire_max_loss=0.0, wire_density=1e-6)
+    plain, sent = (
+        app(setup.train("personal", config=one), node(**{"partition-id": 0}))
+        for one in (setup.config, config)
+    )
+    assert sent.content["who"]["form"] == "float32"
+    assert received(setup, sent).content_hash() == received(setup, plain).content_hash()
+    metrics = sent.content["metrics"]
+    assert metrics["emulator-loss-ternary"] > metrics["emulator-loss"]
+
+
+def test_a_shared_round_is_float32_whatever_the_wire(setup: Setup) -> None:
+    plain, sent = (
+        app(setup.train("shared", config=one), node(**{"partition-id": 0}))
+        for one in (setup.config, ternary_wire(setup))
+    )
+    assert sent.content["who"]["form"] == "float32"
+    assert sent.content["metrics"] == plain.content["metrics"]
+    assert received(setup, sent).content_hash() == received(setup, plain).content_hash()
+
+
+def test_the_reply_is_many_times_smaller(setup: Setup) -> None:
+    setup.config = dataclasses.replace(setup.config, lora=LoraSettings(rank=8, alpha=16.0))
+    small = ternary_wire(setup, wire_density=0.2)
+    plain, sent = (
+        app(setup.train("personal", config=one), node(**{"partition-id": 0})) for one in (setup.config, small)
+    )
+    size = [sum(r.count_bytes() for r in message.content.values()) for message in (plain, sent)]
+    assert sent.content["who"]["form"] == "ternary" and size[0] > 8 * size[1]
 
 
 def test_a_plan_for_another_base_model_is_refused(setup: Setup) -> None:
@@ -279,6 +351,8 @@ def test_no_text_and_no_token_of_the_user_is_in_any_reply(setup: Setup, tiny_bas
     alice = node(**{"partition-id": 0})
     replies = [app(setup.message("query.hello"), alice)]
     replies += [app(setup.train(mode), alice) for mode in ("shared", "personal")]
+    replies.append(app(setup.train("personal", ternary_wire(setup)), alice))
+    assert replies[-1].content["who"]["form"] == "ternary"
     for reply in replies:
         assert leaks(reply, user, ids) == []
     # the search does find what it looks for: as text, as numbers in an array, as numbers in a list

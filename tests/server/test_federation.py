@@ -21,7 +21,7 @@ from clients.workbench import workbench
 from server import checkpoint as checkpoints
 from server.app import CLIENT_SECTIONS, Federation, main
 from soppu import config as configuration
-from soppu import data, files, models, wire
+from soppu import data, files, models, wire, wire_ternary
 from soppu.adapter import LoraAdapter
 from soppu.attach import attached
 from soppu.config import Config
@@ -113,9 +113,10 @@ def plain(
 def steady(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, write_users: WriteUsers, flower_identity: None
 ) -> Finished:
-    """The same without re-alignment between the rounds."""
+    """The same without re-alignment between the rounds, users' own adapters as signs and gains."""
     root = tmp_path_factory.mktemp("steady")
-    return finished(root, builder(root, tiny_base, write_users)(align={"round_steps": 0}))
+    wires = {"wire": "ternary", "wire_density": 0.2, "wire_max_loss": 1.0}
+    return finished(root, builder(root, tiny_base, write_users)(align={"round_steps": 0}, federation=wires))
 
 
 def federate(
@@ -178,6 +179,28 @@ def test_every_user_gets_an_adapter_of_their_own(
             expected = tiny_llama(ids).logits
         peft = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), folder).eval()
         torch.testing.assert_close(peft(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_ternary_wire_ends_in_the_adapters_that_the_clients_compressed(
+    plain: Finished, steady: Finished
+) -> None:
+    personal = {str(m.content["who"]["user"]): m for m in steady.replies[-3:]}
+    for user, adapter in stored(steady.config, steady.workdir).items():
+        sent = personal[user].content["arrays"].to_torch_state_dict()
+        decoded = wire_ternary.from_ternary(
+            sent,
+            steady.federation.agreement.shapes,
+            rank=2,
+            who=user,
+            base_hash=steady.federation.plan.base_hash,
+        )
+        assert adapter.content_hash() == decoded.content_hash()
+        assert sent.keys() == {wire_ternary.SIGNS, wire_ternary.GAINS}
+    *shared, last = result(steady.workdir)["rounds"]
+    assert {one["form"] for log in shared for one in log["received"].values()} == {"float32"}
+    assert {user: one["form"] for user, one in last["received"].items()} == dict.fromkeys(USERS, "ternary")
+    assert all(one["loss_ternary"] - one["loss_float32"] <= 1.0 for one in last["received"].values())
+    assert 3 * last["bytes_up"] < shared[-1]["bytes_up"] == result(plain.workdir)["rounds"][0]["bytes_up"]
 
 
 def test_rounds_are_fedavg_and_the_last_is_personal(plain: Finished) -> None:
@@ -463,10 +486,11 @@ def test_warming_up_is_not_done_twice(config: Build, tmp_path: Path) -> None:
         {"lora": {"alpha": 8}},
         {"plan": {"drop_ratio": 0.2}},
         {"federation": {"local_steps": 3}},
+        {"federation": {"wire": "ternary"}},
         {"data": {"max_tokens": 40}},
         {"align": {"kl_weight": 0.0}},
     ],
-    ids=["lora", "plan", "federation", "data", "align"],
+    ids=["lora", "plan", "federation", "wire", "data", "align"],
 )
 def test_a_checkpoint_of_other_settings_is_not_used(
     config: Build, tmp_path: Path, changes: dict[str, dict[str, Any]]

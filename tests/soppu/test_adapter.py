@@ -312,6 +312,14 @@ def test_the_hash_does_not_depend_on_order_or_memory_layout() -> None:
     assert LoraAdapter(strided, base_hash=BASE).content_hash() == adapter.content_hash()
 
 
+def test_the_hash_takes_factors_of_rank_one_in_any_layout() -> None:
+    row = LoraPair(torch.arange(3.0).reshape(1, 3), torch.arange(4.0).reshape(4, 1))
+    turned = LoraPair(row.A, row.B.reshape(1, 4).mT.contiguous())  # one column: contiguous with a stride of 4
+    assert turned.B.stride() != row.B.stride()
+    hashes = {LoraAdapter({"q": pair}, base_hash=BASE).content_hash() for pair in (row, turned)}
+    assert len(hashes) == 1
+
+
 def test_the_hash_is_the_same_today_and_tomorrow() -> None:
     pairs = {"model.layers.0.q_proj": LoraPair(torch.arange(6.0).reshape(2, 3), torch.ones(4, 2))}
     # Stored adapters are named by it: a change here orphans every registry.

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soppu import config as configuration
-from soppu.config import Config
+from soppu import wire
+from soppu.compress.options import BASIS_BITS, CORE_BITS, DEFAULT_RATIO, METHODS, CompressOptions
+from soppu.config import CompressConfig, Config, FederationConfig
 from soppu.errors import ConfigError
 
 
@@ -83,13 +85,80 @@ x = 1
     [
         ({"data": {"min_examples": 9, "train_examples": 8}}, "data.min_examples: found 9, at most"),
         ({"serve": {"url": "localhost:80"}}, "serve.url: found 'localhost:80', expected http://"),
-        ({"compress": {"device": "tpu"}}, "compress.device: found 'tpu', allowed: auto, cpu, cuda"),
+        ({"federation": {"wire": "int8"}}, "federation.wire: found 'int8', allowed: float32, ternary"),
+        ({"federation": {"wire_density": 0.0}}, "federation.wire_density: found 0.0, at least 1e-06"),
+        ({"federation": {"wire_density": 1.5}}, "federation.wire_density: found 1.5, at most 1.0"),
+        ({"federation": {"wire_max_loss": -0.01}}, "federation.wire_max_loss: found -0.01, at least 0.0"),
+        ({"compress": {"device": "tpu"}}, "compress.device = 'tpu', allowed: auto, cpu, cuda"),
+        ({"compress": {"clusters": 4}}, "compress.clusters = 4: only the method cluster has more than one"),
+        ({"compress": {"max_error": 1.0}}, "compress.max_error = 1.0, allowed: 0 (none) or above, an error"),
+        ({"compress": {"density": 0.0}}, "compress.density = 0.0, allowed: a number above 0, at most 1"),
+        ({"compress": {"method": "ternary", "max_error": 0.1}}, "compress.max_error: the method ternary"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(values: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match="configuration: ") as caught:
         configuration.from_dict(values)
     assert fault in str(caught.value)
+
+
+def test_faults_of_several_keys_of_compress_come_together_with_the_others() -> None:
+    values = {
+        "data": {"min_examples": 9, "train_examples": 8},
+        "compress": {"method": "svd", "ratio": 8, "max_bytes": 1000, "clusters": 2, "device": "tpu"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        configuration.from_dict(values, source="x.toml")
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith("x.toml: ") for line in lines) and len(lines) == 4
+    for fault in (
+        "data.min_examples",
+        "compress.ratio = 8.0, compress.max_bytes = 1000: a bundle has one target",
+        "compress.clusters = 2",
+        "compress.device = 'tpu'",
+    ):
+        assert sum(fault in line for line in lines) == 1, fault
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_bytes", 5000), ("max_error", 0.2)])
+def test_a_target_that_is_given_takes_the_place_of_the_default_one(
+    tmp_path: Path, name: str, value: float
+) -> None:
+    path = write(tmp_path, "")
+    for config in (
+        configuration.from_dict({"compress": {name: value}}),
+        configuration.load(path, {f"compress.{name}": value}),
+    ):
+        assert (getattr(config.compress, name), config.compress.ratio) == (value, 0.0)
+        assert configuration.from_dict(tomllib.loads(configuration.dump(config))) == config
+    assert configuration.from_dict({"compress": {name: 0}}).compress.ratio == 16.0
+    with pytest.raises(ConfigError, match=f"compress.ratio = 16.0, compress.{name}"):
+        configuration.from_dict({"compress": {name: value, "ratio": 16.0}})
+
+
+def test_compress_has_the_keys_and_values_of_the_library() -> None:
+    ours = {item.name: item for item in dataclasses.fields(CompressConfig)}
+    library = {item.name: item.default for item in dataclasses.fields(CompressOptions) if item.name != "seed"}
+    assert list(ours) == [*library, "whiten", "calibration_examples"]
+    defaults = {name: ours[name].default for name in library}
+    assert defaults == library | {"ratio": DEFAULT_RATIO}
+    allowed = {"method": METHODS, "basis_bits": BASIS_BITS, "core_bits": CORE_BITS}
+    assert {name: ours[name].metadata["one_of"] for name in allowed} == allowed
+    assert CompressConfig(rank=5).options(seed=7) == CompressOptions(rank=5, ratio=DEFAULT_RATIO, seed=7)
+
+
+def test_the_forms_on_the_wire_are_those_the_library_knows() -> None:
+    (field,) = (item for item in dataclasses.fields(FederationConfig) if item.name == "wire")
+    assert field.metadata["one_of"] == (wire.FLOAT32, wire.TERNARY) and field.default == wire.FLOAT32
+
+
+@pytest.mark.parametrize("change", [{"wire": "ternary"}, {"wire_density": 0.1}, {"wire_max_loss": 0.0}])
+def test_what_travels_decides_which_adapters_come_out(change: dict[str, Any]) -> None:
+    """A run that sent float32 must not be taken for one that sent signs."""
+    other = configuration.from_dict({"federation": change})
+    assert other.training_digest() != Config().training_digest()
+    slower = configuration.from_dict({"federation": {"timeout_s": 1}})
+    assert slower.training_digest() == Config().training_digest()
 
 
 def test_files_that_cannot_be_read_are_config_errors(tmp_path: Path) -> None:
@@ -121,7 +190,7 @@ numbers = st.floats(1e-6, 1e300, allow_nan=False)
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=texts, users=st.lists(texts, max_size=3), number=numbers, seed=st.integers(-(2**40), 2**40))
+@given(text=texts, users=st.lists(texts, max_size=3), number=numbers, seed=st.integers(0, 2**40))
 def test_dump_reads_back_to_the_same_values(text: str, users: list[str], number: float, seed: int) -> None:
     config = configuration.from_dict(
         {

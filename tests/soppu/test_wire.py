@@ -83,6 +83,7 @@ def put(key: str, value: Tensor) -> Callable[[dict[str, Tensor]], object]:
         (put(KEY, torch.zeros(16)), r"shape \(16,\), the plan says \(2, 8\)"),
         (put(KEY, torch.full((2, 8), math.nan)), rf"{KEY}: holds NaN or Inf"),
         (put(KEY, torch.tensor([[0.0] * 8, [0.0] * 7 + [math.inf]])), "holds NaN or Inf"),
+        (put(KEY, torch.full((2, 8), 1e300, dtype=torch.float64)), "holds NaN or Inf"),  # as float32
         (put(KEY, torch.zeros(2, 8, dtype=torch.int64)), "holds torch.int64, expected floating-point"),
         (put(KEY, torch.zeros(2, 8, dtype=torch.complex64)), "holds torch.complex64, expected"),
     ],

@@ -1,18 +1,39 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress
-from soppu.errors import AdapterError
+from soppu.errors import AdapterError, BundleError
 
-EXACT = CompressOptions(rank=64, dtype="float32")
+EXACT = CompressOptions(method="joint", rank=64, basis_bits=32, core_bits=32)
+RICH = {"model.layers.0.q": (96, 80), "model.layers.1.down": (64, 120)}
+# one way to ask each method for something it can do on a small fleet
+ASKED = {
+    "residual": CompressOptions(ratio=2.0),
+    "residual to an error": CompressOptions(max_error=0.2),
+    "svd": CompressOptions(method="svd", ratio=2.0),
+    "joint": CompressOptions(method="joint", rank=5),
+    "joint, thin": CompressOptions(method="joint", rank=8, core_bits=4),
+    "joint-diag": CompressOptions(method="joint-diag", rank=6),
+    "cluster": CompressOptions(method="cluster", rank=4, clusters=2),
+    "ternary": CompressOptions(method="ternary", density=0.5),
+    "ternary, faithful": CompressOptions(method="ternary", density=0.5, faithful=True),
+}
+every_method = pytest.mark.parametrize("options", ASKED.values(), ids=ASKED.keys())
 
 
 def without(adapter: LoraAdapter, module: str) -> LoraAdapter:
     pairs = {name: pair for name, pair in adapter.pairs.items() if name != module}
+    return LoraAdapter(pairs, adapter.base_model, adapter.base_hash, adapter.fan_in_fan_out)
+
+
+def changed(adapter: LoraAdapter, change) -> LoraAdapter:
+    pairs = {name: change(pair) for name, pair in adapter.pairs.items()}
     return LoraAdapter(pairs, adapter.base_model, adapter.base_hash, adapter.fan_in_fan_out)
 
 
@@ -21,114 +42,260 @@ def error(adapter: LoraAdapter, other: LoraAdapter) -> float:
     assert adapter.pairs.keys() == other.pairs.keys()
     wrong = right = 0.0
     for name, pair in adapter.pairs.items():
-        delta: Tensor = pair.delta().double()
+        delta: Tensor = pair.B.double() @ pair.A.double()
         wrong += float((delta - other.pairs[name].delta().double()).square().sum())
         right += float(delta.square().sum())
     return (wrong / right) ** 0.5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("rank", [2, 5, 8, 64])
-def test_reported_errors_are_those_of_the_reconstructed_adapters(fleet, rank, dtype):
-    adapters = fleet((3, 2, 3, 1))
-    bundle = compress(adapters, CompressOptions(rank=rank, dtype=dtype))
+@every_method
+def test_reported_errors_are_those_of_the_reconstructed_adapters(fleet, options):
+    adapters = fleet((3, 2, 3, 1), shapes=RICH)
+    bundle = Bundle.from_bytes(compress(adapters, options).to_bytes())
     for user, adapter in adapters.items():
         expected = error(adapter, bundle.reconstruct(user))
         assert bundle.report.relative_error[user] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_errors_by_module_add_up_to_the_whole(fleet):
-    adapters = fleet((3, 2, 3))
-    report = compress(adapters, CompressOptions(rank=3)).report
+@every_method
+def test_errors_by_module_add_up_to_the_whole(fleet, options):
+    adapters = fleet((3, 2, 3), shapes=RICH)
+    report = compress(adapters, options).report
     for user, adapter in adapters.items():
         norms = {name: float(pair.delta().norm()) for name, pair in adapter.pairs.items()}
         wrong = sum((report.module_error[name][user] * norm) ** 2 for name, norm in norms.items())
         total = sum(norm**2 for norm in norms.values())
-        assert report.relative_error[user] == pytest.approx((wrong / total) ** 0.5, rel=1e-5)
+        assert report.relative_error[user] == pytest.approx((wrong / total) ** 0.5, rel=1e-4)
 
 
-def test_a_reconstruction_keeps_the_rank_of_the_user_where_cores_are_thin(fleet):
+@every_method
+def test_another_core_in_place_of_ones_own_raises_the_error(fleet, options):
+    adapters = fleet((3, 3, 3), shapes=RICH)
+    bundle = compress(adapters, options)
+    for user, adapter in adapters.items():
+        own = error(adapter, bundle.reconstruct(user))
+        others = [error(adapter, bundle.reconstruct(other)) for other in adapters if other != user]
+        assert own < min(others)
+
+
+@every_method
+def test_the_gauge_of_a_pair_does_not_matter(fleet, options):
+    if options.faithful:
+        pytest.skip("the released ternary code looks at raw factors, gauge and all")
+    adapters = fleet((3, 3, 3), shapes=RICH)
+    gauge = torch.tensor([[2.0, 1, 0], [0, 5, 3], [1, 0, 0.2]])
+    turned = {
+        user: changed(adapter, lambda pair: LoraPair(torch.linalg.solve(gauge, pair.A), pair.B @ gauge))
+        for user, adapter in adapters.items()
+    }
+    plain, other = compress(adapters, options), compress(turned, options)
+    for user in adapters:
+        assert error(plain.reconstruct(user), other.reconstruct(user)) < 0.05
+        assert other.report.relative_error[user] == pytest.approx(plain.report.relative_error[user], rel=0.1)
+
+
+@every_method
+def test_the_scale_of_one_user_changes_nobodys_relative_error(fleet, options):
+    adapters = fleet((3, 3, 3), shapes=RICH)
+    loud = adapters | {"user1": changed(adapters["user1"], lambda pair: LoraPair(pair.A, pair.B * 256.0))}
+    plain, other = compress(adapters, options).report, compress(loud, options).report
+    if not options.faithful:  # its one scale is that of the raw numbers of A and B together
+        assert other.relative_error == pytest.approx(plain.relative_error, rel=0.1)
+    assert other.relative_error["user0"] == pytest.approx(plain.relative_error["user0"], rel=0.1)
+
+
+@every_method
+def test_the_order_of_users_does_not_matter_much(fleet, options):
+    adapters = fleet((3, 1, 2, 3), shapes=RICH)
+    mixed = {user: adapters[user] for user in ("user2", "user0", "user3", "user1")}
+    plain, other = compress(adapters, options).report, compress(mixed, options).report
+    assert other.relative_error_rms == pytest.approx(plain.relative_error_rms, rel=0.1)
+
+
+@every_method
+def test_equal_input_gives_equal_bytes(fleet, options):
+    adapters = fleet((2, 3), shapes=RICH)
+    torch.manual_seed(1)
+    first = compress(adapters, options).to_bytes()
+    torch.manual_seed(2)
+    assert compress(adapters, options).to_bytes() == first
+
+
+@every_method
+def test_a_module_a_user_lacks_stays_away(fleet, options):
+    adapters = fleet((3, 3, 3), shapes=RICH)
+    adapters["user1"] = without(adapters["user1"], "model.layers.1.down")
+    bundle = Bundle.from_bytes(compress(adapters, options).to_bytes())
+    assert bundle.reconstruct("user1").pairs.keys() == {"model.layers.0.q"}
+    assert bundle.ranks.tolist() == [[3, 3, 3], [3, 0, 3]]
+    assert bundle.report.module_error["model.layers.1.down"].keys() == {"user0", "user2"}
+
+
+@every_method
+def test_a_zero_adapter_has_error_zero_and_comes_back_as_zero(fleet, options):
+    adapters = fleet((3, 3), shapes=RICH)
+    fresh = changed(adapters["user0"], lambda pair: LoraPair(pair.A, torch.zeros_like(pair.B)))
+    bundle = compress(adapters | {"fresh": fresh}, options)
+    assert bundle.report.relative_error["fresh"] == 0
+    assert bundle.reconstruct("fresh").pairs.keys() == adapters["user0"].pairs.keys()
+    assert all(not pair.delta().any() for pair in bundle.reconstruct("fresh").pairs.values())
+
+
+@every_method
+def test_duplicates_come_back_equal(fleet, options):
+    adapters = fleet((3, 3), shapes=RICH)
+    adapters["twin"] = adapters["user0"]
+    bundle = compress(adapters, options)
+    for name, pair in bundle.reconstruct("user0").pairs.items():
+        torch.testing.assert_close(
+            pair.delta(), bundle.reconstruct("twin").pairs[name].delta(), rtol=0, atol=2e-3
+        )
+    assert bundle.adapter_ids[0] == bundle.adapter_ids[2] != bundle.adapter_ids[1]
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adapters_of_any_float_type(fleet, options, dtype):
+    adapters = fleet((2, 2), shapes=RICH, dtype=dtype)
+    bundle = compress(adapters, options)
+    assert error(adapters["user0"], bundle.reconstruct("user0")) == pytest.approx(
+        bundle.report.relative_error["user0"], rel=1e-2, abs=1e-5
+    )
+
+
+@every_method
+def test_the_certificate_brackets_what_a_basis_does(fleet, options):
+    report = compress(fleet((3, 2, 3, 3), shapes=RICH), options).report
+    for part in [*report.certificates.values(), report.overall]:
+        assert 0 <= part.lower_bound <= part.achieved <= part.upper_bound
+        assert part.confidence == 1.0
+
+
+def test_a_joint_fit_as_stored_is_no_better_than_the_certificate_allows(fleet):
+    adapters = fleet((3,) * 5, shapes=RICH)
+    report = compress(adapters, CompressOptions(method="joint", rank=6, basis_bits=32, core_bits=32)).report
+    for name, part in report.certificates.items():
+        stored = sum(value**2 for value in report.module_error[name].values())
+        assert part.lower_bound <= stored * (1 + 1e-3) + 1e-9
+        assert stored == pytest.approx(part.achieved, rel=1e-3)
+
+
+def test_full_rank_is_exact(fleet):
     adapters = fleet((3, 2, 1, 3))
     bundle = compress(adapters, EXACT)
     for user, adapter in adapters.items():
-        again = bundle.reconstruct(user)
-        assert again.shapes() == adapter.shapes()
-        assert error(adapter, again) < 1e-6
-        assert (again.base_model, again.base_hash) == ("tiny", "b" * 64)
-    assert bundle.modules["model.layers.0.q"].c == 3
+        assert error(adapter, bundle.reconstruct(user)) < 1e-6
+        assert bundle.report.relative_error[user] < 1e-6
 
 
-def test_a_module_a_user_lacks_stays_away(fleet):
-    adapters = fleet((3, 3, 3))
-    adapters["user1"] = without(adapters["user1"], "model.layers.1.down")
-    bundle = compress(adapters, EXACT)
-    assert bundle.reconstruct("user1").pairs.keys() == {"model.layers.0.q"}
-    assert bundle.ranks["model.layers.1.down"] == (3, 0, 3)
-    assert bundle.report.module_error["model.layers.1.down"].keys() == {"user0", "user2"}
-    assert bundle.report.relative_error["user1"] < 1e-6
-    two = compress({user: adapters[user] for user in ("user0", "user2")}, EXACT)
-    for mine, alone in zip(
-        bundle.modules["model.layers.1.down"].tensors().values(),
-        two.modules["model.layers.1.down"].tensors().values(),
-        strict=True,
-    ):
-        kept = mine[[0, 2]] if mine.shape[0] == 3 else mine
-        torch.testing.assert_close(kept, alone, rtol=0, atol=1e-5)
+def test_one_adapter_is_its_truncated_svd(fleet):
+    adapters = fleet((4,), shapes={"q": (14, 11)})
+    options = CompressOptions(method="joint", rank=2, basis_bits=32, core_bits=32)
+    (pair,) = compress(adapters, options).reconstruct("user0").pairs.values()
+    u, s, vt = torch.linalg.svd(adapters["user0"].pairs["q"].delta().double(), full_matrices=False)
+    torch.testing.assert_close(pair.delta().double(), u[:, :2] * s[:2] @ vt[:2], rtol=0, atol=1e-4)
 
 
-def test_a_zero_adapter_has_error_zero_and_comes_back_as_zero(fleet):
-    adapters = fleet((3, 3))
-    fresh = {
-        name: LoraPair(pair.A, torch.zeros_like(pair.B)) for name, pair in adapters["user0"].pairs.items()
-    }
-    adapters["fresh"] = LoraAdapter(fresh, "tiny", "b" * 64)
-    bundle = compress(adapters, CompressOptions(rank=4))
-    assert bundle.report.relative_error["fresh"] == 0
-    assert all(not pair.delta().any() for pair in bundle.reconstruct("fresh").pairs.values())
-    assert bundle.reconstruct("fresh").pairs.keys() == adapters["user0"].pairs.keys()
+def test_own_numbers_of_float_width_are_exact(fleet):
+    adapters = fleet((3, 2), shapes=RICH)
+    bundle = compress(adapters, CompressOptions(method="svd", max_error=1e-6))
+    assert bundle.report.relative_error_max <= 1e-6
+    for user, adapter in adapters.items():
+        assert error(adapter, bundle.reconstruct(user)) < 2e-6
+        assert bundle.reconstruct(user).shapes() == adapter.shapes()
 
 
-def test_duplicates_get_the_same_core(fleet):
-    adapters = fleet((3, 3))
-    adapters["twin"] = adapters["user0"]
-    bundle = compress(adapters, CompressOptions(rank=4))
-    module = bundle.modules["model.layers.0.q"]
-    assert torch.equal(module.core(0), module.core(2))
-    assert bundle.adapter_ids[0] == bundle.adapter_ids[2] != bundle.adapter_ids[1]
+@pytest.mark.parametrize("method", ["residual", "svd"])
+@pytest.mark.parametrize("limit", [0.6, 0.3, 0.1, 0.02])
+def test_no_user_is_above_the_error_asked_for(fleet, method, limit):
+    report = compress(
+        fleet((3, 2, 3, 1), shapes=RICH), CompressOptions(method=method, max_error=limit)
+    ).report
+    assert report.relative_error_max <= limit
+    assert report.relative_error_max > limit / 4  # and it is not bought with bytes nobody asked for
+
+
+@pytest.mark.parametrize("method", ["residual", "svd", "joint", "ternary"])
+@pytest.mark.parametrize("allowed", [9000, 14000])
+def test_the_file_is_no_larger_than_asked_for(fleet, method, allowed):
+    adapters = fleet((8,) * 4, shapes={"q": (256, 320)})
+    bundle = compress(adapters, CompressOptions(method=method, max_bytes=allowed))
+    size = len(bundle.to_bytes())
+    assert size <= allowed
+    if method in ("residual", "svd"):
+        assert size > 0.97 * allowed
+
+
+def test_more_bytes_mean_less_error(fleet):
+    adapters = fleet((4,) * 5, shapes={"q": (200, 160)})
+    errors = [
+        compress(adapters, CompressOptions(ratio=ratio)).report.relative_error_rms
+        for ratio in (8.0, 4.0, 2.0)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_where_users_are_alike_the_default_shares_and_beats_what_does_not(fleet):
+    adapters = fleet((3,) * 16, shapes={"q": (200, 160)}, seed=3)
+    allowed = 12_000
+    shared, alone = (
+        compress(adapters, CompressOptions(method=method, max_bytes=allowed))
+        for method in ("residual", "svd")
+    )
+    assert max(shared.report.k_used.values()) > 0 and max(alone.report.k_used.values()) == 0
+    assert shared.report.relative_error_rms < 0.9 * alone.report.relative_error_rms
+
+
+def test_a_target_out_of_reach_is_refused_with_both_sizes(fleet):
+    with pytest.raises(BundleError, match="100 bytes.*smallest"):
+        compress(fleet((2, 2)), CompressOptions(max_bytes=100))
+    with pytest.raises(BundleError, match="no shared rank"):
+        compress(fleet((2, 2)), CompressOptions(method="joint", max_error=1e-6, rank=2))
 
 
 def test_report_says_what_was_asked_and_used(fleet):
     adapters = fleet((3, 3), shapes={"q": (20, 16), "k": (4, 16)})
-    calls: list[tuple[int, int]] = []
-    options = CompressOptions(rank=5, seed=9)
-    bundle = compress(adapters, options, progress=lambda done, total: calls.append((done, total)))
+    calls: list[tuple[str, int, int]] = []
+    options = CompressOptions(method="joint", rank=5, seed=9)
+    bundle = compress(adapters, options, progress=lambda *step: calls.append(step))
     report = bundle.report
-    assert calls == [(1, 2), (2, 2)]
-    assert (report.k, report.seed, report.dtype, report.method) == (5, 9, "float16", "joint")
+    assert calls and all(0 < done <= total == 2 for _, done, total in calls)
+    assert (report.rank, report.seed, report.method, report.clusters) == (5, 9, "joint", 1)
     assert report.k_used == {"k": 4, "q": 5} and report.seconds > 0
-    for part in [*report.certificates.values(), report.overall]:
-        assert part.lower_bound <= part.achieved <= part.upper_bound
-    assert report.relative_error_max == max(report.relative_error.values())
+    assert [side.k for side in bundle.bases["k"][0]] == [4, 4]
+    assert compress(fleet((3, 3), shapes=RICH), CompressOptions(ratio=2.0)).report.target == "2x"
 
 
-def test_ids_are_those_given_or_made_from_the_content(fleet):
-    adapters = fleet((3, 3))
-    given = compress(adapters, EXACT, adapter_ids={"user1": "a-1", "user0": "a-0"})
-    assert given.adapter_ids == ("a-0", "a-1")
-    made = compress(adapters, EXACT)
-    assert made.adapter_ids[0] == f"a-{adapters['user0'].content_hash()[:16]}"
+def test_adapters_are_asked_for_a_batch_at_a_time_and_not_kept(fleet):
+    class Lazy(dict):
+        def __init__(self, made):
+            super().__init__(made)
+            self.alive: list = []
+
+        def __getitem__(self, user):
+
+            fresh = changed(super().__getitem__(user), lambda pair: LoraPair(pair.A.clone(), pair.B.clone()))
+            self.alive = [held for held in self.alive if held() is not None] + [weakref.ref(fresh)]
+            assert len(self.alive) <= 70
+            return fresh
+
+        def items(self):
+            return ((user, self[user]) for user in self)
+
+    made = fleet((1,) * 130, shapes={"q": (12, 10)})
+    lazy = Lazy(made)
+    first, second = compress(made, CompressOptions(ratio=1.2)), compress(lazy, CompressOptions(ratio=1.2))
+    assert first.to_bytes() == second.to_bytes()
+
+
+def test_ids_are_content_hashes_unless_given(fleet):
+    adapters = fleet((2, 2))
+    given = {"user0": "a-1", "user1": "a-2", "stranger": "a-3"}
+    assert compress(adapters, EXACT, adapter_ids=given).adapter_ids == ("a-1", "a-2")
+    expected = f"a-{adapters['user0'].content_hash()[:16]}"
+    assert compress(adapters, EXACT).adapter_ids[0] == expected
     with pytest.raises(AdapterError, match="user0.*no id"):
         compress(adapters, EXACT, adapter_ids={"user1": "a-1"})
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_adapters_of_any_float_type(fleet, dtype):
-    adapters = fleet((2, 2), dtype=dtype)
-    bundle = compress(adapters, EXACT)
-    wide = LoraAdapter(
-        {name: LoraPair(pair.A.float(), pair.B.float()) for name, pair in adapters["user0"].pairs.items()}
-    )
-    assert error(wide, bundle.reconstruct("user0")) < 1e-6
 
 
 def refused(adapters: dict[str, LoraAdapter], *words: str) -> None:
@@ -166,15 +333,7 @@ def test_malformed_adapters_are_refused(fleet):
         (LoraPair(pair.A, pair.B * float("nan")), "NaN"),
         (LoraPair(pair.A[:1], pair.B), "rank"),
         (LoraPair(pair.A[:0], pair.B[:, :0]), "rank 0"),
+        (LoraPair(pair.A.double(), pair.B.double() * 1e60), "norm"),
     ):
         refused(adapters | {"user1": LoraAdapter({"q": bad}, "tiny", "b" * 64)}, "user1", "q", word)
     refused(adapters | {"user1": LoraAdapter({}, "tiny", "b" * 64)}, "user1")
-
-
-def test_a_bundle_is_a_value_that_survives_its_bytes(fleet):
-    bundle = compress(fleet((3, 1, 2)), CompressOptions(rank=4))
-    again = Bundle.from_bytes(bundle.to_bytes())
-    for name, module in bundle.modules.items():
-        for part, tensor in module.tensors().items():
-            assert tensor.dtype == torch.float32
-            assert torch.equal(tensor, again.modules[name].tensors()[part])

@@ -1,124 +1,143 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu.compress import joint
+from benchmarks.handmade import Form, components
+from soppu.compress.components import Components, Side
 from soppu.compress.metrics import Certificate, CompressionReport, relative_errors, squared_errors
-from soppu.compress.shared import SharedModule
+from soppu.compress.quantise import AXIS, TERNARY
+
+SHAPE, K = (25, 19), (6, 5)
+FORMS: list[list[Form]] = [
+    [(8, 0, 8, 0), (0, 4, 0, 5), (6, 3, 8, 2)],
+    [],
+    [(AXIS, 0, 16, 0), (0, TERNARY, 32, 0)],
+]
 
 
-def stored(outs: list[Tensor], ins: list[Tensor], *, rank: int, dtype: torch.dtype) -> SharedModule:
-    fit = joint.fit(outs, ins, rank=rank)
-    p, q = joint.split_cores(fit, [b.shape[1] for b in outs])
-    return SharedModule(fit.U, fit.V, p, q, fit.norm).rounded(dtype)
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def dense_errors(outs: list[Tensor], ins: list[Tensor], module: SharedModule) -> list[float]:
-    whole = [b.double() @ a.double() for b, a in zip(outs, ins, strict=True)]
-    u, v, cores = module.U.double(), module.V.double(), module.P.double()
-    cores = cores if module.Q is None else cores @ module.Q.double()
-    return [
-        float((d - norm * u @ core @ v.T).norm() / d.norm())
-        for d, core, norm in zip(whole, cores, module.norm.double(), strict=True)
-    ]
+def bases(seed: int = 0) -> tuple[Tensor, Tensor]:
+    made = [torch.linalg.qr(draw(d, k, seed=seed + d))[0].float() for d, k in zip(SHAPE, K, strict=True)]
+    return made[0], made[1]
 
 
-def residual_error(b: Tensor, a: Tensor, left: Tensor, right: Tensor) -> float:
-    """|| B A - L R ||_F as a product of two triangular factors, an independent way to the same number."""
-    _, r_out = torch.linalg.qr(torch.cat([b, -left], 1))
-    _, r_in = torch.linalg.qr(torch.cat([a, right], 0).mT)
-    return float((r_out @ r_in.mT).norm())
+def stored(seed: int = 0) -> Components:
+    return components(FORMS, SHAPE, K, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rank", [2, 5, 8, 11])
-def test_errors_are_those_of_the_stored_tensors(factors, rank, dtype):
-    outs, ins = factors((3, 2, 3, 3), 25, 19)
-    module = stored(outs, ins, rank=rank, dtype=dtype)
-    norm = torch.stack([(b @ a).norm() for b, a in zip(outs, ins, strict=True)])
-    found = relative_errors(squared_errors(outs, ins, module), norm).tolist()
-    assert found == pytest.approx(dense_errors(outs, ins, module), rel=1e-9, abs=1e-13)
+def dense(parts: Components, pair: tuple[Tensor, Tensor], norm: Tensor) -> Tensor:
+    """(n, o, i) float64, one component after the other."""
+    left, right = (
+        side.vectors(basis).double() for side, basis in zip((parts.left, parts.right), pair, strict=True)
+    )
+    made = torch.zeros(len(norm), *SHAPE, dtype=torch.float64)
+    for j, user in enumerate(parts.user.tolist()):
+        made[user] += float(norm[user]) * float(parts.gain[j]) * torch.outer(left[j], right[j])
+    return made
 
 
-def test_coarser_storage_shows_in_the_error(factors):
-    outs, ins = factors((3, 2, 3), 25, 19)
-    errors = {
-        dtype: float(squared_errors(outs, ins, stored(outs, ins, rank=8, dtype=dtype)).max().sqrt())
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    }
-    assert errors[torch.bfloat16] > 2 * errors[torch.float16] > 200 * errors[torch.float32] > 0
+def factored(d: Tensor) -> tuple[Tensor, Tensor]:
+    """B and A of full rank with B A = D."""
+    u, s, vt = torch.linalg.svd(d, full_matrices=False)
+    return u * s[:, None], vt
 
 
-def test_an_exact_reconstruction_reports_round_off_not_its_root(factors):
-    outs, ins = factors((3, 3, 3), 40, 30)
-    fit = joint.fit(outs, ins, rank=9)
-    p, q = joint.split_cores(fit, [3, 3, 3])
-    error = squared_errors(outs, ins, SharedModule(fit.U, fit.V, p, q, fit.norm)).sqrt() / fit.norm
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 4))
+def test_errors_are_those_of_dense_matrices(seed, rank):
+    parts, pair, norm = stored(seed), bases(seed), draw(3, seed=seed).abs().float()
+    B, A = draw(3, SHAPE[0], rank, seed=seed), draw(3, rank, SHAPE[1], seed=seed + 1)
+    found = squared_errors(B, A, parts, pair, norm=norm)
+    expected = (B @ A - dense(parts, pair, norm)).square().sum((1, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_an_exact_reconstruction_reports_round_off_not_its_root():
+    parts, pair, norm = stored(), bases(), torch.tensor([1.0, 0.0, 300.0])
+    whole = dense(parts, pair, norm)
+    B, A = factored(whole)
+    error = squared_errors(B, A, parts, pair, norm=norm).sqrt() / whole.norm(dim=(1, 2)).clamp(min=1)
     assert float(error.max()) < 1e-13
 
 
-def test_small_errors_agree_with_the_triangular_residual(factors):
-    outs, ins = factors((3, 3), 30, 20)
-    fit = joint.fit(outs, ins, rank=6)
-    p, q = joint.split_cores(fit, [3, 3])
-    for size in (1e-3, 1e-7, 1e-11):
-        module = SharedModule(fit.U, fit.V, p * (1 + size), q, fit.norm)
-        found = squared_errors(outs, ins, module).sqrt()
-        for n in range(2):
-            left = (
-                module.U @ (module.P[n] if module.Q is None else module.P[n] @ module.Q[n]) * module.norm[n]
-            )
-            expected = residual_error(outs[n], ins[n], left, module.V.mT)
-            assert float(found[n]) == pytest.approx(expected, rel=1e-2)
-            assert float(found[n]) == pytest.approx(size * float(fit.norm[n]), rel=1e-2)
+@pytest.mark.parametrize("size", [1e-3, 1e-7, 1e-11])
+def test_small_errors_are_measured_to_the_end(size):
+    parts, pair, norm = stored(), bases(), torch.ones(3)
+    whole = dense(parts, pair, norm)
+    B, A = factored(whole)
+    found = squared_errors(B * (1 + size), A, parts, pair, norm=norm).sqrt()
+    expected = size * whole.norm(dim=(1, 2))
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-2, atol=0)
 
 
-def test_swapped_cores_raise_the_error(factors):
-    outs, ins = factors((3, 3, 3), 25, 19)
-    module = stored(outs, ins, rank=8, dtype=torch.float32)
-    right = squared_errors(outs, ins, module)
-    assert module.Q is not None
-    swapped = SharedModule(module.U, module.V, module.P.flip(0), module.Q.flip(0), module.norm)
-    wrong = squared_errors(outs, ins, swapped)
-    assert (wrong[[0, 2]] > 100 * right[[0, 2]]).all() and wrong[1] == right[1]
+def test_swapped_components_raise_the_error():
+    parts, pair, norm = stored(), bases(), torch.ones(3)
+    B, A = factored(dense(parts, pair, norm))
+    swapped = replace(parts, gain=parts.gain.flip(0))
+    right = squared_errors(B, A, parts, pair, norm=norm)
+    wrong = squared_errors(B, A, swapped, pair, norm=norm)
+    assert (wrong[[0, 2]] > 1e6 * right[[0, 2]]).all() and wrong[1] == right[1] == 0
 
 
-def test_a_user_without_the_module_and_a_zero_adapter_have_error_zero(factors):
-    outs, ins = factors((3, 3), 25, 19)
-    outs, ins = [*outs, torch.zeros(25, 2), outs[0][:, :0]], [*ins, torch.ones(2, 19), ins[0][:0]]
-    module = stored(outs, ins, rank=4, dtype=torch.float16)
-    squared = squared_errors(outs, ins, module)
-    assert squared[2:].tolist() == [0, 0]
-    assert relative_errors(squared, module.norm.double())[2:].tolist() == [0, 0]
+def test_without_components_the_error_is_the_norm_itself():
+    none = stored().select(torch.zeros(5, dtype=torch.bool))
+    B, A = draw(3, SHAPE[0], 2), draw(3, 2, SHAPE[1])
+    found = squared_errors(B, A, none, bases(), norm=torch.ones(3))
+    torch.testing.assert_close(found, (B @ A).square().sum((1, 2)))
 
 
-def test_many_wide_cores_are_compared_in_chunks(factors, monkeypatch):
-    outs, ins = factors((3,) * 5, 25, 19)
-    module = stored(outs, ins, rank=8, dtype=torch.float32)
-    whole = squared_errors(outs, ins, module)
-    monkeypatch.setattr("soppu.compress.metrics._CHUNK_NUMBERS", 2 * 64)
-    torch.testing.assert_close(squared_errors(outs, ins, module), whole)
+def test_a_module_without_a_basis_needs_none():
+    parts = components([[(0, 4, 0, 5)]], SHAPE, (0, 0), torch.Generator().manual_seed(0))
+    delta = (
+        float(parts.gain[0]) * torch.outer(parts.left.vectors(None)[0], parts.right.vectors(None)[0]).double()
+    )
+    B, A = factored(delta[None])
+    assert float(squared_errors(B, A, parts, (None, None), norm=torch.ones(1))) < 1e-12
+
+
+def test_a_zero_adapter_has_error_zero():
+    squared, norm = torch.tensor([0.0, 4.0, 0.25]), torch.tensor([0.0, 4.0, 0.0])
+    assert relative_errors(squared, norm).tolist() == [0.0, 0.5, 0.0]
+
+
+def test_coordinates_of_all_widths_stand_in_one_table():
+    side: Side = stored().left
+    table = side.coordinates(K[0])
+    assert table.shape == (5, K[0])
+    assert table[3].tolist() == [1.0] + [0.0] * 5 and not table[[1, 4]].any()
+    torch.testing.assert_close(table[[0, 2]], side.coords)
+    no_basis = components([[(0, 4, 0, 5)]], SHAPE, (0, 0), torch.Generator().manual_seed(0))
+    assert no_basis.left.coordinates(0).shape == (1, 0)
 
 
 def report() -> CompressionReport:
     return CompressionReport(
         method="joint",
-        k=4,
-        k_used={"q": 4, "v": 2},
+        rank=4,
+        clusters=2,
+        target="16x",
+        whitened=True,
         seed=3,
-        seconds=1.5,
         device="cpu",
-        dtype="float16",
+        storage="basis int8, cores int8",
+        parameters_before=100,
+        parameters_after=40,
+        seconds=1.5,
+        k_used={"q": 4, "v": 2},
         steps={"q": 2, "v": 0},
         relative_error={"a": 0.25, "b": 0.75},
         module_error={"q": {"a": 0.25, "b": 0.75}, "v": {"a": 0.0}},
-        certificates={"q": Certificate(0.5, 0.72, 0.9, 2.0), "v": Certificate(0.0, 0.0, 0.1, 2.0)},
-        parameters_before=100,
-        parameters_after=40,
+        certificates={"q": Certificate(0.5, 0.72, 0.9, 2.0), "v": Certificate(0.0, 0.0, 0.1, 2.0, 0.75)},
     )
 
 
@@ -129,10 +148,16 @@ def test_report_survives_its_dictionary():
 def test_report_means_worst_and_overall_certificate():
     value = report().to_dict()
     assert value["relative_error_mean"] == 0.5 and value["relative_error_max"] == 0.75
+    assert value["relative_error_rms"] == math.sqrt((0.25**2 + 0.75**2) / 2)
     overall = report().overall
-    assert overall == Certificate(0.5, 0.72, 1.0, 4.0)
+    assert overall == Certificate(0.5, 0.72, 1.0, 4.0, 0.75)
     assert overall.relative_lower_bound == math.sqrt(0.5 / 4)
     assert value["overall"]["relative_achieved"] == math.sqrt(0.72 / 4)
+
+
+def test_doubts_about_bounds_add_up_but_not_beyond_certainty():
+    two = replace(report(), certificates={m: Certificate(0, 0, 0, 1, 0.25) for m in "qv"})
+    assert two.overall.confidence == 0
 
 
 def test_certificate_of_nothing_is_zero():
@@ -140,7 +165,7 @@ def test_certificate_of_nothing_is_zero():
     assert nothing.relative_lower_bound == nothing.relative_achieved == 0
 
 
-@pytest.mark.parametrize("key", ["k_used", "certificates", "parameters_after"])
+@pytest.mark.parametrize("key", ["k_used", "certificates", "parameters_after", "storage"])
 def test_report_without_a_key_is_refused(key):
     value = report().to_dict()
     del value[key]

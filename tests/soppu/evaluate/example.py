@@ -31,13 +31,16 @@ def make_compression(users: list[str], seed: int = 0) -> CompressionReport:
     errors = {name: {user: rng.uniform(0.05, 0.3) for user in users} for name in modules}
     count = float(len(users))
     return CompressionReport(
-        method="joint",
-        k=32,
-        k_used=dict.fromkeys(modules, 32),
+        method="residual",
+        rank=64,
+        clusters=1,
+        target="16x",
+        whitened=False,
         seed=0,
-        seconds=3.2,
         device="cpu",
-        dtype="float16",
+        storage="integers of 2 to 8 bits, entropy coded",
+        seconds=3.2,
+        k_used={name: 8 + 8 * (number % 4) for number, name in enumerate(modules)},
         steps=dict.fromkeys(modules, 7),
         relative_error={user: rng.uniform(0.1, 0.2) for user in users},
         module_error=errors,
@@ -45,6 +48,16 @@ def make_compression(users: list[str], seed: int = 0) -> CompressionReport:
         parameters_before=300_000 * len(users),
         parameters_after=600_000 + 16_000 * len(users),
     )
+
+
+def make_received(form: str) -> dict[str, Any]:
+    ternary = form == "ternary"
+    return {
+        "form": form,
+        "bytes_up": 9_000 if ternary else 310_000,
+        "loss_float32": 2.3,
+        "loss_ternary": 2.305 if ternary else None,
+    }
 
 
 def make_federation(users: list[str]) -> dict[str, Any]:
@@ -59,6 +72,10 @@ def make_federation(users: list[str]) -> dict[str, Any]:
             "train_loss": 2.5 - 0.1 * number,
             "emulator_loss": 2.6 - 0.1 * number,
             "accepted": users[1:] if number == 2 else users,
+            "received": {
+                user: make_received("ternary" if number == 3 and user != users[-1] else "float32")
+                for user in (users[1:] if number == 2 else users)
+            },
             "refused": {users[0]: f"{users[0]}: lora_A holds NaN or Inf"} if number == 2 else {},
         }
         for number in (1, 2, 3)

@@ -84,6 +84,7 @@ def test_hostile_texts_stay_texts_everywhere() -> None:
     made["gate"].update(passed=False, reasons=[HOSTILE], worst_user=HOSTILE, unmeasured=[HOSTILE])
     made["federation"]["rounds_log"][0]["mode"] = HOSTILE
     made["federation"]["refused"] = {HOSTILE: HOSTILE}
+    made["federation"]["forms"] = {HOSTILE: {"users": 1, "bytes_up": 1}}
     made["serving"].update(target=HOSTILE, prompt=HOSTILE, canaries={HOSTILE: HOSTILE})
     made["serving"]["completions"] = {HOSTILE: HOSTILE}
     made["stages"][0]["name"] = HOSTILE
@@ -136,14 +137,56 @@ def test_the_federation_table_has_traffic_and_refusals_of_every_round() -> None:
     assert rounds[1][7:] == ["7", "user-0000: user-0000: lora_A holds NaN or Inf"]
     assert rounds[2][1] == "personal" and rounds[2][8] == "–"
     assert "late: no answer in time" in page.text
+    assert "7 as ternary (63 kB up), 1 as float32 (310 kB up)" in page.text
     assert "0.31 before, 0.12 after" in page.text and "0-1, 3, 5" in page.text
 
 
 def test_the_certificate_is_told_in_words() -> None:
     text = Page(text_for(8)).text
-    assert "No shared basis of rank 32 can have less than 14.14 %" in text
-    assert "0.86 percentage points" in text and "relative error of 15.00 %" in text
-    assert "guarantees 17.32 %" in text
+    assert "no number of a user's own, the shared bases leave a relative error of 15.00 %" in text
+    assert "No bases of the ranks used can leave less than 14.14 %" in text
+    assert "0.86 percentage points" in text and "guarantees 17.32 %" in text
+    assert "Numbers of the users' own lie beside the bases" in text
+
+
+def test_where_nothing_is_shared_no_bound_is_claimed() -> None:
+    made = make_report(8)
+    made["compression"].update(method="svd", k_used=dict.fromkeys(made["compression"]["by_module"], 0))
+    page = Page(html.page(made))
+    assert "there is none to certify" in page.text and "No bases of the ranks used" not in page.text
+    assert "svd, target 16x, no shared basis" in page.text
+    name = "model.layers.26.self_attn.q_proj"
+    start = page.cells.index(name)
+    assert page.cells[start + 1] == "0" and page.cells[start + 5 : start + 7] == ["–", "–"]
+
+
+def test_method_target_ranks_and_both_ratios_are_on_the_page() -> None:
+    made = make_report(8)
+    made["compression"].update(clusters=3, whitened=True)
+    text = Page(html.page(made)).text
+    assert "residual, target 16x, shared rank 8 to 32 of 64 allowed, 3 clusters, errors weighed by" in text
+    assert "9.84 MB of adapters, 1.56 MB of bundle: 6.29× smaller on disk, 3.07× than at 16 bits" in text
+    assert "inputs weighed by calibration" in text
+
+
+def test_several_clusters_have_no_bound() -> None:
+    made = make_report(8)
+    made["compression"].update(method="cluster", clusters=3)
+    page = Page(html.page(made))
+    assert "other groups of users and their bases could leave is not known" in page.text
+    assert "No bases of the ranks used" not in page.text
+    start = page.cells.index("model.layers.26.self_attn.q_proj")
+    assert page.cells[start + 5 : start + 7] == ["15.0 %", "–"]
+
+
+def test_a_bound_that_is_only_likely_says_how_likely() -> None:
+    made = make_report(8)
+    assert "a probability of" not in Page(html.page(made)).text
+    made["compression"]["certificate"]["confidence"] = 1 - 2e-9
+    assert (
+        "whatever the method (this holds with a probability of 1 - 2e-09 or more)"
+        in Page(html.page(made)).text
+    )
 
 
 def test_serving_has_the_curl_line_and_the_sample() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from server.strategy import RoundLog
+from server.strategy import Received, RoundLog
 from soppu.compress.metrics import CompressionReport
 from soppu.errors import ReportError, SoppuError, StorageError
 from soppu.evaluate import report, schema
@@ -45,8 +45,23 @@ def test_every_figure_arrives_where_it_belongs() -> None:
     assert federation["bytes_up"] == 3 * 3 * 310_000 and federation["bytes_down"] == 3 * 3 * 620_000
     assert federation["seconds"] == pytest.approx(61.5)
     assert federation["refused"] == {"late": "no answer in time"}
+    assert federation["forms"] == {
+        "float32": {"users": 1, "bytes_up": 310_000},
+        "ternary": {"users": 2, "bytes_up": 18_000},
+    }
+    assert federation["rounds_log"][2]["received"]["user-0000"]["loss_ternary"] == 2.305
     compression = made["compression"]
     assert compression["ratio"] == pytest.approx(3_690_000 / 1_399_000)
+    assert compression["ratio_16_bit"] == pytest.approx(3 * 300_000 * 2 / 1_399_000)
+    assert (compression["k"], compression["target"], compression["dtype"]) == (
+        64,
+        "16x",
+        "integers of 2 to 8 bits, entropy coded",
+    )
+    assert compression["k_used"] == inputs.compression.k_used
+    assert (compression["clusters"], compression["whitened"]) == (1, False)
+    errors = inputs.compression.relative_error.values()
+    assert compression["relative_error"]["rms"] == pytest.approx(math.sqrt(sum(e * e for e in errors) / 3))
     assert compression["lower_bound"] == pytest.approx(math.sqrt(0.02))
     assert compression["certificate"]["relative_achieved"] == pytest.approx(0.15)
     assert compression["certificate"]["total"] == pytest.approx(16 * 3)
@@ -81,9 +96,12 @@ def test_a_recompression_has_no_federation() -> None:
 
 def test_a_round_log_of_the_server_fits_as_it_is() -> None:
     told = dict(make_inputs(2).federation or {})
-    log = RoundLog(1, "personal", bytes_up=5, accepted=["user-0000"], refused={"user-0001": "late"})
+    came = {"user-0000": Received("ternary", 5, loss_float32=2.0, loss_ternary=2.5)}
+    log = RoundLog(1, "personal", bytes_up=5, accepted=["user-0000"], received=came)
+    log.refused["user-0001"] = "late"
     made = make_report(2, federation={**told, "rounds": [asdict(log)]})
     assert made["federation"]["rounds"] == 1 and made["federation"]["bytes_up"] == 5
+    assert made["federation"]["forms"] == {"ternary": {"users": 1, "bytes_up": 5}}
 
 
 @pytest.mark.parametrize("field", ["plan", "align", "rounds", "refused"])
@@ -101,6 +119,13 @@ def test_a_round_that_lacks_something_is_refused_by_name() -> None:
         make_report(2, federation=told)
 
 
+def test_a_round_that_does_not_say_how_adapters_came_is_refused_by_name() -> None:
+    told = copy.deepcopy(dict(make_inputs(2).federation or {}))
+    del told["rounds"][2]["received"]
+    with pytest.raises(ReportError, match=re.escape("federation.rounds_log[2].received: missing")):
+        make_report(2, federation=told)
+
+
 def test_numbers_that_are_not_finite_become_null() -> None:
     inputs = make_inputs(2)
     losses = [inputs.losses[0], UserLosses("user-0001", 16, 3.0, 2.5, math.nan)]
@@ -109,7 +134,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     broken = made["users"][1]
     assert broken["loss_compressed"] is broken["gain_kept"] is broken["relative_error"] is None
     assert broken["loss_personal"] == 2.5
-    assert made["compression"]["relative_error"] == {"mean": None, "max": None}
+    assert made["compression"]["relative_error"] == {"rms": None, "mean": None, "max": None}
     json.dumps(made, allow_nan=False)
 
 

@@ -76,14 +76,19 @@ def test_of_many_users_those_who_keep_least_are_shown() -> None:
 
 def test_compression_verdict_and_places_follow() -> None:
     text = summary.text(make_report(6), report_path="runs/x/report.html", prefect_url="http://localhost:4200")
-    assert (
-        "7.38 MB -> 1.5 MB (4.93× smaller)" in text
-        and "no shared basis of this rank goes below 14.1 %" in text
-    )
+    assert "7.38 MB -> 1.5 MB (4.93× smaller on disk, 2.40× than at 16 bits a number)" in text
+    assert "the shared bases alone leave 15.0 %, none of their ranks less than 14.1 %" in text
     assert "gate passed: all users together keep 9" in text
     assert re.search(r"^report: +runs/x/report\.html$", text, re.MULTILINE)
     assert re.search(r"^Prefect: http://localhost:4200$", text, re.MULTILINE)
     assert re.search(r"^server: +http://127\.0\.0\.1:8099$", text, re.MULTILINE)
+
+
+def test_without_a_shared_basis_the_line_has_no_bound() -> None:
+    made = make_report(6)["compression"]
+    made["k_used"] = dict.fromkeys(made["k_used"], 0)
+    line = summary.compression_line(made)
+    assert line.startswith("residual, target 16x, no shared basis: 7.38 MB") and "alone" not in line
 
 
 def test_a_refusal_says_why() -> None:
@@ -150,7 +155,7 @@ def test_markdown_of_the_compression_has_figures_certificate_and_verdict() -> No
     made["gate"].update(passed=False, reasons=["gate.x: <b>"])
     text = summary.markdown_compression(made)
     assert "| bytes | 7.38 MB | 1.5 MB |" in text and "| parameters | 1,800,000 | 696,000 |" in text
-    assert "No shared basis of rank 32" in text
+    assert "No bases of the ranks used" in text and "root mean square, mean" in text
     assert "Gate: **refused**" in text and "- gate.x: &lt;b&gt;" in text
 
 

@@ -10,8 +10,9 @@ import torch
 from soppu.adapter import LoraPair
 from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.serve.bank import AdapterBank
-from soppu.serve.layers import PairSlot, SharedSlot
-from tests.soppu.serve import tiny
+from soppu.serve.layers import linear_shapes
+from soppu.serve.slots import BundleSlot, PairSlot
+from tests.soppu.serve import handmade, tiny
 
 A, B = "a" * 64, "ab" * 32
 
@@ -42,7 +43,7 @@ def test_names_resolve_to_the_active_bundle_and_versions_to_any(bank: AdapterBan
     bank.stage(bundle("alice", "bob"), bundle_id=A)
     assert "no bundle is active" in refusal(bank, "alice")
     staged = bank.resolve(f"alice@{A}")
-    assert isinstance(staged.slot, SharedSlot) and staged.version == A
+    assert isinstance(staged.slot, BundleSlot) and staged.version == A
     bank.activate(A)
     assert bank.resolve("alice").slot is staged.slot
     assert bank.resolve("bob").slot.index == 1  # type: ignore[union-attr]
@@ -108,15 +109,30 @@ def test_a_bundle_of_another_base_is_refused_by_name(bank: AdapterBank) -> None:
 def test_a_bundle_whose_modules_do_not_fit_is_refused_by_module(bank: AdapterBank) -> None:
     good = bundle("alice")
     name = "model.layers.0.mlp.down_proj"
-    module = good.modules[name]
+    o, i = good.shapes[name]
     with pytest.raises(BundleError, match="model.layers.9.nope: the base model has no such linear layer"):
-        bank.stage(replace(good, modules={"model.layers.9.nope": module}), bundle_id=A)
-    cut = replace(module, V=module.V[:-1])
+        bank.stage(replace(good, shapes={"model.layers.9.nope": (o, i)}), bundle_id=A)
     with pytest.raises(BundleError, match=rf"{name}: shape \(32, 47\), the base model has \(32, 48\)"):
-        bank.stage(replace(good, modules={name: cut}), bundle_id=A)
+        bank.stage(replace(good, shapes={name: (o, i - 1)}), bundle_id=A)
     with pytest.raises(BundleError, match="model.norm"):
-        bank.stage(replace(good, modules={"model.norm": module}), bundle_id=A)
+        bank.stage(replace(good, shapes={"model.norm": (o, i)}), bundle_id=A)
     assert bank.bundles() == {}
+
+
+def test_a_bundle_is_held_in_the_type_of_the_model_and_bases_once_for_a_cluster() -> None:
+    model = tiny.llama().bfloat16()
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
+    users = {"alice": [["shared"]], "bob": [["shared"], ["own"]], "carol": [["shared"]]}
+    bank.stage(handmade.bundle(linear_shapes(tiny.llama()), users, clusters=[0, 0, 1]), bundle_id=A)
+    alice, bob, carol = (bank.resolve(f"{user}@{A}").slot for user in users)
+    assert isinstance(alice, BundleSlot) and isinstance(bob, BundleSlot) and isinstance(carol, BundleSlot)
+    assert alice.modules is bob.modules is carol.modules
+    assert (alice.cluster, bob.cluster, carol.cluster) == (0, 0, 1)
+    for factors in alice.modules.values():
+        tensors = [tensor for one in factors.shared.values() for tensor in (one.U, one.V, one.P, one.Q)]
+        tensors += [factors.own.A, factors.own.B] if factors.own else []
+        assert {tensor.dtype for tensor in tensors if tensor is not None} == {torch.bfloat16}
+    assert any(factors.own for factors in alice.modules.values())
 
 
 def test_a_peft_adapter_is_served_by_its_name_and_may_be_replaced(bank: AdapterBank) -> None:

@@ -118,8 +118,9 @@ def lora(model: PreTrainedModel, *, seed: int, rank: int = 3, base_hash: str = B
 
 
 def bundle(members: Mapping[str, LoraAdapter], *, rank: int = 32) -> Bundle:
-    """A bundle that holds the adapters (almost) exactly."""
-    return compress(members, CompressOptions(rank=rank, dtype="float32", device="cpu"))
+    """A bundle that holds the adapters (almost) exactly, as cores in one shared basis a module."""
+    exact = CompressOptions(method="joint", rank=rank, basis_bits=32, core_bits=32, device="cpu")
+    return compress(members, exact)
 
 
 def peft_text(

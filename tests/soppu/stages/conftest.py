@@ -37,7 +37,7 @@ def config_path(tiny_base: Path, tmp_path: Path) -> Path:
         "base": {"model": str(tiny_base)},
         "data": {"source": str(source), "heldout_examples": 4, "max_tokens": 48},
         "plan": {"adapter_layers": 2},
-        "compress": {"rank": 8, "dtype": "float32"},
+        "compress": {"method": "joint", "ratio": 0.0, "rank": 8, "basis_bits": 32, "core_bits": 32},
         "serve": {
             "url": f"http://127.0.0.1:{free_port()}",
             "state": str(tmp_path / "serve"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from soppu import emulator, models
+from soppu import calibrate, emulator, models
 from soppu.cli import main
 from soppu.compress import Bundle
 from soppu.errors import FederationError, GateError, RegistryError, TargetError
@@ -91,6 +92,59 @@ def test_full_rank_keeps_all_of_the_gain(reconfigured: Callable[..., Run], train
         assert item["compressed"] == pytest.approx(item["personal"], abs=1e-4)
 
 
+def test_the_default_method_reaches_its_target_and_says_how_far_it_is(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    run = reconfigured(compress={"method": "residual", "ratio": 2.0})
+    told: list[dict[str, Any]] = []
+    set_id = federate.freeze_current(str(run.folder))
+    bundle_id = compress_set(str(run.folder), set_id, on_progress=told.append)
+    report = run.read(f"compression-{bundle_id[:16]}.json")
+    assert (report["method"], report["target"]) == ("residual", "2x")
+    assert 2 * report["parameters_before"] >= 2 * report["bytes_after"]
+    assert any("3 of 3 users" in one["note"] for one in told)
+    assert all(one["share"] < 1.0 for one in told[:-1]) and told[-1]["share"] == 1.0
+
+
+def test_a_bundle_of_another_method_trains_nothing(
+    reconfigured: Callable[..., Run], trained: dict[str, str]
+) -> None:
+    digests, bundles = set(), set()
+    for changes in ({}, {"method": "svd", "max_error": 0.3}, {"method": "ternary"}):
+        run = reconfigured(compress=changes)
+        digests.add(run.config.training_digest())
+        bundles.add(compress_set(str(run.folder), federate.freeze_current(str(run.folder))))
+    assert len(digests) == 1 and len(bundles) == 3
+
+
+def test_whitening_measures_the_base_model_once_a_run(
+    reconfigured: Callable[..., Run], trained: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = tmp_path / "public.jsonl"
+    lines = [{"user_id": "p", "prompt": f"say {n}: ", "completion": "anything"} for n in range(6)]
+    public.write_text("\n".join(map(json.dumps, lines)))
+    calls: list[int] = []
+    real = calibrate.second_moments
+
+    def counted(model: Any, blocks: Any, *rest: Any, **more: Any) -> Any:
+        calls.append(len(blocks))
+        return real(model, blocks, *rest, **more)
+
+    monkeypatch.setattr(calibrate, "second_moments", counted)
+    bundles = []
+    for examples in (4, 4, 5):
+        run = reconfigured(
+            align={"source": str(public)},
+            compress={"rank": 3, "whiten": True, "calibration_examples": examples},
+        )
+        bundles.append(compress_set(str(run.folder), federate.freeze_current(str(run.folder))))
+    assert calls == [4, 5] and bundles[0] == bundles[1]
+    report = run.read(f"compression-{bundles[0][:16]}.json")
+    assert report["whitened"] is True
+    plain = reconfigured(compress={"whiten": False})
+    assert compress_set(str(plain.folder), federate.freeze_current(str(plain.folder))) not in bundles
+
+
 def test_a_user_without_text_here_is_judged_by_the_error_alone(
     run: Run, reconfigured: Callable[..., Run], trained: dict[str, str]
 ) -> None:
@@ -147,8 +201,7 @@ def test_a_failed_canary_leaves_what_was_published(
     publish(str(run.folder), first, name)
     registry = run.registry()
     bundle = Bundle.load(registry.bundle_path(first))
-    for module in bundle.modules.values():
-        module.norm[1].fill_(1e-30)  # bob has an adapter, and it does nothing
+    bundle.norm[1] = 1e-30  # bob has an adapter, and it does nothing
     broken = registry.put_bundle(bundle.to_bytes(), set_id=registry.bundle(first).set_id)
     with pytest.raises(TargetError, match=r"canaries failed: bob: .*no effect"):
         publish(str(run.folder), broken, name)

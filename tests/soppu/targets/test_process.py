@@ -34,11 +34,14 @@ def test_ready_is_not_enough_where_another_process_answers(tmp_path: Path) -> No
 
 
 def test_a_failed_start_leaves_the_pid_file_of_another_process(tmp_path: Path) -> None:
-    other, options = launch(tmp_path, *SLEEP), launch(tmp_path, sys.executable, "-c", "input()")
+    go = tmp_path / "go"
+    wait = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)"
+    other, options = launch(tmp_path, *SLEEP), launch(tmp_path, sys.executable, "-c", wait)
     try:
 
         def overwrite() -> bool:
             """As a second start without the lock would; ours has ended by the next look."""
+            go.touch()
             while process.running(options.pid_file):
                 pass
             process.start(other, ready=lambda: True, timeout=30)

@@ -1,0 +1,117 @@
+"""What every reply of a client has to be, and the adapter that is in it.
+
+A reply is read in the form it says it has; nothing is guessed. Whatever a sender can get wrong, by mistake
+or on purpose, is an AdapterError that names the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from torch import Tensor
+
+from soppu import wire, wire_ternary
+from soppu.adapter import LoraAdapter
+from soppu.errors import AdapterError
+
+WEIGHT = "num-examples"
+LOSS, TERNARY_LOSS = "emulator-loss", "emulator-loss-ternary"
+METRICS = (WEIGHT, "train-loss-first", "train-loss-last", "emulator-loss-base", LOSS)
+_REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What every reply has to match.
+
+    Attributes:
+        plan_hash: hash of the layer plan the server works with.
+        shapes: full-model name -> (o, i) of every adapted module.
+        rank: LoRA rank.
+        base_model, base_hash, fan_in_fan_out: written into the adapters that are kept.
+        form: "ternary" if users' own adapters may come so; float32 is always allowed.
+        max_loss: by how much the held-out loss of one that does may have risen, nats a token.
+    """
+
+    plan_hash: str
+    shapes: Mapping[str, tuple[int, int]]
+    rank: int
+    base_model: str
+    base_hash: str
+    fan_in_fan_out: bool
+    form: str = wire.FLOAT32
+    max_loss: float = 0.0
+
+    def adapter(self, state: Mapping[str, Tensor], *, who: str, form: str = wire.FLOAT32) -> LoraAdapter:
+        """Tensors -> adapter; AdapterError names `who` and what is wrong."""
+        read = wire_ternary.from_ternary if form == wire.TERNARY else wire.from_state
+        return read(
+            state,
+            self.shapes,
+            rank=self.rank,
+            who=who,
+            base_model=self.base_model,
+            base_hash=self.base_hash,
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+
+    def read(self, message: Message, user: str, *, personal: bool) -> tuple[str, LoraAdapter]:
+        """The form and the adapter of a user's reply.
+
+        Raises:
+            AdapterError: the client failed, or anything in the reply is not as agreed.
+        """
+        if message.has_error():
+            raise AdapterError(f"{user}: the client failed: {message.error.reason}")
+        if {name: type(record) for name, record in message.content.items()} != _REPLY:
+            found = ", ".join(sorted(message.content))
+            raise AdapterError(f"{user}: the reply holds {found or 'nothing'}; expected {', '.join(_REPLY)}")
+        ternary = personal and self.form == wire.TERNARY
+        form = self._form(message.content.config_records["who"], user, ternary=ternary)
+        metrics = message.content.metric_records["metrics"]
+        _check_metrics(metrics, user, (*METRICS, TERNARY_LOSS) if ternary else METRICS)
+        if form == wire.TERNARY:
+            self._check_rise(metrics, user)
+        return form, self.adapter(_tensors(message, user), who=user, form=form)
+
+    def _form(self, who: ConfigRecord, user: str, *, ternary: bool) -> str:
+        """What the reply says of itself: whose it is, for which plan, in which form."""
+        if who.get("user") != user:
+            raise AdapterError(f"{user}: the reply says it is from {who.get('user')!r}")
+        if who.get("plan-hash") != self.plan_hash:
+            found, ours = str(who.get("plan-hash"))[:12], self.plan_hash[:12]
+            raise AdapterError(f"{user}: trained on plan {found}, ours is {ours}")
+        form, allowed = who.get("form"), (wire.FLOAT32, *((wire.TERNARY,) if ternary else ()))
+        if form not in allowed:
+            raise AdapterError(f"{user}: sent in the form {form!r}, allowed here: {', '.join(allowed)}")
+        return cast(str, form)
+
+    def _check_rise(self, metrics: MetricRecord, user: str) -> None:
+        rise = cast(float, metrics[TERNARY_LOSS]) - cast(float, metrics[LOSS])
+        if rise > self.max_loss:
+            raise AdapterError(
+                f"{user}: sent ternary, which raises the held-out loss by {rise:.4g},"
+                f" allowed: at most {self.max_loss:g}"
+            )
+
+
+def _tensors(message: Message, user: str) -> dict[str, Tensor]:
+    try:
+        return message.content.array_records["arrays"].to_torch_state_dict()
+    except Exception as error:  # numpy fails on bytes from outside in a dozen ways, zipfile's too
+        raise AdapterError(f"{user}: the arrays cannot be read: {error}") from error
+
+
+def _check_metrics(metrics: MetricRecord, user: str, names: tuple[str, ...]) -> None:
+    """FedAvg divides by these and the registry stores them: the same names from all, finite numbers."""
+    if set(metrics) != set(names):
+        raise AdapterError(f"{user}: metrics are {', '.join(sorted(metrics))}; expected {', '.join(names)}")
+    for name, value in metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(f"{user}: metric {name} is {value}, expected a finite number")
+        if name == WEIGHT and value < 1:
+            raise AdapterError(f"{user}: metric {name} is {value}, expected at least 1")

@@ -1,0 +1,50 @@
+"""How commands print a bundle: tables, and the lines that sum it up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from soppu.compress import Bundle
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under their head, first column to the left, the others to the right, and an empty line."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        click.echo("  ".join(cells).rstrip())
+    click.echo()
+
+
+def summary(bundle: Bundle, size: int) -> None:
+    """Print what a bundle of `size` bytes holds, how good it is, and how much smaller."""
+    from soppu.compress.target import ratio  # torch: not for `soppu --help`
+
+    report = bundle.report
+    asked = f"target {report.target}" if report.target else "no target"
+    weighed = ", errors weighed by calibration" if report.whitened else ""
+    click.echo(f"users        {len(bundle.users)}, modules {len(bundle.shapes)}, clusters {report.clusters}")
+    click.echo(f"method       {report.method}, rank up to {report.rank}, {asked}{weighed}; {report.storage}")
+    click.echo(
+        f"error        root mean square {report.relative_error_rms:.5f},"
+        f" mean {report.relative_error_mean:.5f}, worst {report.relative_error_max:.5f}"
+    )
+    click.echo(f"certificate  {certificate(bundle)}")
+    click.echo(f"numbers      {report.parameters_before:,} -> {report.parameters_after:,}")
+    click.echo(f"ratio        {ratio(report.parameters_before, size):.2f}x against 16 bits a number")
+
+
+def certificate(bundle: Bundle) -> str:
+    """One line: what the shared bases leave by themselves, and the least that bases of their ranks can."""
+    report, overall = bundle.report, bundle.report.overall
+    if not any(report.k_used.values()):
+        return "none: no module has a shared basis"
+    alone = f"bases and cores alone leave {overall.relative_achieved:.5f}"
+    how = "root mean square over users and modules, unrounded"
+    if report.clusters > 1:
+        return f"{alone} ({how}); no bound is known for several clusters"
+    return f"{alone}, no bases of these ranks less than {overall.relative_lower_bound:.5f} ({how})"

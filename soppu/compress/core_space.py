@@ -1,0 +1,215 @@
+"""A fleet in core space: everything a shared basis can be made of, without the features.
+
+Two passes find K directions on either side that hold nearly all shared energy, or all of it where K reaches
+the sum of the ranks; a third keeps every user's delta inside them, D_n ~ Q_out H_n G_n^T Q_in^T with H_n
+(K, r) and G_n (K, r). Joint fits, clusters and sweeps over ranks then cost nothing in features. Memory O(n
+K r) a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soppu.compress.bounds import Image, TopSum, top_sum
+from soppu.compress.canonical import Canonical
+from soppu.compress.factors import decompose
+from soppu.compress.fit import Progress
+from soppu.compress.fleet import Fleet
+from soppu.compress.metrics import Certificate
+from soppu.compress.sketch import Power, PowerPass, RangePass, Ranges, rows, weights
+from soppu.compress.whitening import Whitener
+
+_EXACT = 256  # so many columns of all deltas together are all kept
+_PROBES = 16
+_EXACT_SIDE = 1024  # up to so many features a side's Gram matrix is summed up
+_EXACT_NUMBERS = 1 << 25  # of all Gram matrices together, 256 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCores:
+    """One module of a fleet in core space; deltas are of unit norm.
+
+    Attributes:
+        out: (o, K) orthonormal directions of the output side.
+        inn: (i, K) of the input side, whitened where the fit is.
+        left: (n, K, r) with `right` (n, r, K) the deltas inside: out^T D_n inn = left_n right_n.
+        right: see `left`.
+        present: (n,) bool, False where a user's delta is zero or absent.
+    """
+
+    out: Tensor
+    inn: Tensor
+    left: Tensor
+    right: Tensor
+    present: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Leading:
+    """The leading directions of one module.
+
+    Attributes:
+        power: the directions and what a bound needs to know.
+        spectra: all eigenvalues of C_out and of C_in, ascending; None for a side of many features.
+    """
+
+    power: Power
+    spectra: tuple[Tensor | None, Tensor | None]
+
+    @property
+    def ranges(self) -> Ranges:
+        """The directions, ordered by energy."""
+        return self.power.ranges
+
+
+def find_ranges(
+    fleet: Fleet, whiteners: Mapping[str, Whitener], *, width: int, seed: int, progress: Progress
+) -> dict[str, Leading]:
+    """The leading directions of every module: a sketch and one power pass, two passes over the adapters.
+
+    At least `width` of them, or all there are; where all deltas together span few, all are taken and what
+    follows is exact. Where a side has few features its Gram matrix is summed up too, and bounds are exact.
+    """
+    sketches = {
+        name: RangePass(
+            o, i, width=_width(width, int(ranks.sum()), min(o, i)), seed=seed, device=fleet.device
+        )
+        for (name, (o, i)), ranks in zip(fleet.shapes.items(), fleet.ranks, strict=True)
+    }
+    for name, factors in _each(fleet, whiteners, progress, note="sketch"):
+        sketches[name].add(factors)
+    powers = {name: PowerPass(one.finish(), probes=_PROBES, seed=seed + 1) for name, one in sketches.items()}
+    grams = {name: [_gram(size, fleet) for size in shape] for name, shape in fleet.shapes.items()}
+    for name, factors in _each(fleet, whiteners, progress, note="basis"):
+        powers[name].add(factors)
+        for gram, vectors in zip(grams[name], (factors.X, factors.Y), strict=True):
+            if gram is not None:
+                columns = rows(vectors * weights(factors.s)[:, None, :].to(vectors)).double()
+                gram += columns.mT @ columns
+    return {
+        name: Leading(one.finish(), (_spectrum(grams[name][0]), _spectrum(grams[name][1])))
+        for name, one in powers.items()
+    }
+
+
+def _gram(features: int, fleet: Fleet) -> Tensor | None:
+    sides = sum(size**2 for shape in fleet.shapes.values() for size in shape if size <= _EXACT_SIDE)
+    if features > _EXACT_SIDE or sides > _EXACT_NUMBERS:
+        return None
+    return torch.zeros((features, features), dtype=torch.float64, device=fleet.device)
+
+
+def _spectrum(gram: Tensor | None) -> Tensor | None:
+    return None if gram is None else torch.linalg.eigvalsh(gram).clamp(min=0).cpu()
+
+
+def _width(asked: int, columns: int, features: int) -> int:
+    return min(max(asked, min(columns, _EXACT)), max(columns, 1), features)
+
+
+def _each(
+    fleet: Fleet, whiteners: Mapping[str, Whitener], progress: Progress, *, note: str
+) -> Iterator[tuple[str, Canonical]]:
+    """One pass over the adapters: every module of every batch, decomposed."""
+    for batch in fleet.batches():
+        for name, (B, A) in batch.factors.items():
+            yield name, decompose(B, A, whitener=whiteners.get(name))
+        progress(note, batch.first + batch.size, len(fleet.users))
+
+
+def certify(
+    found: Leading, ranks: tuple[int, int], *, left: Tensor, right: Tensor, captured: float
+) -> Certificate:
+    """What bases of these ranks leave of unit-norm deltas, and what any others would have to leave.
+
+    Args:
+        ranks: of the output and the input side.
+        left: (K,) energy along every direction of the output side.
+        right: (K',) of the input side.
+        captured: energy inside both bases.
+    """
+    total = found.power.total
+    images = (found.power.image_out, found.power.image_in)
+    sums = [
+        _top_sum(image, spectrum, k, total)
+        for image, spectrum, k in zip(images, found.spectra, ranks, strict=True)
+        if k
+    ]
+    lower = total if 0 in ranks else max([total - one.value for one in sums] + [0.0])
+    tails = [total - float(side[:k].sum()) for side, k in zip((left, right), ranks, strict=True)]
+    achieved = max(total - captured, lower)
+    return Certificate(
+        lower_bound=lower,
+        achieved=achieved,
+        upper_bound=max(min(sum(tails), 2 * total), achieved),
+        total=total,
+        confidence=min([one.confidence for one in sums], default=1.0),
+    )
+
+
+def collect(
+    fleet: Fleet, whiteners: Mapping[str, Whitener], ranges: Mapping[str, Ranges], *, progress: Progress
+) -> dict[str, ModuleCores]:
+    """Every user's delta inside the directions found: one pass over the adapters."""
+    held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in fleet.shapes}
+    for name, factors in _each(fleet, whiteners, progress, note="cores"):
+        left, right = _cores(factors, ranges[name])
+        held[name].append((left.cpu(), right.cpu()))
+    made = {}
+    for (name, parts), norms in zip(held.items(), fleet.norms, strict=True):
+        left, right = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+        here = on_cpu(ranges[name])
+        made[name] = ModuleCores(here.out, here.inn, left, right, norms > 0)
+    return made
+
+
+def on_cpu(ranges: Ranges) -> Ranges:
+    """The same in the CPU's memory; no copy where it is there."""
+    return Ranges(ranges.out.cpu(), ranges.inn.cpu())
+
+
+def _cores(factors: Canonical, ranges: Ranges) -> tuple[Tensor, Tensor]:
+    norm = factors.s.norm(dim=1).clamp(min=torch.finfo(factors.s.dtype).tiny)
+    left = ranges.out.mT.to(factors.X) @ factors.X * (factors.s / norm[:, None])[:, None, :]
+    return left, factors.Y.mT @ ranges.inn.to(factors.Y)
+
+
+def _top_sum(image: Image, spectrum: Tensor | None, k: int, total: float) -> TopSum:
+    eps = torch.finfo(torch.float32).eps
+    if spectrum is None:
+        return top_sum(image, k, trace=total, eps=eps)
+    return TopSum(min(float(spectrum[-k:].sum()) * (1 + 8 * eps), total), 1.0)
+
+
+def certify_leading(
+    fleet: Fleet,
+    whiteners: Mapping[str, Whitener],
+    powers: Mapping[str, Leading],
+    ranks: Mapping[str, tuple[int, int]],
+    *,
+    progress: Progress,
+) -> dict[str, Certificate]:
+    """Certificates of the leading `ranks` directions of every module: one pass over the adapters."""
+    sums = {
+        name: [
+            torch.zeros(side.shape[1], dtype=torch.float64) for side in (power.ranges.out, power.ranges.inn)
+        ]
+        for name, power in powers.items()
+    }
+    captured = dict.fromkeys(powers, 0.0)
+    for name, factors in _each(fleet, whiteners, progress, note="certificate"):
+        left, right = (side.cpu() for side in _cores(factors, powers[name].ranges))
+        s = factors.s.cpu()
+        weight = s / s.norm(dim=1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+        sums[name][0] += left.double().square().sum((0, 2))
+        sums[name][1] += (right * weight[:, :, None]).double().square().sum((0, 1))
+        k_out, k_in = ranks[name]
+        captured[name] += float((left[:, :k_out] @ right[:, :, :k_in]).double().square().sum())
+    return {
+        name: certify(power, ranks[name], left=sums[name][0], right=sums[name][1], captured=captured[name])
+        for name, power in powers.items()
+    }

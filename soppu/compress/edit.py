@@ -1,0 +1,271 @@
+"""One user more, one user less: bundles that change without a refit. Not for compressing a fleet.
+
+A new user is coded against the bases that are there: in coordinates alone where that is exact enough, with
+own numbers where it is not, and refused where even these do not fit, to wait for the next compression.
+Nothing is accepted above the error that was allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from soppu.adapter import LoraAdapter
+from soppu.compress import fleet as fleets
+from soppu.compress import page
+from soppu.compress.allocate import choose
+from soppu.compress.bundle import Bundle
+from soppu.compress.coder import SideCoder
+from soppu.compress.coding import ModuleCoder
+from soppu.compress.components import Components
+from soppu.compress.costs import Costs
+from soppu.compress.factors import decompose
+from soppu.compress.fit import Page, numbers
+from soppu.compress.fleet import Fleet
+from soppu.compress.metrics import relative_errors, squared_errors
+from soppu.compress.plan import ModulePlan, Setting
+from soppu.compress.quantise import FLOATS, QUANTISERS
+from soppu.errors import AdapterError, BundleError
+
+BASIS, RESIDUAL, QUEUED = "basis", "residual", "queued"
+_STEPS = 24
+_TRIES = 6
+_FREE = 1e-30  # the price of a bit where only the error counts
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """What became of a new user.
+
+    Attributes:
+        outcome: "basis" if coordinates were enough, "residual" if own numbers were needed, "queued" if the
+        user
+            waits for the next compression; then `bundle` is the one that was given.
+        bundle: with the user in it, unless queued.
+        error: relative error of the user as stored, or the least found where queued.
+        added: bytes of the new page.
+    """
+
+    outcome: str
+    bundle: Bundle
+    error: float
+    added: int
+
+
+def project(
+    bundle: Bundle,
+    user: str,
+    adapter: LoraAdapter,
+    *,
+    max_error: float,
+    max_bytes: int = 0,
+    adapter_id: str = "",
+) -> Projection:
+    """Add a user to a bundle without touching anybody else's numbers. O((o + i)(k + r) r) a module and try.
+
+    Args:
+        max_error: relative error the user may have at most.
+        max_bytes: bytes the user may take at most; 0 allows what the adapter has at 16 bits a number.
+        adapter_id: what the bundle records; by default the registry's id of the adapter's content.
+
+    Raises:
+        AdapterError: the adapter does not belong to this base model, or changes a module the bundle lacks.
+        BundleError: the user is in the bundle already.
+    """
+    if user in bundle.users:
+        raise BundleError(f"user {user!r} is in the bundle already; remove the user first")
+    newcomer = _newcomer(bundle, user, adapter, adapter_id)
+    allowed = max_bytes or 2 * newcomer.parameters
+    clusters = range(len(next(iter(bundle.bases.values()))))
+    tries: list[tuple[str, _Coded]] = []
+    if all(out.k and inn.k for pairs in bundle.bases.values() for out, inn in pairs):
+        inside = (_Bench(bundle, newcomer, cluster, shared_only=True).code(_FREE) for cluster in clusters)
+        tries.append((BASIS, min(inside, key=lambda coded: coded.error)))
+    if not tries or tries[0][1].error > max_error:
+        cluster = tries[0][1].cluster if tries else 0
+        tries.append((RESIDUAL, _with_own(_Bench(bundle, newcomer, cluster), max_error)))
+    outcome, coded = tries[-1]
+    data = page.encode(coded.parts, users=1)
+    if coded.error > max_error or len(data) > allowed:
+        return Projection(QUEUED, bundle, min(one.error for _, one in tries), len(data))
+    return Projection(outcome, _extended(bundle, newcomer, coded, data), coded.error, len(data))
+
+
+@dataclass(frozen=True, eq=False)
+class _Coded:
+    parts: list[Components]
+    squared: Tensor
+    error: float
+    cluster: int
+
+
+def _newcomer(bundle: Bundle, user: str, adapter: LoraAdapter, adapter_id: str) -> Fleet:
+    """The user as a fleet of one that has the bundle's modules."""
+    ids = {user: adapter_id} if adapter_id else None
+    alone = fleets.survey({user: adapter}, adapter_ids=ids, device=torch.device("cpu"))
+    if adapter.base_hash != bundle.base_hash or adapter.fan_in_fan_out != bundle.fan_in_fan_out:
+        found, expected = (made.base_hash[:12] or "an unknown hash" for made in (adapter, bundle))
+        raise AdapterError(f"{user}: made for base model {found}, the bundle is for {expected}")
+    for name, shape in alone.shapes.items():
+        if bundle.shapes.get(name) != shape:
+            raise AdapterError(f"{user}: {name}: shape {shape}, the bundle has {bundle.shapes.get(name)}")
+    rows = {name: row for row, name in enumerate(alone.shapes)}
+    place = torch.tensor([rows.get(name, -1) for name in bundle.shapes])
+    has = (place >= 0)[:, None]
+    return replace(
+        alone,
+        shapes=bundle.shapes,
+        ranks=torch.where(has, alone.ranks[place], 0),
+        norms=torch.where(has, alone.norms[place], 0.0),
+    )
+
+
+class _Bench:
+    """One newcomer before the bases of one cluster: decomposed once, coded as often as it takes."""
+
+    def __init__(self, bundle: Bundle, newcomer: Fleet, cluster: int, *, shared_only: bool = False) -> None:
+        setting = Setting(Costs(), (*QUANTISERS, *FLOATS), 0)
+        self.cluster, self.norm = cluster, newcomer.norm
+        (self.batch,) = newcomer.batches()
+        self.factors = {name: decompose(B, A) for name, (B, A) in self.batch.factors.items()}
+        self.norms = newcomer.norms
+        self.coders = {}
+        for name, (o, i) in bundle.shapes.items():
+            u, v = bundle.matrices(name, cluster)
+            plan = ModulePlan(0 if u is None else u.shape[1], 0 if v is None else v.shape[1])
+            menus = setting.menus(o, i, plan, shared_only=shared_only)
+            self.coders[name] = ModuleCoder(SideCoder.make(u), SideCoder.make(v), menus, None)
+        self._sides = {
+            name: coder.sides(self.factors[name], self.norm) for name, coder in self.coders.items()
+        }
+
+    def expected(self, price: float) -> float:
+        """The squared relative error the model expects when a bit has this price."""
+        found = (choose(self._sides[name], *coder.menus, price) for name, coder in self.coders.items())
+        return sum(float(choice.error.double().sum()) for choice in found)
+
+    def code(self, price: float) -> _Coded:
+        """The user as it would be stored."""
+        prices = torch.full((1,), price, dtype=torch.float64)
+        coded = [coder.code(self.factors[name], self.norm, prices) for name, coder in self.coders.items()]
+        parts = [part for part, _ in coded]
+        squared = torch.stack(
+            [
+                squared_errors(B, A, part, (coder.left.basis, coder.right.basis), norm=self.norm)
+                for (B, A), part, coder in zip(
+                    self.batch.factors.values(), parts, self.coders.values(), strict=True
+                )
+            ]
+        )
+        error = float(relative_errors(squared.sum(0), self.norm)[0])
+        return _Coded(parts, squared, error, self.cluster)
+
+
+def _with_own(bench: _Bench, max_error: float) -> _Coded:
+    """The user with own numbers where the basis falls short: the model proposes a price, the coding
+    corrects it.
+    """
+    aim = max_error**2
+    for _ in range(_TRIES):
+        low, high = -20.0, 0.0
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if bench.expected(10.0**middle) <= aim else (low, middle)
+        coded = bench.code(10.0**low)
+        if coded.error <= max_error:
+            break
+        aim *= min((max_error / coded.error) ** 2, 0.95)
+    return coded
+
+
+def _extended(bundle: Bundle, newcomer: Fleet, coded: _Coded, data: bytes) -> Bundle:
+    (user,), report = newcomer.users, bundle.report
+    errors = relative_errors(coded.squared, newcomer.norms)[:, 0].tolist()
+    modules = {
+        name: dict(report.module_error[name]) | ({user: error} if rank else {})
+        for name, error, rank in zip(bundle.shapes, errors, newcomer.ranks[:, 0].tolist(), strict=True)
+    }
+    added = sum(len(p) + numbers(p) for p in coded.parts)
+    return replace(
+        bundle,
+        users=(*bundle.users, user),
+        adapter_ids=(*bundle.adapter_ids, newcomer.adapter_ids[0]),
+        ranks=torch.cat([bundle.ranks, newcomer.ranks], 1),
+        cluster=torch.cat([bundle.cluster, torch.tensor([coded.cluster])]),
+        norm=torch.cat([bundle.norm, newcomer.norm.float()]),
+        pages=(*bundle.pages, Page(len(bundle.users), 1, data)),
+        report=replace(
+            report,
+            relative_error=dict(report.relative_error) | {user: coded.error},
+            module_error=modules,
+            parameters_before=report.parameters_before + newcomer.parameters,
+            parameters_after=report.parameters_after + added,
+        ),
+        _last={},
+    )
+
+
+def forget(bundle: Bundle, user: str) -> Bundle:
+    """Take a user's numbers out. The bases stay, and the bundle says whom they have seen. O(page).
+
+    Only a refit without the user makes bases that have not.
+
+    Raises:
+        BundleError: the bundle does not hold the user, or nobody else.
+    """
+    index = bundle.index(user)
+    if len(bundle.users) == 1:
+        raise BundleError(f"user {user!r} is the only one in the bundle; delete the bundle instead")
+    keep = torch.arange(len(bundle.users)) != index
+    shared = any(side.k for pairs in bundle.bases.values() for pair in pairs for side in pair)
+    report, gone = bundle.report, bundle.adapter_ids[index]
+    pages, taken = _pages_without(bundle, index)
+    return replace(
+        bundle,
+        users=tuple(name for name in bundle.users if name != user),
+        adapter_ids=tuple(a for place, a in enumerate(bundle.adapter_ids) if place != index),
+        ranks=bundle.ranks[:, keep],
+        cluster=bundle.cluster[keep],
+        norm=bundle.norm[keep],
+        pages=pages,
+        basis_saw=(*bundle.basis_saw, gone) if shared else bundle.basis_saw,
+        report=replace(
+            report,
+            relative_error=_without(report.relative_error, user),
+            module_error={name: _without(errors, user) for name, errors in report.module_error.items()},
+            parameters_before=report.parameters_before - _parameters(bundle, index),
+            parameters_after=report.parameters_after - taken,
+        ),
+        _last={},
+    )
+
+
+def _pages_without(bundle: Bundle, index: int) -> tuple[tuple[Page, ...], int]:
+    """All pages, that of user `index` written anew, and how many numbers went with the user."""
+    made, first, taken = [], 0, 0
+    for number, held in enumerate(bundle.pages):
+        one = held
+        if held.first <= index < held.first + held.users:
+            parts = bundle.components(number)
+            taken = sum(len(p) + numbers(p) for p in (part.select(part.user == index) for part in parts))
+            if held.users == 1:
+                continue
+            shift = torch.arange(held.first + held.users) - held.first
+            shift[index:] -= 1
+            rest = [part.select(part.user != index).renumbered(shift) for part in parts]
+            one = Page(first, held.users - 1, page.encode(rest, users=held.users - 1))
+        made.append(replace(one, first=first))
+        first += one.users
+    return tuple(made), taken
+
+
+def _parameters(bundle: Bundle, index: int) -> int:
+    sizes = zip(bundle.shapes.values(), bundle.ranks[:, index].tolist(), strict=True)
+    return sum((o + i) * rank for (o, i), rank in sizes)
+
+
+def _without(values: Mapping[str, float], user: str) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name != user}

@@ -1,0 +1,15 @@
+"""The canonical form of a batch of deltas, in the metric of a whitener if there is one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from soppu.compress.canonical import Canonical, canonical
+from soppu.compress.whitening import Whitener
+
+
+def decompose(B: Tensor, A: Tensor, *, whitener: Whitener | None = None) -> Canonical:
+    """X_n diag(s_n) Y_n^T = B_n A_n, or what a whitener makes of it. O(b (o + i) r^2), O(b r i^2) more
+    whitened.
+    """
+    return canonical(B, A if whitener is None else whitener.to(A.device).forward(A).to(A.dtype))

@@ -1,0 +1,263 @@
+"""Passes over many adapters of one module, a batch of users at a time, in memory that does not grow with n d.
+
+Every delta has weight one, D_n / ||D_n||. C_out = sum_n D_n D_n^T / ||D_n||^2, and C_in likewise from D_n^T.
+
+    RangePass    C^1/2 times random numbers: K directions that hold most of C (Halko, Martinsson, Tropp, SIAM
+                 Review 53(2), 2011, algorithm 4.1)
+    PowerPass    C times these directions: better ones, ordered by energy, and what a bound needs to know
+    CorePass     every delta in the coordinates of the directions; what follows happens there (`cores`)
+    GrowthPass   directions that the cores lack, for a further CorePass
+
+A pass takes batches with `add` and gives its result with `finish`. CorePass and GrowthPass must see the users
+in the same order. Batches are `canonical` forms, or anything else with orthonormal X, Y and s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soppu.compress.bounds import Image
+from soppu.compress.canonical import Canonical, canonical
+from soppu.compress.cores import Cores, Directions
+
+__all__ = ["Canonical", "CorePass", "GrowthPass", "Power", "PowerPass", "RangePass", "Ranges", "canonical"]
+
+_SMALLEST = torch.finfo(torch.float64).tiny
+_SEEDS = 1 << 64
+
+
+class Deltas(Protocol):
+    """Deltas D_n = X_n diag(s_n) Y_n^T: X (b, o, q) and Y (b, i, q) orthonormal where s (b, q) is not 0."""
+
+    @property
+    def X(self) -> Tensor: ...
+    @property
+    def s(self) -> Tensor: ...
+    @property
+    def Y(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Directions of either side, float64 orthonormal columns: out (o, K), inn (i, K')."""
+
+    out: Tensor
+    inn: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Power:
+    """What a PowerPass found.
+
+    Attributes:
+        ranges: an orthonormal basis of C Q on either side, ordered by energy.
+        values_out: (K,) singular values of C_out Q, descending: the j-th is at most the j-th eigenvalue of
+            C_out, and at least the j-th Ritz value of Q.
+        values_in: (K',) likewise.
+        image_out: Q, C_out Q and the probes' images, for `bounds`.
+        image_in: likewise.
+        total: how many deltas were not zero, the trace of either C.
+    """
+
+    ranges: Ranges
+    values_out: Tensor
+    values_in: Tensor
+    image_out: Image
+    image_in: Image
+    total: float
+
+
+class RangePass:
+    """Accumulates sum_n X_n diag(s_n) Omega_n / ||D_n|| and the same of Y_n. O((o + i) q K) a user.
+
+    Omega_n is drawn by a counter-based generator keyed by (seed, number of the user). So the sum does not
+    depend on how users are cut into batches nor, where numbers are given, on their order; its rounding does.
+
+    Args:
+        width: K asked for; at most o, i and the columns of all deltas are given.
+        seed: of the random numbers; 64 bits of it are used.
+    """
+
+    def __init__(
+        self, o: int, i: int, *, width: int, seed: int, device: torch.device | str | None = None
+    ) -> None:
+        self._out = torch.zeros((width, o), device=device)
+        self._inn = torch.zeros((width, i), device=device)
+        self._seed = seed % _SEEDS
+        self._users = self._columns = 0
+
+    def add(self, batch: Deltas, users: Sequence[int] | None = None) -> None:
+        """Take b deltas; `users` are their numbers, by default the next b."""
+        b, q = batch.s.shape
+        numbers = range(self._users, self._users + b) if users is None else users
+        self._out, self._inn = self._out.to(batch.X), self._inn.to(batch.X)  # device and type of the deltas
+        shape = (q, 2, len(self._out))
+        drawn = np.stack([_normal(self._seed, number, shape) for number in numbers])
+        omega = torch.from_numpy(drawn).to(batch.s) * weights(batch.s)[:, :, None, None].to(batch.s)
+        _accumulate(self._out, batch.X, omega[:, :, 0].flatten(0, 1))
+        _accumulate(self._inn, batch.Y, omega[:, :, 1].flatten(0, 1))
+        self._users += b
+        self._columns += int((batch.s > 0).sum())
+
+    def finish(self) -> Ranges:
+        """The directions. O((o + i) K^2)."""
+        return Ranges(_orth(self._out.mT, self._columns), _orth(self._inn.mT, self._columns))
+
+
+class PowerPass:
+    """Accumulates C_out Q_out and C_in Q_in. O((o + i) q (K + probes)) a user.
+
+    Args:
+        probes: random columns in the complement of Q that ride along, for a sharper bound.
+    """
+
+    def __init__(self, ranges: Ranges, *, probes: int = 0, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed % _SEEDS)
+        self._sides = (
+            _Applied(ranges.out, probes, generator),
+            _Applied(ranges.inn, probes, generator),
+        )
+        self._total = 0
+
+    def add(self, batch: Deltas) -> None:
+        """Take b deltas."""
+        squared = weights(batch.s).square()
+        for side, vectors in zip(self._sides, (batch.X, batch.Y), strict=True):
+            side.add(vectors, squared)
+        self._total += int((batch.s[:, :1] > 0).sum())
+
+    def finish(self) -> Power:
+        """Better directions, by the singular value decomposition of C Q. O((o + i) K^2)."""
+        out, inn = (side.image() for side in self._sides)
+        left, values_out, _ = torch.linalg.svd(out.applied, full_matrices=False)
+        right, values_in, _ = torch.linalg.svd(inn.applied, full_matrices=False)
+        return Power(Ranges(left, right), values_out, values_in, out, inn, float(self._total))
+
+
+class CorePass:
+    """Keeps X_n^T Q_out, s_n and Y_n^T Q_in of every user: q (K + K') numbers each. O((o + i) q K) a user."""
+
+    def __init__(self, ranges: Ranges) -> None:
+        self._ranges = ranges
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, batch: Deltas) -> None:
+        """Take b deltas."""
+        b = len(batch.s)
+        out = rows(batch.X) @ self._ranges.out.to(batch.X.dtype)
+        inn = rows(batch.Y) @ self._ranges.inn.to(batch.Y.dtype)
+        self._parts.append((out.unflatten(0, (b, -1)), batch.s, inn.unflatten(0, (b, -1))))
+
+    def finish(self) -> Cores:
+        """All cores; users with fewer columns than others get zero ones."""
+        q = max(s.shape[1] for _, s, _ in self._parts)
+        out, s, inn = (
+            torch.cat([torch.nn.functional.pad(t, _widen(t, q)) for t in column])
+            for column in zip(*self._parts, strict=True)
+        )
+        return Cores(self._ranges.out, self._ranges.inn, out, weights(s), inn, _norms(s))
+
+
+class GrowthPass:
+    """Accumulates what the basis so far asks for beyond the directions in use. O((o + i) q p) a user.
+
+    With coordinates Z_n (q, p) from `Cores.directions`, sum_n X_n Z_n is a step of the alternation in feature
+    space, from p columns. So the ranges become block Krylov spaces of that step.
+    """
+
+    def __init__(self, cores: Cores, directions: Directions) -> None:
+        self._cores, self._directions = cores, directions
+        self._out = cores.basis_out.new_zeros((directions.out.shape[2], len(cores.basis_out)))
+        self._inn = cores.basis_in.new_zeros((directions.inn.shape[2], len(cores.basis_in)))
+        self._users = 0
+
+    def add(self, batch: Deltas) -> None:
+        """Take the next b deltas, in the order of the CorePass."""
+        b, q = batch.s.shape
+        here = slice(self._users, self._users + b)
+        _accumulate(self._out, batch.X, self._directions.out[here, :q].flatten(0, 1).to(batch.X.dtype))
+        _accumulate(self._inn, batch.Y, self._directions.inn[here, :q].flatten(0, 1).to(batch.Y.dtype))
+        self._users += b
+
+    def finish(self) -> Ranges:
+        """The new directions only, orthogonal to the present ones; none where nothing is left to find."""
+        eps = torch.finfo(self._cores.out.dtype).eps
+        return Ranges(
+            _beyond(self._cores.basis_out, self._out.mT, eps),
+            _beyond(self._cores.basis_in, self._inn.mT, eps),
+        )
+
+
+class _Applied:
+    """C times [Q, probes] of one side, as it accumulates."""
+
+    def __init__(self, basis: Tensor, probes: int, generator: torch.Generator) -> None:
+        drawn = torch.randn((len(basis), probes), generator=generator, dtype=torch.float64).to(basis)
+        self._basis, self._probes = basis, drawn - basis @ (basis.mT @ drawn)
+        self._block = torch.cat([basis, self._probes], 1)
+        self._image = torch.zeros_like(self._block.mT)
+
+    def add(self, vectors: Tensor, squared: Tensor) -> None:
+        seen = rows(vectors) @ self._block.to(vectors.dtype)
+        _accumulate(self._image, vectors, seen * squared.to(seen).reshape(-1, 1))
+
+    def image(self) -> Image:
+        k = self._basis.shape[1]
+        return Image(self._basis, self._image[:k].mT, self._probes, self._image[k:].mT)
+
+
+def rows(vectors: Tensor) -> Tensor:
+    """Columns of all users (b, d, q) as the rows of one matrix (b q, d); a view of a canonical form."""
+    return vectors.mT.reshape(-1, vectors.shape[1])
+
+
+def weights(s: Tensor) -> Tensor:
+    """Singular values (b, q) scaled to length one, float64; zero for a zero delta."""
+    return s.double() / _norms(s).clamp(min=_SMALLEST)[:, None]
+
+
+def _norms(s: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(s.double(), dim=1)
+
+
+def _accumulate(target: Tensor, vectors: Tensor, factor: Tensor) -> None:
+    """Target (p, d) += (sum_n X_n Z_n)^T, from X (b, d, q) and all Z_n below each other (b q, p).
+
+    The wide orientation: a matrix product of few rows and many columns is a third faster than its transpose.
+    """
+    if target.dtype == factor.dtype:
+        target.addmm_(factor.mT, rows(vectors))
+    else:
+        target += factor.mT @ rows(vectors)
+
+
+def _normal(seed: int, user: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers that depend on seed and user alone; a wider `shape[0]` begins with the same."""
+    key = np.array([seed, user % _SEEDS], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape)
+
+
+def _orth(sketch: Tensor, columns: int) -> Tensor:
+    k = min(*sketch.shape, max(columns, 1))
+    return torch.linalg.qr(sketch[:, :k].double()).Q
+
+
+def _beyond(basis: Tensor, found: Tensor, eps: float) -> Tensor:
+    """Orthonormal directions of `found` (d, p) outside `basis` (d, K), without those that are round-off."""
+    size = torch.linalg.vector_norm(found, dim=0).max() if found.numel() else found.new_zeros(())
+    rest = found - basis @ (basis.mT @ found)
+    left, values, _ = torch.linalg.svd(rest, full_matrices=False)
+    kept = left[:, : len(basis) - basis.shape[1]][:, values[: len(basis) - basis.shape[1]] > 16 * eps * size]
+    kept = kept - basis @ (basis.mT @ kept)  # a second time, for orthogonality to the last digits
+    return torch.linalg.qr(kept).Q if kept.shape[1] else kept
+
+
+def _widen(part: Tensor, q: int) -> tuple[int, ...]:
+    """Padding that brings axis 1 of (b, q', ...) to q."""
+    return (0,) * (2 * (part.ndim - 2)) + (0, q - part.shape[1])

@@ -1,0 +1,204 @@
+"""From components to the tensors that are served: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from soppu.compress import bundle as bundles
+from soppu.compress import legacy
+from soppu.compress.bundle import Bundle
+from soppu.serve import load
+from soppu.serve.slots import BundleSlot, ModuleFactors
+from tests.soppu.serve import handmade
+from tests.soppu.serve.handmade import KINDS, Sizes
+
+SHAPES = {"first": (9, 7), "second": (6, 11), "third": (8, 8)}
+MIXED = {
+    "alice": [["shared", "shared"]],
+    "bob": [["own", "own", "own"]],
+    "carol": [["shared", "own"], ["shared"], ["left", "right"]],
+    "dora": [["axis", "axis"], None, []],
+    "emil": [[], ["both"], None],
+    "fay": [["shared"] * 5, ["right"], ["axis"]],
+}
+
+
+def read(made: Bundle) -> dict[str, ModuleFactors]:
+    return load.read(made, cast=lambda _, tensor: tensor)
+
+
+def assert_served_as_meant(made: Bundle) -> None:
+    modules = read(made)
+    for index, user in enumerate(made.users):
+        slot = BundleSlot(modules, index, int(made.cluster[index]))
+        for name, shape in made.shapes.items():
+            expected = handmade.meaning(made, user, name)
+            torch.testing.assert_close(handmade.dense(slot, name, shape), expected, rtol=1e-5, atol=1e-5)
+
+
+kinds = st.lists(st.sampled_from(sorted(KINDS)), max_size=4)
+plans = st.lists(st.none() | kinds, min_size=3, max_size=3).filter(lambda plan: plan != [None] * 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    users=st.lists(plans, min_size=1, max_size=5),
+    clusters=st.lists(st.integers(0, 2), min_size=5, max_size=5),
+    page=st.integers(1, 5),
+)
+def test_any_components_are_served_as_meant(
+    users: list[handmade.Plan], clusters: list[int], page: int
+) -> None:
+    named = {f"user{n}": plan for n, plan in enumerate(users)}
+    sizes = Sizes(k_out=4, k_in=5, page=page)
+    assert_served_as_meant(
+        handmade.bundle(SHAPES, named, clusters=clusters[: len(users)], sizes=sizes, seed=page)
+    )
+
+
+def test_only_a_user_with_numbers_of_their_own_at_a_module_has_a_pair_there() -> None:
+    made = handmade.bundle(SHAPES, MIXED, clusters=[0, 1, 1, 0, 1, 0])
+    modules = read(made)
+    for index, (user, plan) in enumerate(MIXED.items()):
+        for module, name in enumerate(SHAPES):
+            kinds, factors = plan[module % len(plan)] or [], modules[name]
+            own = any("own" in KINDS[kind] or "both" in KINDS[kind] for kind in kinds)
+            assert factors.own is not None
+            pair = factors.own.pair(index)
+            assert (pair is not None) == own, (user, name)
+            assert (int(factors.place[index]) >= 0) == (bool(kinds) and not own), (user, name)
+            if pair is not None:
+                exact = made.reconstruct(user).pairs[name]
+                assert torch.equal(pair.A, exact.A) and torch.equal(pair.B, exact.B)
+
+
+def test_bases_are_held_once_for_a_module_and_cluster_and_pages_are_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = handmade.bundle(SHAPES, MIXED, clusters=[0, 1, 1, 0, 1, 0])
+    read_pages: list[bytes] = []
+    decode = bundles.page.decode
+
+    def counted(data: bytes, *rest: object, **options: object) -> object:
+        read_pages.append(data)
+        return decode(data, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bundles.page, "decode", counted)
+    monkeypatch.setattr(Bundle, "reconstruct", None)
+    cast: list[tuple[str, Tensor]] = []
+    load.read(made, cast=lambda name, tensor: (cast.append((name, tensor)), tensor)[1])
+    assert read_pages == [page.data for page in made.pages] and len(read_pages) == 3
+    for name in SHAPES:
+        for cluster in (0, 1):
+            for basis in made.matrices(name, cluster):
+                assert basis is not None
+                times = sum(n == name and torch.equal(t, basis) for n, t in cast if t.shape == basis.shape)
+                assert times == (cluster == 0 or name == "second")  # elsewhere nobody of cluster 1 is shared
+
+
+@pytest.mark.parametrize(
+    ("components", "k_out", "k_in", "full"),
+    [(1, 4, 4, False), (2, 4, 4, False), (3, 4, 4, True), (3, 4, 8, True), (2, 4, 8, False), (2, 1, 8, True)],
+)
+def test_cores_are_full_where_that_is_cheaper(components: int, k_out: int, k_in: int, full: bool) -> None:
+    users = {"alice": [["shared"] * components], "bob": [["shared"]]}
+    made = handmade.bundle({"only": (9, 10)}, users, sizes=Sizes(k_out, k_in, page=1))
+    factors = read(made)["only"].shared[0]
+    assert factors.U.shape == (9, k_out) and factors.V.shape == (10, k_in)
+    if full:
+        assert factors.Q is None and factors.P.shape == (2, k_out, k_in)
+    else:
+        assert factors.Q is not None and factors.Q.shape == (2, components, k_in)
+        assert factors.P.shape == (2, k_out, components)
+    assert_served_as_meant(made)
+
+
+def test_a_user_of_norm_zero_and_modules_without_components_hold_nothing() -> None:
+    users = {
+        "alice": [["own"], ["shared"], []],
+        "bob": [["shared"], None, []],
+        "carol": [["own"], ["own"], []],
+    }
+    made = handmade.bundle(SHAPES, users)
+    zero = replace(made, norm=made.norm * torch.tensor([0.0, 1.0, 0.0]))
+    modules = read(zero)
+    assert list(modules) == ["first"]
+    assert modules["first"].own is None and modules["first"].place.tolist() == [-1, 0, -1]
+    assert_served_as_meant(zero)
+
+
+def test_who_changes_nothing_is_known() -> None:
+    users = {
+        "alice": [["own"]],
+        "bob": [[], [], ["shared"]],
+        "carol": [[]],
+        "dora": [["shared", "both"]],
+        "emil": [["axis"]],
+        "fay": [["left"]],
+    }
+    made = handmade.bundle(SHAPES, users, clusters=[0, 1, 0, 1, 0, 1])
+    assert load.unchanged(made) == {"carol"}
+    some = replace(made, norm=made.norm * torch.tensor([1.0, 1, 1, 0, 0, 1]))
+    assert load.unchanged(some) == {"carol", "dora", "emil"}
+
+
+def test_a_component_of_zero_numbers_changes_nothing() -> None:
+    made = handmade.bundle(
+        {"only": (5, 4)}, {"alice": [["own"]], "bob": [["shared"]]}, sizes=Sizes(page=2, k_in=3, k_out=3)
+    )
+    (part,) = made.components(0)
+    part.left.own.zero_()
+    assert load.unchanged(made) == {"alice"}
+    part.right.coords.zero_()
+    assert load.unchanged(made) == {"alice", "bob"}
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_bundle_of_the_first_format_is_served_in_its_bases(full: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    n, o, i, k = 3, 9, 7, 4
+    tensors = {
+        "only.U": torch.linalg.qr(torch.randn(o, k, generator=g))[0],
+        "only.V": torch.linalg.qr(torch.randn(i, k, generator=g))[0],
+        "only.P": torch.randn(n, k, k if full else 2, generator=g),
+        "only.norm": torch.tensor([2.0, 0.0, 5.0]),
+    }
+    if not full:
+        tensors["only.Q"] = torch.randn(n, 2, k, generator=g)
+    users = ("alice", "bob", "carol")
+    certificate = dict.fromkeys(("lower_bound", "achieved", "upper_bound", "total"), 0.0)
+    meta = {
+        "users": list(users),
+        "adapter_ids": ["1", "2", "3"],
+        "base_model": "tiny",
+        "base_hash": "",
+        "fan_in_fan_out": False,
+        "dtype": "float32",
+        "modules": {"only": {"out": o, "in": i, "k": k, "c": None if full else 2, "ranks": [2, 2, 2]}},
+        "report": {
+            **dict.fromkeys(("k", "seed", "parameters_before", "parameters_after"), 1),
+            "method": "joint",
+            "device": "cpu",
+            "dtype": "float32",
+            "k_used": {"only": k},
+            "steps": {"only": 1},
+            "relative_error": dict.fromkeys(users, 0.0),
+            "module_error": {"only": dict.fromkeys(users, 0.0)},
+            "certificates": {"only": certificate},
+        },
+    }
+    made = legacy.assemble(meta, tensors, "old")
+    factors = read(made)["only"]
+    assert (factors.own is None, factors.shared[0].Q is None) == (True, full)
+    assert factors.place.tolist() == [0, -1, 1]
+    for index in range(n):
+        core = tensors["only.P"][index] if full else tensors["only.P"][index] @ tensors["only.Q"][index]
+        expected = tensors["only.norm"][index] * tensors["only.U"] @ core @ tensors["only.V"].T
+        found = handmade.dense(BundleSlot({"only": factors}, index), "only", (o, i))
+        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
