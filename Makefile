@@ -11,9 +11,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 # LAPACK on two threads that share busy cores is many times slower than on one
-test test-fast: export OMP_NUM_THREADS = 1
+test test-fast bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status test test-fast lint format docs bench clean
+.PHONY: help setup demo up down status test test-fast lint format docs bench bench-compression clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,16 @@ docs: setup      ## regenerate docs/cli.md
 
 bench: demo      ## run the demo and keep its figures in benchmarks/results/demo.json
 	$(BIN)/python -m benchmarks.demo
+
+.venv-rivals/.installed: benchmarks/rivals_env.sh
+	bash benchmarks/rivals_env.sh && touch $@
+
+bench-compression: setup .venv-rivals/.installed  ## measure compression: all of docs/compression.md (hours); needs the GPT-2 adapters
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	for n in 100 500; do $(BIN)/python -m benchmarks.compression synthetic --n $$n --methods residual,svd,joint,ternary; done
+	$(BIN)/python -m benchmarks.compression synthetic --n 2000 --methods residual,svd,joint
+	for what in "compression gpt2" gain streaming cold_start ternary joint_speed compress "fuzz_bundle --minutes 3" "compression page"; do \
+		$(BIN)/python -m benchmarks.$$what || exit 1; done
 
 clean: down      ## remove the environment, state and runs
 	rm -rf $(VENV) .venv-lorax .soppu runs

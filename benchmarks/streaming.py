@@ -26,10 +26,10 @@ from benchmarks.rivals import Folders
 from soppu.compress import CompressOptions, compress
 from soppu.compress.target import ratio
 
-SHAPES = {"layers.0.q_proj": (1024, 1024), "layers.0.v_proj": (1024, 1024)}
+SHAPES = {"layers.0.q_proj": (2048, 2048)}
 SIZES = (500, 2000)
 METHODS: dict[str, dict[str, Any]] = {
-    "joint": {"rank": 32},
+    "joint": {"rank": 16},
     "residual": {"rank": 64, "ratio": 32.0},
 }
 

@@ -108,7 +108,7 @@ def _spectrum(gram: Tensor | None) -> Tensor | None:
 
 
 def _width(asked: int, columns: int, features: int) -> int:
-    return min(max(asked, min(columns, _EXACT)), max(columns, 1), features)
+    return min(columns if columns <= _EXACT else asked, max(columns, 1), features)
 
 
 def _each(

@@ -150,7 +150,7 @@ def fit_cores(left: Tensor, right: Tensor, *, rank: int, max_steps: int, toleran
         return CoreFit(eye[: x.shape[1], :k], eye[: y.shape[1], :k], (0.0,))
     _, u = leading(gram_root(x, y.mT), k)
     _, v = leading(gram_root(y, x.mT), k)
-    total = float((x @ y.mT).square().sum())
+    total = float(((x.mT @ x) * (y.mT @ y)).sum())
     small = Alternation(x, m, y, least=tolerance * total)
     u, v, objective = small.run(u, v, max_steps=max_steps, ceiling=total)
     return CoreFit(u, v, objective)
