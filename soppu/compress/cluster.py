@@ -19,6 +19,7 @@ from soppu.compress import joint
 from soppu.compress.core_space import ModuleCores
 
 _STARTS = 4
+_USERS = 256  # taken at a time, for the sake of memory
 _MOST_MOVES = 12
 _KMEANS = 25
 _PROBES = 96  # columns that stand for a module's features in the start
@@ -102,10 +103,14 @@ def _alone(cores: Mapping[str, ModuleCores]) -> Tensor:
 
 def _errors(module: ModuleCores, fits: tuple[joint.CoreFit, ...]) -> Tensor:
     """(n, c) squared error of every user in every basis, up to what lies outside core space for all alike."""
-    left, right = module.left.double(), module.right.double()
-    energy = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
-    kept = [((one.U.mT @ left) @ (right @ one.V)).square().sum((-2, -1)) for one in fits]
-    return energy[:, None] - torch.stack(kept, 1)
+    rows = []
+    for first in range(0, len(module.left), _USERS):
+        left = module.left[first : first + _USERS].double()
+        right = module.right[first : first + _USERS].double()
+        energy = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
+        kept = [((one.U.mT @ left) @ (right @ one.V)).square().sum((-2, -1)) for one in fits]
+        rows.append(energy[:, None] - torch.stack(kept, 1))
+    return torch.cat(rows)
 
 
 def start(cores: Mapping[str, ModuleCores], *, clusters: int, seed: int) -> Tensor:

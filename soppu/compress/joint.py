@@ -12,7 +12,7 @@ ever formed: a delta is held as D_n = X_n M_n Y_n^T, X_n (o, q) and Y_n (i, q) o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ SMALLEST_NORM = float(torch.finfo(torch.float32).tiny)  # norms are stored in fl
 LARGEST_NORM = float(torch.finfo(torch.float32).max)
 _EPS = torch.finfo(torch.float64).eps
 _SPARE = 8  # columns carried beyond k, so that convergence does not hang on the gap right after k
+_USERS = 256  # users of core space taken at a time
 _SWEEPS = 8  # block iterations before the full eigenproblem is solved after all
 _INNER = 0.01  # a sweep that gains less than this share of the stopping gain ends the half step
 
@@ -142,18 +143,45 @@ def fit_cores(left: Tensor, right: Tensor, *, rank: int, max_steps: int, toleran
         right: (n, r, q).
         rank: k; min(k, p, q) is used.
     """
-    x, y = left.double(), right.mT.double()
-    k = min(rank, x.shape[1], y.shape[1])
-    m = torch.eye(x.shape[2], dtype=torch.float64, device=x.device).expand(len(x), -1, -1)
-    if not len(x):
-        eye = torch.eye(max(x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
-        return CoreFit(eye[: x.shape[1], :k], eye[: y.shape[1], :k], (0.0,))
-    _, u = leading(gram_root(x, y.mT), k)
-    _, v = leading(gram_root(y, x.mT), k)
-    total = float(((x.mT @ x) * (y.mT @ y)).sum())
-    small = Alternation(x, m, y, least=tolerance * total)
-    u, v, objective = small.run(u, v, max_steps=max_steps, ceiling=total)
-    return CoreFit(u, v, objective)
+    k, size = min(rank, left.shape[1], right.shape[2]), max(left.shape[1], right.shape[2])
+    if not len(left):
+        eye = torch.eye(size, dtype=torch.float64, device=left.device)
+        return CoreFit(eye[: left.shape[1], :k], eye[: right.shape[2], :k], (0.0,))
+    u, v = _top(left, right, None, k), _top(right.mT, left.mT, None, k)
+    total, objective, quiet = core_energy(left, right), [_inside(left, right, u, v)], 0
+    least = tolerance * total
+    while len(objective) <= max_steps and quiet < 2 and total - objective[-1] > least:
+        u = _top(left, right, v, k)
+        v = _top(right.mT, left.mT, u, k)
+        objective.append(_inside(left, right, u, v))
+        quiet = quiet + 1 if objective[-1] - objective[-2] < least else 0
+    return CoreFit(u, v, tuple(objective))
+
+
+def core_energy(left: Tensor, right: Tensor) -> float:
+    """sum_n || left_n right_n ||_F^2. O(n (p + q) r^2)."""
+    parts = (((x.mT @ x) * (y @ y.mT)).sum() for x, y in _chunks(left, right))
+    return float(sum(parts))
+
+
+def _inside(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> float:
+    """The energy inside both bases."""
+    return float(sum(((u.mT @ x) @ (y @ v)).square().sum() for x, y in _chunks(left, right)))
+
+
+def _top(left: Tensor, right: Tensor, inner: Tensor | None, k: int) -> Tensor:
+    """Leading k eigenvectors of sum_n D_n P D_n^T, P = inner inner^T or the identity. O(n p^2 r + p^3)."""
+    gram = torch.zeros((left.shape[1], left.shape[1]), dtype=torch.float64, device=left.device)
+    for x, y in _chunks(left, right):
+        seen = y if inner is None else y @ inner
+        gram += torch.einsum("npr,nqr->pq", x @ (seen @ seen.mT), x)
+    return torch.linalg.eigh(gram)[1][:, -k:].flip(1)
+
+
+def _chunks(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some users at a time, in float64: all sums here are over users, and n does not count for memory."""
+    for first in range(0, len(left), _USERS):
+        yield left[first : first + _USERS].double(), right[first : first + _USERS].double()
 
 
 @dataclass(frozen=True, eq=False)

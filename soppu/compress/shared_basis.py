@@ -168,12 +168,12 @@ def _certificate(known: _Known, name: str, fits: tuple[CoreFit, ...]) -> Certifi
     if len(fits) > 1:
         total = power.power.total
         return Certificate(0.0, max(total - captured, 0.0), total, total)
-    weight = cores.right.double().square().sum((0, 1))
+    weight = cores.right.square().sum((0, 1), dtype=torch.float64)
     k = fits[0].U.shape[1]
     return certify(
         power,
         (k, fits[0].V.shape[1]),
-        left=cores.left.double().square().sum((0, 2)),
+        left=cores.left.square().sum((0, 2), dtype=torch.float64),
         right=weight,
         captured=captured,
     )
