@@ -38,14 +38,12 @@ class ModuleCores:
         inn: (i, K) of the input side, whitened where the fit is.
         left: (n, K, r) with `right` (n, r, K) the deltas inside: out^T D_n inn = left_n right_n.
         right: see `left`.
-        present: (n,) bool, False where a user's delta is zero or absent.
     """
 
     out: Tensor
     inn: Tensor
     left: Tensor
     right: Tensor
-    present: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +158,10 @@ def collect(
         left, right = _cores(factors, ranges[name])
         held[name].append((left.cpu(), right.cpu()))
     made = {}
-    for (name, parts), norms in zip(held.items(), fleet.norms, strict=True):
+    for name, parts in held.items():
         left, right = (torch.cat([part[side] for part in parts]) for side in (0, 1))
         here = on_cpu(ranges[name])
-        made[name] = ModuleCores(here.out, here.inn, left, right, norms > 0)
+        made[name] = ModuleCores(here.out, here.inn, left, right)
     return made
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from soppu.compress.joint import core_energy
+
 _RIDGE = 1e-6
 
 
@@ -40,7 +42,7 @@ def fit(
     """
     left, right = left.double(), right.double()
     u, v = (_unit(side.double()) for side in start)
-    total = _energy(left, right)
+    total = core_energy(left, right)
     sigma = _diagonals(left, right, u, v)
     errors, quiet = [_error(total, left, right, (u, v, sigma))], 0
     while len(errors) <= max_steps and quiet < 2:
@@ -75,10 +77,6 @@ def _error(total: float, left: Tensor, right: Tensor, fit: tuple[Tensor, Tensor,
     pulled = ((u.mT @ left) * (right @ v).mT).sum(-1)
     model = ((sigma.mT @ sigma) * (u.mT @ u) * (v.mT @ v)).sum()
     return max(total - 2 * float((pulled * sigma).sum()) + float(model), 0.0)
-
-
-def _energy(left: Tensor, right: Tensor) -> float:
-    return float(((left.mT @ left) * (right @ right.mT)).sum())
 
 
 def _unit(columns: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ def cores(left: Tensor, right: Tensor) -> ModuleCores:
         torch.eye(size),
         left / norm[:, None, None],
         right,
-        torch.ones(len(left), dtype=torch.bool),
     )
 
 
