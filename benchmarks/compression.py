@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,77 +28,80 @@ from benchmarks.compression_page import write_page
 from benchmarks.record import RESULTS, circumstances, store
 from soppu.adapter import LoraAdapter
 from soppu.compress import CompressOptions, compress
+from soppu.compress.plan import RANKS
 from soppu.compress.target import ratio
-from soppu.errors import SoppuError
+from soppu.errors import BundleError
 
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _WIDTHS = ((8, 8), (6, 6), (4, 4))
 _CLUSTERS = (2, 4)
 _MANY = 100  # from more users on, joint methods are tried at one width and two clusters
-_RANK = 128
+_RANKS = tuple(k for k in RANKS[1:] if k <= 128)
+_SHARED = ("joint", "joint-diag", "cluster")
 SYNTHETIC_SHAPES = {"layers.0.q_proj": (768, 768), "layers.0.v_proj": (256, 768)}
-_RIVALS_UP_TO = 100
+
+Adapters = Mapping[str, LoraAdapter]
+Row = dict[str, Any]
 
 
 def settings(method: str, n: int) -> Iterator[dict[str, Any]]:
-    """What a method is tried with at every size; the best one counts."""
-    if method in ("joint", "joint-diag", "cluster"):
-        for basis_bits, core_bits in _WIDTHS if n <= _MANY and method == "joint" else _WIDTHS[1:2]:
-            base = {"rank": _RANK, "basis_bits": basis_bits, "core_bits": core_bits}
-            if method == "cluster":
-                yield from (base | {"clusters": c} for c in _CLUSTERS[: 2 if n <= _MANY else 1] if c < n)
-            else:
-                yield base
-    else:
+    """What a method is tried with; the best one counts. Shared bases are tried at every rank."""
+    if method not in _SHARED:
         yield {"rank": 64} if method == "residual" else {}
+        return
+    for basis_bits, core_bits in _WIDTHS if n <= _MANY and method == "joint" else _WIDTHS[1:2]:
+        for rank in _RANKS:
+            base = {"rank": rank, "basis_bits": basis_bits, "core_bits": core_bits}
+            counts = _CLUSTERS[: 2 if n <= _MANY else 1] if method == "cluster" else (1,)
+            yield from (base | {"clusters": c} for c in counts if c == 1 or c < n)
 
 
-def best(adapters: Mapping[str, LoraAdapter], method: str, allowed: int) -> dict[str, Any] | None:
-    """The least root-mean-square error a method reaches in so many bytes; None where it cannot."""
-    found: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    for kwargs in settings(method, len(adapters)):
-        try:
-            bundle = compress(
-                adapters, CompressOptions(method=method, max_bytes=allowed, device="cpu", **kwargs)
-            )
-        except SoppuError:
-            continue
-        size, report = len(bundle.to_bytes()), bundle.report
-        found.append(
-            {
-                "bytes": size,
-                "ratio": ratio(report.parameters_before, size),
-                "error": report.relative_error_rms,
-                "worst": report.relative_error_max,
-                "seconds": report.seconds,
-                "settings": kwargs | {"clusters": report.clusters},
-                "k": max(report.k_used.values()),
-            }
-        )
-    if not found:
+def point(adapters: Adapters, method: str, kwargs: dict[str, Any]) -> Row | None:
+    """One compression; None where the target is out of reach."""
+    try:
+        bundle = compress(adapters, CompressOptions(method=method, device="cpu", **kwargs))
+    except BundleError:
         return None
-    chosen = min(found, key=lambda row: row["error"])
-    return chosen | {"tried": len(found), "seconds_all": time.perf_counter() - started}
+    size, report = len(bundle.to_bytes()), bundle.report
+    return {
+        "bytes": size,
+        "ratio": ratio(report.parameters_before, size),
+        "error": report.relative_error_rms,
+        "worst": report.relative_error_max,
+        "seconds": report.seconds,
+        "settings": {name: value for name, value in kwargs.items() if name != "max_bytes"},
+        "k": max(report.k_used.values()),
+    }
 
 
-def table(
-    adapters: Mapping[str, LoraAdapter], methods: tuple[str, ...], ratios: tuple[float, ...]
-) -> list[dict[str, Any]]:
-    """One row for each method and ratio."""
+def points(adapters: Adapters, method: str, allowed: Sequence[int]) -> list[Row]:
+    """What a method makes of a fleet: shared bases of every rank, or a file of each of the sizes allowed."""
+    tried = [
+        kwargs | more
+        for kwargs in settings(method, len(adapters))
+        for more in ([{}] if method in _SHARED else [{"max_bytes": size} for size in allowed])
+    ]
+    return [made for kwargs in tried if (made := point(adapters, method, kwargs)) is not None]
+
+
+def table(adapters: Adapters, methods: tuple[str, ...], ratios: tuple[float, ...]) -> list[Row]:
+    """One row for each method and ratio: the least error in so many bytes; None where a method cannot."""
     parameters = sum(adapter.parameters() for adapter in adapters.values())
+    allowed = [int(2 * parameters / wanted) for wanted in ratios]
     rows = []
-    for wanted in ratios:
-        allowed = int(2 * parameters / wanted)
-        for method in methods:
-            made = best(adapters, method, allowed)
-            rows.append({"method": method, "wanted": wanted, "allowed": allowed} | (made or {"error": None}))
-            told = "out of reach" if made is None else f"error {made['error']:.4f} at {made['ratio']:.2f}x"
+    for method in methods:
+        started, found = time.perf_counter(), points(adapters, method, allowed)
+        for wanted, size in zip(ratios, allowed, strict=True):
+            fitting = [row for row in found if row["bytes"] <= size]
+            made = min(fitting, key=lambda row: row["error"]) if fitting else {"error": None}
+            rows.append({"method": method, "wanted": wanted, "allowed": size} | made)
+            told = f"error {made['error']:.4f} at {made['ratio']:.2f}x" if fitting else "out of reach"
             click.echo(f"{wanted:5g}x {method:10s} {told}")
+        click.echo(f"{method}: {len(found)} points, {time.perf_counter() - started:.0f} s")
     return rows
 
 
-def packages(folders: Mapping[str, Path], originals: Mapping[str, LoraAdapter]) -> dict[str, Any]:
+def packages(folders: Mapping[str, Path], originals: Adapters) -> dict[str, Any]:
     """Curves of the public packages over their settings."""
     made = {}
     for package in rivals.PACKAGES:
@@ -135,9 +138,8 @@ def synthetic(n: int, methods: str, seed: int) -> None:
     held = {user: fleet[user] for user in fleet}
     found: dict[str, Any] = {"n": n, "shapes": SYNTHETIC_SHAPES, "r": spec.r, "p_seed": spec.p_seed}
     found["rows"] = table(held, tuple(methods.split(",")), RATIOS[1:])
-    if n <= _RIVALS_UP_TO:
-        with tempfile.TemporaryDirectory() as folder:
-            found["packages"] = packages(fleets.write(spec, Path(folder)), held)
+    with tempfile.TemporaryDirectory() as folder:
+        found["packages"] = packages(fleets.write(spec, Path(folder)), held)
     _keep(f"synthetic-{n}", found)
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from soppu.compress.bounds import Image, TopSum, top_sum
 from soppu.compress.canonical import Canonical
+from soppu.compress.cores import Cores
 from soppu.compress.factors import decompose
 from soppu.compress.fit import Progress
 from soppu.compress.fleet import Fleet
 from soppu.compress.metrics import Certificate
-from soppu.compress.sketch import Power, PowerPass, RangePass, Ranges, rows, weights
+from soppu.compress.sketch import CorePass, Power, PowerPass, RangePass, Ranges, rows, weights
 from soppu.compress.whitening import Whitener
 
 _EXACT = 256  # so many columns of all deltas together are all kept
@@ -153,16 +154,19 @@ def collect(
     fleet: Fleet, whiteners: Mapping[str, Whitener], ranges: Mapping[str, Ranges], *, progress: Progress
 ) -> dict[str, ModuleCores]:
     """Every user's delta inside the directions found: one pass over the adapters."""
-    held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in fleet.shapes}
+    n, most = len(fleet.users), fleet.ranks.max(1).values.tolist()
+    passes = {
+        name: CorePass(ranges[name], (n, min(max(rank, 1), o, i)))
+        for (name, (o, i)), rank in zip(fleet.shapes.items(), most, strict=True)
+    }
     for name, factors in _each(fleet, whiteners, progress, note="cores"):
-        left, right = _cores(factors, ranges[name])
-        held[name].append((left.cpu(), right.cpu()))
-    made = {}
-    for name, parts in held.items():
-        left, right = (torch.cat([part[side] for part in parts]) for side in (0, 1))
-        here = on_cpu(ranges[name])
-        made[name] = ModuleCores(here.out, here.inn, left, right)
-    return made
+        passes[name].add(factors)
+    return {name: _module(one.finish()) for name, one in passes.items()}
+
+
+def _module(cores: Cores) -> ModuleCores:
+    left = cores.out.mul_(cores.weight.to(cores.out)[:, :, None])  # in place: there is one for every user
+    return ModuleCores(cores.basis_out.cpu(), cores.basis_in.cpu(), left.mT.cpu(), cores.inn.cpu())
 
 
 def on_cpu(ranges: Ranges) -> Ranges:

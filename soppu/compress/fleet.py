@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, validate
+from soppu.compress import heap
 from soppu.compress.joint import LARGEST_NORM, SMALLEST_NORM
 from soppu.errors import AdapterError
 
@@ -74,6 +75,7 @@ class Fleet:
             if only is not None and not bool(only[first : first + size].any()):
                 continue
             yield Batch(first, len(part), self._stacked(part))
+            heap.trim()
 
     def _stacked(self, users: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
         held = [self.adapters[user] for user in users]

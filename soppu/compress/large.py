@@ -63,8 +63,8 @@ class Search:
     width: int = 0
     growths: int = 8
     max_steps: int = 10
-    tolerance: float = 1e-5
-    bound: bounds.Effort | None = bounds.Effort()
+    tolerance: float = 1e-4
+    bound: bounds.Effort | None = bounds.Effort(probes=16, powers=2)
     seed: int = 0
 
 
@@ -129,7 +129,7 @@ def _search(batches: Batches, shape: tuple[int, int], rank: int, search: Search)
     sketch = RangePass(*shape, width=width, seed=search.seed)
     for batch in batches():
         sketch.add(batch)
-    cores = _cores(CorePass(sketch.finish()), batches)
+    cores = _cores(CorePass(sketch.finish(), sketch.size), batches)
     k, least = min(k, max(cores.columns, 1)), search.tolerance * cores.total
     found = cores.fit(k, max_steps=1, least=least)
     gain, passes = math.inf, 2
@@ -141,7 +141,7 @@ def _search(batches: Batches, shape: tuple[int, int], rank: int, search: Search)
         more = grower.finish()
         if not more.out.shape[1] and not more.inn.shape[1]:
             break
-        cores = cores.grown(_cores(CorePass(more), batches))
+        cores = cores.grown(_cores(CorePass(more, sketch.size), batches))
         passes += 1
         before, captured = gain, found.objective[-1]
         found = _further(cores, found, 1, least)

@@ -90,7 +90,7 @@ class RangePass:
         self._out = torch.zeros((width, o), device=device)
         self._inn = torch.zeros((width, i), device=device)
         self._seed = seed % _SEEDS
-        self._users = self._columns = 0
+        self._users = self._most = self._columns = 0
 
     def add(self, batch: Deltas, users: Sequence[int] | None = None) -> None:
         """Take b deltas; `users` are their numbers, by default the next b."""
@@ -103,7 +103,13 @@ class RangePass:
         _accumulate(self._out, batch.X, omega[:, :, 0].flatten(0, 1))
         _accumulate(self._inn, batch.Y, omega[:, :, 1].flatten(0, 1))
         self._users += b
+        self._most = max(self._most, q)
         self._columns += int((batch.s > 0).sum())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(n, q): deltas seen, and the most columns one of them has."""
+        return self._users, self._most
 
     def finish(self) -> Ranges:
         """The directions. O((o + i) K^2)."""
@@ -141,27 +147,40 @@ class PowerPass:
 
 
 class CorePass:
-    """Keeps X_n^T Q_out, s_n and Y_n^T Q_in of every user: q (K + K') numbers each. O((o + i) q K) a user."""
+    """Keeps X_n^T Q_out, s_n and Y_n^T Q_in of every user: q (K + K') numbers each. O((o + i) q K) a user.
 
-    def __init__(self, ranges: Ranges) -> None:
-        self._ranges = ranges
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    Args:
+        ranges: Q_out and Q_in.
+        size: (n, q), how many users there are and the most columns one has; fewer are padded with zeros.
+    """
+
+    def __init__(self, ranges: Ranges, size: tuple[int, int]) -> None:
+        self._ranges, self._size = ranges, size
+        self._made: tuple[Tensor, Tensor, Tensor] | None = None
+        self._users = 0
 
     def add(self, batch: Deltas) -> None:
-        """Take b deltas."""
-        b = len(batch.s)
-        out = rows(batch.X) @ self._ranges.out.to(batch.X.dtype)
-        inn = rows(batch.Y) @ self._ranges.inn.to(batch.Y.dtype)
-        self._parts.append((out.unflatten(0, (b, -1)), batch.s, inn.unflatten(0, (b, -1))))
+        """Take the next b deltas."""
+        b, q = batch.s.shape
+        here = slice(self._users, self._users + b)
+        # made whole from the start: parts put together in the end would be there twice
+        out, s, inn = self._made = self._made or self._room(batch)
+        out[here, :q] = (rows(batch.X) @ self._ranges.out.to(batch.X.dtype)).unflatten(0, (b, q))
+        inn[here, :q] = (rows(batch.Y) @ self._ranges.inn.to(batch.Y.dtype)).unflatten(0, (b, q))
+        s[here, :q] = batch.s
+        self._users += b
 
     def finish(self) -> Cores:
-        """All cores; users with fewer columns than others get zero ones."""
-        q = max(s.shape[1] for _, s, _ in self._parts)
-        out, s, inn = (
-            torch.cat([torch.nn.functional.pad(t, _widen(t, q)) for t in column])
-            for column in zip(*self._parts, strict=True)
-        )
+        """All cores."""
+        assert self._made is not None and self._users == self._size[0]
+        out, s, inn = self._made
         return Cores(self._ranges.out, self._ranges.inn, out, weights(s), inn, _norms(s))
+
+    def _room(self, batch: Deltas) -> tuple[Tensor, Tensor, Tensor]:
+        n, q = self._size
+        widths = self._ranges.out.shape[1], self._ranges.inn.shape[1]
+        out, inn = (batch.X.new_zeros((n, q, width)) for width in widths)
+        return out, batch.s.new_zeros(self._size), inn
 
 
 class GrowthPass:
@@ -256,8 +275,3 @@ def _beyond(basis: Tensor, found: Tensor, eps: float) -> Tensor:
     kept = left[:, : len(basis) - basis.shape[1]][:, values[: len(basis) - basis.shape[1]] > 16 * eps * size]
     kept = kept - basis @ (basis.mT @ kept)  # a second time, for orthogonality to the last digits
     return torch.linalg.qr(kept).Q if kept.shape[1] else kept
-
-
-def _widen(part: Tensor, q: int) -> tuple[int, ...]:
-    """Padding that brings axis 1 of (b, q', ...) to q."""
-    return (0,) * (2 * (part.ndim - 2)) + (0, q - part.shape[1])

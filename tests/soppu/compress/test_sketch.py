@@ -214,7 +214,7 @@ def test_images_are_what_c_does_to_directions_and_probes():
 
 
 def cores_of(batches: list[Canonical], ranges: Ranges) -> Cores:
-    made = CorePass(ranges)
+    made = CorePass(ranges, (sum(len(one.s) for one in batches), max(one.s.shape[1] for one in batches)))
     for batch in batches:
         made.add(batch)
     return made.finish()
@@ -280,7 +280,7 @@ def test_ranges_that_span_everything_give_the_exact_method(o, i, k):
 @pytest.mark.parametrize("own", [0.0, 0.5, 1.0])
 def test_objective_is_that_of_the_exact_method_where_the_ranges_are_small(own):
     outs, ins = fleet(120, 300, 260, 4, own=own)
-    fit = fit_large(outs, ins, rank=6, search=Search(width=12))
+    fit = fit_large(outs, ins, rank=6, search=Search(width=12, tolerance=1e-5))
     expected = exact(outs, ins, 6)
     assert max(fit.width) < 0.5 * 260
     assert fit.objective[-1] == pytest.approx(expected.objective[-1], rel=1e-4)
