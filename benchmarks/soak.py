@@ -1,0 +1,237 @@
+"""Minutes of mixed load with bundle swaps in the middle: benchmarks/results/soak.json.
+
+    make vllm && python -m benchmarks.soak [--minutes 10]
+
+vLLM with the plugin under the real `openai` client and the embedded server under the real `lorax-client`, at
+once. Every user's adapter makes the model say one token over and over that no other user's makes it say, in
+either version of the bundle: an answer tells whose it is, and of which version. Versions change every minute;
+a request that began after a switch has to get the new one. Some requests are the base model's, some hang up.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import served
+from benchmarks.record import ROOT, circumstances, store
+from benchmarks.serve import PYTHON, System, embedded, vllm
+from benchmarks.soak_client import PROMPTS, TOKENS
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.compress import Bundle, CompressOptions, compress
+from soppu.targets.embedded import EmbeddedTarget
+from soppu.targets.http import HttpTarget
+from soppu.targets.vllm import VllmTarget
+
+MODULE = "model.layers.29.mlp.down_proj"
+LORAX = ROOT / ".venv-lorax" / "bin" / "python"
+CLIENT = Path(__file__).with_name("soak_client.py")
+_STRENGTH = 3000.0
+_WARM_SHARE, _LAST_SHARE = 0.2, 0.8
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of the bundle, and what each of its users says."""
+
+    path: Path
+    bundle_id: str
+    says: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A server under load: how it is told to swap, and which client asks it."""
+
+    name: str
+    system: System
+    target: HttpTarget
+    client: tuple[str, ...]
+    switches: list[tuple[float, str]] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+
+
+class Voices:
+    """Directions of the last layer's output that make the model say one token, whatever was said before."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+        self._seen: set[int] = set()
+
+    def driver(self) -> Tensor:
+        """(1536,) what all inputs of the module have in common: the mean over prompts, of length one."""
+        inputs: list[Tensor] = []
+        hook = self._model.get_submodule(MODULE).register_forward_pre_hook(
+            lambda _, given: inputs.append(given[0][0])
+        )
+        with torch.inference_mode():
+            for prompt in PROMPTS:
+                self._model(**self._tokenizer(prompt, return_tensors="pt"))
+        hook.remove()
+        mean = torch.cat(inputs).mean(0).clone()
+        return mean / mean.norm()
+
+    def directions(self, count: int, generator: torch.Generator) -> list[tuple[Tensor, str]]:
+        """`count` directions (576,) and the texts of TOKENS tokens they lead to, none of them known."""
+        found: list[tuple[Tensor, str]] = []
+        while len(found) < count:
+            direction = torch.randn(self._model.config.hidden_size, generator=generator)
+            direction /= direction.norm()
+            with torch.inference_mode():
+                token = int(self._model.lm_head(self._model.model.norm(direction)).argmax())
+            text = self._tokenizer.decode([token] * TOKENS)
+            if token not in self._seen and text.isascii() and text.strip() == text and text.isalpha():
+                self._seen.add(token)
+                found.append((direction, text))
+        return found
+
+
+def version(voices: Voices, folder: Path, *, users: int, seed: int) -> Version:
+    """A bundle by the joint method in which every user has a voice of their own."""
+    generator, base = torch.Generator().manual_seed(seed), served.base()
+    driver, says, adapters = voices.driver(), {}, {}
+    for number, (direction, text) in enumerate(voices.directions(users, generator)):
+        user = f"user{number:04d}"
+        pair = LoraPair(A=driver[None].clone(), B=_STRENGTH * direction[:, None])
+        adapters[user] = LoraAdapter({MODULE: pair}, base_model="smollm2-135m", base_hash=base.hash)
+        says[user] = text
+    made: Bundle = compress(adapters, CompressOptions(method="joint", rank=users, device="cpu"))
+    path = folder / f"version-{seed}.soppu"
+    return Version(path, made.save(path), says)
+
+
+def run(subject: Subject, versions: Sequence[Version], folder: Path, *, seconds: float, swaps: int) -> Any:
+    """Start the client; gives the process and the file it writes to."""
+    users, out = folder / "users.json", folder / f"{subject.name}.jsonl"
+    users.write_text(json.dumps(sorted(versions[0].says)))
+    url = f"http://127.0.0.1:{subject.system.endpoint.port}"
+    command = [*subject.client, url, str(seconds), "8", str(users), str(out)]
+    return subprocess.Popen(command), out
+
+
+def swap(subject: Subject, new: Version, old: Version) -> None:
+    """Bring the new version beside the old, switch, and let go of the old."""
+    subject.target.publish(new.path, bundle_id=new.bundle_id)
+    subject.target.activate(new.bundle_id)
+    subject.switches.append((time.time(), new.bundle_id))
+    time.sleep(5)
+    subject.target.drop(old.bundle_id)
+
+
+def judged(subject: Subject, versions: Sequence[Version], out: Path) -> dict[str, Any]:
+    """Failed requests, answers that are another user's, answers of a version that was gone."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    says = {one.bundle_id: one.says for one in versions}
+    failed = [line for line in lines if "error" in line]
+    wrong, late = [], []
+    for line in lines:
+        if line["kind"] != "user" or "error" in line:
+            continue
+        spoken = [bundle_id for bundle_id, told in says.items() if told[line["user"]] == line["text"]]
+        if not spoken:
+            wrong.append(line)
+        elif spoken[0] not in _allowed(subject.switches, line):
+            late.append(line)
+    began = lines[0]["began"]
+    return {
+        "requests": len(lines),
+        "kinds": {kind: sum(line["kind"] == kind for line in lines) for kind in ("user", "base", "hang up")},
+        "failed": len(failed),
+        "wrong_user": len(wrong),
+        "wrong_version": len(late),
+        "examples": (failed + wrong + late)[:5],
+        "swaps": len(subject.switches) - 1,
+        "memory": _memory(subject.memory, began, lines[-1]["ended"]),
+    }
+
+
+def _allowed(switches: Sequence[tuple[float, str]], line: Mapping[str, Any]) -> set[str]:
+    """The version that was active when the request began, and those switched to while it was under way."""
+    before = [bundle_id for moment, bundle_id in switches if moment <= line["began"]]
+    # the server has switched a moment before the switch is noted here
+    during = [bundle_id for moment, bundle_id in switches if line["began"] < moment <= line["ended"] + 1.0]
+    return {*before[-1:], *during}
+
+
+def _memory(samples: Sequence[tuple[float, int]], began: float, ended: float) -> dict[str, float]:
+    """Medians of the early and of the late minutes, once everything has been used once."""
+    span = ended - began
+    early = [size for at, size in samples if _WARM_SHARE * span < at - began < 0.4 * span]
+    late = [size for at, size in samples if at - began > _LAST_SHARE * span]
+    return {
+        "early_bytes": statistics.median(early),
+        "late_bytes": statistics.median(late),
+        "growth": statistics.median(late) / statistics.median(early) - 1,
+    }
+
+
+def _subjects(stack: ExitStack, folder: Path, first: Version) -> list[Subject]:
+    base = served.base()
+    fleet = served.Served(base, Bundle.load(first.path), first.path, ())
+    plugin = vllm(stack, folder, fleet, name="soppu")
+    own = embedded(stack, folder, fleet)["embedded"]
+    made = [
+        Subject("vllm", plugin, VllmTarget(_url(plugin)), (str(PYTHON), str(CLIENT), "openai")),
+        Subject("embedded", own, EmbeddedTarget(_url(own)), (str(LORAX), str(CLIENT), "lorax")),
+    ]
+    for subject in made:
+        subject.switches.append((0.0, subject.target.active()))
+    return made
+
+
+def _url(system: System) -> str:
+    return f"http://127.0.0.1:{system.endpoint.port}"
+
+
+@click.command()
+@click.option("--minutes", default=10.0, show_default=True)
+@click.option("--users", default=64, show_default=True)
+@click.option("--swaps", default=9, show_default=True)
+def main(minutes: float, users: int, swaps: int) -> None:
+    """Load, swap, judge, and write the result file."""
+    seconds = 60 * minutes
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder, voices = Path(name), Voices(served.base().path)
+        versions = [version(voices, folder, users=users, seed=seed) for seed in (1, 2)]
+        subjects = _subjects(stack, folder, versions[0])
+        running = [run(one, versions, folder, seconds=seconds, swaps=swaps) for one in subjects]
+        began, done = time.time(), 0
+        while any(client.poll() is None for client, _ in running):
+            for subject in subjects:
+                subject.memory.append((time.time(), subject.system.memory()))
+            if done < swaps and time.time() - began > (done + 1) * seconds / (swaps + 1):
+                for subject in subjects:
+                    swap(subject, versions[(done + 1) % 2], versions[done % 2])
+                done += 1
+            time.sleep(2)
+        results = {
+            subject.name: judged(subject, versions, out)
+            for subject, (_, out) in zip(subjects, running, strict=True)
+        }
+    made = circumstances(seed=0) | {
+        "what": "mixed load with bundle swaps",
+        "minutes": minutes,
+        "users": users,
+    }
+    click.echo(json.dumps(results, indent=1))
+    click.echo(f"written: {store('soak', made | results)}")
+
+
+if __name__ == "__main__":
+    main()
