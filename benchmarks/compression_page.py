@@ -47,10 +47,10 @@ _NAMES = {"gpt2": "three real GPT-2 adapters", "synthetic-100": "100 synthetic a
 def blocks() -> dict[str, str]:
     """Name of a mark -> the Markdown that stands there."""
     made: dict[str, str] = {}
-    compression = _read("compression")
+    compression = read_result("compression")
     for section, found in compression.items():
         made[section] = error_table(found)
-    if gain := _read("gain"):
+    if gain := read_result("gain"):
         made["gain"] = gain_table(gain)
         made["readme-compression"] = readme_block(compression["gpt2"], gain)
     makers = {
@@ -60,9 +60,9 @@ def blocks() -> dict[str, str]:
         "joint_speed": speed_table,
     }
     for name, make in makers.items():
-        if found := _read(name):
+        if found := read_result(name):
             where = found["coder"]["circumstances"] if name == "ternary" else found
-            made[name.replace("_", "-")] = f"{make(found)}\n\n{_circumstances(where)}"
+            made[name.replace("_", "-")] = f"{make(found)}\n\n{circumstances_line(where)}"
     return made
 
 
@@ -73,7 +73,7 @@ def cold_table(found: Mapping[str, Any]) -> str:
         for n, forms in found["users"].items()
         for form, row in forms.items()
     ]
-    return _markdown(["users", "form", "bytes", "ms", "faster than uncompressed"], rows)
+    return markdown(["users", "form", "bytes", "ms", "faster than uncompressed"], rows)
 
 
 def stream_table(found: Mapping[str, Any]) -> str:
@@ -83,7 +83,7 @@ def stream_table(found: Mapping[str, Any]) -> str:
         + [f"{row['peak_bytes'] / 1e6:,.0f} MB", f"{row['seconds']:.0f}"]
         for row in found["rows"]
     ]
-    return _markdown(["method", "users", "on disk", "peak memory", "seconds"], rows)
+    return markdown(["method", "users", "on disk", "peak memory", "seconds"], rows)
 
 
 def speed_table(found: Mapping[str, Any]) -> str:
@@ -107,7 +107,7 @@ def speed_table(found: Mapping[str, Any]) -> str:
             f"{ratios['dense_100_iterations_over_ours'] * ours['seconds'] / quick['seconds']:,.0f}",
         ],
     ]
-    return _markdown(["what", "time", "times faster"], rows)
+    return markdown(["what", "time", "times faster"], rows)
 
 
 def ternary_table(found: Mapping[str, Any]) -> str:
@@ -122,7 +122,7 @@ def ternary_table(found: Mapping[str, Any]) -> str:
             cells.append(f"{speeds[0]:,.0f} / {speeds[1]:,.0f}")
         rows.append([*cells, f"{row['zstd_3']['bits']:.4f}"])
     head = ["density", "entropy", "bits", "above", "published", "M values/s in / out", "zstd -3", "its bits"]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def readme_block(found: Mapping[str, Any], gain: Mapping[str, Any]) -> str:
@@ -151,7 +151,7 @@ def error_table(found: Mapping[str, Any]) -> str:
             cells[package, wanted] = min(fits, default=None)
     head = ["ratio", *methods]
     rows = [[f"{wanted:g}x", *_bold([cells.get((m, wanted)) for m in methods])] for wanted in ratios]
-    return _markdown(head, rows) + f"\n\n{_circumstances(found)}"
+    return markdown(head, rows) + f"\n\n{circumstances_line(found)}"
 
 
 def gain_table(found: Mapping[str, Any]) -> str:
@@ -169,7 +169,7 @@ def gain_table(found: Mapping[str, Any]) -> str:
                 for r in held
             ]
         )
-    return _markdown(["ratio", *methods], rows) + f"\n\n{_circumstances(found)}"
+    return markdown(["ratio", *methods], rows) + f"\n\n{circumstances_line(found)}"
 
 
 def _nearest(value: float) -> float:
@@ -182,12 +182,14 @@ def _bold(values: Sequence[float | None]) -> list[str]:
     return ["" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in values]
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
 
 
-def _circumstances(found: Mapping[str, Any]) -> str:
+def circumstances_line(found: Mapping[str, Any]) -> str:
+    """Where and of what commit a result is, in one line."""
     where = f"Measured on {found['hardware']}; GPU: {found['gpu']}"
     return f"{where}; commit `{found['commit'][:12]}`, seed {found['seed']}."
 
@@ -209,7 +211,7 @@ def plot_errors(section: str, found: Mapping[str, Any]) -> Path:
     axes.set_title(_NAMES.get(section, f"{found['n']} synthetic adapters"))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, ncols=2)
-    return _save(figure, f"compression-{section}")
+    return save_plot(figure, f"compression-{section}")
 
 
 def plot_gain(found: Mapping[str, Any]) -> Path:
@@ -227,10 +229,11 @@ def plot_gain(found: Mapping[str, Any]) -> Path:
     axes.set_title(f"{found['users']} personal adapters: mean (lines) and worst user (dotted)")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, ncols=2)
-    return _save(figure, "compression-gain")
+    return save_plot(figure, "compression-gain")
 
 
-def _save(figure: Any, name: str) -> Path:
+def save_plot(figure: Any, name: str) -> Path:
+    """Write docs/images/<name>.png and close the figure."""
     from io import BytesIO
 
     buffer = BytesIO()
@@ -257,9 +260,9 @@ def with_blocks(page: str, made: Mapping[str, str]) -> str:
 
 def write_page() -> Path:
     """Draw the plots, fill the page."""
-    for section, found in _read("compression").items():
+    for section, found in read_result("compression").items():
         plot_errors(section, found)
-    if gain := _read("gain"):
+    if gain := read_result("gain"):
         plot_gain(gain)
     made = blocks()
     for page in (PAGE, ROOT / "README.md"):
@@ -267,6 +270,7 @@ def write_page() -> Path:
     return PAGE
 
 
-def _read(name: str) -> dict[str, Any]:
+def read_result(name: str) -> dict[str, Any]:
+    """A result file; empty where there is none."""
     path = RESULTS / f"{name}.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -1,0 +1,148 @@
+"""Tables and plots of serving, from the result files to between the marks of README.md and docs/serving.md.
+
+python -m benchmarks.serve_page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compression_page import circumstances_line, markdown, read_result, save_plot, with_blocks
+from benchmarks.record import ROOT
+from soppu.files import write_text
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
+MARKS = ("readme-serve", "serve", "serve-latency", "serve-equality", "serve-soak")
+_COLOURS = {
+    "base": "#8c959e",
+    "soppu": "#0072b2",
+    "stock": "#e69f01",
+    "stock-default": "#a63d00",
+    "embedded-base": "#b8d8c8",
+    "embedded": "#00694b",
+}
+_NAMES = {
+    "base": "vLLM, LoRA off",
+    "soppu": "vLLM with the plugin",
+    "stock": "vLLM LoRA, at its best",
+    "stock-default": "vLLM LoRA, as it comes",
+    "embedded-base": "embedded server, its base",
+    "embedded": "embedded server, bundle",
+}
+
+
+def blocks() -> dict[str, str]:
+    """Name of a mark -> the Markdown that stands there; a result that is not there leaves its mark alone."""
+    made: dict[str, str] = {}
+    if found := read_result("serve"):
+        line = circumstances_line(found)
+        made["readme-serve"] = f"{_largest(found)}\n\n{_bytes(found)}\n\n{line}"
+        made["serve"] = f"{_throughput(found)}\n\n{_bytes(found)}\n\n{line}"
+        made["serve-latency"] = _latency(found)
+    if found := read_result("serve_equality"):
+        made["serve-equality"] = f"{_equality(found)}\n\n{circumstances_line(found)}"
+    if found := read_result("soak"):
+        made["serve-soak"] = f"{_soak(found)}\n\n{circumstances_line(found)}"
+    return made
+
+
+def _largest(found: Mapping[str, Any]) -> str:
+    """The turn with the most users, uniform traffic."""
+    row = found["rows"][0]
+    lines = [
+        [
+            _NAMES[name],
+            f"{value:.0f}",
+            f"{100 * row['to_base'][name]:.0f} %",
+            f"{row['memory'][name] / 1e9:.2f} GB",
+        ]
+        for name, value in row["tokens_per_second"].items()
+    ]
+    return markdown([f"{row['users']:,} users, uniform", "tokens a second", "of base", "memory"], lines)
+
+
+def _throughput(found: Mapping[str, Any]) -> str:
+    """Tokens a second and share of the base's in the same turn, every turn."""
+    names = list(found["rows"][0]["tokens_per_second"])
+    lines = []
+    for row in sorted(found["rows"], key=lambda row: (row["users"], row["zipf"])):
+        cells = [f"{row['users']:,}", "Zipf" if row["zipf"] else "uniform"]
+        for name in names:
+            share = 100 * row["to_base"][name]
+            cells.append(f"{row['tokens_per_second'][name]:.0f} ({share:.0f} %)")
+        lines.append(cells)
+    return markdown(["users", "traffic", *(_NAMES[name] for name in names)], lines)
+
+
+def _latency(found: Mapping[str, Any]) -> str:
+    """Of the turn with the most users: milliseconds, medians over its repeats."""
+    lines = []
+    for name, runs in found["rows"][0]["runs"].items():
+        cells = [_NAMES[name]]
+        for what in ("first_token_ms", "between_tokens_ms"):
+            cells += [f"{sorted(run[what][p] for run in runs)[len(runs) // 2]:.0f}" for p in ("p50", "p99")]
+        lines.append(cells)
+    head = ["ms", "first token, p50", "p99", "between tokens, p50", "p99"]
+    return markdown(head, lines)
+
+
+def _bytes(found: Mapping[str, Any]) -> str:
+    size, slots = found["adapter_bytes"], found["adapters"]["slots"]
+    cores, basis = f"{size['cores'] / 1e6:.1f} MB", f"{size['basis'] / 1e6:.1f} MB"
+    users, share = f"{found['rows'][0]['users']:,}", f"{100 * size['cores'] / size['pairs']:.2f} %"
+    return (
+        f"The cores of {users} users take {cores} ({share} of their adapters at 16 bits), their one basis"
+        f" {basis}; vLLM's own LoRA keeps {slots} adapters resident, which is as many bytes."
+    )
+
+
+def _equality(found: Mapping[str, Any]) -> str:
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        one = found[dtype]
+        cells = [f"{one[name]['same']} of {one['texts']}" for name in ("vllm plugin", "embedded")]
+        lines.append([dtype, str(one["texts"]), str(one["different"]), *cells])
+    return markdown(["type", "texts", "of them different", "vLLM plugin", "embedded"], lines)
+
+
+def _soak(found: Mapping[str, Any]) -> str:
+    lines = []
+    for name, client in (("vllm", "openai"), ("embedded", "lorax-client")):
+        one = found[name]
+        cells = [str(one[key]) for key in ("swaps", "failed", "wrong_user", "wrong_version")]
+        growth = f"{100 * one['memory']['growth']:+.1f} %"
+        lines.append([f"{name} ({client})", f"{one['requests']:,}", *cells, growth])
+    head = ["server (client)", "requests", "swaps", "failed", "another user's", "another version's", "memory"]
+    return markdown(head, lines)
+
+
+def plot(found: Mapping[str, Any]) -> Path:
+    """Share of the base's throughput by number of users."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name in found["rows"][0]["tokens_per_second"]:
+        for zipf, style in ((False, "o-"), (True, "x:")):
+            rows = sorted((r for r in found["rows"] if r["zipf"] == zipf), key=lambda r: r["users"])
+            x, y = [r["users"] for r in rows], [100 * r["to_base"][name] for r in rows]
+            axes.plot(x, y, style, color=_COLOURS[name], label=None if zipf else _NAMES[name])
+    axes.set(xscale="log", xlabel="users", ylabel="throughput, % of vLLM without LoRA", ylim=(0, None))
+    axes.set_title("16 requests under way; uniform traffic (lines) and Zipf (dotted)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return save_plot(figure, "serve")
+
+
+def write_pages() -> None:
+    """Draw the plot, fill the pages."""
+    if found := read_result("serve"):
+        plot(found)
+    made = blocks()
+    for page in PAGES:
+        write_text(page, with_blocks(page.read_text(), made))
+
+
+if __name__ == "__main__":
+    write_pages()
