@@ -58,14 +58,12 @@ class Resident:
     """One bundle: bases by layer and cluster, and one row of cores a user.
 
     Attributes:
-        bundle_id: what it is called.
         start: the row number of its first user; rows are never numbered twice while a server runs.
         bases: layer name -> one Basis a cluster.
         cores: (rows + 1, width) all layers' cores; the last row is zero and serves the base model.
         cluster: (rows + 1,) int64 whose bases a row refers to.
     """
 
-    bundle_id: str
     start: int
     bases: Mapping[str, tuple[Basis, ...]]
     cores: Tensor
@@ -89,16 +87,22 @@ class Resident:
                         _cell(self.cores, basis, place)[row, : core.shape[1], : core.shape[0]] = core.mT
 
 
-def build(bundle: Bundle, bundle_id: str, linears: Sequence[Linear], form: Form) -> Resident:
-    """Decode a bundle and lay it out. O(n w k^2) for w modules, every page once.
-
-    Thin core factors P Q are multiplied out: one product a token is faster than two.
+def read(bundle: Bundle, bundle_id: str) -> dict[str, ModuleFactors]:
+    """Module -> what users change there, for the modules where anybody changes anything. Every page once.
 
     Raises:
-        BundleError: users with numbers of their own, which only a shared basis is served without.
+        BundleError: a damaged page, or users with numbers of their own beside the shared basis.
     """
     factors = load.read(bundle, cast=lambda _, tensor: tensor.float())
     refuse_own(factors, bundle_id)
+    return factors
+
+
+def build(bundle: Bundle, factors: Mapping[str, ModuleFactors], linears: Sequence[Linear], form: Form) -> Resident:
+    """Lay a bundle out for the layers that hold its modules. O(n w k^2) for w modules.
+
+    Thin core factors P Q are multiplied out: one product a token is faster than two.
+    """
     clusters = int(bundle.cluster.max()) + 1 if len(bundle.users) else 1
     bases, width = {}, 0
     for linear in linears:
@@ -112,7 +116,7 @@ def build(bundle: Bundle, bundle_id: str, linears: Sequence[Linear], form: Form)
     cluster = np.zeros(rows + 1, dtype=np.int64)
     cluster[: len(bundle.users)] = bundle.cluster.numpy()
     cores = torch.zeros(rows + 1, width, dtype=form.dtype, device=form.device)
-    made = Resident(bundle_id, form.start, bases, cores, cluster)
+    made = Resident(form.start, bases, cores, cluster)
     for linear in linears:
         for place, part in enumerate(linear.parts):
             if part.module in factors:
