@@ -5,17 +5,15 @@ Both take the same arguments and give the same result up to rounding; `step` dec
 
 from __future__ import annotations
 
-import functools
 import logging
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from soppu.errors import ConfigError
+from soppu.serve.vllm_plugin import build
 from soppu.serve.vllm_plugin.resident import Basis
 
 _LOG = logging.getLogger(__name__)
@@ -90,7 +88,7 @@ def choose(kind: str, *, device: torch.device, dtype: torch.dtype) -> Kernel:
     if device.type != "cpu" or dtype not in _NATIVE_TYPES:
         why = f"it exists for float32 and bfloat16 on the CPU, the model is {dtype} on {device.type}"
     else:
-        why = build()
+        why = build.load()
     if not why:
         return native
     if kind == "native":
@@ -98,20 +96,3 @@ def choose(kind: str, *, device: torch.device, dtype: torch.dtype) -> Kernel:
     if device.type == "cpu":
         _LOG.warning("the compiled kernel cannot be had, plain torch serves more slowly: %s", why)
     return plain
-
-
-@functools.cache
-def build() -> str:
-    """Compile and load the kernel once; "" if it is there, else why not. About 30 s the first time."""
-    from torch.utils import cpp_extension  # imports setuptools: only where something is compiled
-
-    try:
-        cpp_extension.load(
-            name="soppu_native",
-            sources=[str(Path(__file__).with_name("kernel.cpp"))],
-            extra_cflags=["-O3", "-march=native", "-fopenmp"],
-            is_python_module=False,
-        )
-    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        return f"no C++ compiler, or it failed: {str(error)[:400]}"
-    return ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soppu.compress.bundle import Bundle
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin import kernels, layout, resident
+from soppu.serve.vllm_plugin import build, kernels, layout, resident
 from soppu.serve.vllm_plugin.kernels import Kernel
 from soppu.serve.vllm_plugin.resident import Form
 from soppu.serve.vllm_plugin.step import Step
@@ -29,7 +29,7 @@ LAYERS = ("block.qkv_proj", "block.o_proj")
 
 
 def _native() -> Kernel:
-    if why := kernels.build():
+    if why := build.load():
         pytest.skip(f"no compiled kernel: {why}")
     return kernels.native
 
