@@ -64,13 +64,13 @@ def _folder() -> Path:
 def _key(compiler: str) -> str:
     """Changes with the source, torch, the compiler, and the instructions of this machine's processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
-    known = [_SOURCE.read_bytes(), torch.__version__.encode(), version, " ".join(_FLAGS).encode(), _processor()]
-    return hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
+    made_with = f"{torch.__version__} {' '.join(_FLAGS)} {_processor()}"
+    return hashlib.sha256(_SOURCE.read_bytes() + version + made_with.encode()).hexdigest()[:16]
 
 
-def _processor() -> bytes:
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor().encode()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine()).encode()
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -45,14 +45,14 @@ class Control:
 
     Args:
         base_hash: of the model that is served.
-        reserved: names of the base model, which no user may have.
+        reserved: names the base model is served under, which no user may have.
 
     Raises:
         BundleError: the bundle of the settings is damaged, or made for another base model.
     """
 
     def __init__(self, settings: Settings, *, base_hash: str, reserved: Collection[str] = ()) -> None:
-        self.settings, self.base_hash, self._reserved = settings, base_hash, frozenset(reserved)
+        self.settings, self.base_hash, self._reserved = settings, base_hash, tuple(reserved)
         self.bank = Directory(spare=settings.spare_rows)
         self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
         self._changing = threading.Lock()
@@ -74,6 +74,11 @@ class Control:
         for held in engine.call("first"):
             if held != self.first_id:
                 raise BundleError(f"{self.settings.bundle}: changed while the server started; start it again")
+
+    @property
+    def model(self) -> str:
+        """The name the base model is served under."""
+        return self._reserved[0] if self._reserved else ""
 
     def close(self) -> None:
         """Remove what uploads left."""
@@ -125,8 +130,8 @@ class Control:
             row = version.free(self._connected().busy())
             if not row:
                 raise AdapterError(
-                    f"{name}: all {version.spare} spare rows are taken; unload an adapter, or start the server"
-                    " with a larger SOPPU_SPARE_ROWS"
+                    f"{name}: all {version.spare} spare rows are taken; unload an adapter, or start the"
+                    " server with a larger SOPPU_SPARE_ROWS"
                 )
             path = self.incoming / "cores.safetensors"
             files.write_bytes(path, save({module: core.contiguous() for module, core in made.cores.items()}))
@@ -162,10 +167,10 @@ class Control:
     def _check(self, bundle: Bundle, bundle_id: str) -> None:
         if self.base_hash and bundle.base_hash and bundle.base_hash != self.base_hash:
             raise BundleError(
-                f"bundle {bundle_id[:12]}: made for base model {bundle.base_hash[:12]!r} ({bundle.base_model}),"
-                f" this server has {self.base_hash[:12]!r}"
+                f"bundle {bundle_id[:12]}: made for base model {bundle.base_hash[:12]!r}"
+                f" ({bundle.base_model}), this server has {self.base_hash[:12]!r}"
             )
-        if clash := sorted(self._reserved.intersection(bundle.users)):
+        if clash := sorted(set(self._reserved).intersection(bundle.users)):
             raise BundleError(
                 f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name the base model is served under;"
                 " choose another one with --served-model-name"

@@ -146,7 +146,9 @@ class Directory:
         """Forget a runtime adapter. AdapterError if there is none of that name."""
         with self._lock:
             if name not in self._adapters:
-                what = "a user of the active bundle" if name in self._users.get(self.active, ()) else "unknown"
+                what = (
+                    "a user of the active bundle" if name in self._users.get(self.active, ()) else "unknown"
+                )
                 raise AdapterError(
                     f"no adapter {name!r} is loaded ({what}); {len(self._adapters)} adapters are loaded"
                 )

@@ -7,8 +7,8 @@
     worker       ModelRunner._prepare_inputs, _dummy_run         which rows the tokens of a pass use
     worker       Worker.soppu_call                               changes asked for by the API server
 
-A user travels as vLLM's own LoRARequest: `lora_int_id` is the row, `lora_path` names the version, so the prefix
-cache, which is keyed by name and path, never mixes two users or two versions.
+A user travels as vLLM's own LoRARequest: `lora_int_id` is the row, `lora_path` names the version, so the
+prefix cache, which is keyed by name and path, never mixes two users or two versions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def install(settings: Settings) -> None:
     _install_frontend(settings)
 
 
-# ---- worker ----------------------------------------------------------------------------------------------------
+# ---- worker
 
 
 def _install_worker(settings: Settings) -> None:
@@ -106,10 +106,14 @@ def read(path: Path) -> tuple[Bundle, str]:
 
 def _refuse(config: Any) -> None:
     if config.lora_config is not None:
-        raise ConfigError("--enable-lora and SOPPU_BUNDLE exclude each other: a bundle needs no --enable-lora")
+        raise ConfigError(
+            "--enable-lora and SOPPU_BUNDLE exclude each other: a bundle needs no --enable-lora"
+        )
     if config.parallel_config.pipeline_parallel_size > 1:
         size = config.parallel_config.pipeline_parallel_size
-        raise ConfigError(f"--pipeline-parallel-size {size}: the SOPPU plugin supports 1; tensor parallel is allowed")
+        raise ConfigError(
+            f"--pipeline-parallel-size {size}: the SOPPU plugin supports 1; tensor parallel is allowed"
+        )
     if config.use_v2_model_runner:
         raise ConfigError("the SOPPU plugin supports model runner V1; start with VLLM_USE_V2_MODEL_RUNNER=0")
 
@@ -150,7 +154,7 @@ def _parts(layer: Any, names: list[str]) -> Iterator[Part]:
 
 
 def _adapted(method: Any, number: int) -> Any:
-    """The layer's own method with the users' change on top: before any all-reduce, whatever the weights are."""
+    """The layer's own method with the users' change on top: before any all-reduce."""
     base = type(method)
 
     def apply(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
@@ -165,10 +169,10 @@ def _adapted(method: Any, number: int) -> Any:
 
 def _prepare_inputs(original: Any) -> Any:
     @functools.wraps(original)
-    def prepare(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare(self: Any, output: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
         rows = self.input_batch.request_lora_mapping[: self.input_batch.num_reqs]
-        self.soppu.step.begin(rows, num_scheduled_tokens)
-        return original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+        self.soppu.step.begin(rows, counts)
+        return original(self, output, counts, *args, **kwargs)
 
     return prepare
 
@@ -206,7 +210,7 @@ def _compute_hash(original: Any) -> Any:
     return compute_hash
 
 
-# ---- API server ------------------------------------------------------------------------------------------------
+# ---- API server
 
 
 def _install_frontend(settings: Settings) -> None:

@@ -34,22 +34,23 @@ def project(adapter: LoraAdapter, bundle: Bundle, *, who: str, max_error: float)
     validate(adapter, who=who, base_hash=bundle.base_hash if adapter.base_hash else "")
     if missing := sorted(adapter.pairs.keys() - bundle.shapes.keys()):
         raise AdapterError(
-            f"{who}: changes {missing[0]}, which the bundle has no basis for; it has {len(bundle.shapes)} modules"
+            f"{who}: changes {missing[0]}, which the bundle has no basis for;"
+            f" it has {len(bundle.shapes)} modules"
         )
     check_shapes(adapter, bundle.shapes, who=who)
     clusters = range(int(bundle.cluster.max()) + 1)
     best = min((_on(adapter, bundle, cluster) for cluster in clusters), key=lambda one: one.error)
     if best.error > max_error:
         raise AdapterError(
-            f"adapter {who!r}: relative error {best.error:.4f} on the resident basis, at most {max_error:.4f} is"
-            " allowed (SOPPU_MAX_ERROR; by default the error of the bundle's worst user);"
+            f"adapter {who!r}: relative error {best.error:.4f} on the resident basis, at most"
+            f" {max_error:.4f} is allowed (SOPPU_MAX_ERROR; by default the error of the bundle's worst user);"
             " compress it together with the others"
         )
     return best
 
 
 def budget(bundle: Bundle, allowed: float | None) -> float:
-    """The error a runtime adapter may have: `allowed`, or that of the bundle's worst user where it is None."""
+    """The error a runtime adapter may have: `allowed`; that of the worst user where it is None."""
     return max(bundle.report.relative_error.values()) if allowed is None else allowed
 
 

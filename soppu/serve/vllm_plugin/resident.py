@@ -98,7 +98,9 @@ def read(bundle: Bundle, bundle_id: str) -> dict[str, ModuleFactors]:
     return factors
 
 
-def build(bundle: Bundle, factors: Mapping[str, ModuleFactors], linears: Sequence[Linear], form: Form) -> Resident:
+def build(
+    bundle: Bundle, factors: Mapping[str, ModuleFactors], linears: Sequence[Linear], form: Form
+) -> Resident:
     """Lay a bundle out for the layers that hold its modules. O(n w k^2) for w modules.
 
     Thin core factors P Q are multiplied out: one product a token is faster than two.

@@ -1,4 +1,4 @@
-"""The admin routes of `soppu.serve.admin` on another server's application, with the same bodies and answers."""
+"""The admin routes of `soppu.serve.admin` on the application of vLLM: same paths, bodies and answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERVER = "soppu-vllm"
 
 
 def attach(app: Starlette, control: Callable[[], Control], *, token: str) -> None:
-    """Add the routes, and /soppu/v1/info. `control` is asked at each request: it is made after the application."""
+    """Add the routes and /soppu/v1/info. `control` is asked at each request: the application comes first."""
 
     async def info(_: Request) -> Response:
         served = control()
@@ -30,6 +30,7 @@ def attach(app: Starlette, control: Callable[[], Control], *, token: str) -> Non
                 "server": SERVER,
                 "version": __version__,
                 "base_hash": served.base_hash,
+                "model_id": served.model,
                 "active": served.bank.active,
             }
         )

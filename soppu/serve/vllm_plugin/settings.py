@@ -36,7 +36,9 @@ def read(environment: Mapping[str, str]) -> Settings:
     """The settings in `environment`. Raises ConfigError naming the variable, its value and those allowed."""
     bundle = Path(environment["SOPPU_BUNDLE"]).expanduser()
     if not bundle.is_file():
-        raise ConfigError(f"SOPPU_BUNDLE: no such file: {str(bundle)!r}; unset it to start without the plugin")
+        raise ConfigError(
+            f"SOPPU_BUNDLE: no such file: {str(bundle)!r}; unset it to start without the plugin"
+        )
     kernel = environment.get("SOPPU_KERNEL", "auto")
     if kernel not in KERNELS:
         raise ConfigError(f"SOPPU_KERNEL={kernel!r}: allowed are {', '.join(KERNELS)}")

@@ -1,4 +1,4 @@
-"""Step: which rows of which bundle the tokens of one forward pass use. Worked out once, used by every layer."""
+"""Step: which rows of which bundle the tokens of one forward pass use. Found once, used by every layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Group:
 
 
 class Step:
-    """The bundles on one worker, and the tokens of the pass under way. Used from the worker's thread alone."""
+    """The bundles on one worker, and the tokens of the pass under way. For one thread alone."""
 
     def __init__(self, linears: Sequence[Linear], kernel: Kernel) -> None:
         self.linears = tuple(linears)

@@ -18,7 +18,10 @@ SHAPES: Mapping[str, tuple[int, int]] = {
     "block.o_proj": (20, 24),
 }
 INPUTS = {"block.qkv_proj": 20, "block.o_proj": 24}
-PACKED = {"block.qkv_proj": ("block.q_proj", "block.k_proj", "block.v_proj"), "block.o_proj": ("block.o_proj",)}
+PACKED = {
+    "block.qkv_proj": ("block.q_proj", "block.k_proj", "block.v_proj"),
+    "block.o_proj": ("block.o_proj",),
+}
 
 
 def linears(*, rank: int = 0, size: int = 1) -> list[Linear]:

@@ -191,7 +191,9 @@ def test_a_runtime_adapter_inside_the_basis_joins_and_one_outside_is_refused(
     assert _same(server.change("dee"), server.change("bob"))
     assert server.control.bank.names() == ("ann", "bob", "dee")
     adapters.write(_adapter(bundle, "bob", noise=0.5), tmp_path / "far")
-    with pytest.raises(AdapterError, match=r"adapter 'eve': relative error 0\.\d+ .*at most 0\.0500 is allowed"):
+    with pytest.raises(
+        AdapterError, match=r"adapter 'eve': relative error 0\.\d+ .*at most 0\.0500 is allowed"
+    ):
         server.control.add_adapter("eve", tmp_path / "far")
     with pytest.raises(AdapterError, match="has a user of that name"):
         server.control.add_adapter("ann", tmp_path / "new")

@@ -196,7 +196,9 @@ def test_two_bundles_at_once(kernel: Kernel) -> None:
 
 def test_own_numbers_are_refused_by_name_and_count() -> None:
     bundle = handmade.bundle(engine.SHAPES, {"ann": [SHARED], "bob": [("own",)], "cem": [("left", "shared")]})
-    with pytest.raises(BundleError, match=r"bundle bbbbbbbbbbbb: 2 users have numbers of their own.*--method joint"):
+    with pytest.raises(
+        BundleError, match=r"bundle bbbbbbbbbbbb: 2 users have numbers of their own.*--method joint"
+    ):
         resident.read(bundle, "b" * 64)
 
 
