@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -33,9 +32,9 @@ from soppu.serve.vllm_plugin.directory import Directory
 from soppu.serve.vllm_plugin.layout import Linear, Part
 from soppu.serve.vllm_plugin.resident import Form
 from soppu.serve.vllm_plugin.settings import Settings
+from soppu.serve.vllm_plugin.static import Limits
 from soppu.serve.vllm_plugin.worker import Worker
 
-_LOG = logging.getLogger(__name__)
 _MARK = "soppu:"
 _QKV = ("q", "k", "v")
 
@@ -84,16 +83,38 @@ def _attach(runner: Any, settings: Settings) -> Worker:
     config = runner.vllm_config
     _refuse(config)
     form = Form(dtype=config.model_config.dtype, device=runner.device, spare=settings.spare_rows)
-    kernel = kernels.choose(settings.kernel, device=form.device, dtype=form.dtype)
     layers = dict(_linears(runner.model))
     bundle, bundle_id = read(settings.bundle)
-    worker = Worker([line for line, _ in layers.values()], kernel, form, bundle=bundle, bundle_id=bundle_id)
+    how: Any
+    if settings.kernel == "static" or form.device.type != "cpu":
+        how = _limits(config, bundle)
+    else:
+        how = kernels.choose(settings.kernel, device=form.device, dtype=form.dtype)
+    worker = Worker([line for line, _ in layers.values()], how, form, bundle=bundle, bundle_id=bundle_id)
     for number, linear in enumerate(worker.step.linears):
         layer = layers[linear.name][1]
         layer.quant_method = _adapted(layer.quant_method, number)
     _Fingerprint.value = worker.fingerprint
-    _LOG.info("bundle %s: %d users on %d layers", bundle_id[:12], len(bundle.users), len(worker.step.linears))
+    how_much = f"{len(bundle.users)} users, {len(worker.step.linears)} of {len(layers)} layers adapted"
+    _say(f"bundle {bundle_id[:12]}: {how_much}, {getattr(how, '__name__', 'static')} kernel")
     return worker
+
+
+def _say(what: str) -> None:
+    from vllm.logger import init_logger
+
+    init_logger("vllm.soppu").info(what)  # only loggers below "vllm" are shown
+
+
+def _limits(config: Any, bundle: Bundle) -> Limits:
+    """Buffers for the longest pass, padded ones included, and bases for two bundles like the first."""
+    scheduler, recorded = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size
+    clusters = int(bundle.cluster.max()) + 1
+    return Limits(
+        tokens=max(scheduler.max_num_batched_tokens, recorded or 0),
+        requests=scheduler.max_num_seqs,
+        bases=2 * clusters,
+    )
 
 
 def read(path: Path) -> tuple[Bundle, str]:
@@ -114,6 +135,8 @@ def _refuse(config: Any) -> None:
         raise ConfigError(
             f"--pipeline-parallel-size {size}: the SOPPU plugin supports 1; tensor parallel is allowed"
         )
+    if config.parallel_config.enable_dbo:
+        raise ConfigError("--enable-dbo: the SOPPU plugin needs whole batches; start without it")
     if config.use_v2_model_runner:
         raise ConfigError("the SOPPU plugin supports model runner V1; start with VLLM_USE_V2_MODEL_RUNNER=0")
 

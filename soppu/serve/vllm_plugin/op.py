@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from soppu.serve.vllm_plugin.static import StaticStep
 from soppu.serve.vllm_plugin.step import Step
 
 _SCHEMA = "apply(Tensor x, Tensor(a!) y, int layer) -> ()"
@@ -16,10 +17,10 @@ _SCHEMA = "apply(Tensor x, Tensor(a!) y, int layer) -> ()"
 class _Current:
     """The step of this process's worker."""
 
-    step: Step | None = None
+    step: Step | StaticStep | None = None
 
 
-def serve(step: Step) -> None:
+def serve(step: Step | StaticStep) -> None:
     """Let the operator ask `step` from now on."""
     register()
     _Current.step = step

@@ -18,12 +18,16 @@ from soppu.serve.vllm_plugin.layout import Linear, Part
 
 @dataclass(frozen=True)
 class Form:
-    """How tensors are kept, and where a bundle's rows lie: row `start` is its first user's."""
+    """How tensors are kept, and where a bundle's rows lie: row `start` is its first user's.
+
+    `ranks` fixes the rank of every layer, layer name -> k; without it each bundle has what it needs.
+    """
 
     dtype: torch.dtype
     device: torch.device
     start: int = 1
     spare: int = 0
+    ranks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +113,8 @@ def build(
     bases, width = {}, 0
     for linear in linears:
         held = [factors.get(part.module) for part in linear.parts]
-        if any(held):
-            k = max(max(f.U.shape[1], f.V.shape[1]) for one in held if one for f in one.shared.values())
+        k = _rank(linear, held, form)
+        if k:
             shared = [[one.shared.get(c) if one else None for one in held] for c in range(clusters)]
             bases[linear.name] = tuple(_basis(linear, these, (k, width), form) for these in shared)
             width += len(linear.parts) * k * k
@@ -135,6 +139,20 @@ def refuse_own(factors: Mapping[str, ModuleFactors], bundle_id: str) -> None:
             f"bundle {bundle_id[:12]}: {users} users have numbers of their own beside the shared basis, which"
             " the vLLM plugin cannot apply; compress with --method joint, joint-diag or cluster"
         )
+
+
+def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> int:
+    """The rank a layer is laid out with; 0 where nothing is. Raises BundleError above what is fixed."""
+    sides = [f for one in held if one for f in one.shared.values()]
+    needed = max((max(f.U.shape[1], f.V.shape[1]) for f in sides), default=0)
+    if form.ranks is None:
+        return needed
+    if needed > form.ranks[linear.name]:
+        raise BundleError(
+            f"{linear.name}: shared rank {needed}, this server was started with"
+            f" {form.ranks[linear.name]}; restart it with SOPPU_BUNDLE naming this bundle"
+        )
+    return form.ranks[linear.name]
 
 
 def _basis(

@@ -16,6 +16,7 @@ from soppu.serve.vllm_plugin import layout, op, resident
 from soppu.serve.vllm_plugin.kernels import Kernel
 from soppu.serve.vllm_plugin.layout import Linear
 from soppu.serve.vllm_plugin.resident import Form
+from soppu.serve.vllm_plugin.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.step import Step
 
 
@@ -24,6 +25,7 @@ class Worker:
 
     Args:
         linears: every linear layer of the engine.
+        how: the kernel, or the sizes of the buffers of an engine that records its passes and replays them.
         bundle: the bundle served from the start, under `bundle_id`.
 
     Raises:
@@ -31,14 +33,20 @@ class Worker:
     """
 
     def __init__(
-        self, linears: Sequence[Linear], kernel: Kernel, form: Form, *, bundle: Bundle, bundle_id: str
+        self, linears: Sequence[Linear], how: Kernel | Limits, form: Form, *, bundle: Bundle, bundle_id: str
     ) -> None:
         self._form, self.first_id = form, bundle_id
         factors = resident.read(bundle, bundle_id)
         shapes = {name: bundle.shapes[name] for name in factors}
         chosen = layout.adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
-        self.step = Step(chosen, kernel)
-        self.step.add(resident.build(bundle, factors, chosen, form))
+        first = resident.build(bundle, factors, chosen, form)
+        self.step: Step | StaticStep
+        if isinstance(how, Limits):
+            self._form = replace(form, ranks={name: bases[0].k for name, bases in first.bases.items()})
+            self.step = StaticStep(chosen, first, how)
+        else:
+            self.step = Step(chosen, how)
+            self.step.add(first)
         op.serve(self.step)
 
     @property

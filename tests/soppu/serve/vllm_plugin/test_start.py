@@ -46,7 +46,7 @@ def test_settings_name_the_variable_and_what_is_allowed(tmp_path: Path) -> None:
         ("SOPPU_MAX_ERROR", "two", r"SOPPU_MAX_ERROR='two': a relative error between 0 and 1"),
         ("SOPPU_MAX_ERROR", "nan", r"SOPPU_MAX_ERROR='nan'"),
         ("SOPPU_SPARE_ROWS", "-1", r"SOPPU_SPARE_ROWS='-1': a whole number"),
-        ("SOPPU_KERNEL", "fast", r"SOPPU_KERNEL='fast': allowed are auto, native, torch"),
+        ("SOPPU_KERNEL", "fast", r"SOPPU_KERNEL='fast': allowed are auto, native, torch, static"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings.read({"SOPPU_BUNDLE": str(bundle), name: value})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from soppu.errors import BundleError
 from soppu.serve.vllm_plugin import build, kernels, layout, resident
 from soppu.serve.vllm_plugin.kernels import Kernel
 from soppu.serve.vllm_plugin.resident import Form
+from soppu.serve.vllm_plugin.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.step import Step
 from tests.soppu.serve import handmade
 from tests.soppu.serve.vllm_plugin import engine
@@ -25,35 +26,51 @@ USERS = {
     "cem": [SHARED],
     "dot": [()],  # an adapter of zeros
 }
+How = Kernel | Limits
 LAYERS = ("block.qkv_proj", "block.o_proj")
 
 
-def _native() -> Kernel:
+def _native() -> How:
     if why := build.load():
         pytest.skip(f"no compiled kernel: {why}")
     return kernels.native
 
 
-@pytest.fixture(params=["plain", "native"])
-def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return kernels.plain if request.param == "plain" else _native()
+@pytest.fixture(params=["plain", "native", "static"])
+def kernel(request: pytest.FixtureRequest) -> How:
+    made: dict[str, Callable[[], How]] = {
+        "plain": lambda: kernels.plain,
+        "native": _native,
+        "static": _static,
+    }
+    return made[request.param]()
+
+
+def _static() -> How:
+    return Limits(tokens=1400, requests=20, bases=4)
 
 
 def _bundle(**changes: object) -> Bundle:
     return handmade.bundle(engine.SHAPES, USERS, **changes)  # type: ignore[arg-type]
 
 
-def _step(bundle: Bundle, kernel: Kernel, **form: object) -> Step:
+def _step(bundle: Bundle, kernel: How, **form: object) -> Step | StaticStep:
     factors = resident.read(bundle, "b" * 64)
     shapes = {name: bundle.shapes[name] for name in factors}
     linears = layout.adapted(engine.linears(), shapes, who="bundle")
-    step = Step(linears, kernel)
     chosen = Form(**{"dtype": torch.float32, "device": torch.device("cpu"), "start": 1, "spare": 2} | form)  # type: ignore[arg-type]
-    step.add(resident.build(bundle, factors, linears, chosen))
+    return _made(linears, kernel, resident.build(bundle, factors, linears, chosen))
+
+
+def _made(linears: list[layout.Linear], kernel: How, first: resident.Resident) -> Step | StaticStep:
+    if isinstance(kernel, Limits):
+        return StaticStep(linears, first, kernel)
+    step = Step(linears, kernel)
+    step.add(first)
     return step
 
 
-def _run(step: Step, layer: str, x: Tensor) -> Tensor:
+def _run(step: Step | StaticStep, layer: str, x: Tensor) -> Tensor:
     names = [linear.name for linear in step.linears]
     y = torch.ones(len(x), sum(engine.SHAPES[name][0] for name in engine.PACKED[layer]), dtype=x.dtype)
     if layer in names:
@@ -72,7 +89,7 @@ def _close(got: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize("clusters", [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 2, 0]])
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1, 1], [3, 11, 1, 7, 0, 2]])
 def test_a_mixed_batch_gets_every_users_own_change(
-    kernel: Kernel, clusters: list[int], counts: list[int]
+    kernel: How, clusters: list[int], counts: list[int]
 ) -> None:
     bundle = _bundle(clusters=clusters)
     step = _step(bundle, kernel)
@@ -84,7 +101,7 @@ def test_a_mixed_batch_gets_every_users_own_change(
         _close(_run(step, layer, x), engine.expected(bundle, tokens, layer, x))
 
 
-def test_tokens_of_the_base_model_keep_their_very_bits(kernel: Kernel) -> None:
+def test_tokens_of_the_base_model_keep_their_very_bits(kernel: How) -> None:
     bundle = _bundle()
     step = _step(bundle, kernel)
     step.begin(_rows(bundle, ["ann", None, "bob", None]), np.array([1, 1, 1, 2]))
@@ -95,7 +112,7 @@ def test_tokens_of_the_base_model_keep_their_very_bits(kernel: Kernel) -> None:
     assert not torch.equal(after[0], y[0])
 
 
-def test_a_batch_of_the_base_model_alone_does_nothing(kernel: Kernel) -> None:
+def test_a_batch_of_the_base_model_alone_does_nothing(kernel: How) -> None:
     bundle = _bundle()
     step = _step(bundle, kernel)
     step.begin(_rows(bundle, ["ann"]), np.array([4]))
@@ -103,7 +120,7 @@ def test_a_batch_of_the_base_model_alone_does_nothing(kernel: Kernel) -> None:
     assert not _run(step, "block.qkv_proj", torch.randn(4, 20)).any()
 
 
-def test_a_long_prompt_is_taken_in_chunks(kernel: Kernel) -> None:
+def test_a_long_prompt_is_taken_in_chunks(kernel: How) -> None:
     bundle = _bundle(clusters=[0, 1, 0, 1])
     step = _step(bundle, kernel)
     step.begin(_rows(bundle, ["ann", "bob", "cem"]), np.array([700, 1, 600]))
@@ -113,15 +130,15 @@ def test_a_long_prompt_is_taken_in_chunks(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize(("k_out", "k_in"), [(16, 16), (33, 40), (3, 7)])
-def test_ranks_of_every_size(kernel: Kernel, k_out: int, k_in: int) -> None:
+def test_ranks_of_every_size(kernel: How, k_out: int, k_in: int) -> None:
     wide = {"block.o_proj": (80, 96)}
     users = {"ann": [("shared",) * 2], "bob": [("shared",) * 40]}  # thin core factors, and full cores
     bundle = handmade.bundle(wide, users, sizes=handmade.Sizes(k_out=k_out, k_in=k_in))
     factors = resident.read(bundle, "b" * 64)
     part = layout.Part("block.o_proj", wide["block.o_proj"], first=0, size=80, at=5)
     linear = layout.Linear("block.o_proj", first=0, size=96, out=90, parts=(part,))
-    step = Step([linear], kernel)
-    step.add(resident.build(bundle, factors, [linear], Form(torch.float32, torch.device("cpu"))))
+    form = Form(torch.float32, torch.device("cpu"))
+    step = _made([linear], kernel, resident.build(bundle, factors, [linear], form))
     step.begin(np.array([2, 1]), np.array([5, 6]))
     x, y = torch.randn(11, 96), torch.zeros(11, 90)
     step.apply(x, y, 0)
@@ -130,7 +147,7 @@ def test_ranks_of_every_size(kernel: Kernel, k_out: int, k_in: int) -> None:
     assert not y[:, :5].any() and not y[:, 85:].any()
 
 
-def test_bfloat16_stays_within_its_own_rounding(kernel: Kernel) -> None:
+def test_bfloat16_stays_within_its_own_rounding(kernel: How) -> None:
     bundle = _bundle()
     step = _step(bundle, kernel, dtype=torch.bfloat16)
     tokens = ["ann", None, "cem", "bob"] * 5
@@ -171,14 +188,13 @@ def test_modules_nobody_changes_are_left_alone() -> None:
     assert [part.module for part in step.linears[0].parts] == ["block.q_proj"]
 
 
-def test_two_bundles_at_once(kernel: Kernel) -> None:
+def test_two_bundles_at_once(kernel: How) -> None:
     old, new = _bundle(seed=1), _bundle(seed=2, clusters=[1, 0, 1, 0])
     step = _step(old, kernel)
     first = 1 + len(old.users) + 2
-    factors = resident.read(new, "c" * 64)
-    step.add(
-        resident.build(new, factors, step.linears, Form(torch.float32, torch.device("cpu"), start=first))
-    )
+    ranks = {name: bases[0].k for name, bases in step.at(1).bases.items()}
+    form = Form(torch.float32, torch.device("cpu"), start=first, ranks=ranks)
+    step.add(resident.build(new, resident.read(new, "c" * 64), step.linears, form))
     rows = np.concatenate([_rows(old, ["ann", "cem"]), [0], _rows(new, ["ann", "bob"], first)])
     x = torch.randn(5, 20)
     step.begin(rows, np.ones(5, dtype=np.int64))
@@ -208,3 +224,31 @@ def test_a_module_the_engine_lacks_is_named() -> None:
         layout.adapted(engine.linears(), bundle.shapes, who="bundle")
     with pytest.raises(BundleError, match=r"block\.q_proj: shape \(4, 4\), the base model has \(24, 20\)"):
         layout.adapted(engine.linears(), {"block.q_proj": (4, 4)}, who="bundle")
+
+
+def test_a_recorded_pass_serves_whoever_is_in_the_batch_when_it_is_replayed() -> None:
+    """What the pass reads stays where it is: the same addresses before and after a batch of others."""
+    bundle = _bundle(clusters=[0, 1, 0, 1])
+    step = _step(bundle, _static())
+    assert isinstance(step, StaticStep)
+    read = [step._slots.data_ptr(), step._slot.data_ptr(), step._base.data_ptr()]
+    read += [layer.V.data_ptr() for layer in step._layers]
+    for tokens in (["ann", "bob"], [None, "cem", "ann", "dot", "bob"], ["cem"], [None, None, None]):
+        padded = [*tokens, *[None] * (8 - len(tokens))]  # a recorded pass is longer than the batch
+        step.begin(_rows(bundle, tokens), np.ones(len(tokens), dtype=np.int64))
+        x = torch.randn(8, 20)
+        _close(_run(step, "block.qkv_proj", x), engine.expected(bundle, padded, "block.qkv_proj", x))
+    now = [step._slots.data_ptr(), step._slot.data_ptr(), step._base.data_ptr()]
+    assert read == now + [layer.V.data_ptr() for layer in step._layers]
+
+
+def test_a_static_server_says_when_a_bundle_finds_no_place() -> None:
+    old, new = _bundle(seed=1, clusters=[0, 1, 0, 1]), _bundle(seed=2, clusters=[0, 1, 2, 0])
+    step = _step(old, _static())
+    ranks = {name: bases[0].k for name, bases in step.at(1).bases.items()}
+    form = Form(torch.float32, torch.device("cpu"), start=10, ranks=ranks)
+    with pytest.raises(BundleError, match="3 bases are needed, 2 of 4 are free"):
+        step.add(resident.build(new, resident.read(new, "c" * 64), step.linears, form))
+    wider = _bundle(sizes=handmade.Sizes(k_out=8, k_in=8))
+    with pytest.raises(BundleError, match="shared rank 8, this server was started with 6"):
+        resident.build(wider, resident.read(wider, "c" * 64), step.linears, form)
