@@ -135,6 +135,11 @@ def _refuse(config: Any) -> None:
         raise ConfigError(
             f"--pipeline-parallel-size {size}: the SOPPU plugin supports 1; tensor parallel is allowed"
         )
+    if config.parallel_config._api_process_count > 1:
+        count = config.parallel_config._api_process_count
+        raise ConfigError(
+            f"--api-server-count {count}: the SOPPU plugin keeps its names in one, start with 1"
+        )
     if config.parallel_config.enable_dbo:
         raise ConfigError("--enable-dbo: the SOPPU plugin needs whole batches; start without it")
     if config.use_v2_model_runner:

@@ -21,8 +21,8 @@ class Settings:
         max_error: SOPPU_MAX_ERROR, relative error a runtime adapter may have on the resident basis; None
             allows what the worst user of the bundle has.
         spare_rows: SOPPU_SPARE_ROWS, runtime adapters a bundle version has room for.
-        kernel: SOPPU_KERNEL, "native" (compiled, CPU only), "torch", "static" (always on a GPU, where passes are
-            recorded and replayed), or "auto": native where it can be built.
+        kernel: SOPPU_KERNEL, "native" (compiled, CPU only), "torch", "static" (always on a GPU, where passes
+            are recorded and replayed), or "auto": native where it can be built.
         admin_token: SOPPU_ADMIN_TOKEN, asked for by the admin routes; "" leaves them open.
     """
 

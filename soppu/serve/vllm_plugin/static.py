@@ -1,8 +1,8 @@
 """StaticStep: what `step.Step` does, for engines that record a pass once and replay it, as CUDA graphs do.
 
-Nothing that a recorded pass reads may move, and it may not depend on who is in the batch. So the bases lie side
-by side in one tensor a layer, every request's cores are copied to a slot before the pass, and each token reads
-its slot and the place of its basis from buffers. The base model's tokens read the zero slot.
+Nothing that a recorded pass reads may move, and it may not depend on who is in the batch. So the bases lie
+side by side in one tensor a layer, every request's cores are copied to a slot before the pass, and each token
+reads its slot and the place of its basis from buffers. The base model's tokens read the zero slot.
 """
 
 from __future__ import annotations
