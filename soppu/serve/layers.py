@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from soppu.errors import UnsupportedModel
 from soppu.serve.routing import Routing
 
 # model_type -> layers that transformers feeds with (rows * tokens, features).
@@ -58,16 +59,22 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, T, i) -> (b, T, o); (b T, i) -> (b T, o) where the layer is flat."""
+        """(b, T, i) -> (b, T, o); (b T, i) -> (b T, o) where the layer is flat.
+
+        Raises:
+            UnsupportedModel: the layer's input does not keep the batch as its first dimension.
+        """
         y: Tensor = self.base(x)
         routing = self._router.routing
-        if routing is None:
+        if routing is None or not routing.changes(self.name):
             return y
-        if self.flat:
-            rows = routing.rows
-            changed = routing.apply(self.name, x.view(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1]))
-            return changed.view(y.shape)
-        return routing.apply(self.name, x, y)
+        if not self.flat and (x.ndim != 3 or x.shape[0] != routing.rows):
+            raise UnsupportedModel(
+                f"{self.name}: input of shape {tuple(x.shape)} for a batch of {routing.rows} rows;"
+                " per-row adapters need (rows, tokens, features)"
+            )
+        routing.apply((self.name,), x.reshape(-1, x.shape[-1]), [y.view(-1, y.shape[-1])])
+        return y
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -6,12 +6,38 @@ through the bases of the user's cluster, or by a LoRA pair of their own, or not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from soppu.adapter import LoraPair
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The cores of m users at M modules in one tensor, so that a batch's are gathered once for all of them.
+
+    The modules have cores of one shape, and their users are in the same places.
+
+    Attributes:
+        P: (M, m, k_out, c), see `SharedFactors`.
+        Q: (M, m, c, k_in) or None.
+    """
+
+    P: Tensor
+    Q: Tensor | None
+    _inputs: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def V(self, shared: Sequence[SharedFactors]) -> Tensor:
+        """(i, sum of k_in): the input bases of modules of this stack side by side, put together once."""
+        if len(shared) == 1:
+            return shared[0].V
+        numbers = tuple(one.number for one in shared)
+        if numbers not in self._inputs:
+            self._inputs[numbers] = torch.cat([one.V for one in shared], dim=1)
+        return self._inputs[numbers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +49,16 @@ class SharedFactors:
         V: (i, k_in) input basis of the cluster.
         P: (m, k_out, c) left core factors; the full cores (m, k_out, k_in) where Q is None.
         Q: (m, c, k_in) right core factors, or None.
+        stack: what P and Q are a part of; None where they stand alone.
+        number: their place in it.
     """
 
     U: Tensor
     V: Tensor
     P: Tensor
     Q: Tensor | None
+    stack: Stack | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True, eq=False)
