@@ -99,6 +99,7 @@ class KVCache:
         here = self.layers[layer][:, step.slots[0] : step.slots[-1] + 1, :, : step.seen]
         return here[0], here[1]
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Zero a slot."""
         for layer in self.layers.values():
