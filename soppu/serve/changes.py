@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from soppu.serve.slots import Bases
+
 _SMALL = 1 << 15  # numbers; torch works on fewer in one thread, so products need no meeting of threads
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Linear layers that share an input: full-model names, and out-features. Their outputs lie side by side."""
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    def columns(self, number: int) -> slice:
+        """Where the outputs of one of them are."""
+        start = sum(self.widths[:number])
+        return slice(start, start + self.widths[number])
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,64 +31,53 @@ class SharedChange:
 
     Attributes:
         rows: (m,) their places in the batch; None where they are all of it.
-        numbers: which outputs of the layers the M modules are.
-        U: M output bases (o, k_out).
-        V: (i, M k_in) input bases side by side.
+        bases: of the modules.
         P: (M, m, k_out, c) cores of the rows, or their left factors.
         Q: (M, m, c, k_in) right factors or None.
     """
 
     rows: Tensor | None
-    numbers: Sequence[int]
-    U: Sequence[Tensor]
-    V: Tensor
+    bases: Bases
     P: Tensor
     Q: Tensor | None
 
-    def add(self, x: Tensor, ys: Sequence[Tensor], tokens: int) -> None:
+    def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
         """Add x V Q^T P^T U^T to the outputs.
 
         O(m tokens (i k_in + c (k_in + k_out) + o k_out)) a module.
 
         Args:
             x: (b tokens, i) input of the layers.
-            ys: (b tokens, o) outputs of all of them, changed in place.
+            y: (b tokens, o) outputs of all of them, changed in place.
             tokens: of every row.
         """
-        t = _pick(x, self.rows, tokens) @ self.V
+        t = self.bases.V(_pick(x, self.rows, tokens))
         M, m = self.P.shape[:2]
         t = t.view(m, tokens, M, -1).permute(2, 0, 1, 3)
         if self.Q is not None:
             t = _times(self.Q, t)
         t = _times(self.P, t)
-        for j, (number, U) in enumerate(zip(self.numbers, self.U, strict=True)):
-            z = t[j].reshape(m * tokens, -1)
-            if self.rows is None:
-                ys[number].addmm_(z, U.mT)
-            else:
-                _put(z @ U.mT, ys[number], self.rows, tokens)
+        change = self.bases.U(t.permute(1, 2, 0, 3).reshape(m * tokens, -1))
+        _put(change, y, self.rows, tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class PairChange:
     """What m rows of LoRA pairs add at one module: A (m, R, i), B (m, o, R), padded with zeros to rank R.
 
-    `number` is which of the layers' outputs the module is; `rows` as in `SharedChange`.
+    `columns` are where the module's outputs are; `rows` as in `SharedChange`.
     """
 
     rows: Tensor | None
-    number: int
+    columns: slice
     A: Tensor
     B: Tensor
 
-    def add(self, x: Tensor, ys: Sequence[Tensor], tokens: int) -> None:
-        """Add x A^T B^T to one output; arguments as in `SharedChange.add`. O(m tokens R (i + o))."""
+    def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
+        """Add x A^T B^T to one module's output; arguments as in `SharedChange.add`. O(m tokens R (i + o))."""
         x = _pick(x, self.rows, tokens).view(-1, tokens, x.shape[1])
         change = torch.bmm(torch.bmm(x, self.A.mT), self.B.mT).view(-1, self.B.shape[1])
-        if self.rows is None:
-            ys[self.number].add_(change)
-        else:
-            _put(change, ys[self.number], self.rows, tokens)
+        _put(change, y[:, self.columns], self.rows, tokens)
 
 
 Change = SharedChange | PairChange
@@ -98,9 +101,11 @@ def _pick(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     return x.unflatten(0, (-1, tokens)).index_select(0, rows).flatten(0, 1)
 
 
-def _put(change: Tensor, y: Tensor, rows: Tensor, tokens: int) -> None:
+def _put(change: Tensor, y: Tensor, rows: Tensor | None, tokens: int) -> None:
     """Add the change (m tokens, o) of some rows to y (b tokens, o)."""
-    if tokens == 1:
+    if rows is None:
+        y.add_(change)
+    elif tokens == 1:
         y.index_add_(0, rows, change)
     else:
         y.unflatten(0, (-1, tokens)).index_add_(0, rows, change.unflatten(0, (-1, tokens)))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from soppu.serve.cache import KVCache, Step, gaps
+from soppu.serve.changes import Layers
 from soppu.serve.packed import PackedLinear
 from soppu.serve.routing import Routing
 
@@ -56,21 +57,21 @@ class _Heads:
 
 @dataclass(frozen=True, eq=False)
 class _Projection:
-    """Linear layers of one input as one product, and the names adapters know them by."""
+    """Linear layers of one input as one product, and what adapters know them by."""
 
-    names: tuple[str, ...]
+    layers: Layers
     linear: PackedLinear
 
     @classmethod
     def of(cls, parent: nn.Module, prefix: str, leaves: tuple[str, ...]) -> _Projection:
-        names = tuple(f"{prefix}.{leaf}".lstrip(".") for leaf in leaves)
-        return cls(names, PackedLinear([parent.get_submodule(leaf) for leaf in leaves]))
+        modules: list[Any] = [parent.get_submodule(leaf) for leaf in leaves]
+        widths = tuple(module.weight.shape[0] for module in modules)
+        return cls(Layers(tuple(f"{prefix}{leaf}" for leaf in leaves), widths), PackedLinear.of(modules))
 
     def __call__(self, x: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
         """(m, i) -> (m, o), with the change of every row's adapter, and the residual where there is one."""
         y = self.linear(x) if residual is None else self.linear.plus(x, residual)
-        if not routing.is_base and routing.changes(*self.names):
-            routing.apply(self.names, x, y.split(self.linear.widths, dim=1))
+        routing.apply(self.layers, x, y)
         return y
 
 
@@ -79,10 +80,10 @@ class _Block:
 
     def __init__(self, layer: Any, name: str, heads: _Heads) -> None:
         attention, self._heads = layer.self_attn, heads
-        self._qkv = _Projection.of(attention, f"{name}.self_attn", _QKV)
-        self._o = _Projection.of(attention, f"{name}.self_attn", ("o_proj",))
-        self._gate_up = _Projection.of(layer.mlp, f"{name}.mlp", _GATE_UP)
-        self._down = _Projection.of(layer.mlp, f"{name}.mlp", ("down_proj",))
+        self._qkv = _Projection.of(attention, f"{name}.self_attn.", _QKV)
+        self._o = _Projection.of(attention, f"{name}.self_attn.", ("o_proj",))
+        self._gate_up = _Projection.of(layer.mlp, f"{name}.mlp.", _GATE_UP)
+        self._down = _Projection.of(layer.mlp, f"{name}.mlp.", ("down_proj",))
         self._norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self._head_norms: tuple[_Norm, _Norm] | None = None
         if hasattr(attention, "q_norm"):
@@ -212,6 +213,6 @@ class LlamaDecoder:
         head = self._model.lm_head
         if head._forward_hooks:  # somebody listens there, as one may with transformers' own forward
             logits: Tensor = head(x)
-            routing.apply(self._head.names, x, [logits])
+            routing.apply(self._head.layers, x, logits)
             return logits
         return self._head(x, routing)

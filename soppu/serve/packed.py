@@ -1,4 +1,4 @@
-"""PackedLinear: frozen linear layers that share an input, as one product in the layout oneDNN is fastest with.
+"""PackedLinear: a frozen product in the layout oneDNN is fastest with.
 
 torch lays a weight out anew in every product of few rows; here that is done once. Where oneDNN does not do
 it (another device, a number format it lacks), the product is torch's own.
@@ -17,22 +17,23 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear:
-    """y = x [W_1; W_2; ...]^T + [b_1; b_2; ...] for layers of one input.
+    """y = x W^T + b, W (o, i) frozen, b (o,) or None."""
 
-    Args:
-        layers: `nn.Linear` or anything with such a `weight` (o, i) and `bias` (o,) or None.
-
-    Attributes:
-        widths: out-features of every layer.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        weights = [layer.weight.detach() for layer in layers]  # type: ignore[operator]
-        self.widths = [weight.shape[0] for weight in weights]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._bias = _biases(layers, weights)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._packed = can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._packed else weight
+        self._bias = bias
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Module]) -> PackedLinear:
+        """Linear layers of one input, with a `weight` (o, i) and a `bias` (o,) or None, outputs side by side."""
+        weights = [layer.weight.detach() for layer in layers]  # type: ignore[operator]
+        biases = [layer.bias for layer in layers]
+        bias = None
+        if any(one is not None for one in biases):
+            pairs = zip(biases, weights, strict=True)
+            bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b.detach() for b, w in pairs])  # type: ignore[operator]
+        return cls(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(m, i) -> (m, o)."""
@@ -52,15 +53,3 @@ def can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _biases(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> Tensor | None:
-    given = [layer.bias for layer in layers]
-    if all(bias is None for bias in given):
-        return None
-    return torch.cat(
-        [
-            weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()  # type: ignore[operator]
-            for bias, weight in zip(given, weights, strict=True)
-        ]
-    )

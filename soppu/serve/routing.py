@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraPair
-from soppu.serve.changes import Change, PairChange, SharedChange
-from soppu.serve.slots import BundleSlot, ModuleFactors, PairSlot, SharedFactors, Slot, Stack
+from soppu.serve.changes import Change, Layers, PairChange, SharedChange
+from soppu.serve.packed import PackedLinear
+from soppu.serve.slots import Bases, BundleSlot, ModuleFactors, PairSlot, SharedFactors, Slot, Stack
 
 Places = list[tuple[int, int]]  # (row of the batch, place in the cores)
 
@@ -36,7 +37,7 @@ class Routing:
                 self._bundles.setdefault(id(slot.modules), []).append((row, slot))
             elif isinstance(slot, PairSlot):
                 self._pairs.append((row, slot))
-        self._changes: dict[tuple[str, ...], tuple[Change, ...]] = {}
+        self._changes: dict[Layers, tuple[Change, ...]] = {}
         self._places: dict[tuple[int, int], dict[int, Places]] = {}
         self._cores: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._numbers: dict[int, Tensor | None] = {}
@@ -46,35 +47,35 @@ class Routing:
         """True where every row is the base model's."""
         return not self._bundles and not self._pairs
 
-    def changes(self, *modules: str) -> tuple[Change, ...]:
-        """The changes of modules that share an input.
+    def changes(self, layers: Layers) -> tuple[Change, ...]:
+        """The changes of layers that share an input.
 
-        For each of them at most one for each cluster of each bundle, and one for all pairs; modules whose cores
+        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose cores
         are in one stack have theirs in common.
         """
-        if modules not in self._changes:
-            self._changes[modules] = () if self.is_base else tuple(self._gather(modules))
-        return self._changes[modules]
+        if layers not in self._changes:
+            self._changes[layers] = () if self.is_base else tuple(self._gather(layers))
+        return self._changes[layers]
 
-    def apply(self, modules: tuple[str, ...], x: Tensor, ys: Sequence[Tensor]) -> None:
-        """Add the changes of modules that share an input to their outputs, in place; rows of the base stay.
+    def apply(self, layers: Layers, x: Tensor, y: Tensor) -> None:
+        """Add the changes of layers to their outputs, in place; rows of the base stay.
 
         Args:
-            modules: full-model module names.
-            x: their input (b T, i), b the rows of this routing, every row's T tokens together.
-            ys: the output (b T, o) of each.
+            layers: those whose input is x.
+            x: (b T, i), b the rows of this routing, every row's T tokens together.
+            y: (b T, o) the outputs of all of them.
         """
-        for change in self.changes(*modules):
-            change.add(x, ys, x.shape[0] // self.rows)
+        for change in self.changes(layers):
+            change.add(x, y, x.shape[0] // self.rows)
 
-    def _gather(self, modules: tuple[str, ...]) -> Iterator[Change]:
+    def _gather(self, layers: Layers) -> Iterator[Change]:
         pairs: dict[int, list[tuple[int, LoraPair]]] = {}
-        for number, module in enumerate(modules):
-            found = [(row, slot.pairs[module]) for row, slot in self._pairs if module in slot.pairs]
-            pairs[number] = found
+        for number, module in enumerate(layers.names):
+            pairs[number] = [(row, slot.pairs[module]) for row, slot in self._pairs if module in slot.pairs]
         for members in self._bundles.values():
-            factors = {n: f for n, m in enumerate(modules) if (f := members[0][1].modules.get(m)) is not None}
-            yield from self._shared(factors, members)
+            modules = members[0][1].modules
+            factors = {n: modules[name] for n, name in enumerate(layers.names) if name in modules}
+            yield from self._shared(layers, factors, members)
             for number, one in factors.items():
                 if one.own is not None:
                     owned = [(row, one.own.pair(slot.index)) for row, slot in members]
@@ -82,10 +83,10 @@ class Routing:
         for number, found in pairs.items():
             if found:
                 # in the order of rows: where they are the whole batch, no row numbers are kept
-                yield self._pair_change(number, sorted(found, key=lambda one: one[0]))
+                yield self._pair_change(layers.columns(number), sorted(found, key=lambda one: one[0]))
 
     def _shared(
-        self, factors: dict[int, ModuleFactors], members: list[tuple[int, BundleSlot]]
+        self, layers: Layers, factors: dict[int, ModuleFactors], members: list[tuple[int, BundleSlot]]
     ) -> Iterator[SharedChange]:
         """Parts of one stack together, others one by one."""
         parts: dict[int, tuple[Places, list[tuple[int, SharedFactors]]]] = {}
@@ -94,7 +95,7 @@ class Routing:
                 shared = one.shared[cluster]
                 parts.setdefault(id(shared.stack or shared), (here, []))[1].append((number, shared))
         for here, found in parts.values():
-            yield self._shared_change(here, found)
+            yield self._shared_change(layers, here, found)
 
     def _clusters(self, factors: ModuleFactors, members: list[tuple[int, BundleSlot]]) -> dict[int, Places]:
         """Cluster -> rows of the members served in shared form here; reckoned once for modules that agree."""
@@ -107,19 +108,21 @@ class Routing:
                     found.setdefault(slot.cluster, []).append((row, place))
         return self._places[key]
 
-    def _shared_change(self, here: Places, found: list[tuple[int, SharedFactors]]) -> SharedChange:
+    def _shared_change(
+        self, layers: Layers, here: Places, found: list[tuple[int, SharedFactors]]
+    ) -> SharedChange:
         shared = [one for _, one in found]
-        first = shared[0]
-        if first.stack is None:
+        stack, first = shared[0].stack, shared[0]
+        if stack is None:
             index = _index([place for _, place in here], first.P)
             P, Q = first.P[index][None], None if first.Q is None else first.Q[index][None]
-            V = first.V
-        else:
-            P, Q = self._stacked(first.stack, here)
-            V = first.stack.V(shared)
-            P, Q = _part(P, shared), None if Q is None else _part(Q, shared)
-        rows = self._rows(here, first.P)
-        return SharedChange(rows, [number for number, _ in found], U=[one.U for one in shared], V=V, P=P, Q=Q)
+            return SharedChange(self._rows(here, first.P), _bases(layers, found), P=P, Q=Q)
+        key = layers, *(number for number, _ in found)
+        if key not in stack.bases:
+            stack.bases[key] = _bases(layers, found)
+        cores = [None if one is None else _part(one, shared) for one in self._stacked(stack, here)]
+        assert cores[0] is not None
+        return SharedChange(self._rows(here, first.P), stack.bases[key], P=cores[0], Q=cores[1])
 
     def _stacked(self, stack: Stack, here: Places) -> tuple[Tensor, Tensor | None]:
         """The rows' cores at all modules of a stack, gathered once."""
@@ -129,19 +132,19 @@ class Routing:
             self._cores[id(stack)] = stack.P.index_select(1, index), Q
         return self._cores[id(stack)]
 
-    def _pair_change(self, number: int, members: list[tuple[int, LoraPair]]) -> PairChange:
+    def _pair_change(self, columns: slice, members: list[tuple[int, LoraPair]]) -> PairChange:
         pairs = [pair for _, pair in members]
         rows = None if len(pairs) == self.rows else _index([row for row, _ in members], pairs[0].A)
         rank = max(pair.rank for pair in pairs)
         if all(pair.rank == rank for pair in pairs):
             A, B = torch.stack([pair.A for pair in pairs]), torch.stack([pair.B for pair in pairs])
-            return PairChange(rows, number, A=A, B=B)
+            return PairChange(rows, columns, A=A, B=B)
         A = pairs[0].A.new_zeros(len(pairs), rank, pairs[0].A.shape[1])
         B = pairs[0].B.new_zeros(len(pairs), pairs[0].B.shape[0], rank)
         for position, pair in enumerate(pairs):
             A[position, : pair.rank] = pair.A
             B[position, :, : pair.rank] = pair.B
-        return PairChange(rows, number, A=A, B=B)
+        return PairChange(rows, columns, A=A, B=B)
 
     def _rows(self, here: Places, like: Tensor) -> Tensor | None:
         """Of places kept in this routing; made once for all modules that share them."""
@@ -154,6 +157,18 @@ class Routing:
 
 def _index(places: list[int], like: Tensor) -> Tensor:
     return torch.tensor(places, device=like.device)
+
+
+def _bases(layers: Layers, found: Sequence[tuple[int, SharedFactors]]) -> Bases:
+    """The bases of some modules of one input as two products, each once for all of them."""
+    V = torch.cat([one.V for _, one in found], dim=1)
+    U = V.new_zeros(sum(layers.widths), sum(one.U.shape[1] for _, one in found))
+    start = 0
+    for number, one in found:
+        end = start + one.U.shape[1]
+        U[layers.columns(number), start:end] = one.U
+        start = end
+    return Bases(V=PackedLinear(V.mT.contiguous()), U=PackedLinear(U))
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:

@@ -6,13 +6,13 @@ through the bases of the user's cluster, or by a LoRA pair of their own, or not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from soppu.adapter import LoraPair
+from soppu.serve.packed import PackedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,20 +24,25 @@ class Stack:
     Attributes:
         P: (M, m, k_out, c), see `SharedFactors`.
         Q: (M, m, c, k_in) or None.
+        bases: of modules of this stack that share an input, as they are asked for.
     """
 
     P: Tensor
     Q: Tensor | None
-    _inputs: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    bases: dict[tuple[object, ...], Bases] = field(default_factory=dict)
 
-    def V(self, shared: Sequence[SharedFactors]) -> Tensor:
-        """(i, sum of k_in): the input bases of modules of this stack side by side, put together once."""
-        if len(shared) == 1:
-            return shared[0].V
-        numbers = tuple(one.number for one in shared)
-        if numbers not in self._inputs:
-            self._inputs[numbers] = torch.cat([one.V for one in shared], dim=1)
-        return self._inputs[numbers]
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """The bases of M modules that share an input, as two products.
+
+    Attributes:
+        V: input (m, i) -> (m, M k_in).
+        U: (m, M k_out) -> (m, o) all outputs of that input's layers side by side, 0 where no module is theirs.
+    """
+
+    V: PackedLinear
+    U: PackedLinear
 
 
 @dataclass(frozen=True, eq=False)
