@@ -39,7 +39,8 @@ from soppu.targets.vllm import VllmTarget
 MODULE = "model.layers.29.mlp.down_proj"
 LORAX = ROOT / ".venv-lorax" / "bin" / "python"
 CLIENT = Path(__file__).with_name("soak_client.py")
-_STRENGTH = 3000.0
+_STRENGTH = 30_000.0  # beside which whatever else the layer has to say is nothing
+_MARGIN = 2.0  # between the logits of a voice and of the next best token
 _WARM_SHARE, _LAST_SHARE = 0.2, 0.8
 
 
@@ -94,9 +95,10 @@ class Voices:
             direction = torch.randn(self._model.config.hidden_size, generator=generator)
             direction /= direction.norm()
             with torch.inference_mode():
-                token = int(self._model.lm_head(self._model.model.norm(direction)).argmax())
+                best, chosen = self._model.lm_head(self._model.model.norm(direction)).topk(2)
+            token, clear = int(chosen[0]), float(best[0] - best[1]) > _MARGIN
             text = self._tokenizer.decode([token] * TOKENS)
-            if token not in self._seen and text.isascii() and text.strip() == text and text.isalpha():
+            if clear and token not in self._seen and text.isascii() and text.isalpha():
                 self._seen.add(token)
                 found.append((direction, text))
         return found
