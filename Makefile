@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 # LAPACK on two threads that share busy cores is many times slower than on one
 test test-fast bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status test test-fast lint format docs bench bench-compression clean
+.PHONY: help setup demo up down status test test-fast lint format docs bench bench-compression vllm clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,11 @@ status: setup    ## what is up
 
 .venv-lorax/.installed: tests/lorax_env.sh
 	bash tests/lorax_env.sh && touch $@
+
+.venv-vllm/.installed: tests/vllm_env.sh constraints-vllm.txt
+	PYTHON=$(PYTHON) sh tests/vllm_env.sh && touch $@
+
+vllm: .venv-vllm/.installed  ## the environment of a vLLM server with our plugin (gigabytes, minutes)
 
 test: setup .venv-lorax/.installed   ## all tests, real servers and a real federated run included
 	$(BIN)/python -m pytest
@@ -75,4 +80,4 @@ bench-compression: setup .venv-rivals/.installed  ## measure compression: all of
 		$(BIN)/python -m benchmarks.$$what || exit 1; done
 
 clean: down      ## remove the environment, state and runs
-	rm -rf $(VENV) .venv-lorax .soppu runs
+	rm -rf $(VENV) .venv-lorax .venv-vllm .soppu runs

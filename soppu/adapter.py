@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -249,6 +248,8 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
+    from peft import LoraConfig  # only where an adapter is written: servers that read bundles need no PEFT
+
     ranks = {name: pair.rank for name, pair in adapter.pairs.items()}
     rank = max(ranks.values())
     other = {name: value for name, value in ranks.items() if value != rank}

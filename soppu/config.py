@@ -21,6 +21,8 @@ from soppu.errors import ConfigError
 if TYPE_CHECKING:
     from soppu.compress.options import CompressOptions
 
+SHARED_METHODS = ("joint", "joint-diag", "cluster")  # all of a user is coordinates in a basis
+
 
 def _key(
     default: Any, *, low: float | None = None, high: float | None = None, one_of: tuple[Any, ...] = ()
@@ -153,9 +155,10 @@ class GateConfig:
 class ServeConfig:
     """The serving target bundles are pushed to."""
 
-    target: str = _key("embedded", one_of=("embedded",))
+    target: str = _key("embedded", one_of=("embedded", "vllm"))
     url: str = "http://127.0.0.1:8099"
     state: str = ".soppu/serve"
+    vllm_python: str = ".venv-vllm/bin/python"
     max_batch: int = _key(16, low=1)
     canary_prompt: str = "def main():"
     canary_tokens: int = _key(4, low=1)
@@ -314,6 +317,11 @@ def _cross_check(config: Config, faults: list[str]) -> None:
         )
     if not config.serve.url.startswith(("http://", "https://")):
         faults.append(f"serve.url: found {config.serve.url!r}, expected http://host:port")
+    if config.serve.target == "vllm" and config.compress.method not in SHARED_METHODS:
+        faults.append(
+            f"serve.target: vllm serves cores in shared bases; compress.method = {config.compress.method!r} keeps"
+            f" numbers of a user's own, allowed with it: {', '.join(SHARED_METHODS)}"
+        )
     faults += _compress_faults(config.compress)
 
 

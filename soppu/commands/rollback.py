@@ -30,10 +30,12 @@ def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> Non
     from soppu.errors import RegistryError, TargetError
     from soppu.registry import Registry  # torch comes along: not for `soppu --help`
     from soppu.stages.publish import previous_bundles, refuse_forgotten
-    from soppu.targets.embedded import EmbeddedTarget
+    from soppu.targets import kinds
 
     registry = Registry.open(root, catalogue=catalogue, create=False)
-    target = EmbeddedTarget(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
+    here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]
+    kind = here[0].target if here else "embedded"
+    target = kinds.of(kind)(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
     if not target.is_up():
         raise TargetError(f"{url}: nobody answers there")
     live = target.active()
@@ -45,5 +47,5 @@ def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> Non
     refuse_forgotten(registry, bundle_id)
     target.publish(registry.bundle_path(bundle_id), bundle_id=bundle_id)
     target.activate(bundle_id)
-    registry.record_publication(target="embedded", url=target.url, bundle_id=bundle_id)
+    registry.record_publication(target=kind, url=target.url, bundle_id=bundle_id)
     click.echo(f"{url}: {live[:12] or 'no bundle'} -> {bundle_id[:12]}")

@@ -22,7 +22,7 @@ from soppu import files
 from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError
 from soppu.serve.names import check_name
-from soppu.serve.state import ServerState
+from soppu.serve.served import Served
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,7 +35,7 @@ _MAX_UPLOAD = 8 << 30
 class AdminApi:
     """Routes that change what a server serves."""
 
-    def __init__(self, state: ServerState, *, token: str = "") -> None:
+    def __init__(self, state: Served, *, token: str = "") -> None:
         self._state = state
         self._token = token
 

@@ -1,12 +1,11 @@
-"""Engine: a background thread that answers generation requests of many users in shared batches.
+"""Engine: a queue, and a background thread that steps one batch of many users' requests for ever.
 
-Not for HTTP. A batch takes what waits when the one before it is empty; joining a running batch would be done
-in `soppu.serve.batch`.
+What waits joins the running batch at its next step, as soon as a row is free. Not for HTTP, nor for what a step
+does: that is `soppu.serve.batch`.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soppu.serve.bank import AdapterBank
-from soppu.serve.batch import Batch, Runner
+from soppu.serve.batch import Batch, BatchSize
+from soppu.serve.decoder import CacheSize, make_decoder
 from soppu.serve.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
-from soppu.serve.refusals import failed, incomplete, invalid, overloaded
+from soppu.serve.refusals import incomplete, invalid, overloaded
 
-_LOG = logging.getLogger(__name__)
 _UNHEALTHY_AFTER = 3
 
 
@@ -31,14 +30,16 @@ class EngineOptions:
         max_queue: requests that may wait; one more is refused with 429.
         max_input_tokens: longest prompt; the model's own limit may be lower.
         max_total_tokens: prompt and answer together; the model's own limit may be lower.
-        gather_seconds: how long the first waiting request waits for company.
+        prefill_tokens: prompt tokens read in one step; rows that decode wait no longer than that takes.
+        gather_seconds: how long a request that finds the engine idle waits for company.
     """
 
-    max_batch: int = 8
+    max_batch: int = 32
     max_queue: int = 128
     max_input_tokens: int = 1024
     max_total_tokens: int = 2048
-    gather_seconds: float = 0.005
+    prefill_tokens: int = 256
+    gather_seconds: float = 0.002
 
 
 class Engine:
@@ -58,12 +59,13 @@ class Engine:
         self.max_total_tokens = min(options.max_total_tokens, positions)
         self.max_input_tokens = min(options.max_input_tokens, self.max_total_tokens - 1)
         self._vocabulary = vocabulary(model, tokenizer)
-        self._runner = Runner(model, bank.router, pad=tokenizer.pad_token_id or 0)
+        decoder = make_decoder(model, bank.router, CacheSize(options.max_batch, self.max_total_tokens))
+        size = BatchSize(options.max_batch, options.prefill_tokens)
+        self._batch = Batch(decoder, size, device=model.device)
         self._waiting: deque[Generation] = deque()
         self._condition = threading.Condition()
         self._tokenizing = threading.Lock()
         self._closed = False
-        self._failed_batches = 0
         self._thread = threading.Thread(target=self._loop, name="soppu-engine", daemon=True)
 
     def __enter__(self) -> Engine:
@@ -80,13 +82,18 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """`alive`, and not three batches in a row have failed as a whole."""
-        return self.alive and self._failed_batches < _UNHEALTHY_AFTER
+        """`alive`, and not three steps in a row have failed as a whole."""
+        return self.alive and self._batch.failures < _UNHEALTHY_AFTER
 
     @property
     def waiting(self) -> int:
-        """Requests not yet in a batch."""
+        """Requests that have no row yet."""
         return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row of the batch."""
+        return len(self._batch)
 
     def start(self) -> None:
         """Start the thread; once started, it stays."""
@@ -100,8 +107,7 @@ class Engine:
             self._condition.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        while self._waiting:
-            self._waiting.popleft().fail(incomplete())
+        self._refuse_waiting()
 
     def submit(self, request: GenerationRequest, *, sink: Sink | None = None) -> Generation:
         """Queue a request; its adapter is resolved now.
@@ -150,46 +156,46 @@ class Engine:
         return tuple(ids), self.max_total_tokens - count if new is None else new
 
     def _loop(self) -> None:
-        while rows := self._gather():
-            batch = None
-            try:
-                batch = Batch(self._runner, rows)
-                while batch.rows and not self._closed:
-                    batch.step()
-                if not self._closed:
-                    self._failed_batches = 0
-            except (
-                Exception
-            ) as error:  # whatever one batch raises must not end the thread: its requests are told
-                self._failed_batches += 1
-                _LOG.exception("a batch of %d requests failed", len(rows))
-                for row in rows:
-                    row.fail(failed(f"{type(error).__name__}: {error}"))
-            for row in rows:
-                row.fail(incomplete())  # does nothing to a finished row
+        try:
+            while self._admit():
+                self._batch.step()
+        finally:  # whatever ends the thread, nobody is left waiting for it
+            with self._condition:
+                self._closed = True
+            self._batch.fail(incomplete())
+            self._refuse_waiting()
 
-    def _gather(self) -> list[Generation]:
-        """Wait for requests, then a moment for company. Empty means the engine was closed."""
-        rows: list[Generation] = []
+    def _admit(self) -> bool:
+        """Give free rows to what waits; with nothing under way, wait for it. False once the engine is closed."""
         with self._condition:
-            while not rows:  # all that waited may have been cancelled
-                self._condition.wait_for(lambda: self._closed or self._waiting)
-                self._condition.wait_for(
-                    lambda: self._closed or len(self._waiting) >= self.options.max_batch,
-                    timeout=self.options.gather_seconds,
-                )
-                if self._closed:
-                    return []
+            while not self._closed:
+                if not len(self._batch):
+                    self._idle()
                 self._purge()
-                count = min(len(self._waiting), self.options.max_batch)
-                rows = [self._waiting.popleft() for _ in range(count)]
-        for row in rows:
-            row.start()
-        return rows
+                while self._waiting and self._batch.free:
+                    row = self._waiting.popleft()
+                    row.start()
+                    self._batch.join(row)
+                if len(self._batch):  # all that waited may have been cancelled
+                    break
+            return not self._closed
+
+    def _idle(self) -> None:
+        """Wait for a request, then a moment for company. The condition is held."""
+        self._condition.wait_for(lambda: self._closed or self._waiting)
+        self._condition.wait_for(
+            lambda: self._closed or len(self._waiting) >= self.options.max_batch,
+            timeout=self.options.gather_seconds,
+        )
+
+    def _refuse_waiting(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().fail(incomplete())
 
     def _purge(self) -> None:
         """Drop what was cancelled while it waited. The condition is held."""
-        self._waiting = deque(row for row in self._waiting if not row.done)
+        if any(row.done for row in self._waiting):
+            self._waiting = deque(row for row in self._waiting if not row.done)
 
 
 def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

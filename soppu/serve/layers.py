@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from soppu.errors import UnsupportedModel
+from soppu.serve.changes import Layers
 from soppu.serve.routing import Routing
 
 # model_type -> layers that transformers feeds with (rows * tokens, features).
@@ -46,6 +48,7 @@ class AdaptedLinear(nn.Module):
         self.name = name
         self.flat = flat
         self._router = router
+        self._layers = Layers((name,), (linear_shape(base)[0],))
 
     @property
     def weight(self) -> Tensor:
@@ -58,27 +61,36 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, T, i) -> (b, T, o); (b T, i) -> (b T, o) where the layer is flat."""
+        """(b, T, i) -> (b, T, o); (b T, i) -> (b T, o) where the layer is flat.
+
+        Raises:
+            UnsupportedModel: the layer's input does not keep the batch as its first dimension.
+        """
         y: Tensor = self.base(x)
         routing = self._router.routing
-        if routing is None:
+        if routing is None or not routing.changes(self._layers):
             return y
-        if self.flat:
-            rows = routing.rows
-            changed = routing.apply(self.name, x.view(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1]))
-            return changed.view(y.shape)
-        return routing.apply(self.name, x, y)
+        if not self.flat and (x.ndim != 3 or x.shape[0] != routing.rows):
+            raise UnsupportedModel(
+                f"{self.name}: input of shape {tuple(x.shape)} for a batch of {routing.rows} rows;"
+                " per-row adapters need (rows, tokens, features)"
+            )
+        routing.apply(self._layers, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return y
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Every module an adapter may sit on: full name -> (o, i)."""
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (int(module.nf), int(module.nx))
-    return shapes
+    modules = model.named_modules()
+    return {name: linear_shape(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(o, i) of an `nn.Linear` or a `Conv1D`."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
 
 
 def install(model: nn.Module, names: Iterable[str], *, router: Router) -> None:

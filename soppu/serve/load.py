@@ -11,6 +11,7 @@ from torch import Tensor
 from soppu.compress.bundle import Bundle, Matrices
 from soppu.compress.components import Components, slots
 from soppu.serve.slots import ModuleFactors, OwnRows, SharedFactors
+from soppu.serve.stack import stacked
 
 Cast = Callable[[str, Tensor], Tensor]
 
@@ -34,7 +35,7 @@ def read(bundle: Bundle, *, cast: Cast) -> dict[str, ModuleFactors]:
             found[name].add(part)
     # taken out one by one, so that what was collected of a module is freed before the next is put together
     made = {name: found.pop(name).factors() for name in bundle.shapes}
-    return {name: factors for name, factors in made.items() if factors.shared or factors.own}
+    return stacked({name: factors for name, factors in made.items() if factors.shared or factors.own})
 
 
 def unchanged(bundle: Bundle) -> set[str]:

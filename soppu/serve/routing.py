@@ -1,62 +1,31 @@
-"""Routing: what every row of a batch adds to a layer's output. The tensor core of multi-adapter serving.
+"""Routing: which adapter every row of a batch goes to, gathered for the layers. The heart of multi-adapter serving.
 
 One batch may mix rows of one or several bundles, in shared-basis form (y = Wx + U P_user Q_user V^T x) or by
 pairs (y = Wx + B A x), rows of plain LoRA adapters and rows of the base model. Resolving names to slots
-belongs to `soppu.serve.bank`.
+belongs to `soppu.serve.bank`, the products to `soppu.serve.changes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from soppu.adapter import LoraPair
-from soppu.errors import UnsupportedModel
-from soppu.serve.slots import BundleSlot, ModuleFactors, PairSlot, SharedFactors, Slot
+from soppu.serve.changes import Change, Layers, PairChange, SharedChange
+from soppu.serve.packed import PackedLinear
+from soppu.serve.slots import Bases, BundleSlot, ModuleFactors, PairSlot, SharedFactors, Slot, Stack
 
-
-@dataclass(frozen=True, eq=False)
-class SharedChange:
-    """What m rows of one cluster of one bundle add at one module; `rows` is None for the whole batch."""
-
-    rows: Tensor | None
-    U: Tensor
-    V: Tensor
-    P: Tensor
-    Q: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` (m, T, i) -> x V Q^T P^T U^T (m, T, o). O(m T (i k_in + c (k_in + k_out) + o k_out))."""
-        t = x @ self.V
-        if self.Q is not None:
-            t = torch.bmm(t, self.Q.mT)
-        return torch.bmm(t, self.P.mT) @ self.U.mT
-
-
-@dataclass(frozen=True, eq=False)
-class PairChange:
-    """What m rows of LoRA pairs add at one module: A (m, R, i), B (m, o, R), padded with zeros to rank R."""
-
-    rows: Tensor | None
-    A: Tensor
-    B: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` (m, T, i) -> x A^T B^T (m, T, o). O(m T R (i + o))."""
-        return torch.bmm(torch.bmm(x, self.A.mT), self.B.mT)
-
-
-Change = SharedChange | PairChange
+Places = list[tuple[int, int]]  # (row of the batch, place in the cores)
 
 
 class Routing:
     """Which slot every row of a batch goes to; None is the base model.
 
-    The factors of a module are gathered once for a routing and reused by every decoding step, so make a
-    new routing only when rows leave or join.
+    The factors of a layer are gathered once for a routing and reused by every decoding step, so make a
+    new routing only when rows leave or join. Gathering a bundle whose users all have their cores in stacks is
+    one copy of the rows' cores for all modules.
     """
 
     def __init__(self, slots: Sequence[Slot | None]) -> None:
@@ -68,79 +37,143 @@ class Routing:
                 self._bundles.setdefault(id(slot.modules), []).append((row, slot))
             elif isinstance(slot, PairSlot):
                 self._pairs.append((row, slot))
-        self._changes: dict[str, tuple[Change, ...]] = {}
+        self._changes: dict[Layers, tuple[Change, ...]] = {}
+        self._places: dict[tuple[int, int], dict[int, Places]] = {}
+        self._cores: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._numbers: dict[int, Tensor | None] = {}
 
-    def changes(self, module: str) -> tuple[Change, ...]:
-        """The changes of one module: at most one for each cluster of each bundle, and one for all pairs."""
-        if module not in self._changes:
-            self._changes[module] = tuple(self._gather(module))
-        return self._changes[module]
+    @property
+    def is_base(self) -> bool:
+        """True where every row is the base model's."""
+        return not self._bundles and not self._pairs
 
-    def apply(self, module: str, x: Tensor, y: Tensor) -> Tensor:
-        """Add this module's changes to the base output `y` (b, T, o), in place; rows of the base stay.
+    def changes(self, layers: Layers) -> tuple[Change, ...]:
+        """The changes of layers that share an input.
+
+        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose cores
+        are in one stack have theirs in common.
+        """
+        if layers not in self._changes:
+            self._changes[layers] = () if self.is_base else tuple(self._gather(layers))
+        return self._changes[layers]
+
+    def apply(self, layers: Layers, x: Tensor, y: Tensor) -> None:
+        """Add the changes of layers to their outputs, in place; rows of the base stay.
 
         Args:
-            module: full-model module name.
-            x: the layer's input (b, T, i), b the rows of this routing.
-
-        Raises:
-            UnsupportedModel: the layer's input does not keep the batch as its first dimension.
+            layers: those whose input is x.
+            x: (b T, i), b the rows of this routing, every row's T tokens together.
+            y: (b T, o) the outputs of all of them.
         """
-        changes = self.changes(module)
-        if changes and (x.ndim != 3 or x.shape[0] != self.rows):
-            raise UnsupportedModel(
-                f"{module}: input of shape {tuple(x.shape)} for a batch of {self.rows} rows;"
-                " per-row adapters need (rows, tokens, features)"
-            )
-        for change in changes:
-            if change.rows is None:
-                y = y.add_(change(x))
-            else:
-                y = y.index_add_(0, change.rows, change(x[change.rows]))
-        return y
+        for change in self.changes(layers):
+            change.add(x, y, x.shape[0] // self.rows)
 
-    def _gather(self, module: str) -> Iterator[Change]:
-        pairs = [(row, slot.pairs[module]) for row, slot in self._pairs if module in slot.pairs]
+    def _gather(self, layers: Layers) -> Iterator[Change]:
+        pairs: dict[int, list[tuple[int, LoraPair]]] = {}
+        for number, module in enumerate(layers.names):
+            pairs[number] = [(row, slot.pairs[module]) for row, slot in self._pairs if module in slot.pairs]
         for members in self._bundles.values():
-            factors = members[0][1].modules.get(module)
-            if factors is None:
-                continue
-            for cluster, here in _places(factors, members).items():
-                yield self._shared_change(factors.shared[cluster], here)
-            if factors.own is not None:
-                found = [(row, factors.own.pair(slot.index)) for row, slot in members]
-                pairs += [(row, pair) for row, pair in found if pair is not None]
-        if pairs:
-            # in the order of rows: where they are the whole batch, no row numbers are kept
-            yield self._pair_change(sorted(pairs, key=lambda one: one[0]))
+            modules = members[0][1].modules
+            factors = {n: modules[name] for n, name in enumerate(layers.names) if name in modules}
+            yield from self._shared(layers, factors, members)
+            for number, one in factors.items():
+                if one.own is not None:
+                    owned = [(row, one.own.pair(slot.index)) for row, slot in members]
+                    pairs[number] += [(row, pair) for row, pair in owned if pair is not None]
+        for number, found in pairs.items():
+            if found:
+                # in the order of rows: where they are the whole batch, no row numbers are kept
+                yield self._pair_change(layers.columns(number), sorted(found, key=lambda one: one[0]))
 
-    def _shared_change(self, factors: SharedFactors, members: list[tuple[int, int]]) -> SharedChange:
-        index = torch.tensor([place for _, place in members], device=factors.P.device)
-        rows = self._rows([row for row, _ in members], factors.P.device)
-        Q = None if factors.Q is None else factors.Q[index]
-        return SharedChange(rows, U=factors.U, V=factors.V, P=factors.P[index], Q=Q)
+    def _shared(
+        self, layers: Layers, factors: dict[int, ModuleFactors], members: list[tuple[int, BundleSlot]]
+    ) -> Iterator[SharedChange]:
+        """Parts of one stack together, others one by one."""
+        parts: dict[int, tuple[Places, list[tuple[int, SharedFactors]]]] = {}
+        for number, one in factors.items():
+            for cluster, here in self._clusters(one, members).items():
+                shared = one.shared[cluster]
+                parts.setdefault(id(shared.stack or shared), (here, []))[1].append((number, shared))
+        for here, found in parts.values():
+            yield self._shared_change(layers, here, found)
 
-    def _pair_change(self, members: list[tuple[int, LoraPair]]) -> PairChange:
-        first = members[0][1]
-        rank = max(pair.rank for _, pair in members)
-        A = first.A.new_zeros(len(members), rank, first.A.shape[1])
-        B = first.B.new_zeros(len(members), first.B.shape[0], rank)
-        for position, (_, pair) in enumerate(members):
+    def _clusters(self, factors: ModuleFactors, members: list[tuple[int, BundleSlot]]) -> dict[int, Places]:
+        """Cluster -> rows of the members served in shared form here; reckoned once for modules that agree."""
+        key = id(factors.place), id(members)
+        if key not in self._places:
+            places = factors.place[[slot.index for _, slot in members]].tolist()
+            found = self._places[key] = {}
+            for (row, slot), place in zip(members, places, strict=True):
+                if place >= 0:
+                    found.setdefault(slot.cluster, []).append((row, place))
+        return self._places[key]
+
+    def _shared_change(
+        self, layers: Layers, here: Places, found: list[tuple[int, SharedFactors]]
+    ) -> SharedChange:
+        shared = [one for _, one in found]
+        stack, first = shared[0].stack, shared[0]
+        if stack is None:
+            index = _index([place for _, place in here], first.P)
+            P, Q = first.P[index][None], None if first.Q is None else first.Q[index][None]
+            return SharedChange(self._rows(here, first.P), _bases(layers, found), P=P, Q=Q)
+        key = layers, *(number for number, _ in found)
+        if key not in stack.bases:
+            stack.bases[key] = _bases(layers, found)
+        cores = [None if one is None else _part(one, shared) for one in self._stacked(stack, here)]
+        assert cores[0] is not None
+        return SharedChange(self._rows(here, first.P), stack.bases[key], P=cores[0], Q=cores[1])
+
+    def _stacked(self, stack: Stack, here: Places) -> tuple[Tensor, Tensor | None]:
+        """The rows' cores at all modules of a stack, gathered once."""
+        if id(stack) not in self._cores:
+            index = _index([place for _, place in here], stack.P)
+            Q = None if stack.Q is None else stack.Q.index_select(1, index)
+            self._cores[id(stack)] = stack.P.index_select(1, index), Q
+        return self._cores[id(stack)]
+
+    def _pair_change(self, columns: slice, members: list[tuple[int, LoraPair]]) -> PairChange:
+        pairs = [pair for _, pair in members]
+        rows = None if len(pairs) == self.rows else _index([row for row, _ in members], pairs[0].A)
+        rank = max(pair.rank for pair in pairs)
+        if all(pair.rank == rank for pair in pairs):
+            A, B = torch.stack([pair.A for pair in pairs]), torch.stack([pair.B for pair in pairs])
+            return PairChange(rows, columns, A=A, B=B)
+        A = pairs[0].A.new_zeros(len(pairs), rank, pairs[0].A.shape[1])
+        B = pairs[0].B.new_zeros(len(pairs), pairs[0].B.shape[0], rank)
+        for position, pair in enumerate(pairs):
             A[position, : pair.rank] = pair.A
             B[position, :, : pair.rank] = pair.B
-        return PairChange(self._rows([row for row, _ in members], first.A.device), A=A, B=B)
+        return PairChange(rows, columns, A=A, B=B)
 
-    def _rows(self, rows: list[int], device: torch.device) -> Tensor | None:
-        return None if len(rows) == self.rows else torch.tensor(rows, device=device)
+    def _rows(self, here: Places, like: Tensor) -> Tensor | None:
+        """Of places kept in this routing; made once for all modules that share them."""
+        if len(here) == self.rows:
+            return None
+        if id(here) not in self._numbers:
+            self._numbers[id(here)] = _index([row for row, _ in here], like)
+        return self._numbers[id(here)]
 
 
-def _places(
-    factors: ModuleFactors, members: Sequence[tuple[int, BundleSlot]]
-) -> dict[int, list[tuple[int, int]]]:
-    """Cluster -> (row, place in the cluster's cores) of the members served in shared form here."""
-    places = factors.place[[slot.index for _, slot in members]].tolist()
-    found: dict[int, list[tuple[int, int]]] = {}
-    for (row, slot), place in zip(members, places, strict=True):
-        if place >= 0:
-            found.setdefault(slot.cluster, []).append((row, place))
-    return found
+def _index(places: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, device=like.device)
+
+
+def _bases(layers: Layers, found: Sequence[tuple[int, SharedFactors]]) -> Bases:
+    """The bases of some modules of one input as two products, each once for all of them."""
+    V = torch.cat([one.V for _, one in found], dim=1)
+    U = V.new_zeros(sum(layers.widths), sum(one.U.shape[1] for _, one in found))
+    start = 0
+    for number, one in found:
+        end = start + one.U.shape[1]
+        U[layers.columns(number), start:end] = one.U
+        start = end
+    return Bases(V=PackedLinear(V.mT.contiguous()), U=PackedLinear(U))
+
+
+def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:
+    """The cores (M, m, ...) of some modules of a stack; neighbours without a copy."""
+    numbers = [one.number for one in shared]
+    if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return cores[numbers[0] : numbers[0] + len(numbers)]
+    return cores[numbers]

@@ -7,11 +7,42 @@ through the bases of the user's cluster, or by a LoRA pair of their own, or not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from soppu.adapter import LoraPair
+from soppu.serve.packed import PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The cores of m users at M modules in one tensor, so that a batch's are gathered once for all of them.
+
+    The modules have cores of one shape, and their users are in the same places.
+
+    Attributes:
+        P: (M, m, k_out, c), see `SharedFactors`.
+        Q: (M, m, c, k_in) or None.
+        bases: of modules of this stack that share an input, as they are asked for.
+    """
+
+    P: Tensor
+    Q: Tensor | None
+    bases: dict[tuple[object, ...], Bases] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """The bases of M modules that share an input, as two products.
+
+    Attributes:
+        V: input (m, i) -> (m, M k_in).
+        U: (m, M k_out) -> (m, o) all outputs of that input's layers side by side, 0 where no module is theirs.
+    """
+
+    V: PackedLinear
+    U: PackedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +54,16 @@ class SharedFactors:
         V: (i, k_in) input basis of the cluster.
         P: (m, k_out, c) left core factors; the full cores (m, k_out, k_in) where Q is None.
         Q: (m, c, k_in) right core factors, or None.
+        stack: what P and Q are a part of; None where they stand alone.
+        number: their place in it.
     """
 
     U: Tensor
     V: Tensor
     P: Tensor
     Q: Tensor | None
+    stack: Stack | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True, eq=False)

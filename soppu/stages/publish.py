@@ -15,6 +15,8 @@ from soppu.registry import Registry
 from soppu.serve.load import unchanged
 from soppu.stages.run import Run, open_run
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
+from soppu.targets.http import HttpTarget
+from soppu.targets.vllm import VllmLaunch, VllmTarget
 
 SERVING = "serving.json"
 SAMPLES = 64  # users whose sample completion goes into the report
@@ -40,8 +42,8 @@ def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
 def _publish(run: Run, bundle_id: str) -> str:
     registry, settings = run.registry(), run.config.serve
     refuse_forgotten(registry, bundle_id)
-    target = open_target(run)
     path = registry.bundle_path(bundle_id)
+    target = open_target(run, first=path)
     bundle = Bundle.load(path, expected_hash=bundle_id)
     target.publish(path, bundle_id=bundle_id)
     try:
@@ -64,7 +66,7 @@ def _publish(run: Run, bundle_id: str) -> str:
     return settings.url
 
 
-def _ask_canaries(run: Run, target: EmbeddedTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
+def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
     """One answer with every user's adapter in the staged bundle; user -> "". TargetError names who failed."""
     settings = run.config.serve
     canaries = target.canary(
@@ -100,29 +102,58 @@ def previous_bundles(registry: Registry, url: str, bundle_id: str) -> list[str]:
     return [item for item in others if not registry.bundle(item).contains_forgotten]
 
 
-def open_target(run: Run) -> EmbeddedTarget:
-    """The serving target of a run's configuration; the embedded server is started if nobody answers."""
+def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:
+    """The serving target of a run's configuration; its server is started if nobody answers.
+
+    Args:
+        first: the bundle a vLLM server is started with; it is not active there before it is switched to.
+
+    Raises:
+        TargetError: the server did not come up, or serves another base model; or a vLLM server has to be
+            started and there is no bundle to start it with.
+    """
     settings = run.config.serve
-    base = run.base()
-    target = EmbeddedTarget(
-        settings.url, base_hash=base.hash, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", "")
-    )
-    state = Path(settings.state)
-    target.start(
-        ServerLaunch(
-            model=run.config.base.model,
-            cache=Path(run.config.base.cache),
-            state=state,
-            log=state / "server.log",
-            pid_file=state / "server.pid",
-            max_batch=settings.max_batch,
-            timeout=settings.start_timeout_s,
-        )
-    )
-    return target
+    token = os.environ.get("SOPPU_ADMIN_TOKEN", "")
+    if settings.target == "embedded":
+        target = EmbeddedTarget(settings.url, base_hash=run.base().hash, admin_token=token)
+        target.start(_embedded_launch(run))
+        return target
+    vllm = VllmTarget(settings.url, base_hash=run.base().hash, admin_token=token)
+    if first is None:
+        if not vllm.is_up():
+            raise TargetError(f"{settings.url}: nobody answers; a vLLM server is started by a publication")
+    elif vllm.start(_vllm_launch(run, first)):
+        vllm.rollback("")  # it is active from the start there, and has to pass its canaries first
+    return vllm
 
 
-def _drop_others(target: EmbeddedTarget, *, keep: set[str]) -> None:
+def _embedded_launch(run: Run) -> ServerLaunch:
+    settings, state = run.config.serve, Path(run.config.serve.state)
+    return ServerLaunch(
+        model=run.config.base.model,
+        cache=Path(run.config.base.cache),
+        state=state,
+        log=state / "server.log",
+        pid_file=state / "server.pid",
+        max_batch=settings.max_batch,
+        timeout=settings.start_timeout_s,
+    )
+
+
+def _vllm_launch(run: Run, bundle: Path) -> VllmLaunch:
+    settings, state = run.config.serve, Path(run.config.serve.state)
+    return VllmLaunch(
+        python=Path(settings.vllm_python),
+        model=run.base().path,
+        bundle=bundle,
+        log=state / "vllm.log",
+        pid_file=state / "vllm.pid",
+        timeout=settings.start_timeout_s,
+        options=("--max-num-seqs", str(settings.max_batch)),
+    )
+
+
+def _drop_others(target: HttpTarget, *, keep: set[str]) -> None:
     """Leave the server the bundle that is live and the one before it, for a rollback."""
     for bundle_id in set(target.bundles()) - keep:
         target.drop(bundle_id)

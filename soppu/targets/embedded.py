@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-import time
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 
 import soppu
-from soppu.errors import PortTaken, TargetError
+from soppu.errors import TargetError
 from soppu.targets import process
-from soppu.targets.canary import Answered, Asked, CanaryResult, Trace, fault, is_close
-
-_CONNECT_SECONDS = 5.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from soppu.targets.canary import Answered, Trace
+from soppu.targets.http import HttpTarget, body, refusal, request
 
 
 @dataclass(frozen=True)
@@ -45,52 +38,10 @@ class ServerLaunch:
     timeout: float = 180.0
 
 
-class EmbeddedTarget:
-    """One server at `url`.
+class EmbeddedTarget(HttpTarget):
+    """One of our own servers at `url`; arguments as `HttpTarget`."""
 
-    Args:
-        base_hash: the base model it has to serve; "" leaves that unchecked.
-        admin_token: sent with admin requests.
-        timeout: seconds a single answer may take.
-    """
-
-    def __init__(
-        self, url: str, *, base_hash: str = "", admin_token: str = "", timeout: float = 120.0
-    ) -> None:
-        self.url = url.rstrip("/")
-        self._base_hash = base_hash
-        self._token = admin_token
-        self._timeout = (_CONNECT_SECONDS, timeout)
-
-    def is_up(self) -> bool:
-        """Whether a SOPPU server of this base model answers. False if nothing listens.
-
-        Raises:
-            PortTaken: something else answers; the message says what.
-            TargetError: a SOPPU server answers, with another base model.
-        """
-        try:
-            response = _request("GET", f"{self.url}/info", timeout=(_CONNECT_SECONDS, 10.0))
-        except requests.ReadTimeout:
-            raise PortTaken(
-                f"{self.url}: something listens, but does not answer; it may be a server that still loads"
-            ) from None
-        except requests.RequestException as error:
-            if not self._listens():
-                return False
-            raise PortTaken(f"{self.url}: something listens, but is no SOPPU server: {error}") from None
-        info = _object(response)
-        if response.status_code != 200 or info.get("server") != "soppu":
-            raise PortTaken(
-                f"{self.url}: no SOPPU server: GET /info gave HTTP {response.status_code} from"
-                f" {response.headers.get('server', 'an unnamed server')!r}: {response.text[:80]!r}"
-            )
-        if self._base_hash and info["base_hash"] != self._base_hash:
-            raise TargetError(
-                f"{self.url}: serves base model {info['base_hash'][:12]} ({info['model_id']}),"
-                f" expected {self._base_hash[:12]}"
-            )
-        return True
+    SERVER, KIND, WHO = "soppu", "SOPPU server", "/info"
 
     def start(self, launch: ServerLaunch) -> bool:
         """Start a server on this machine unless one is up; wait until it is healthy. False if one was up.
@@ -119,90 +70,6 @@ class EmbeddedTarget:
             timeout=launch.timeout,
         )
 
-    def stop(self, pid_file: Path) -> bool:
-        """End the server that `start` began. False if it was not running any more."""
-        return process.stop(pid_file)
-
-    def bundles(self) -> tuple[str, ...]:
-        """Ids of the bundles the server holds."""
-        return tuple(bundle["bundle_id"] for bundle in self._admin("GET", "bundles")["bundles"])
-
-    def publish(self, path: Path, *, bundle_id: str) -> bool:
-        """Bring a bundle file to the server, staged. False if it was there. TargetError if refused."""
-        if bundle_id in self.bundles():
-            return False
-        with path.open("rb") as stream:
-            self._admin("PUT", f"bundles/{bundle_id}", body=stream)
-        return True
-
-    def activate(self, bundle_id: str) -> None:
-        """Switch plain user names over to this bundle. TargetError if the server does not hold it."""
-        self._admin("POST", f"bundles/{bundle_id}/activate")
-
-    def active(self) -> str:
-        """Id of the active bundle, "" if there is none."""
-        return str(self._admin("GET", "bundles")["active"])
-
-    def rollback(self, previous_id: str) -> None:
-        """Switch back to the bundle that was active before; "" back to none."""
-        if previous_id:
-            self.activate(previous_id)
-        else:
-            self._admin("POST", "deactivate")
-
-    def drop(self, bundle_id: str) -> None:
-        """Delete a bundle that is not active from the server."""
-        self._admin("DELETE", f"bundles/{bundle_id}")
-
-    def complete(self, prompt: str, *, user: str = "", max_new_tokens: int = 24) -> str:
-        """Greedy text after `prompt` with a user's adapter; "" is the base model. TargetError if refused."""
-        response = self._generate(prompt, user, max_new_tokens)
-        if response.status_code != 200:
-            raise TargetError(f"{self.url}: {_refusal(response)}")
-        return str(response.json()["generated_text"])
-
-    def canary(
-        self,
-        users: Sequence[str],
-        prompt: str,
-        *,
-        bundle_id: str,
-        zero_users: Collection[str] = (),
-        max_new_tokens: int = 4,
-        workers: int = 1,
-    ) -> list[CanaryResult]:
-        """Generate once with every user's adapter in a bundle, active or only staged.
-
-        A user passes who gets an answer with that very adapter, at least one token, and finite logprobs that
-        are not the base model's (but for `zero_users`, whose adapter is empty). Rounding differs with the
-        company in a batch, so an answer close to the base model's is asked for again, alone: on an idle
-        server an adapter without effect then gives the base model's numbers exactly. A server whose queue
-        is full is asked again until the target's timeout.
-
-        Args:
-            workers: canaries under way at once.
-
-        Raises:
-            TargetError: the base model itself does not answer.
-        """
-        base = self._patiently(prompt, "", max_new_tokens)
-        if base.status_code != 200:
-            raise TargetError(f"{self.url}: the base model does not answer: {_refusal(base)}")
-        base_trace = _trace(base)
-
-        def ask(user: str) -> Answered:
-            return _answered(self._patiently(prompt, f"{user}@{bundle_id}", max_new_tokens))
-
-        with ThreadPoolExecutor(workers) as pool:
-            answers = list(pool.map(ask, users))
-        results = []
-        for user, answer in zip(users, answers, strict=True):
-            asked = Asked(f"{user}@{bundle_id}", version=bundle_id, may_equal_base=user in zero_users)
-            again = not asked.may_equal_base and is_close(answer.trace, base_trace)
-            reason = fault(ask(user) if again else answer, asked, base_trace=base_trace)
-            results.append(CanaryResult(user, not reason, reason))
-        return results
-
     def _command(self, launch: ServerLaunch) -> list[str]:
         parts = urlsplit(self.url)
         options = {
@@ -218,81 +85,27 @@ class EmbeddedTarget:
         words = [str(word) for pair in options.items() for word in pair]
         return [sys.executable, "-m", "soppu.cli", "serve", *words]
 
-    def _listens(self) -> bool:
-        parts = urlsplit(self.url)
-        try:
-            socket.create_connection(
-                (parts.hostname or "", parts.port or 80), timeout=_CONNECT_SECONDS
-            ).close()
-        except OSError:
-            return False
-        return True
-
-    def _is_healthy(self) -> bool:
-        try:
-            return _request("GET", f"{self.url}/health", timeout=(2.0, 1.0)).status_code == 200
-        except requests.RequestException:
-            return False
-
-    def _patiently(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
-        """`_generate`, again and again while the server is overloaded, until the timeout of an answer."""
-        deadline, pause = time.monotonic() + self._timeout[1], _FIRST_PAUSE
-        while True:
-            response = self._generate(prompt, adapter_id, max_new_tokens)
-            if response.status_code != 429 or time.monotonic() + pause > deadline:
-                return response
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-
     def _generate(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
         parameters = {"adapter_id": adapter_id or None, "max_new_tokens": max_new_tokens, "details": True}
-        body: dict[str, Any] = {"inputs": prompt, "parameters": parameters}
+        asked: dict[str, Any] = {"inputs": prompt, "parameters": parameters}
         try:
-            return _request("POST", f"{self.url}/generate", json=body, timeout=self._timeout)
+            return request("POST", f"{self.url}/generate", json=asked, timeout=self._timeout)
         except requests.RequestException as error:
             raise TargetError(f"{self.url}: no answer to a generation: {error}") from error
 
-    def _admin(self, method: str, path: str, *, body: IO[bytes] | None = None) -> dict[str, Any]:
-        headers = {"authorization": f"Bearer {self._token}"} if self._token else {}
-        url = f"{self.url}/soppu/v1/{path}"
-        try:
-            response = _request(method, url, data=body, headers=headers, timeout=self._timeout)
-        except requests.RequestException as error:
-            raise TargetError(f"{method} {url}: no answer: {error}") from error
-        if response.status_code >= 300:
-            raise TargetError(f"{method} {url}: {_refusal(response)}")
-        return _object(response)
+    def _answered(self, response: requests.Response) -> Answered:
+        refused = response.status_code != 200
+        return Answered(
+            refusal=refusal(response) if refused else "",
+            adapter_id=response.headers.get("x-adapter-id", ""),
+            version=response.headers.get("x-adapter-version", ""),
+            trace=() if refused else _trace(response),
+        )
 
-
-def _request(method: str, url: str, *, timeout: tuple[float, float], **body: Any) -> requests.Response:
-    with requests.Session() as session:
-        # No proxy stands before this machine itself, and ~/.netrc must not replace the admin token.
-        session.trust_env = urlsplit(url).hostname not in _LOOPBACK
-        return session.request(method, url, timeout=timeout, **body)
-
-
-def _object(response: requests.Response) -> dict[str, Any]:
-    try:
-        value = response.json()
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _refusal(response: requests.Response) -> str:
-    return f"HTTP {response.status_code}: {_object(response).get('error') or response.text[:200]}"
-
-
-def _answered(response: requests.Response) -> Answered:
-    refused = response.status_code != 200
-    return Answered(
-        refusal=_refusal(response) if refused else "",
-        adapter_id=response.headers.get("x-adapter-id", ""),
-        version=response.headers.get("x-adapter-version", ""),
-        trace=() if refused else _trace(response),
-    )
+    def _text(self, response: requests.Response) -> str:
+        return str(response.json()["generated_text"])
 
 
 def _trace(response: requests.Response) -> Trace:
-    details = _object(response).get("details", {})
+    details = body(response).get("details", {})
     return tuple((int(token["id"]), float(token["logprob"])) for token in details.get("tokens", ()))

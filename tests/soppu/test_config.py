@@ -91,6 +91,7 @@ x = 1
         ({"federation": {"wire_max_loss": -0.01}}, "federation.wire_max_loss: found -0.01, at least 0.0"),
         ({"compress": {"device": "tpu"}}, "compress.device = 'tpu', allowed: auto, cpu, cuda"),
         ({"compress": {"clusters": 4}}, "compress.clusters = 4: only the method cluster has more than one"),
+        ({"serve": {"target": "vllm"}}, "serve.target: vllm serves cores in shared bases"),
         ({"compress": {"max_error": 1.0}}, "compress.max_error = 1.0, allowed: 0 (none) or above, an error"),
         ({"compress": {"density": 0.0}}, "compress.density = 0.0, allowed: a number above 0, at most 1"),
         ({"compress": {"method": "ternary", "max_error": 0.1}}, "compress.max_error: the method ternary"),

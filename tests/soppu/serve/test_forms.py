@@ -10,14 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import CompressOptions, compress
 from soppu.compress.bundle import Bundle
 from soppu.serve.bank import AdapterBank
-from soppu.serve.batch import Runner
+from soppu.serve.cache import Step
+from soppu.serve.decoder import CacheSize, make_decoder
 from soppu.serve.engine import Engine, EngineOptions
 from soppu.serve.generation import GenerationRequest
 from soppu.serve.layers import linear_shapes
@@ -80,12 +81,10 @@ def served_logits(
     model: PreTrainedModel, bank: AdapterBank, *, adapters: list[str], ids: list[int]
 ) -> Tensor:
     """Logits (adapters, v) after `ids`, one row for each adapter, in one batch."""
-    runner = Runner(model, bank.router, pad=0)
-    rows = torch.tensor([ids] * len(adapters))
-    routing = Routing([bank.resolve(adapter).slot for adapter in adapters])
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        return runner.forward(rows, mask=torch.ones_like(rows), cache=cache, routing=routing)
+    b = len(adapters)
+    decoder = make_decoder(model, bank.router, CacheSize(slots=b, limit=len(ids)))
+    step = Step(torch.tensor([ids] * b), range(b), starts=[0] * b, counts=[len(ids)] * b)
+    return decoder.forward(step, Routing([bank.resolve(adapter).slot for adapter in adapters]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from soppu.adapter import LoraPair
 from soppu.errors import UnsupportedModel
+from soppu.serve.changes import Layers
 from soppu.serve.layers import AdaptedLinear, Router, install, linear_shapes
 from soppu.serve.routing import Routing
 from soppu.serve.slots import BundleSlot, ModuleFactors, OwnRows, PairSlot, SharedFactors, Slot
@@ -18,6 +19,7 @@ from tests.soppu.serve.handmade import dense
 
 I, O, N = 7, 5, 4  # noqa: E741
 SHAPE = (O, I)
+LAYER = Layers(("layer",), (O,))
 
 
 def shared(g: torch.Generator, members: int, *, k_out: int, k_in: int, c: int | None) -> SharedFactors:
@@ -118,16 +120,16 @@ def test_a_failed_forward_leaves_no_routing_behind() -> None:
 
 def test_factors_are_gathered_once_for_a_routing() -> None:
     routing = Routing([SHARED[0], SHARED[1], None])
-    assert routing.changes("layer") is routing.changes("layer")
-    assert routing.changes("absent") == ()
+    assert routing.changes(LAYER) is routing.changes(LAYER)
+    assert routing.changes(Layers(("absent",), (O,))) == ()
 
 
 def test_a_module_has_a_change_for_each_cluster_of_each_bundle_and_one_for_all_pairs() -> None:
     slots = [*SHARED, *SHARED, *MIXED, POOL[-2], POOL[-3], None]
-    changes = Routing(slots).changes("layer")
+    changes = Routing(slots).changes(LAYER)
     rows = [change.rows.tolist() for change in changes if change.rows is not None]
     assert rows == [[0, 1, 4, 5], [2, 3, 6, 7], [8], [11], [9, 10, 12, 13]]
-    (whole,) = Routing(SHARED[:2]).changes("layer")
+    (whole,) = Routing(SHARED[:2]).changes(LAYER)
     assert whole.rows is None
 
 

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from soppu import adapter as adapters
 from soppu.adapter import LoraAdapter, LoraPair
@@ -121,6 +122,15 @@ def bundle(members: Mapping[str, LoraAdapter], *, rank: int = 32) -> Bundle:
     """A bundle that holds the adapters (almost) exactly, as cores in one shared basis a module."""
     exact = CompressOptions(method="joint", rank=rank, basis_bits=32, core_bits=32, device="cpu")
     return compress(members, exact)
+
+
+def merged(model: PreTrainedModel, adapter: LoraAdapter | None) -> PreTrainedModel:
+    """A copy of the model with the adapter added to its weights."""
+    model = copy.deepcopy(model)
+    for name, pair in adapter.pairs.items() if adapter else ():
+        layer, delta = model.get_submodule(name), pair.delta().float()
+        layer.weight += delta.T if isinstance(layer, Conv1D) else delta
+    return model
 
 
 def peft_text(

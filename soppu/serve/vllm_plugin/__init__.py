@@ -1,0 +1,29 @@
+"""The vLLM plugin: a whole bundle of users in one vLLM server. Not for our own server: `soppu.serve.server`.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in each of its
+processes. Without SOPPU_BUNDLE in the environment it does nothing at all. `hooks` is the only file that
+knows vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["register"]
+
+BUNDLE_VARIABLE = "SOPPU_BUNDLE"
+
+
+def register() -> None:
+    """Prepare this vLLM process to serve the bundle that SOPPU_BUNDLE names.
+
+    Raises:
+        ConfigError: a SOPPU_ variable has a value that is not allowed.
+        UnsupportedVersion: this vLLM is not one the plugin was written for.
+    """
+    if not os.environ.get(BUNDLE_VARIABLE):
+        return
+    from soppu.serve.vllm_plugin import hooks, settings, versions  # an idle plugin costs vLLM no import
+
+    versions.check()
+    hooks.install(settings.read(os.environ))

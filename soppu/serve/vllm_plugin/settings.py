@@ -1,0 +1,70 @@
+"""What the environment says about the plugin. Every variable is read here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from soppu.errors import ConfigError
+
+KERNELS = ("auto", "native", "torch", "static")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's settings.
+
+    Attributes:
+        bundle: SOPPU_BUNDLE, the bundle file served from the start.
+        max_error: SOPPU_MAX_ERROR, relative error a runtime adapter may have on the resident basis; None
+            allows what the worst user of the bundle has.
+        spare_rows: SOPPU_SPARE_ROWS, runtime adapters a bundle version has room for.
+        kernel: SOPPU_KERNEL, "native" (compiled, CPU only), "torch", "static" (always on a GPU, where passes
+            are recorded and replayed), or "auto": native where it can be built.
+        admin_token: SOPPU_ADMIN_TOKEN, asked for by the admin routes; "" leaves them open.
+    """
+
+    bundle: Path
+    max_error: float | None = None
+    spare_rows: int = 64
+    kernel: str = "auto"
+    admin_token: str = ""
+
+
+def read(environment: Mapping[str, str]) -> Settings:
+    """The settings in `environment`. Raises ConfigError naming the variable, its value and those allowed."""
+    bundle = Path(environment["SOPPU_BUNDLE"]).expanduser()
+    if not bundle.is_file():
+        raise ConfigError(
+            f"SOPPU_BUNDLE: no such file: {str(bundle)!r}; unset it to start without the plugin"
+        )
+    kernel = environment.get("SOPPU_KERNEL", "auto")
+    if kernel not in KERNELS:
+        raise ConfigError(f"SOPPU_KERNEL={kernel!r}: allowed are {', '.join(KERNELS)}")
+    return Settings(
+        bundle=bundle.resolve(),
+        max_error=_error(environment.get("SOPPU_MAX_ERROR", "")),
+        spare_rows=_rows(environment.get("SOPPU_SPARE_ROWS", "64")),
+        kernel=kernel,
+        admin_token=environment.get("SOPPU_ADMIN_TOKEN", ""),
+    )
+
+
+def _error(text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ConfigError(f"SOPPU_MAX_ERROR={text!r}: a relative error between 0 and 1 is needed")
+    return value
+
+
+def _rows(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"SOPPU_SPARE_ROWS={text!r}: a whole number, 0 or more, is needed")
+    return int(text)

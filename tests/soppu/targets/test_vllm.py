@@ -1,0 +1,180 @@
+"""A real vLLM server with the plugin: every user's own text, loading, refusing, and swapping under load."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+import requests
+
+from soppu import adapter as adapters
+from soppu.compress.bundle import Bundle
+from soppu.errors import TargetError
+from soppu.targets.vllm import VllmLaunch, VllmTarget
+from tests.soppu.serve.vllm_plugin import live
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+
+@dataclass(frozen=True)
+class Server:
+    target: VllmTarget
+    launch: VllmLaunch
+    bundle: Bundle
+    bundle_id: str
+    texts: live.Texts
+    folder: Path
+
+    def ask(self, model: str) -> requests.Response:
+        body = {"model": model, "prompt": live.PROMPT, "max_tokens": live.TOKENS, "temperature": 0}
+        return requests.post(f"{self.target.url}/v1/completions", json=body, timeout=300)
+
+    def text(self, model: str) -> str:
+        response = self.ask(model)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["text"])
+
+    def wanted(self, user: str) -> str:
+        return self.texts.of(self.bundle.reconstruct(user) if user else None)
+
+    def post(self, path: str, **body: str) -> requests.Response:
+        return requests.post(f"{self.target.url}/v1/{path}", json=body, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    live.require()
+    folder, target, bundle = tmp_path_factory.mktemp("vllm"), live.target(), live.bundle(clusters=2)
+    launch = live.launch(folder, bundle)
+    assert target.start(launch)
+    bundle_id = hashlib.sha256(launch.bundle.read_bytes()).hexdigest()
+    yield Server(target, launch, bundle, bundle_id, live.Texts(), folder)
+    assert target.stop(launch.pid_file)
+    assert not target.is_up()
+
+
+def test_every_user_says_what_transformers_says_with_that_adapter(server: Server) -> None:
+    texts = {user: server.text(user) for user in live.USERS}
+    assert texts == {user: server.wanted(user) for user in live.USERS}
+    assert server.text("base") == server.wanted("")
+    assert len({*texts.values(), server.wanted("")}) > len(live.USERS) // 2
+
+
+def test_a_mixed_batch_with_one_prompt_for_all_keeps_users_apart(server: Server) -> None:
+    models = [*live.USERS, "base", f"bob@{server.bundle_id}", f"cem@{server.bundle_id[:10]}"] * 4
+    with ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(server.text, models))
+    names = ["" if model == "base" else model.partition("@")[0] for model in models]
+    assert texts == [server.wanted(name) for name in names]
+
+
+def test_names_are_listed_and_an_unknown_one_is_not_found(server: Server) -> None:
+    listed = requests.get(f"{server.target.url}/v1/models", timeout=60).json()["data"]
+    assert [model["id"] for model in listed] == ["base", *live.USERS]
+    for name in ("nobody", "ann@0000", "nobody@" + server.bundle_id):
+        response = server.ask(name)
+        assert response.status_code == 404 and name in response.text
+
+
+def test_a_target_completes_and_its_canaries_pass(server: Server) -> None:
+    target = server.target
+    assert target.is_up() and not target.start(server.launch)
+    assert target.active() == server.bundle_id and target.bundles() == (server.bundle_id,)
+    assert target.complete(live.PROMPT, user="ann", max_new_tokens=live.TOKENS) == server.wanted("ann")
+    assert target.complete(live.PROMPT, max_new_tokens=live.TOKENS) == server.wanted("")
+    for workers in (1, 4):
+        results = target.canary(live.USERS, live.PROMPT, bundle_id=server.bundle_id, workers=workers)
+        assert [(one.ok, one.reason) for one in results] == [(True, "")] * len(live.USERS)
+    (result,) = target.canary(["nobody"], live.PROMPT, bundle_id=server.bundle_id)
+    assert not result.ok and "404" in result.reason
+
+
+def test_an_adapter_without_effect_fails_its_canary(server: Server) -> None:
+    nothing = live.bundle(("ann", "bob"), clusters=2)
+    parts = replace(nothing, norm=nothing.norm * 0)
+    path = server.folder / "nothing.soppu"
+    bundle_id = parts.save(path)
+    server.target.publish(path, bundle_id=bundle_id)
+    (result,) = server.target.canary(["ann"], live.PROMPT, bundle_id=bundle_id)
+    assert not result.ok and "has no effect" in result.reason
+    assert server.target.canary(["ann"], live.PROMPT, bundle_id=bundle_id, zero_users=["ann"])[0].ok
+    server.target.drop(bundle_id)
+
+
+def test_an_adapter_on_the_basis_is_loaded_while_the_server_runs(server: Server) -> None:
+    # several subspaces make a name's own: this one shares its subspace with users of the bundle
+    made = live.adapter("newcomer", clusters=2)
+    adapters.write(made, server.folder / "newcomer")
+    response = server.post(
+        "load_lora_adapter", lora_name="newcomer", lora_path=str(server.folder / "newcomer")
+    )
+    assert response.status_code == 200, response.text
+    assert server.text("newcomer") == server.texts.of(made)
+    again = server.post("load_lora_adapter", lora_name="newcomer", lora_path=str(server.folder / "newcomer"))
+    assert again.status_code == 400 and "already been loaded" in again.text
+    assert server.post("unload_lora_adapter", lora_name="newcomer").status_code == 200
+    assert server.ask("newcomer").status_code == 404
+
+
+def test_an_adapter_off_the_basis_is_refused_with_its_error(server: Server) -> None:
+    adapters.write(live.adapter("stranger", inside=False), server.folder / "stranger")
+    response = server.post(
+        "load_lora_adapter", lora_name="stranger", lora_path=str(server.folder / "stranger")
+    )
+    assert response.status_code == 400
+    assert "'stranger': relative error" in response.text and "0.1000 is allowed" in response.text
+    assert server.post("unload_lora_adapter", lora_name="ann").status_code == 400
+
+
+def test_admin_routes_ask_for_the_token(server: Server) -> None:
+    with pytest.raises(TargetError, match="an admin token is needed"):
+        VllmTarget(server.target.url).bundles()
+
+
+def test_a_bundle_is_swapped_under_load_and_no_request_fails(server: Server) -> None:
+    second = live.bundle(("ann", "bob", "eve"), clusters=2, strength=3.0)
+    path = server.folder / "second.soppu"
+    second_id = second.save(path)
+    old, new = server.wanted("ann"), server.texts.of(second.reconstruct("ann"))
+    assert old != new
+    stop, switched = Event(), Event()
+
+    def keep_asking(_: int) -> list[tuple[bool, str]]:
+        found = []
+        while not stop.is_set():
+            after = switched.is_set()
+            found.append((after, server.text("ann")))
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(keep_asking, number) for number in range(8)]
+        try:
+            time.sleep(2)
+            assert server.target.publish(path, bundle_id=second_id)
+            assert server.text(f"ann@{second_id}") == new
+            server.target.activate(second_id)
+            switched.set()
+            server.target.drop(server.bundle_id)
+            time.sleep(4)
+        finally:
+            stop.set()
+        answers = [answer for one in asking for answer in one.result()]
+    assert {text for after, text in answers if after} == {new}
+    assert {text for after, text in answers if not after} <= {old, new}
+    assert server.target.bundles() == (second_id,) and server.ask("cem").status_code == 404
+    assert server.target.publish(server.launch.bundle, bundle_id=server.bundle_id)
+    server.target.rollback(server.bundle_id)
+    assert server.text("ann") == old
+    server.target.drop(second_id)
+
+
+def test_a_python_that_is_not_there_is_named(tmp_path: Path) -> None:
+    launch = VllmLaunch(tmp_path / "python", tmp_path, tmp_path / "b", tmp_path / "log", tmp_path / "pid")
+    with pytest.raises(TargetError, match="no such Python; `make vllm`"):
+        live.target().start(launch)
