@@ -71,7 +71,8 @@ def server(kind: str, base: models.BaseModel, options: list[str], variables: dic
     command += ["--served-model-name", "base", "--port", str(PORTS[kind]), "--max-model-len", "1024"]
     command += ["--max-num-seqs", "32", *options]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SOPPU_")}
+    # vLLM chooses its own number of threads
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SOPPU_") and k != "OMP_NUM_THREADS"}
     with log.open("wb") as stream:
         running = subprocess.Popen(command, stdout=stream, stderr=stream, env=kept | quiet | variables)
     try:
