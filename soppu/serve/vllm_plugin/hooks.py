@@ -14,8 +14,10 @@ prefix cache, which is keyed by name and path, never mixes two users or two vers
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import functools
+import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -36,7 +38,9 @@ from soppu.serve.vllm_plugin.static import Limits
 from soppu.serve.vllm_plugin.worker import Worker
 
 _MARK = "soppu:"
-_QKV = ("q", "k", "v")
+_ABSORBED = (
+    "kv_b_proj",
+)  # attention reads these weights itself: a change of the layer's output is never seen
 
 
 def install(settings: Settings) -> None:
@@ -119,8 +123,6 @@ def _limits(config: Any, bundle: Bundle) -> Limits:
 
 def read(path: Path) -> tuple[Bundle, str]:
     """The bundle in a file, and its id."""
-    import hashlib
-
     data = path.read_bytes()
     return Bundle.from_bytes(data, source=str(path)), hashlib.sha256(data).hexdigest()
 
@@ -151,8 +153,8 @@ def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:
 
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
     for name, layer in model.named_modules():
-        if isinstance(layer, LinearBase):
-            prefix, dot, leaf = name.rpartition(".")
+        prefix, dot, leaf = name.rpartition(".")
+        if isinstance(layer, LinearBase) and leaf not in _ABSORBED:
             names = [f"{prefix}{dot}{part}" for part in packed.get(leaf, [leaf])]
             row = isinstance(layer, RowParallelLinear)
             size = layer.input_size_per_partition if row else layer.input_size
@@ -230,8 +232,6 @@ def _compute_hash(original: Any) -> Any:
     @functools.wraps(original)
     def compute_hash(self: Any) -> str:
         """Compiled graphs are cached by this hash: one with our operator must not meet one without."""
-        import hashlib
-
         whole = f"{original(self)} soppu 1 {_Fingerprint.value}"
         return hashlib.sha256(whole.encode()).hexdigest()[:10]
 
@@ -299,6 +299,7 @@ def _init_models(original: Any, settings: Settings) -> Any:
         loop = asyncio.get_running_loop()
         await asyncio.to_thread(control.connect, _engine(self.engine_client, loop))
         self.lora_requests = _Names(control.bank)
+        atexit.register(control.close)
         _Frontend.control = control
 
     return init_static_loras

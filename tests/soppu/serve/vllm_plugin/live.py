@@ -23,7 +23,7 @@ PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 PROMPT = "def read_file(path):\n    "
 TOKENS = 16
 USERS = ("ann", "bob", "cem", "dora", "žofie")
-OPTIONS = ("--max-model-len", "512", "--max-num-seqs", "16")
+OPTIONS = ("--max-model-len", "1024", "--max-num-seqs", "32")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "SOPPU_MAX_ERROR": "0.1", "HF_HUB_OFFLINE": "1"}
 _RANK = 8
 

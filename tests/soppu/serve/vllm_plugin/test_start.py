@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,11 @@ def test_settings_name_the_variable_and_what_is_allowed(tmp_path: Path) -> None:
             settings.read({"SOPPU_BUNDLE": str(bundle), name: value})
     with pytest.raises(ConfigError, match="SOPPU_BUNDLE: no such file"):
         settings.read({"SOPPU_BUNDLE": str(tmp_path / "none")})
+
+
+def test_the_page_names_every_variable_and_kernel() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "vllm.md").read_text()
+    source = Path(settings.__file__).read_text()
+    variables = set(re.findall(r"SOPPU_[A-Z_]+", source))
+    assert len(variables) == 5 and all(f"`{name}`" in page for name in variables)
+    assert all(f"`{kernel}`" in page for kernel in settings.KERNELS)
