@@ -1,4 +1,4 @@
-"""What rows of a batch add to the outputs of layers that share an input. Who they are: `soppu.serve.routing`."""
+"""What rows of a batch add to the outputs of layers with one input. Who they are: `soppu.serve.routing`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SMALL = 1 << 15  # numbers; torch works on fewer in one thread, so products nee
 
 @dataclass(frozen=True)
 class Layers:
-    """Linear layers that share an input: full-model names, and out-features. Their outputs lie side by side."""
+    """Linear layers with one input: full-model names, and out-features. Their outputs lie side by side."""
 
     names: tuple[str, ...]
     widths: tuple[int, ...]

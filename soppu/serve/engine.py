@@ -1,7 +1,7 @@
 """Engine: a queue, and a background thread that steps one batch of many users' requests for ever.
 
-What waits joins the running batch at its next step, as soon as a row is free. Not for HTTP, nor for what a step
-does: that is `soppu.serve.batch`.
+What waits joins the running batch at its next step, as soon as a row is free. Not for HTTP, nor for what a
+step does: that is `soppu.serve.batch`.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Engine:
             self._refuse_waiting()
 
     def _admit(self) -> bool:
-        """Give free rows to what waits; with nothing under way, wait for it. False once the engine is closed."""
+        """Give free rows to what waits; with nothing under way, wait for it. False once closed."""
         with self._condition:
             while not self._closed:
                 if not len(self._batch):

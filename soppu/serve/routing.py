@@ -1,4 +1,4 @@
-"""Routing: which adapter every row of a batch goes to, gathered for the layers. The heart of multi-adapter serving.
+"""Routing: which adapter every row of a batch goes to. The heart of multi-adapter serving.
 
 One batch may mix rows of one or several bundles, in shared-basis form (y = Wx + U P_user Q_user V^T x) or by
 pairs (y = Wx + B A x), rows of plain LoRA adapters and rows of the base model. Resolving names to slots
@@ -50,8 +50,8 @@ class Routing:
     def changes(self, layers: Layers) -> tuple[Change, ...]:
         """The changes of layers that share an input.
 
-        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose cores
-        are in one stack have theirs in common.
+        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose
+        cores are in one stack have theirs in common.
         """
         if layers not in self._changes:
             self._changes[layers] = () if self.is_base else tuple(self._gather(layers))
