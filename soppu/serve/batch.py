@@ -91,7 +91,7 @@ class Batch:
     def step(self) -> None:
         """Some prompt tokens of rows that have just come, then one token for every row whose prompt is read.
 
-        Rows that are finished or cancelled have left afterwards. A forward that fails takes its own rows with it.
+        What is finished or cancelled has left afterwards. A forward that fails takes only its own rows along.
         """
         self.leave()
         if reading := self._next_to_read():
