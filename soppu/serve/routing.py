@@ -115,7 +115,7 @@ class Routing:
         stack, first = shared[0].stack, shared[0]
         if stack is None:
             index = _index([place for _, place in here], first.P)
-            P, Q = first.P[index][None], None if first.Q is None else first.Q[index][None]
+            P, Q = first.P[index][:, None], None if first.Q is None else first.Q[index][:, None]
             return SharedChange(self._rows(here, first.P), _bases(layers, found), P=P, Q=Q)
         key = layers, *(number for number, _ in found)
         if key not in stack.bases:
@@ -172,8 +172,5 @@ def _bases(layers: Layers, found: Sequence[tuple[int, SharedFactors]]) -> Bases:
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:
-    """The cores (M, m, ...) of some modules of a stack; neighbours without a copy."""
-    numbers = [one.number for one in shared]
-    if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return cores[numbers[0] : numbers[0] + len(numbers)]
-    return cores[numbers]
+    """The cores (M, m, ...) of some modules of a stack as (m, M, ...)."""
+    return torch.stack([cores[one.number] for one in shared], dim=1)
