@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.errors import ConfigError
 from soppu.serve import decoder as decoders
 from soppu.serve.bank import AdapterBank
 from soppu.serve.batch import Batch, BatchSize
@@ -219,6 +220,12 @@ def test_a_sliding_window_is_that_of_transformers() -> None:
         running = [engine.submit(GenerationRequest(prompt, max_new_tokens=12)) for prompt in prompts]
         found = [one.result()[1].text for one in running]
     assert found == [tiny.peft_text(base, prompt, None, tokens=12) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["max_batch", "max_input_tokens", "prefill_tokens"])
+def test_options_that_could_never_answer_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: 0, allowed: 1 and more"):
+        EngineOptions(**{name: 0})
 
 
 def test_a_request_that_comes_while_others_run_does_not_wait_for_them() -> None:
