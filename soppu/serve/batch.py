@@ -91,7 +91,7 @@ class Batch:
     def step(self) -> None:
         """Some prompt tokens of rows that have just come, then one token for every row whose prompt is read.
 
-        Rows that are finished or cancelled have left afterwards. A forward that fails takes its own rows along.
+        What is finished or cancelled has left afterwards. A forward that fails takes only its own rows along.
         """
         self.leave()
         if reading := self._next_to_read():
@@ -103,7 +103,14 @@ class Batch:
 
     def leave(self) -> None:
         """Let go of the rows that are finished or cancelled; their places are free at once."""
+        for row in self._rows:
+            if (
+                row.done and row.held and row.missing > 1
+            ):  # nobody has seen yet whether its numbers are finite
+                self._decoder.cache.clear(row.slot)
         self._rows = [row for row in self._rows if not row.done]
+        if not self._rows:
+            self._routed = ([], Routing([]))  # which holds the tensors of a bundle version
 
     def fail(self, error: RequestError) -> None:
         """End all rows."""
@@ -127,7 +134,9 @@ class Batch:
 
     def _read(self, rows: list[_Row]) -> None:
         counts = [min(row.missing, self._size.prefill) for row in rows]
-        ids = [row.generation.ids[row.held : row.held + count] for row, count in zip(rows, counts, strict=True)]
+        ids = [
+            row.generation.ids[row.held : row.held + count] for row, count in zip(rows, counts, strict=True)
+        ]
         width = max(counts)
         padded = [own + own[-1:] * (width - len(own)) for own in ids]
         logits = self._logits(rows, padded, counts, self._route(rows))
@@ -137,12 +146,12 @@ class Batch:
     def _decode(self, rows: list[_Row]) -> None:
         if self._routed[0] != rows:
             self._routed = rows, self._route(rows)
-        logits = self._logits(rows, [row.generation.ids[-1:] for row in rows], [1] * len(rows), self._routed[1])
+        logits = self._logits(
+            rows, [row.generation.ids[-1:] for row in rows], [1] * len(rows), self._routed[1]
+        )
         self._push(rows, logits)
 
-    def _logits(
-        self, rows: list[_Row], ids: list[list[int]], counts: list[int], routing: Routing
-    ) -> Tensor:
+    def _logits(self, rows: list[_Row], ids: list[list[int]], counts: list[int], routing: Routing) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.long, device=self._device)
         step = Step(tokens, [row.slot for row in rows], [row.held for row in rows], counts)
         logits = self._decoder.forward(step, routing)
@@ -165,7 +174,9 @@ class Batch:
         try:
             work(rows)
             self.failures = 0
-        except Exception as error:  # whatever one forward raises must not end the thread: its requests are told
+        except (
+            Exception
+        ) as error:  # whatever one forward raises must not end the thread: its requests are told
             self.failures += 1
             _LOG.exception("a step of %d requests failed", len(rows))
             for row in rows:

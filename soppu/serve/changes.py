@@ -1,4 +1,4 @@
-"""What rows of a batch add to the outputs of layers that share an input. Who they are: `soppu.serve.routing`."""
+"""What rows of a batch add to the outputs of layers with one input. Who they are: `soppu.serve.routing`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SMALL = 1 << 15  # numbers; torch works on fewer in one thread, so products nee
 
 @dataclass(frozen=True)
 class Layers:
-    """Linear layers that share an input: full-model names, and out-features. Their outputs lie side by side."""
+    """Linear layers with one input: full-model names, and out-features. Their outputs lie side by side."""
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
@@ -32,8 +32,8 @@ class SharedChange:
     Attributes:
         rows: (m,) their places in the batch; None where they are all of it.
         bases: of the modules.
-        P: (M, m, k_out, c) cores of the rows, or their left factors.
-        Q: (M, m, c, k_in) right factors or None.
+        P: (m, M, k_out, c) cores of the rows, or their left factors; contiguous.
+        Q: (m, M, c, k_in) right factors or None.
     """
 
     rows: Tensor | None
@@ -52,12 +52,12 @@ class SharedChange:
             tokens: of every row.
         """
         t = self.bases.V(_pick(x, self.rows, tokens))
-        M, m = self.P.shape[:2]
-        t = t.view(m, tokens, M, -1).permute(2, 0, 1, 3)
+        m, M = self.P.shape[:2]
+        t = t.view(m, tokens, M, -1).transpose(1, 2)
         if self.Q is not None:
             t = _times(self.Q, t)
         t = _times(self.P, t)
-        change = self.bases.U(t.permute(1, 2, 0, 3).reshape(m * tokens, -1))
+        change = self.bases.U(t.transpose(1, 2).reshape(m * tokens, -1))
         _put(change, y, self.rows, tokens)
 
 
@@ -84,12 +84,12 @@ Change = SharedChange | PairChange
 
 
 def _times(cores: Tensor, t: Tensor) -> Tensor:
-    """(M, m, a, b), (M, m, tokens, b) -> (M, m, tokens, a): every row's own core."""
+    """(m, M, a, b), (m, M, tokens, b) -> (m, M, tokens, a): every row's own cores."""
     if t.shape[2] == 1 and cores.numel() <= _SMALL:
         return (cores * t).sum(-1)[:, :, None]
-    M, m, a, b = cores.shape
-    made = torch.bmm(t.reshape(M * m, -1, b), cores.view(M * m, a, b).mT)
-    return made.view(M, m, -1, a)
+    m, M, a, b = cores.shape
+    made = torch.bmm(t.reshape(m * M, -1, b), cores.view(m * M, a, b).mT)
+    return made.view(m, M, -1, a)
 
 
 def _pick(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:

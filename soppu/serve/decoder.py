@@ -29,7 +29,7 @@ class Decoder(Protocol):
     cache: KVCache
 
     def forward(self, step: Step, routing: Routing) -> Tensor:
-        """Logits (b, v), fp32, after the last own token of every row of `step`; `routing` is of these rows."""
+        """Logits (b, v), fp32, after every row's last own token in `step`; `routing` is of these rows."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Engine: a queue, and a background thread that steps one batch of many users' requests for ever.
 
-What waits joins the running batch at its next step, as soon as a row is free. Not for HTTP, nor for what a step
-does: that is `soppu.serve.batch`.
+What waits joins the running batch at its next step, as soon as a row is free. Not for HTTP, nor for what a
+step does: that is `soppu.serve.batch`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from soppu.errors import ConfigError
 from soppu.serve.bank import AdapterBank
 from soppu.serve.batch import Batch, BatchSize
 from soppu.serve.decoder import CacheSize, make_decoder
@@ -40,6 +41,12 @@ class EngineOptions:
     max_total_tokens: int = 2048
     prefill_tokens: int = 256
     gather_seconds: float = 0.002
+
+    def __post_init__(self) -> None:
+        """Refuse what could never answer. Raises ConfigError."""
+        for name in ("max_batch", "max_input_tokens", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)}, allowed: 1 and more")
 
 
 class Engine:
@@ -166,7 +173,7 @@ class Engine:
             self._refuse_waiting()
 
     def _admit(self) -> bool:
-        """Give free rows to what waits; with nothing under way, wait for it. False once the engine is closed."""
+        """Give free rows to what waits; with nothing under way, wait for it. False once closed."""
         with self._condition:
             while not self._closed:
                 if not len(self._batch):

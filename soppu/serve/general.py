@@ -88,7 +88,9 @@ def check(model: PreTrainedModel) -> None:
     """Raise UnsupportedModel where a slot of keys and values is not all that a layer keeps of a row."""
     config = model.config
     if odd := sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYERS)):
-        raise UnsupportedModel(f"{config.model_type}: layers of type {odd[0]}; served are {', '.join(_LAYERS)}")
+        raise UnsupportedModel(
+            f"{config.model_type}: layers of type {odd[0]}; served are {', '.join(_LAYERS)}"
+        )
     if not model._can_compile_fullgraph or getattr(config, "alibi", False) or config.model_type == "bloom":
         raise UnsupportedModel(
             f"{config.model_type}: it does not run over a static cache with positions row by row"

@@ -132,6 +132,7 @@ class GenerateApi:
                 "adapters": len(bank.adapters()),
                 "max_batch": options.max_batch,
                 "waiting": self._engine.waiting,
+                "running": self._engine.running,
             }
         )
 

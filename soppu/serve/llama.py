@@ -1,7 +1,8 @@
 """LlamaDecoder: the forward of the families built like Llama, written for few rows and many steps on a CPU.
 
-Projections that share an input are one product in oneDNN's layout; keys and values are written where they stay,
-and a query head looks at its group's keys without repeating them. Adapters are added to the products' outputs.
+Projections that share an input are one product in oneDNN's layout; keys and values are written where they
+stay, and a query head looks at its group's keys without repeating them. Adapters are added to the products'
+outputs.
 """
 
 from __future__ import annotations

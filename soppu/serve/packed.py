@@ -26,7 +26,7 @@ class PackedLinear:
 
     @classmethod
     def of(cls, layers: Sequence[nn.Module]) -> PackedLinear:
-        """Linear layers of one input, with a `weight` (o, i) and a `bias` (o,) or None, outputs side by side."""
+        """Layers of one input, with a `weight` (o, i) and a `bias` (o,) or None; outputs side by side."""
         weights = [layer.weight.detach() for layer in layers]  # type: ignore[operator]
         biases = [layer.bias for layer in layers]
         bias = None

@@ -1,4 +1,4 @@
-"""Routing: which adapter every row of a batch goes to, gathered for the layers. The heart of multi-adapter serving.
+"""Routing: which adapter every row of a batch goes to. The heart of multi-adapter serving.
 
 One batch may mix rows of one or several bundles, in shared-basis form (y = Wx + U P_user Q_user V^T x) or by
 pairs (y = Wx + B A x), rows of plain LoRA adapters and rows of the base model. Resolving names to slots
@@ -50,8 +50,8 @@ class Routing:
     def changes(self, layers: Layers) -> tuple[Change, ...]:
         """The changes of layers that share an input.
 
-        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose cores
-        are in one stack have theirs in common.
+        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose
+        cores are in one stack have theirs in common.
         """
         if layers not in self._changes:
             self._changes[layers] = () if self.is_base else tuple(self._gather(layers))
@@ -115,7 +115,7 @@ class Routing:
         stack, first = shared[0].stack, shared[0]
         if stack is None:
             index = _index([place for _, place in here], first.P)
-            P, Q = first.P[index][None], None if first.Q is None else first.Q[index][None]
+            P, Q = first.P[index][:, None], None if first.Q is None else first.Q[index][:, None]
             return SharedChange(self._rows(here, first.P), _bases(layers, found), P=P, Q=Q)
         key = layers, *(number for number, _ in found)
         if key not in stack.bases:
@@ -172,8 +172,5 @@ def _bases(layers: Layers, found: Sequence[tuple[int, SharedFactors]]) -> Bases:
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:
-    """The cores (M, m, ...) of some modules of a stack; neighbours without a copy."""
-    numbers = [one.number for one in shared]
-    if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return cores[numbers[0] : numbers[0] + len(numbers)]
-    return cores[numbers]
+    """The cores (M, m, ...) of some modules of a stack as (m, M, ...)."""
+    return torch.stack([cores[one.number] for one in shared], dim=1)

@@ -16,6 +16,7 @@ from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve.bank import AdapterBank
 from soppu.serve.engine import Engine, EngineOptions
 from soppu.serve.http import ServerInfo, create_app
+from soppu.serve.precision import fastest_dtype
 from soppu.serve.state import ServerState
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class ServeOptions:
         state: folder that remembers what was served.
         bundle: a bundle file to stage and activate before the first request.
         adapters: (name, PEFT folder) pairs to load before the first request.
+        dtype: of the weights; "auto" takes the faster one, see `soppu.serve.precision`.
         device: "auto" is cuda if there is one, else cpu.
         threads: torch threads; 0 leaves torch's default.
         admin_token: "" leaves the admin routes open.
@@ -47,7 +49,7 @@ class ServeOptions:
     dtype: str = "float32"
     device: str = "auto"
     threads: int = 0
-    max_batch: int = 8
+    max_batch: int = 32
     admin_token: str = ""
 
 
@@ -66,14 +68,15 @@ def run(options: ServeOptions) -> None:
             torch.set_num_threads(options.threads)
         base = resolve(options.model, cache=options.cache)
         device = _device(options.device)
-        model = load_model(base, dtype=options.dtype).to(device)  # type: ignore[arg-type]
+        dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
+        model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
         bank = AdapterBank(model, base_hash=base.hash)
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)
             engine = Engine(model, load_tokenizer(base), bank, EngineOptions(max_batch=options.max_batch))
             info = ServerInfo(
-                base.name, base.hash, dtype=options.dtype, device=device, admin_token=options.admin_token
+                base.name, base.hash, dtype=dtype, device=device, admin_token=options.admin_token
             )
             server = uvicorn.Server(
                 uvicorn.Config(

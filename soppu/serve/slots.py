@@ -38,7 +38,7 @@ class Bases:
 
     Attributes:
         V: input (m, i) -> (m, M k_in).
-        U: (m, M k_out) -> (m, o) all outputs of that input's layers side by side, 0 where no module is theirs.
+        U: (m, M k_out) -> (m, o) outputs of all layers of that input, 0 where no module is theirs.
     """
 
     V: PackedLinear

@@ -34,7 +34,7 @@ class ServerLaunch:
     pid_file: Path
     dtype: str = "float32"
     threads: int = 0
-    max_batch: int = 8
+    max_batch: int = 32
     timeout: float = 180.0
 
 

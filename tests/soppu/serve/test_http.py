@@ -506,6 +506,21 @@ def test_a_client_that_goes_away_frees_its_row(path: str, tmp_path: Path) -> Non
     assert len(seen) < 90
 
 
+def test_a_client_that_goes_away_leaves_the_batch_to_the_others(tmp_path: Path) -> None:
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 100, "ignore_eos_token": True}}
+    with tiny.served(slow_model([]), tmp_path / "state", max_batch=4) as url:
+        with requests.post(f"{url}/generate_stream", json=body, stream=True, timeout=30) as stays:
+            lines = stays.iter_lines()
+            next(lines)
+            with requests.post(f"{url}/generate_stream", json=body, stream=True, timeout=30) as goes:
+                next(goes.iter_lines())
+                assert requests.get(f"{url}/info", timeout=30).json()["running"] == 2
+            deadline = time.monotonic() + 10
+            while requests.get(f"{url}/info", timeout=30).json()["running"] != 1:
+                assert time.monotonic() < deadline
+            assert sum(line.startswith(b"data:") for line in lines) >= 90
+
+
 def test_a_silent_stream_is_kept_alive_with_comments(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("soppu.serve.http._KEEP_ALIVE_SECONDS", 0.05)
     server = start()

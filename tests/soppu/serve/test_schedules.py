@@ -1,4 +1,4 @@
-"""Whatever the company and whenever rows join or leave: every row gets the tokens of transformers' `generate`."""
+"""Whatever the company, whenever rows join or leave: every row gets the tokens of `generate`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.errors import ConfigError
 from soppu.serve import decoder as decoders
 from soppu.serve.bank import AdapterBank
 from soppu.serve.batch import Batch, BatchSize
@@ -172,7 +173,9 @@ def test_a_slot_left_by_a_row_with_numbers_that_are_not_finite_is_clean_for_the_
     batch.join(bad)
     batch.step()
     assert bad.done and not len(batch)
-    long = house.generation("plain", list(range(9, 29)), 12)  # beside it, so that more than its own is looked at
+    long = house.generation(
+        "plain", list(range(9, 29)), 12
+    )  # beside it, so that more than its own is looked at
     batch.join(good)
     batch.step()
     batch.join(long)
@@ -197,7 +200,9 @@ def test_the_cache_is_not_copied_when_rows_come_and_go() -> None:
 
 def test_each_family_gets_the_decoder_that_can_run_it() -> None:
     size = CacheSize(2, 64)
-    kinds = {family: type(make_decoder(tiny.model(family), None, size)) for family in ("llama", "qwen3", "gpt2")}  # type: ignore[arg-type]
+    kinds = {
+        family: type(make_decoder(tiny.model(family), None, size)) for family in ("llama", "qwen3", "gpt2")
+    }  # type: ignore[arg-type]
     assert kinds == {"llama": LlamaDecoder, "qwen3": LlamaDecoder, "gpt2": GeneralDecoder}
     narrow = tiny.model("mistral")
     narrow.config.sliding_window = 16
@@ -217,11 +222,19 @@ def test_a_sliding_window_is_that_of_transformers() -> None:
     assert found == [tiny.peft_text(base, prompt, None, tokens=12) for prompt in prompts]
 
 
+@pytest.mark.parametrize("name", ["max_batch", "max_input_tokens", "prefill_tokens"])
+def test_options_that_could_never_answer_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: 0, allowed: 1 and more"):
+        EngineOptions(**{name: 0})
+
+
 def test_a_request_that_comes_while_others_run_does_not_wait_for_them() -> None:
     model = tiny.llama()
     with Engine(model, tiny.tokenizer(), AdapterBank(model, base_hash=tiny.BASE_HASH)) as engine:
         begun = threading.Event()
-        long = engine.submit(GenerationRequest("a", max_new_tokens=120, ignore_eos=True), sink=lambda _: begun.set())
+        long = engine.submit(
+            GenerationRequest("a", max_new_tokens=120, ignore_eos=True), sink=lambda _: begun.set()
+        )
         assert begun.wait(30)
         engine.submit(GenerationRequest("the quick", max_new_tokens=2)).result()
         assert not long.done
@@ -236,7 +249,9 @@ def test_smollm2_in_a_busy_batch_says_what_generate_says() -> None:
     model = load_model(resolve(str(SMOLLM2), cache=SMOLLM2.parent))
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     g = torch.Generator().manual_seed(0)
-    shapes = {f"model.layers.{n}.self_attn.{p}": o for n in range(30) for p, o in (("q_proj", 576), ("v_proj", 192))}
+    shapes = {
+        f"model.layers.{n}.self_attn.{p}": o for n in range(30) for p, o in (("q_proj", 576), ("v_proj", 192))
+    }
     users: dict[str, LoraAdapter | None] = {"": None}
     for user in ("alice", "bob", "carol"):
         pairs = {
