@@ -319,8 +319,8 @@ def _cross_check(config: Config, faults: list[str]) -> None:
         faults.append(f"serve.url: found {config.serve.url!r}, expected http://host:port")
     if config.serve.target == "vllm" and config.compress.method not in SHARED_METHODS:
         faults.append(
-            f"serve.target: vllm serves cores in shared bases; compress.method = {config.compress.method!r} keeps"
-            f" numbers of a user's own, allowed with it: {', '.join(SHARED_METHODS)}"
+            f"serve.target: vllm serves cores in shared bases; compress.method = {config.compress.method!r}"
+            f" keeps more; allowed with it: {', '.join(SHARED_METHODS)}"
         )
     faults += _compress_faults(config.compress)
 

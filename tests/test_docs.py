@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import compression_page, demo
+from benchmarks import compression_page, demo, serve_page
 from docs.generate_cli import PAGE
 from soppu import __version__
 from soppu.cli import COMMANDS, main
@@ -81,9 +81,17 @@ def test_the_figures_on_compression_are_the_measured_ones() -> None:
     made = compression_page.blocks()
     for page in (ROOT / "README.md", ROOT / "docs" / "compression.md"):
         text = page.read_text()
-        marks = set(re.findall(r"<!-- ([\w-]+):begin -->", text)) - {"demo"}
+        marks = set(re.findall(r"<!-- ([\w-]+):begin -->", text)) - {"demo", *serve_page.MARKS}
         assert marks and marks <= set(compression_page.MARKS)
         assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.compression page`"
+
+
+def test_the_figures_on_serving_are_the_measured_ones() -> None:
+    made = serve_page.blocks()
+    for page in serve_page.PAGES:
+        text = page.read_text()
+        assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) & set(serve_page.MARKS)
+        assert serve_page.with_blocks(text, made) == text, "run `python -m benchmarks.serve_page`"
 
 
 def test_configuration_keys_named_in_the_documents_exist() -> None:
