@@ -200,17 +200,17 @@ def adapter_bytes(fleet: served.Served) -> dict[str, int]:
 @click.option("--slots", default=16, show_default=True, help="Adapters vLLM's own LoRA keeps resident.")
 @click.option("--systems", default=",".join(SYSTEMS), show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="Of the largest turn; others are made once.")
-@click.option("--requests", "count", default=96, show_default=True, help="Of the largest turn; others: half.")
+@click.option("--requests", "count", default=96, show_default=True, help="Of the largest turn; others: a third.")
 @click.option("--turns", type=click.Choice(["all", "largest"]), default="all", show_default=True)
 @click.option("--result", default="serve", show_default=True, help="Name of the result file.")
 def main(users: int, slots: int, systems: str, repeats: int, count: int, turns: str, result: str) -> None:
     """Start the servers, measure in turns, write the result file."""
     sizes = [n for n in (1, 16, 64, 256) if n < users] if turns == "all" else []
     plans = [Turn(users, False, count, repeats)]
-    plans += [Turn(n, zipf, count // 2, 1) for n in (*sizes, users) for zipf in (False, True)][
+    plans += [Turn(n, zipf, count // 3, 1) for n in (*sizes, users) for zipf in (False, True)][
         : 2 * len(sizes)
     ]
-    plans += [Turn(users, True, count // 2, 1)] if turns == "all" else []
+    plans += [Turn(users, True, count // 3, 1)] if turns == "all" else []
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         fleet = served.write(folder, users=users, folders=min(FOLDERS, users))

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, TILE = 8, GRAIN = 4;
+constexpr int64_t LANES = 16, TILE = 8, GRAIN = 1;
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
