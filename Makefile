@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 # LAPACK on two threads that share busy cores is many times slower than on one
 test test-fast bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status test test-fast lint format docs bench bench-compression vllm clean
+.PHONY: help setup demo up down status vllm test test-fast lint format docs bench bench-compression bench-serve clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,9 @@ bench-compression: setup .venv-rivals/.installed  ## measure compression: all of
 	$(BIN)/python -m benchmarks.compression synthetic --n 2000 --methods residual,svd,joint
 	for what in "compression gpt2" gain streaming cold_start ternary joint_speed compress "fuzz_bundle --minutes 3" "compression page"; do \
 		$(BIN)/python -m benchmarks.$$what || exit 1; done
+
+bench-serve: setup vllm .venv-lorax/.installed  ## measure serving: all of docs/serving.md (an hour, nothing else running)
+	for what in serve serve_equality soak engine serve_page; do $(BIN)/python -m benchmarks.$$what || exit 1; done
 
 clean: down      ## remove the environment, state and runs
 	rm -rf $(VENV) .venv-lorax .venv-vllm .soppu runs
