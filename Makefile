@@ -74,8 +74,7 @@ bench: demo      ## run the demo and keep its figures in benchmarks/results/demo
 
 bench-compression: setup .venv-rivals/.installed  ## measure compression: all of docs/compression.md (hours); needs the GPT-2 adapters
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	for n in 100 500; do $(BIN)/python -m benchmarks.compression synthetic --n $$n --methods residual,svd,joint,ternary; done
-	$(BIN)/python -m benchmarks.compression synthetic --n 2000 --methods residual,svd,joint
+	for n in 100 500 2000; do $(BIN)/python -m benchmarks.compression synthetic --n $$n || exit 1; done
 	for what in "compression gpt2" gain streaming cold_start ternary joint_speed compress "fuzz_bundle --minutes 3" "compression page"; do \
 		$(BIN)/python -m benchmarks.$$what || exit 1; done
 

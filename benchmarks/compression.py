@@ -7,8 +7,8 @@
 
 Bytes are those of the file with everything in it, the ratio is against adapters at 16 bits a number. Every
 method may use its best settings at each size: joint methods every width below. A package is measured over
-its settings once, and at each size its best point that is no larger counts. Each call replaces its own
-section of the file.
+its settings once, and at each size its best point that is no larger counts. What a call measures is kept
+method by method, beside the methods that it was not asked for; each row names its commit.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import click
 
 from benchmarks import fleets, rivals
 from benchmarks.compression_page import write_page
-from benchmarks.record import RESULTS, circumstances, store
+from benchmarks.record import RESULTS, circumstances, commit, store
 from soppu.adapter import LoraAdapter
 from soppu.compress import CompressOptions, compress
 from soppu.compress.plan import RANKS
 from soppu.compress.target import ratio
 from soppu.errors import BundleError
 
+METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _WIDTHS = ((8, 8), (6, 6), (4, 4))
 _CLUSTERS = (2, 4)
@@ -118,29 +119,32 @@ def main() -> None:
 
 @main.command()
 @click.option("--adapters", type=click.Path(exists=True, path_type=Path), help="Folder with the adapters.")
-@click.option("--methods", default="residual,svd,joint,joint-diag,cluster,ternary", show_default=True)
-def gpt2(adapters: Path | None, methods: str) -> None:
+@click.option("--methods", default=",".join(METHODS), show_default=True)
+@click.option("--packages/--no-packages", "others", default=True, help="Measure the public packages too.")
+def gpt2(adapters: Path | None, methods: str, others: bool) -> None:
     """Three adapters that people trained on GPT-2."""
     folders = fleets.gpt2_folders(adapters)
     held = fleets.gpt2(adapters)
-    rows = table(held, tuple(methods.split(",")), RATIOS)
-    _keep("gpt2", {"n": len(held), "rows": rows, "packages": packages(folders, held)})
+    _measure("gpt2", held, methods, ratios=RATIOS, about={"n": len(held)})
+    if others:
+        _keep("gpt2", {"packages": packages(folders, held)})
 
 
 @main.command()
 @click.option("--n", type=int, default=100, show_default=True, help="Users.")
-@click.option("--methods", default="residual,svd,joint,joint-diag,cluster,ternary", show_default=True)
+@click.option("--methods", default=",".join(METHODS), show_default=True)
+@click.option("--packages/--no-packages", "others", default=True, help="Measure the public packages too.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def synthetic(n: int, methods: str, seed: int) -> None:
+def synthetic(n: int, methods: str, others: bool, seed: int) -> None:
     """A fleet with the statistics of a large public collection."""
     spec = fleets.FleetSpec(n=n, shapes=SYNTHETIC_SHAPES, seed=seed)
     fleet = fleets.Fleet(spec)
     held = {user: fleet[user] for user in fleet}
-    found: dict[str, Any] = {"n": n, "shapes": SYNTHETIC_SHAPES, "r": spec.r, "p_seed": spec.p_seed}
-    found["rows"] = table(held, tuple(methods.split(",")), RATIOS[1:])
-    with tempfile.TemporaryDirectory() as folder:
-        found["packages"] = packages(fleets.write(spec, Path(folder)), held)
-    _keep(f"synthetic-{n}", found)
+    about = {"n": n, "shapes": SYNTHETIC_SHAPES, "r": spec.r, "p_seed": spec.p_seed}
+    _measure(f"synthetic-{n}", held, methods, ratios=RATIOS[1:], about=about)
+    if others:
+        with tempfile.TemporaryDirectory() as folder:
+            _keep(f"synthetic-{n}", {"packages": packages(fleets.write(spec, Path(folder)), held)})
 
 
 @main.command()
@@ -149,10 +153,26 @@ def page() -> None:
     click.echo(f"written: {write_page()}")
 
 
-def _keep(section: str, values: dict[str, Any]) -> None:
+def _measure(
+    section: str, held: Adapters, methods: str, *, ratios: tuple[float, ...], about: dict[str, Any]
+) -> None:
+    """Measure one method after the other, and keep each as soon as it is there."""
+    for method in filter(None, methods.split(",")):
+        measured = [row | {"commit": commit()} for row in table(held, (method,), ratios)]
+        kept = [row for row in _read().get(section, {}).get("rows", []) if row["method"] != method]
+        rows = sorted(kept + measured, key=lambda row: (METHODS.index(row["method"]), row["wanted"]))
+        _keep(section, about | {"rows": rows})
+
+
+def _read() -> dict[str, Any]:
     path = RESULTS / "compression.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
-    click.echo(f"written: {store('compression', held | {section: circumstances(seed=0) | values})}")
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _keep(section: str, values: dict[str, Any]) -> None:
+    held = _read()
+    made = held.get(section, {}) | circumstances(seed=0) | values
+    click.echo(f"written: {store('compression', held | {section: made})}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ SYSTEMS = ("base", "soppu", "stock", "stock-default", "embedded-base", "embedded
 FOLDERS = 32  # distinct PEFT folders; vLLM loads every user's by itself all the same
 _START = 900.0
 _WARM = 32  # requests before anything is timed
+_SETTLE = 3.0  # seconds: vLLM's processes spin for one after their last answer, on the next one's cores
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def start(
 
 def ask(system: System, users: Sequence[str], turn: Turn, *, seed: int) -> dict[str, Any]:
     """One turn of one system."""
+    time.sleep(_SETTLE)
     traffic = Traffic(tuple(users[: turn.users]) if system.adapted else (), turn.zipf)
     wanted = load.asks(traffic, requests=turn.requests, tokens=64, seed=seed)
     return load.measure(system.endpoint, wanted, concurrency=16)
@@ -200,7 +202,7 @@ def adapter_bytes(fleet: served.Served) -> dict[str, int]:
 @click.option("--slots", default=16, show_default=True, help="Adapters vLLM's own LoRA keeps resident.")
 @click.option("--systems", default=",".join(SYSTEMS), show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="Of the largest turn; others are made once.")
-@click.option("--requests", "count", default=96, show_default=True, help="Of the largest turn; others: a third.")
+@click.option("--requests", "count", default=96, show_default=True, help="Of the largest turn; else a third.")
 @click.option("--turns", type=click.Choice(["all", "largest"]), default="all", show_default=True)
 @click.option("--result", default="serve", show_default=True, help="Name of the result file.")
 def main(users: int, slots: int, systems: str, repeats: int, count: int, turns: str, result: str) -> None:
