@@ -70,8 +70,8 @@ def _throughput(found: Mapping[str, Any]) -> str:
     for row in sorted(found["rows"], key=lambda row: (row["users"], row["zipf"])):
         cells = [f"{row['users']:,}", "Zipf" if row["zipf"] else "uniform"]
         for name in names:
-            share = 100 * row["to_base"][name]
-            cells.append(f"{row['tokens_per_second'][name]:.0f} ({share:.0f} %)")
+            speed = row["tokens_per_second"].get(name)
+            cells.append("" if speed is None else f"{speed:.0f} ({100 * row['to_base'][name]:.0f} %)")
         lines.append(cells)
     return markdown(["users", "traffic", *(_NAMES[name] for name in names)], lines)
 
@@ -125,7 +125,8 @@ def plot(found: Mapping[str, Any]) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name in found["rows"][0]["tokens_per_second"]:
         for zipf, style in ((False, "o-"), (True, "x:")):
-            rows = sorted((r for r in found["rows"] if r["zipf"] == zipf), key=lambda r: r["users"])
+            turns = (r for r in found["rows"] if r["zipf"] == zipf and name in r["to_base"])
+            rows = sorted(turns, key=lambda r: r["users"])
             x, y = [r["users"] for r in rows], [100 * r["to_base"][name] for r in rows]
             axes.plot(x, y, style, color=_COLOURS[name], label=None if zipf else _NAMES[name])
     axes.set(xscale="log", xlabel="users", ylabel="throughput, % of vLLM without LoRA", ylim=(0, None))
