@@ -10,6 +10,7 @@ a request that began after a switch has to get the new one. Some requests are th
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
@@ -40,7 +41,8 @@ MODULE = "model.layers.29.mlp.down_proj"
 LORAX = ROOT / ".venv-lorax" / "bin" / "python"
 CLIENT = Path(__file__).with_name("soak_client.py")
 _STRENGTH = 30_000.0  # beside which whatever else the layer has to say is nothing
-_MARGIN = 2.0  # between the logits of a voice and of the next best token
+_LEAST = 5.0  # of the driver in any input: a voice without it would fall silent for a token
+_MARGIN = 4.0  # between the logits of a voice and of the next best token
 _WARM_SHARE, _LAST_SHARE = 0.2, 0.8
 
 
@@ -75,18 +77,29 @@ class Voices:
         ).eval()
         self._seen: set[int] = set()
 
+    @functools.cached_property
     def driver(self) -> Tensor:
         """(1536,) what all inputs of the module have in common: the mean over prompts, of length one."""
+        mean = torch.cat([self._inputs(prompt) for prompt in PROMPTS]).mean(0)
+        return mean / mean.norm()
+
+    def _carries(self, text: str) -> bool:
+        """Whether the driver sees enough of every input on the way through a text, after any prompt.
+
+        The inputs are the base model's: nothing before the last layer is adapted.
+        """
+        return all(float((self._inputs(prompt + text) @ self.driver).min()) > _LEAST for prompt in PROMPTS)
+
+    def _inputs(self, text: str) -> Tensor:
+        """(tokens, 1536) the module's inputs."""
         inputs: list[Tensor] = []
         hook = self._model.get_submodule(MODULE).register_forward_pre_hook(
             lambda _, given: inputs.append(given[0][0])
         )
         with torch.inference_mode():
-            for prompt in PROMPTS:
-                self._model(**self._tokenizer(prompt, return_tensors="pt"))
+            self._model(**self._tokenizer(text, return_tensors="pt"))
         hook.remove()
-        mean = torch.cat(inputs).mean(0).clone()
-        return mean / mean.norm()
+        return inputs[0].clone()
 
     def directions(self, count: int, generator: torch.Generator) -> list[tuple[Tensor, str]]:
         """`count` directions (576,) and the texts of TOKENS tokens they lead to, none of them known."""
@@ -98,7 +111,8 @@ class Voices:
                 best, chosen = self._model.lm_head(self._model.model.norm(direction)).topk(2)
             token, clear = int(chosen[0]), float(best[0] - best[1]) > _MARGIN
             text = self._tokenizer.decode([token] * TOKENS)
-            if clear and token not in self._seen and text.isascii() and text.isalpha():
+            known = token in self._seen or not (clear and text.isascii() and text.isalpha())
+            if not known and self._carries(text):
                 self._seen.add(token)
                 found.append((direction, text))
         return found
@@ -107,13 +121,15 @@ class Voices:
 def version(voices: Voices, folder: Path, *, users: int, seed: int) -> Version:
     """A bundle by the joint method in which every user has a voice of their own."""
     generator, base = torch.Generator().manual_seed(seed), served.base()
-    driver, says, adapters = voices.driver(), {}, {}
+    driver, says, adapters = voices.driver, {}, {}
     for number, (direction, text) in enumerate(voices.directions(users, generator)):
         user = f"user{number:04d}"
         pair = LoraPair(A=driver[None].clone(), B=_STRENGTH * direction[:, None])
         adapters[user] = LoraAdapter({MODULE: pair}, base_model="smollm2-135m", base_hash=base.hash)
         says[user] = text
-    made: Bundle = compress(adapters, CompressOptions(method="joint", rank=users, device="cpu"))
+    made: Bundle = compress(
+        adapters, CompressOptions(method="joint", rank=users, basis_bits=32, core_bits=32, device="cpu")
+    )
     path = folder / f"version-{seed}.soppu"
     return Version(path, made.save(path), says)
 
