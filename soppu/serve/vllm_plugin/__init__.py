@@ -18,8 +18,8 @@ def register() -> None:
     """Prepare this vLLM process to serve the bundle that SOPPU_BUNDLE names.
 
     Raises:
-        ConfigError: a SOPPU_ variable has a value that is not allowed.
-        UnsupportedVersion: this vLLM is not one the plugin was written for.
+        ConfigError: a SOPPU_ variable has a value that is not allowed, or this vLLM is not one the plugin was
+            written for.
     """
     if not os.environ.get(BUNDLE_VARIABLE):
         return

