@@ -42,7 +42,8 @@ LORAX = ROOT / ".venv-lorax" / "bin" / "python"
 CLIENT = Path(__file__).with_name("soak_client.py")
 _STRENGTH = 30_000.0  # beside which whatever else the layer has to say is nothing
 _LEAST = 5.0  # of the driver in any input: a voice without it would fall silent for a token
-_MARGIN = 4.0  # between the logits of a voice and of the next best token
+_DRAWN = 256  # directions tried at a time
+_MARGIN = 3.0  # between the logits of a voice and of the next best token
 _WARM_SHARE, _LAST_SHARE = 0.2, 0.8
 
 
@@ -105,17 +106,18 @@ class Voices:
         """`count` directions (576,) and the texts of TOKENS tokens they lead to, none of them known."""
         found: list[tuple[Tensor, str]] = []
         while len(found) < count:
-            direction = torch.randn(self._model.config.hidden_size, generator=generator)
-            direction /= direction.norm()
+            drawn = torch.randn(_DRAWN, self._model.config.hidden_size, generator=generator)
+            drawn /= drawn.norm(dim=1, keepdim=True)
             with torch.inference_mode():
-                best, chosen = self._model.lm_head(self._model.model.norm(direction)).topk(2)
-            token, clear = int(chosen[0]), float(best[0] - best[1]) > _MARGIN
-            text = self._tokenizer.decode([token] * TOKENS)
-            known = token in self._seen or not (clear and text.isascii() and text.isalpha())
-            if not known and self._carries(text):
-                self._seen.add(token)
-                found.append((direction, text))
-        return found
+                best, chosen = self._model.lm_head(self._model.model.norm(drawn)).topk(2)
+            for place in (best[:, 0] - best[:, 1] > _MARGIN).nonzero()[:, 0].tolist():
+                token = int(chosen[place, 0])
+                text = self._tokenizer.decode([token] * TOKENS)
+                known = token in self._seen or not (text.isascii() and text.isalpha())
+                if not known and self._carries(text):
+                    self._seen.add(token)
+                    found.append((drawn[place].clone(), text))
+        return found[:count]
 
 
 def version(voices: Voices, folder: Path, *, users: int, seed: int) -> Version:
