@@ -51,7 +51,9 @@ class Target:
     def most_bytes(self, parameters: int) -> int:
         """Bytes the file may have, 0 where the target is an error or there is none."""
         if self.ratio:
-            return int(_BYTES_A_NUMBER * parameters / self.ratio)
+            size = int(_BYTES_A_NUMBER * parameters / self.ratio)
+            # the quotient may have been rounded to just below a whole number
+            return size + (ratio(parameters, size + 1) >= self.ratio)
         return int(self.max_bytes)
 
 
