@@ -75,7 +75,8 @@ class Fleet:
             if only is not None and not bool(only[first : first + size].any()):
                 continue
             yield Batch(first, len(part), self._stacked(part))
-            heap.trim()
+            if size < len(users):  # one batch, as of a new user alone, leaves no holes between batches
+                heap.trim()
 
     def _stacked(self, users: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
         held = [self.adapters[user] for user in users]
