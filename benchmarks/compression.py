@@ -28,17 +28,16 @@ from benchmarks.compression_page import write_page
 from benchmarks.record import RESULTS, circumstances, commit, store
 from soppu.adapter import LoraAdapter
 from soppu.compress import CompressOptions, compress
+from soppu.compress.options import METHODS, SHARED_METHODS
 from soppu.compress.plan import RANKS
 from soppu.compress.target import ratio
 from soppu.errors import BundleError
 
-METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _WIDTHS = ((8, 8), (6, 6), (4, 4))
 _CLUSTERS = (2, 4)
 _MANY = 100  # from more users on, joint methods are tried at one width and two clusters
 _RANKS = tuple(k for k in RANKS[1:] if k <= 128)
-_SHARED = ("joint", "joint-diag", "cluster")
 SYNTHETIC_SHAPES = {"layers.0.q_proj": (768, 768), "layers.0.v_proj": (256, 768)}
 
 Adapters = Mapping[str, LoraAdapter]
@@ -47,7 +46,7 @@ Row = dict[str, Any]
 
 def settings(method: str, n: int) -> Iterator[dict[str, Any]]:
     """What a method is tried with; the best one counts. Shared bases are tried at every rank."""
-    if method not in _SHARED:
+    if method not in SHARED_METHODS:
         yield {"rank": 64} if method == "residual" else {}
         return
     for basis_bits, core_bits in _WIDTHS if n <= _MANY and method == "joint" else _WIDTHS[1:2]:
@@ -80,7 +79,7 @@ def points(adapters: Adapters, method: str, allowed: Sequence[int]) -> list[Row]
     tried = [
         kwargs | more
         for kwargs in settings(method, len(adapters))
-        for more in ([{}] if method in _SHARED else [{"max_bytes": size} for size in allowed])
+        for more in ([{}] if method in SHARED_METHODS else [{"max_bytes": size} for size in allowed])
     ]
     return [made for kwargs in tried if (made := point(adapters, method, kwargs)) is not None]
 

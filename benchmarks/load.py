@@ -27,6 +27,11 @@ class Endpoint:
     base: str = ""
     host: str = "127.0.0.1"
 
+    @property
+    def url(self) -> str:
+        """For clients that take one."""
+        return f"http://{self.host}:{self.port}"
+
 
 @dataclass(frozen=True)
 class Ask:

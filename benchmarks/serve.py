@@ -16,7 +16,6 @@ all others are held in the CPU's memory, and loaded before anything is timed.
 
 from __future__ import annotations
 
-import socket
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import requests
 from benchmarks import load, served
 from benchmarks.load import Endpoint, Traffic
 from benchmarks.record import ROOT, circumstances, store
+from soppu.simulation import free_port
 from soppu.targets import process
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -79,9 +79,7 @@ def server(
     folder: Path, name: str, command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[tuple[int, int]]:
     """A server on a free port, healthy: (port, pid). `command` has "{port}" where the port goes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     words = [word.format(port=port) for word in command]
     launch = process.Launch(words, folder / f"{name}.log", folder / f"{name}.pid", environment)
     began = time.perf_counter()
@@ -123,7 +121,7 @@ def stock(stack: ExitStack, folder: Path, fleet: served.Served, *, slots: int, r
     began = time.perf_counter()
     for place, user in enumerate(fleet.bundle.users):
         body = {"lora_name": user, "lora_path": str(fleet.folders[place % len(fleet.folders)])}
-        url = f"http://127.0.0.1:{system.endpoint.port}/v1/load_lora_adapter"
+        url = f"{system.endpoint.url}/v1/load_lora_adapter"
         requests.post(url, json=body, timeout=600).raise_for_status()
     click.echo(f"{name}: {len(fleet.bundle.users)} adapters loaded in {time.perf_counter() - began:.0f} s")
     return system
@@ -205,7 +203,7 @@ def adapter_bytes(fleet: served.Served) -> dict[str, int]:
 @click.option("--requests", "count", default=64, show_default=True, help="Of the largest turn; else half.")
 @click.option("--turns", type=click.Choice(["all", "largest"]), default="all", show_default=True)
 @click.option("--result", default="serve", show_default=True, help="Name of the result file.")
-def main(users: int, slots: int, systems: str, repeats: int, count: int, turns: str, result: str) -> None:
+def main(*, users: int, slots: int, systems: str, repeats: int, count: int, turns: str, result: str) -> None:
     """Start the servers, measure in turns, write the result file."""
     sizes = [n for n in (1, 16, 64, 256) if n < users] if turns == "all" else []
     plans = [Turn(users, False, count, repeats)]

@@ -90,11 +90,11 @@ def measured(fleet: served.Served, folder: Path, *, dtype: str, tokens: int) -> 
     base, users = fleet.base.hash, fleet.bundle.users
     with ExitStack() as stack:
         system = vllm(stack, folder, fleet, name="soppu", options=("--dtype", dtype))
-        target = VllmTarget(f"http://127.0.0.1:{system.endpoint.port}", base_hash=base)
+        target = VllmTarget(system.endpoint.url, base_hash=base)
         texts["vllm plugin"] = by_server(target, users, tokens=tokens)
     with ExitStack() as stack:
-        port = embedded(stack, folder, fleet, dtype=dtype)["embedded"].endpoint.port
-        own = EmbeddedTarget(f"http://127.0.0.1:{port}", base_hash=base)
+        endpoint = embedded(stack, folder, fleet, dtype=dtype)["embedded"].endpoint
+        own = EmbeddedTarget(endpoint.url, base_hash=base)
         texts["embedded"] = by_server(own, users, tokens=tokens)
     return compared(texts)
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,12 +136,11 @@ def version(voices: Voices, folder: Path, *, users: int, seed: int) -> Version:
     return Version(path, made.save(path), says)
 
 
-def run(subject: Subject, versions: Sequence[Version], folder: Path, *, seconds: float, swaps: int) -> Any:
+def run(subject: Subject, names: Iterable[str], folder: Path, *, seconds: float) -> Any:
     """Start the client; gives the process and the file it writes to."""
     users, out = folder / "users.json", folder / f"{subject.name}.jsonl"
-    users.write_text(json.dumps(sorted(versions[0].says)))
-    url = f"http://127.0.0.1:{subject.system.endpoint.port}"
-    command = [*subject.client, url, str(seconds), "8", str(users), str(out)]
+    users.write_text(json.dumps(sorted(names)))
+    command = [*subject.client, subject.system.endpoint.url, str(seconds), "8", str(users), str(out)]
     return subprocess.Popen(command), out
 
 
@@ -207,16 +206,12 @@ def _subjects(stack: ExitStack, folder: Path, first: Version) -> list[Subject]:
     plugin = vllm(stack, folder, fleet, name="soppu")
     own = embedded(stack, folder, fleet)["embedded"]
     made = [
-        Subject("vllm", plugin, VllmTarget(_url(plugin)), (str(PYTHON), str(CLIENT), "openai")),
-        Subject("embedded", own, EmbeddedTarget(_url(own)), (str(LORAX), str(CLIENT), "lorax")),
+        Subject("vllm", plugin, VllmTarget(plugin.endpoint.url), (str(PYTHON), str(CLIENT), "openai")),
+        Subject("embedded", own, EmbeddedTarget(own.endpoint.url), (str(LORAX), str(CLIENT), "lorax")),
     ]
     for subject in made:
         subject.switches.append((0.0, subject.target.active()))
     return made
-
-
-def _url(system: System) -> str:
-    return f"http://127.0.0.1:{system.endpoint.port}"
 
 
 @click.command()
@@ -230,7 +225,7 @@ def main(minutes: float, users: int, swaps: int) -> None:
         folder, voices = Path(name), Voices(served.base().path)
         versions = [version(voices, folder, users=users, seed=seed) for seed in (1, 2)]
         subjects = _subjects(stack, folder, versions[0])
-        running = [run(one, versions, folder, seconds=seconds, swaps=swaps) for one in subjects]
+        running = [run(one, versions[0].says, folder, seconds=seconds) for one in subjects]
         began, done = time.time(), 0
         while any(client.poll() is None for client, _ in running):
             for subject in subjects:

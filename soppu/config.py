@@ -21,8 +21,6 @@ from soppu.errors import ConfigError
 if TYPE_CHECKING:
     from soppu.compress.options import CompressOptions
 
-SHARED_METHODS = ("joint", "joint-diag", "cluster")  # all of a user is coordinates in a basis
-
 
 def _key(
     default: Any, *, low: float | None = None, high: float | None = None, one_of: tuple[Any, ...] = ()
@@ -310,6 +308,8 @@ def _checked(value: Any, hint: Any, rules: Mapping[str, Any], label: str, faults
 
 
 def _cross_check(config: Config, faults: list[str]) -> None:
+    from soppu.compress.options import SHARED_METHODS  # torch: only where a configuration is read
+
     if config.data.min_examples > config.data.train_examples:
         faults.append(
             f"data.min_examples: found {config.data.min_examples}, at most data.train_examples"

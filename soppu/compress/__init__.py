@@ -16,7 +16,7 @@ from soppu.compress.edit import Projection, forget, project
 from soppu.compress.fit import Fit, Progress
 from soppu.compress.fleet import Fleet
 from soppu.compress.metrics import CompressionReport, relative_errors
-from soppu.compress.options import CompressOptions
+from soppu.compress.options import SHARED_METHODS, CompressOptions
 from soppu.compress.quantise import QUANTISERS
 from soppu.compress.residual import Question
 from soppu.compress.whitening import Whitener, make
@@ -71,7 +71,7 @@ def _fit(
     build: _Builder,
     progress: Progress,
 ) -> Fit:
-    if options.method in ("joint", "joint-diag", "cluster"):
+    if options.method in SHARED_METHODS:
         return shared_basis.fit(fleet, options, whiteners=whiteners, size_of=build.size, progress=progress)
     if options.method == "ternary":
         return compeft.fit(fleet, options, whiteners=whiteners, size_of=build.size, progress=progress)

@@ -13,6 +13,7 @@ from soppu.compress.target import Target
 from soppu.errors import ConfigError
 
 METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
+SHARED_METHODS = ("joint", "joint-diag", "cluster")  # all of a user is coordinates in a basis
 BASIS_BITS = (*QUANTISERS, *FLOATS)
 CORE_BITS = (*COORDS, *FLOATS)
 DEFAULT_RATIO = 16.0  # of methods that need a target and were given none

@@ -1,5 +1,1 @@
 """Serving targets: where bundles are published. A target is chosen by its name in the configuration."""
-
-from soppu.targets.embedded import EmbeddedTarget
-
-TARGETS = {"embedded": EmbeddedTarget}

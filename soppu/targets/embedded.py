@@ -53,22 +53,14 @@ class EmbeddedTarget(HttpTarget):
             TargetError: the server ended or was not healthy in time; the message holds the end of its log.
                 Or the pid file names a process that still runs, and serves elsewhere.
         """
-        with process.held(launch.pid_file):
-            if self.is_up():
-                return False
-            self._launch(launch)
-        return True
+        return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
 
-    def _launch(self, launch: ServerLaunch) -> None:
+    def _process(self, launch: ServerLaunch) -> process.Launch:
         search = [str(Path(soppu.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, search))}  # also from a checkout, anywhere
         if self._token:
             environment["SOPPU_ADMIN_TOKEN"] = self._token
-        process.start(
-            process.Launch(self._command(launch), launch.log, launch.pid_file, environment),
-            ready=self._is_healthy,
-            timeout=launch.timeout,
-        )
+        return process.Launch(self._command(launch), launch.log, launch.pid_file, environment)
 
     def _command(self, launch: ServerLaunch) -> list[str]:
         parts = urlsplit(self.url)

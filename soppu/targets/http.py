@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -86,6 +86,18 @@ class HttpTarget(ABC):
                 f"{self.url}: serves base model {info['base_hash'][:12]} ({info['model_id']}),"
                 f" expected {self._base_hash[:12]}"
             )
+        return True
+
+    def _start(self, pid_file: Path, make: Callable[[], process.Launch], *, timeout: float) -> bool:
+        """Start what `make` says unless a server is up; wait until it is healthy. False if one was up.
+
+        Of several starts with one pid file, one starts a server and the others wait for it. Raises as `is_up`
+        and `process.start`.
+        """
+        with process.held(pid_file):
+            if self.is_up():
+                return False
+            process.start(make(), ready=self._is_healthy, timeout=timeout)
         return True
 
     def stop(self, pid_file: Path) -> bool:

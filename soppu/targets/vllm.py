@@ -59,19 +59,13 @@ class VllmTarget(HttpTarget):
             TargetError: there is no such Python; the server ended or was not healthy in time: the message
                 holds the end of its log. Or the pid file names a process that still runs.
         """
-        with process.held(launch.pid_file):
-            if self.is_up():
-                return False
-            if not launch.python.exists():
-                raise TargetError(
-                    f"{launch.python}: no such Python; `make vllm` makes an environment for vLLM"
-                )
-            process.start(
-                process.Launch(self._command(launch), launch.log, launch.pid_file, self._environment(launch)),
-                ready=self._is_healthy,
-                timeout=launch.timeout,
-            )
-        return True
+        return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
+
+    def _process(self, launch: VllmLaunch) -> process.Launch:
+        if not launch.python.exists():
+            raise TargetError(f"{launch.python}: no such Python; `make vllm` makes an environment for vLLM")
+        environment = self._environment(launch)
+        return process.Launch(self._command(launch), launch.log, launch.pid_file, environment)
 
     def _environment(self, launch: VllmLaunch) -> dict[str, str]:
         own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), "SOPPU_ADMIN_TOKEN": self._token}

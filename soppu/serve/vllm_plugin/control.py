@@ -40,6 +40,12 @@ class Engine:
     busy: Callable[[], Collection[int]]
 
 
+def read_first(settings: Settings) -> tuple[Bundle, str]:
+    """The bundle served from the start, and its id. Raises BundleError for a damaged one."""
+    data = settings.bundle.read_bytes()
+    return Bundle.from_bytes(data, source=str(settings.bundle)), hashlib.sha256(data).hexdigest()
+
+
 class Control:
     """One server's bundles and adapters; one change at a time. Implements `soppu.serve.served.Served`.
 
@@ -57,9 +63,7 @@ class Control:
         self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
         self._changing = threading.Lock()
         self._engine: Engine | None = None
-        data = settings.bundle.read_bytes()
-        self.first_id = hashlib.sha256(data).hexdigest()
-        bundle = Bundle.from_bytes(data, source=str(settings.bundle))
+        bundle, self.first_id = read_first(settings)
         self._check(bundle, self.first_id)
         self.bank.stage(bundle, self.first_id, self.bank.reserve(bundle))
         self.bank.activate(self.first_id)

@@ -29,7 +29,7 @@ from soppu import models
 from soppu.compress.bundle import Bundle
 from soppu.errors import AdapterError, BundleError, ConfigError, SoppuError
 from soppu.serve.vllm_plugin import kernels, op, routes
-from soppu.serve.vllm_plugin.control import Control, Engine
+from soppu.serve.vllm_plugin.control import Control, Engine, read_first
 from soppu.serve.vllm_plugin.directory import Directory
 from soppu.serve.vllm_plugin.layout import Linear, Part
 from soppu.serve.vllm_plugin.resident import Form
@@ -88,7 +88,7 @@ def _attach(runner: Any, settings: Settings) -> Worker:
     _refuse(config)
     form = Form(dtype=config.model_config.dtype, device=runner.device, spare=settings.spare_rows)
     layers = dict(_linears(runner.model))
-    bundle, bundle_id = read(settings.bundle)
+    bundle, bundle_id = read_first(settings)
     how: Any
     if settings.kernel == "static" or form.device.type != "cpu":
         how = _limits(config, bundle)
@@ -119,12 +119,6 @@ def _limits(config: Any, bundle: Bundle) -> Limits:
         requests=scheduler.max_num_seqs,
         bases=2 * clusters,
     )
-
-
-def read(path: Path) -> tuple[Bundle, str]:
-    """The bundle in a file, and its id."""
-    data = path.read_bytes()
-    return Bundle.from_bytes(data, source=str(path)), hashlib.sha256(data).hexdigest()
 
 
 def _refuse(config: Any) -> None:

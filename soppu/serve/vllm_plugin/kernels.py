@@ -17,7 +17,7 @@ from soppu.serve.vllm_plugin import build
 from soppu.serve.vllm_plugin.resident import Basis
 
 _LOG = logging.getLogger(__name__)
-_CHUNK = 512  # tokens whose cores are gathered at a time: bounds what a long prompt needs
+CHUNK = 512  # tokens whose cores are gathered at a time: bounds what a long prompt needs
 _NATIVE_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -41,12 +41,12 @@ Kernel = Callable[[Tensor, Tensor, Basis, Tokens], None]
 
 def plain(x: Tensor, y: Tensor, basis: Basis, tokens: Tokens) -> None:
     """`x` (T, i): add U S V^T x to the tokens' rows of `y` (T, o), in place. O(t (m k (i + k) + k o))."""
-    for begin in range(0, len(tokens.rows), _CHUNK):
-        rows = tokens.rows[begin : begin + _CHUNK]
+    for begin in range(0, len(tokens.rows), CHUNK):
+        rows = tokens.rows[begin : begin + CHUNK]
         if tokens.places is None:
             _plain(x[begin : begin + len(rows)], y[begin : begin + len(rows)], basis, tokens.cores[rows])
         else:
-            places = tokens.places[begin : begin + _CHUNK]
+            places = tokens.places[begin : begin + CHUNK]
             some = y[places]
             _plain(x[places], some, basis, tokens.cores[rows])
             y[places] = some

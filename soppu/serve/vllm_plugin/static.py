@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from soppu.errors import BundleError
+from soppu.serve.vllm_plugin.kernels import CHUNK
 from soppu.serve.vllm_plugin.layout import Linear
 from soppu.serve.vllm_plugin.resident import Resident
-
-_CHUNK = 512  # tokens whose cores are gathered at a time
+from soppu.serve.vllm_plugin.residents import Residents
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,11 @@ class _Layer:
     offset: int
 
 
-class StaticStep:
+class StaticStep(Residents):
     """Same methods as `Step`. Bundles are built with the ranks of the first: see `resident.Form.ranks`."""
 
     def __init__(self, linears: Sequence[Linear], first: Resident, limits: Limits) -> None:
-        self.linears = tuple(linears)
-        self.residents: dict[int, Resident] = {}
+        super().__init__(linears)
         self._limits = limits
         self._layers = [_layer(line, first, limits.bases) for line in linears]
         cores = first.cores
@@ -53,7 +52,6 @@ class StaticStep:
         self._slot = torch.zeros(limits.tokens, dtype=torch.int64, device=cores.device)
         self._base = torch.arange(limits.tokens, device=cores.device) * limits.bases
         self._places: dict[tuple[int, int], int] = {}  # (first row, cluster) -> place of the basis
-        self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self.add(first)
 
     def add(self, resident: Resident) -> None:
@@ -75,29 +73,20 @@ class StaticStep:
         self.residents[resident.start] = resident
         self.clear()
 
-    def at(self, start: int) -> Resident:
-        """The bundle whose first row is `start`. BundleError if it is not there."""
-        if start not in self.residents:
-            raise BundleError(f"no resident bundle begins at row {start}; there are {len(self.residents)}")
-        return self.residents[start]
-
     def drop(self, start: int) -> None:
-        """Forget the bundle whose first row is `start`; no request may be on it. BundleError as `at`."""
-        self.at(start)
-        del self.residents[start]
+        """As `Residents.drop`; the places of its bases are free again."""
+        super().drop(start)
         self._places = {key: place for key, place in self._places.items() if key[0] != start}
-        self.clear()
 
     def clear(self) -> None:
         """Serve the base model until the next `begin`."""
-        self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        super().clear()
         self._slot.zero_()
 
     def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Prepare a pass: copy cores to slots, and every token's slot and basis to the buffers. As `Step`."""
-        if np.array_equal(rows, self._rows) and np.array_equal(counts, self._counts):
+        if self._is_prepared(rows, counts):
             return
-        self._rows, self._counts = rows.copy(), np.array(counts)
         users, which = np.unique(rows, return_inverse=True)
         slots, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
         for number, row in enumerate(users.tolist()):
@@ -109,8 +98,8 @@ class StaticStep:
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
         """Add to `y` (T, o), in place, what the users change at layer `number` for the input `x` (T, i)."""
         layer = self._layers[number]
-        for begin in range(0, len(x), _CHUNK):
-            end = min(begin + _CHUNK, len(x))
+        for begin in range(0, len(x), CHUNK):
+            end = min(begin + CHUNK, len(x))
             self._add(layer, x[begin:end], y[begin:end], (begin, end))
 
     def _add(self, layer: _Layer, x: Tensor, y: Tensor, span: tuple[int, int]) -> None:

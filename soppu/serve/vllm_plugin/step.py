@@ -13,6 +13,7 @@ from soppu.errors import BundleError
 from soppu.serve.vllm_plugin.kernels import Kernel, Tokens
 from soppu.serve.vllm_plugin.layout import Linear
 from soppu.serve.vllm_plugin.resident import Basis, Resident
+from soppu.serve.vllm_plugin.residents import Residents
 
 _MOSTLY = 0.75  # above this share of a batch, a pass over all of it beats picking tokens out
 
@@ -25,37 +26,23 @@ class _Group:
     bases: Sequence[Basis | None]
 
 
-class Step:
+class Step(Residents):
     """The bundles on one worker, and the tokens of the pass under way. For one thread alone."""
 
     def __init__(self, linears: Sequence[Linear], kernel: Kernel) -> None:
-        self.linears = tuple(linears)
-        self.residents: dict[int, Resident] = {}  # by first row
+        super().__init__(linears)
         self._kernel = kernel
         self._groups: list[_Group] = []
-        self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def add(self, resident: Resident) -> None:
         """Serve this bundle's rows from the next pass on."""
         self.residents[resident.start] = resident
         self.clear()
 
-    def at(self, start: int) -> Resident:
-        """The bundle whose first row is `start`. BundleError if it is not there."""
-        if start not in self.residents:
-            raise BundleError(f"no resident bundle begins at row {start}; there are {len(self.residents)}")
-        return self.residents[start]
-
-    def drop(self, start: int) -> None:
-        """Forget the bundle whose first row is `start`; no request may be on it. BundleError as `at`."""
-        self.at(start)
-        del self.residents[start]
-        self.clear()
-
     def clear(self) -> None:
         """Serve the base model until the next `begin`."""
+        super().clear()
         self._groups = []
-        self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Prepare a forward pass. O(tokens), and nothing where the batch is as before.
@@ -67,9 +54,8 @@ class Step:
         Raises:
             BundleError: a row that no resident bundle has.
         """
-        if np.array_equal(rows, self._rows) and np.array_equal(counts, self._counts):
+        if self._is_prepared(rows, counts):
             return
-        self._rows, self._counts = rows.copy(), np.array(counts)
         self._groups = list(self._made(np.repeat(self._rows, self._counts))) if rows.any() else []
 
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:

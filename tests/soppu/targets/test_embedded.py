@@ -25,7 +25,8 @@ from soppu.errors import PortTaken, TargetError
 from soppu.models import resolve
 from soppu.serve.http import ServerInfo
 from soppu.serve.server import claim_port
-from soppu.targets import TARGETS, process
+from soppu.simulation import free_port
+from soppu.targets import kinds, process
 from soppu.targets.canary import Answered, Asked, fault
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from tests.soppu.serve import tiny
@@ -52,12 +53,6 @@ def files(shared: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def target(tmp_path: Path) -> Iterator[EmbeddedTarget]:
     with tiny.served(tiny.llama(), tmp_path / "state", token="secret") as url:
         yield EmbeddedTarget(url, base_hash=tiny.BASE_HASH, admin_token="secret")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_bundle_is_published_tried_activated_and_rolled_back(
@@ -337,5 +332,7 @@ def test_a_pid_file_of_a_process_that_is_gone_ends_nobody(tmp_path: Path) -> Non
 
 
 def test_targets_are_chosen_by_name_and_secrets_are_not_shown() -> None:
-    assert TARGETS == {"embedded": EmbeddedTarget}
+    assert kinds.of("embedded") is EmbeddedTarget
+    with pytest.raises(TargetError, match="'lorax': allowed are embedded, vllm"):
+        kinds.of("lorax")
     assert "secret" not in repr(ServerInfo("m", "h", admin_token="secret"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import compress
 from soppu.compress.bundle import Bundle
 from soppu.compress.options import CompressOptions
+from soppu.simulation import free_port
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 
 ROOT = Path(__file__).parents[4]
@@ -102,12 +102,6 @@ def _greedy(adapter: LoraAdapter | None) -> str:
         for name, weight in kept.items():
             model.get_submodule(name).weight.copy_(weight)  # type: ignore[attr-defined]
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))  # type: ignore[attr-defined]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launch(folder: Path, first: Bundle, *, dtype: str = "float32") -> VllmLaunch:
