@@ -157,11 +157,12 @@ class ServeConfig:
     url: str = "http://127.0.0.1:8099"
     state: str = ".soppu/serve"
     vllm_python: str = ".venv-vllm/bin/python"
+    vllm_options: tuple[str, ...] = ("--gpu-memory-utilization", "0.5")
     max_batch: int = _key(16, low=1)
     canary_prompt: str = "def main():"
     canary_tokens: int = _key(4, low=1)
     completion_tokens: int = _key(24, low=1)
-    start_timeout_s: int = _key(180, low=1)
+    start_timeout_s: int = _key(600, low=1)
 
 
 @dataclass(frozen=True)

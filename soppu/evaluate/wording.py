@@ -158,9 +158,16 @@ def curl(report: Mapping[str, Any], url: str = "") -> str:
     users = [*serving.get("completions", {}), *(user["id"] for user in report["users"])]
     if not url or not users:
         return ""
-    body = {
-        "inputs": serving.get("prompt") or _DEFAULT_PROMPT,
-        "parameters": {"adapter_id": users[0], "max_new_tokens": COMPLETION_TOKENS},
-    }
-    words = (shlex.quote(f"{url.rstrip('/')}/generate"), shlex.quote(json.dumps(body)))
+    path, body = _asked(serving.get("target", ""), users[0], serving.get("prompt") or _DEFAULT_PROMPT)
+    words = (shlex.quote(f"{url.rstrip('/')}{path}"), shlex.quote(json.dumps(body)))
     return f"curl -s {words[0]} -H 'Content-Type: application/json' -d {words[1]}"
+
+
+def _asked(target: str, user: str, prompt: str) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request for one user's text, as this kind of server takes it."""
+    if target == "vllm":
+        return "/v1/completions", {"model": user, "prompt": prompt, "max_tokens": COMPLETION_TOKENS}
+    return "/generate", {
+        "inputs": prompt,
+        "parameters": {"adapter_id": user, "max_new_tokens": COMPLETION_TOKENS},
+    }

@@ -149,7 +149,7 @@ def _vllm_launch(run: Run, bundle: Path) -> VllmLaunch:
         log=state / "vllm.log",
         pid_file=state / "vllm.pid",
         timeout=settings.start_timeout_s,
-        options=("--max-num-seqs", str(settings.max_batch)),
+        options=("--max-num-seqs", str(settings.max_batch), *settings.vllm_options),
     )
 
 

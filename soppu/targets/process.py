@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,6 +19,9 @@ from soppu.errors import TargetError
 
 _TAIL_LINES = 15
 _POLL_SECONDS = 0.2
+_CAUSE = re.compile(
+    r"(?:^|\] )[\w.]*(?:Error|Exception): .*"
+)  # as a traceback ends, behind a log's prefix or not
 
 
 class _Record(TypedDict):
@@ -43,7 +47,7 @@ def start(launch: Launch, *, ready: Callable[[], bool], timeout: float) -> int:
     Raises:
         TargetError: the pid file names a process that still runs (nothing is started then); or ours ended
             first, or was not ready within `timeout` seconds (it is stopped then): the message holds the
-            last lines of its log.
+            last lines of its log, and the first error in it.
     """
     if running(launch.pid_file):
         raise TargetError(f"{launch.pid_file}: names a process that still runs; stop it first")
@@ -110,7 +114,10 @@ def _end(record: _Record, *, grace: float = 15.0) -> bool:
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
         if not _alive(pid, mark):
             break
-        os.kill(pid, number)
+        if number == signal.SIGKILL:
+            os.killpg(pid, number)  # nobody is left to end the workers it started
+        else:
+            os.kill(pid, number)
         ended = True
         deadline = time.monotonic() + patience
         while _alive(pid, mark) and time.monotonic() < deadline:
@@ -155,4 +162,6 @@ def _tail(log: Path, begin: int) -> str:
     with log.open("rb") as stream:
         stream.seek(begin)
         lines = stream.read().decode(errors="replace").splitlines()
-    return "\n".join(lines[-_TAIL_LINES:])
+    cause = next((number for number, line in enumerate(lines) if _CAUSE.search(line)), len(lines))
+    first = [lines[cause], "[...]"] if cause < len(lines) - _TAIL_LINES else []
+    return "\n".join([*first, *lines[-_TAIL_LINES:]])

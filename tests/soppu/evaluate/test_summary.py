@@ -113,6 +113,15 @@ def test_the_curl_line_is_lorax_json() -> None:
     }
 
 
+def test_a_vllm_server_is_asked_as_it_is_asked() -> None:
+    made = make_report(2)
+    made["serving"]["target"] = "vllm"
+    line = wording.curl(made, "http://host:1/")
+    assert line.startswith("curl -s http://host:1/v1/completions -H ")
+    body = json.loads(line.split(" -d ", 1)[1].strip("'"))
+    assert body == {"model": "user-0000", "prompt": "def main():", "max_tokens": 24}
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize(
     "user", ["alice", HOSTILE, "a'b; touch pwned #", "$(touch pwned)", "日本語", "-d @/etc/passwd"]

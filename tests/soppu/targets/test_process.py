@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,37 @@ def test_held_lets_one_in_at_a_time(tmp_path: Path) -> None:
             pass
     thread.join(30)
     assert inside.is_set()
+
+
+def test_a_failed_start_names_the_first_error_of_a_long_log(tmp_path: Path) -> None:
+    lines = [
+        "(Worker pid=7) ERROR 11-26 [core.py:9] ValueError: memory is short",
+        *(f"  frame {n}" for n in range(40)),
+    ]
+    code = f"print({chr(10).join([*lines, 'RuntimeError: see above'])!r}); raise SystemExit(1)"
+    with pytest.raises(TargetError, match=r"(?s)memory is short\n\[\.\.\.\]\n.*RuntimeError: see above$"):
+        process.start(launch(tmp_path, sys.executable, "-c", code), ready=lambda: False, timeout=30)
+
+
+def test_workers_of_a_process_that_has_to_be_killed_end_with_it(tmp_path: Path) -> None:
+    stubborn = "import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    worker = f"subprocess.Popen([sys.executable, '-c', {stubborn + 'import time; time.sleep(60)'!r}])"
+    options = launch(
+        tmp_path, sys.executable, "-c", f"{stubborn}print({worker}.pid, flush=True)\n{worker}.wait()"
+    )
+    process.start(options, ready=lambda: options.log.read_text().endswith("\n"), timeout=30)
+    assert process.stop(options.pid_file, grace=0.2)
+    pid = int(options.log.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not just waiting for its parent to ask how it ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
