@@ -37,7 +37,7 @@ class Stack:
     Attributes:
         api: URL of the Prefect API, `http://host:port/api`.
         state: folder for databases, logs and pid files.
-        serve_state: folder of the embedded server, whose pid file `down` knows too.
+        serve_state: folder of the servers that publications start, whose pid files `down` knows too.
     """
 
     api: str = "http://127.0.0.1:4200/api"
@@ -97,6 +97,7 @@ def down(stack: Stack) -> dict[str, bool]:
         requests.delete(f"{stack.api}/work_pools/{POOL}/workers/{WORKER}", timeout=30)
     ended["prefect server"] = process.stop(stack.pid_file("prefect-server"))
     ended["embedded server"] = process.stop(stack.serve_state / "server.pid")
+    ended["vLLM server"] = process.stop(stack.serve_state / "vllm.pid")
     ended["runs under way"] = end_processes(stack.mark, variable=MARK) > 0
     return ended
 
