@@ -1,10 +1,10 @@
 """How fast the embedded engine is, base and 1,000 users side by side: benchmarks/results/engine.json.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.engine [--model smollm2-135m] [--bundle FILE] [--print]
+    python -m benchmarks.engine [--users 1000] [--rounds 3]
 
 16 requests at once, prompts of about 32 tokens, 64 new tokens each, in the process of the engine: tokens per
 second, time to the first token, and time between tokens. The base model alone takes turns with 16 different
-users of one bundle of 1,000 (q and v of every layer, joint, k = 16), in float32 and bfloat16. Figures are
+users of one bundle of 1,000 (`served`: q and v of every layer, k = 16), in float32 and bfloat16. Figures are
 medians of the rounds. Processor seconds stand beside the wall clock's, since other processes on the machine
 stretch the latter only.
 """
@@ -17,23 +17,20 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from benchmarks import fleets
+from benchmarks import served
 from benchmarks.record import circumstances, store
-from soppu.compress import Bundle, CompressOptions, compress
-from soppu.models import BaseModel, load_model, load_tokenizer, resolve
+from soppu.compress import Bundle
+from soppu.models import BaseModel, load_model, load_tokenizer
 from soppu.serve.bank import AdapterBank
 from soppu.serve.engine import Engine, EngineOptions
 from soppu.serve.generation import Event, GenerationRequest, TokenEvent
-from soppu.serve.layers import linear_shapes
 
 DTYPES = ("float32", "bfloat16")
-LEAVES = ("q_proj", "v_proj")
 CONCURRENT, NEW_TOKENS, PROMPT_WORDS = 16, 64, 28
 BUNDLE_ID = "1" * 64
 
@@ -51,13 +48,6 @@ class Client:
         self.times.append(time.perf_counter())
         if not isinstance(event, TokenEvent) or event.finish is not None:
             self.ended.set()
-
-
-def bundle(model: Any, base: BaseModel, users: int) -> Bundle:
-    """Synthetic adapters of rank 8 on q and v of every layer, compressed jointly with k = 16."""
-    shapes = {name: shape for name, shape in linear_shapes(model).items() if name.endswith(LEAVES)}
-    fleet = fleets.Fleet(fleets.FleetSpec(n=users, r=8, shapes=shapes))
-    return compress(dict(fleet), CompressOptions(method="joint", rank=16, device="cpu"))
 
 
 def started(base: BaseModel, dtype: str, made: Bundle) -> Engine:
@@ -116,40 +106,27 @@ def measure(engine: Engine, users: Sequence[str], rounds: int) -> dict[str, Any]
 
 
 @click.command()
-@click.option("--model", default="smollm2-135m", show_default=True, help="Alias or folder of the base.")
-@click.option("--bundle", "path", type=click.Path(path_type=Path), help="Made once and kept in this file.")
 @click.option("--users", default=1000, show_default=True, help="In the bundle.")
 @click.option("--rounds", default=3, show_default=True, help="Of base and users in turn.")
 @click.option("--dtype", "dtypes", multiple=True, default=DTYPES, help="Default: both.")
-@click.option("--print", "only_print", is_flag=True, help="Leave the result file alone.")
-def main(
-    model: str, path: Path | None, users: int, rounds: int, dtypes: tuple[str, ...], only_print: bool
-) -> None:
+def main(users: int, rounds: int, dtypes: tuple[str, ...]) -> None:
     """Measure, and write the result file."""
-    base = resolve(model, cache=Path(".soppu/models"))
-    if path is not None and path.exists():
-        made = Bundle.load(path)
-    else:
-        made = bundle(load_model(base), base, users)
-        if path is not None:
-            made.save(path)
+    base, made = served.base(), served.bundle(users)
     asked = made.users[:: len(made.users) // CONCURRENT][:CONCURRENT]
     found = {}
     for dtype in dtypes:
         engine = started(base, dtype, made)
         found[dtype] = measure(engine, asked, rounds)
         engine.close()
-        click.echo(
-            json.dumps({dtype: {key: row for key, row in found[dtype].items() if key != "runs"}}, indent=1)
-        )
+        told = {key: row for key, row in found[dtype].items() if key != "runs"}
+        click.echo(json.dumps({dtype: told}, indent=1))
     what = {
         "what": f"{CONCURRENT} requests at once, {NEW_TOKENS} new tokens each, in process",
         "model": base.name,
         "threads": torch.get_num_threads(),
-        "bundle": {"users": len(made.users), "modules": len(made.shapes), "method": "joint", "k": 16},
+        "bundle": {"users": users, "modules": len(made.shapes), "k": served.RANK},
     }
-    if not only_print:
-        click.echo(f"written: {store('engine', circumstances(seed=0) | what | found)}")
+    click.echo(f"written: {store('engine', circumstances(seed=0) | what | found)}")
 
 
 if __name__ == "__main__":
