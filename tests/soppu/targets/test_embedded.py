@@ -27,7 +27,7 @@ from soppu.serve.http import ServerInfo
 from soppu.serve.server import claim_port
 from soppu.simulation import free_port
 from soppu.targets import kinds, process
-from soppu.targets.canary import Answered, Asked, fault
+from soppu.targets.canary import Answered, Asked, fault, is_close
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from tests.soppu.serve import tiny
 
@@ -140,6 +140,15 @@ def test_every_fault_of_an_answer_is_named() -> None:
     assert "no effect" in fault(replace(good, trace=base), asked, base_trace=base)
     assert fault(replace(good, trace=base), replace(asked, may_equal_base=True), base_trace=base) == ""
     assert fault(replace(good, refusal="HTTP 500: x"), asked, base_trace=base) == "HTTP 500: x"
+
+
+def test_what_rounding_may_have_done_is_close_and_nothing_else() -> None:
+    base = ((1, -0.5), (2, -1.0), (3, -2.0))
+    assert is_close(base, base) and is_close(((1, -0.6), (2, -0.8), (3, -2.1)), base)
+    assert is_close(((1, -0.5), (7, -1.1), (8, -9.0)), base)  # a tie that went the other way
+    assert not is_close(((7, -1.5), (2, -1.0), (3, -2.0)), base)
+    assert not is_close(((1, -0.5), (2, -1.6), (3, -2.0)), base)
+    assert not is_close(base[:2], base)
 
 
 def test_refusals_say_what_the_server_said(target: EmbeddedTarget, files: dict[str, Path]) -> None:
