@@ -41,9 +41,9 @@ MODULE = "model.layers.29.mlp.down_proj"
 LORAX = ROOT / ".venv-lorax" / "bin" / "python"
 CLIENT = Path(__file__).with_name("soak_client.py")
 _STRENGTH = 30_000.0  # beside which whatever else the layer has to say is nothing
-_LEAST = 5.0  # of the driver in any input: a voice without it would fall silent for a token
 _DRAWN = 256  # directions tried at a time
 _MARGIN = 3.0  # between the logits of a voice and of the next best token
+_LEAST = 2.0  # of that, at every token of an answer
 _WARM_SHARE, _LAST_SHARE = 0.2, 0.8
 
 
@@ -81,26 +81,36 @@ class Voices:
     @functools.cached_property
     def driver(self) -> Tensor:
         """(1536,) what all inputs of the module have in common: the mean over prompts, of length one."""
-        mean = torch.cat([self._inputs(prompt) for prompt in PROMPTS]).mean(0)
+        ids = [self._tokenizer(prompt).input_ids for prompt in PROMPTS]
+        mean = torch.cat([self._states(given)[0] for given in ids]).mean(0)
         return mean / mean.norm()
 
-    def _carries(self, text: str) -> bool:
-        """Whether the driver sees enough of every input on the way through a text, after any prompt.
+    def _speaks(self, direction: Tensor, token: int) -> bool:
+        """Whether the voice says its token, and nothing else by a margin, TOKENS times after any prompt.
 
-        The inputs are the base model's: nothing before the last layer is adapted.
+        Nothing before the last layer is adapted, so the base model's states tell what the voice adds to.
         """
-        return all(float((self._inputs(prompt + text) @ self.driver).min()) > _LEAST for prompt in PROMPTS)
+        for prompt in PROMPTS:
+            given = self._tokenizer(prompt).input_ids
+            x, h = self._states(given + [token] * (TOKENS - 1))
+            loud = h + _STRENGTH * (x @ self.driver)[:, None] * direction
+            with torch.inference_mode():
+                best, chosen = self._model.lm_head(self._model.model.norm(loud[len(given) - 1 :])).topk(2)
+            if not bool(((chosen[:, 0] == token) & (best[:, 0] - best[:, 1] > _LEAST)).all()):
+                return False
+        return True
 
-    def _inputs(self, text: str) -> Tensor:
-        """(tokens, 1536) the module's inputs."""
-        inputs: list[Tensor] = []
-        hook = self._model.get_submodule(MODULE).register_forward_pre_hook(
-            lambda _, given: inputs.append(given[0][0])
-        )
+    def _states(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(tokens, 1536) the module's inputs, and (tokens, 576) what comes out of the last layer."""
+        found: list[Tensor] = []
+        places = (self._model.get_submodule(MODULE), self._model.model.norm)
+        hooks = [one.register_forward_pre_hook(lambda _, given: found.append(given[0][0])) for one in places]
         with torch.inference_mode():
-            self._model(**self._tokenizer(text, return_tensors="pt"))
-        hook.remove()
-        return inputs[0].clone()
+            self._model(torch.tensor([ids]))
+        for hook in hooks:
+            hook.remove()
+        x, h = found
+        return x.clone(), h.clone()
 
     def directions(self, count: int, generator: torch.Generator) -> list[tuple[Tensor, str]]:
         """`count` directions (576,) and the texts of TOKENS tokens they lead to, none of them known."""
@@ -114,7 +124,7 @@ class Voices:
                 token = int(chosen[place, 0])
                 text = self._tokenizer.decode([token] * TOKENS)
                 known = token in self._seen or not (text.isascii() and text.isalpha())
-                if not known and self._carries(text):
+                if not known and self._speaks(drawn[place], token):
                     self._seen.add(token)
                     found.append((drawn[place].clone(), text))
         return found[:count]
