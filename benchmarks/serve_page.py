@@ -14,7 +14,7 @@ from benchmarks.record import ROOT
 from soppu.files import write_text
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
-MARKS = ("readme-serve", "serve", "serve-latency", "serve-equality", "serve-soak")
+MARKS = ("readme-serve", "serve", "serve-latency", "serve-engine", "serve-equality", "serve-soak")
 _COLOURS = {
     "base": "#8c959e",
     "soppu": "#0072b2",
@@ -41,6 +41,8 @@ def blocks() -> dict[str, str]:
         made["readme-serve"] = f"{_largest(found)}\n\n{_bytes(found)}\n\n{line}"
         made["serve"] = f"{_throughput(found)}\n\n{_bytes(found)}\n\n{line}"
         made["serve-latency"] = _latency(found)
+    if found := read_result("engine"):
+        made["serve-engine"] = f"{_engine(found)}\n\n{circumstances_line(found)}"
     if found := read_result("serve_equality"):
         made["serve-equality"] = f"{_equality(found)}\n\n{circumstances_line(found)}"
     if found := read_result("soak"):
@@ -96,6 +98,20 @@ def _bytes(found: Mapping[str, Any]) -> str:
         f"The cores of {users} users take {cores} ({share} of their adapters at 16 bits), their one basis"
         f" {basis}; vLLM's own LoRA keeps {slots} adapters resident, which is as many bytes."
     )
+
+
+def _engine(found: Mapping[str, Any]) -> str:
+    """The embedded engine in its own process: its base, and users of a bundle."""
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        for kind, share in (("base", 1.0), ("users", found[dtype]["users_of_base_tokens_per_second"])):
+            one = found[dtype][kind]
+            cells = [f"{one['tokens_per_second']:.0f}", f"{100 * share:.0f} %"]
+            keys = ("first_token_seconds", "gap_p50_seconds", "gap_p99_seconds")
+            cells += [f"{1e3 * one[key]:.0f}" for key in keys]
+            lines.append([dtype, kind, *cells])
+    head = ["type", "who asks", "tokens a second", "of base", "ms to first token"]
+    return markdown([*head, "ms between tokens, p50", "p99"], lines)
 
 
 def _equality(found: Mapping[str, Any]) -> str:
