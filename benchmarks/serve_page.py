@@ -14,7 +14,15 @@ from benchmarks.record import ROOT
 from soppu.files import write_text
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
-MARKS = ("readme-serve", "serve", "serve-latency", "serve-engine", "serve-equality", "serve-soak")
+MARKS = (
+    "readme-serve",
+    "readme-soak",
+    "serve",
+    "serve-latency",
+    "serve-engine",
+    "serve-equality",
+    "serve-soak",
+)
 _COLOURS = {
     "base": "#8c959e",
     "soppu": "#0072b2",
@@ -47,6 +55,7 @@ def blocks() -> dict[str, str]:
         made["serve-equality"] = f"{_equality(found)}\n\n{circumstances_line(found)}"
     if found := read_result("soak"):
         made["serve-soak"] = f"{_soak(found)}\n\n{circumstances_line(found)}"
+        made["readme-soak"] = _soak_line(found)
     return made
 
 
@@ -132,6 +141,22 @@ def _soak(found: Mapping[str, Any]) -> str:
         lines.append([f"{name} ({client})", f"{one['requests']:,}", *cells, growth])
     head = ["server (client)", "requests", "swaps", "failed", "another user's", "another version's", "memory"]
     return markdown(head, lines)
+
+
+def _soak_line(found: Mapping[str, Any]) -> str:
+    """Both servers in one sentence."""
+    both = [found["vllm"], found["embedded"]]
+    total = {
+        key: sum(one[key] for one in both) for key in ("requests", "failed", "wrong_user", "wrong_version")
+    }
+    swaps = f"{both[0]['swaps']}" if both[0]["swaps"] == both[1]["swaps"] else "several"
+    growth = " and ".join(f"{100 * one['memory']['growth']:+.1f} %" for one in both)
+    return (
+        f"{found['minutes']:g} minutes of mixed load by the real `openai` client on vLLM and `lorax-client`"
+        f" on the embedded server, {swaps} bundle swaps in between: of {total['requests']:,} requests"
+        f" {total['failed']} failed, {total['wrong_user']} got another user's text and"
+        f" {total['wrong_version']} another version's; memory {growth}."
+    )
 
 
 def plot(found: Mapping[str, Any]) -> Path:
