@@ -18,7 +18,7 @@ from soppu.compress import bounds
 from soppu.compress.canonical import canonical
 from soppu.compress.cores import Cores, Found
 from soppu.compress.joint import JointFit, fix_signs
-from soppu.compress.sketch import CorePass, Deltas, GrowthPass, RangePass, rows, weights
+from soppu.compress.sketch import AT_A_TIME, CorePass, Deltas, GrowthPass, RangePass, rows, weights
 
 SPARE = 8  # directions of a step beyond k
 # Share of the tolerance that the next growth has to promise, judged by the decay of the last two gains.
@@ -217,6 +217,8 @@ class _Side:
 
     def _apply(self, block: Tensor) -> Tensor:
         made = torch.zeros_like(block.mT)  # products of few rows and many columns are the faster ones
-        for found, w in self.weighted():
-            made += (w.square() * (found @ block.to(found.dtype))).mT @ found
+        for whole, weight in self.weighted():
+            block = block.to(whole.dtype)
+            for found, w in zip(whole.split(AT_A_TIME), weight.split(AT_A_TIME), strict=True):
+                made += (w.square() * (found @ block)).mT @ found
         return made.mT

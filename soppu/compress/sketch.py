@@ -30,6 +30,7 @@ __all__ = ["Canonical", "CorePass", "GrowthPass", "Power", "PowerPass", "RangePa
 
 _SMALLEST = torch.finfo(torch.float64).tiny
 _SEEDS = 1 << 64
+AT_A_TIME = 1024  # rows in a product with few columns: with all of them it takes up to twice as long
 
 
 class Deltas(Protocol):
@@ -165,8 +166,8 @@ class CorePass:
         here = slice(self._users, self._users + b)
         # made whole from the start: parts put together in the end would be there twice
         out, s, inn = self._made = self._made or self._room(batch)
-        out[here, :q] = (rows(batch.X) @ self._ranges.out.to(batch.X.dtype)).unflatten(0, (b, q))
-        inn[here, :q] = (rows(batch.Y) @ self._ranges.inn.to(batch.Y.dtype)).unflatten(0, (b, q))
+        _coordinates(batch.X, self._ranges.out, out[here, :q])
+        _coordinates(batch.Y, self._ranges.inn, inn[here, :q])
         s[here, :q] = batch.s
         self._users += b
 
@@ -243,6 +244,14 @@ def weights(s: Tensor) -> Tensor:
 
 def _norms(s: Tensor) -> Tensor:
     return torch.linalg.vector_norm(s.double(), dim=1)
+
+
+def _coordinates(vectors: Tensor, basis: Tensor, target: Tensor) -> None:
+    """Set target (b, q, K) to X_n^T Q of every user, from X (b, d, q) and Q (d, K)."""
+    basis, q = basis.to(vectors.dtype), vectors.shape[2]
+    step = max(AT_A_TIME // max(q, 1), 1)
+    for part, made in zip(vectors.split(step), target.split(step), strict=True):
+        made.copy_((rows(part) @ basis).unflatten(0, (len(part), q)))
 
 
 def _accumulate(target: Tensor, vectors: Tensor, factor: Tensor) -> None:
