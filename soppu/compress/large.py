@@ -52,7 +52,7 @@ class Search:
     """How far to go.
 
     Attributes:
-        width: directions of the sketch, at least k are taken; 0 = 2 (k + 8).
+        width: directions of the sketch, at least k are taken; 0 = k + 8, as many as a growth adds.
         growths: most times the ranges grow, by k + 8 directions and two passes a time.
         max_steps: most alternations after the last growth; each growth is followed by one.
         tolerance: share of the deltas' energy that is not worth a growth, nor two steps in a row.
@@ -125,7 +125,7 @@ def fit_batches(
 def _search(batches: Batches, shape: tuple[int, int], rank: int, search: Search) -> tuple[Cores, Found, int]:
     """Sketch, cores, then growth for as long as it promises more than the tolerance."""
     k = min(rank, *shape)
-    width = max(search.width, k) if search.width else 2 * (k + SPARE)
+    width = max(search.width, k) if search.width else k + SPARE
     sketch = RangePass(*shape, width=width, seed=search.seed)
     for batch in batches():
         sketch.add(batch)
