@@ -19,9 +19,8 @@ from soppu.errors import TargetError
 
 _TAIL_LINES = 15
 _POLL_SECONDS = 0.2
-_CAUSE = re.compile(
-    r"(?:^|\] )[\w.]*(?:Error|Exception): .*"
-)  # as a traceback ends, behind a log's prefix or not
+# The last line of a traceback, behind a log's prefix or not.
+_CAUSE = re.compile(r"(?:^|\] )[\w.]*(?:Error|Exception): ")
 
 
 class _Record(TypedDict):
@@ -111,13 +110,11 @@ def running(pid_file: Path) -> bool:
 def _end(record: _Record, *, grace: float = 15.0) -> bool:
     pid, mark = record["pid"], record["mark"]
     ended = False
-    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
+    # a killed process ends none of the workers it started: they are of its group
+    for send, number, patience in ((os.kill, signal.SIGTERM, grace), (os.killpg, signal.SIGKILL, 5.0)):
         if not _alive(pid, mark):
             break
-        if number == signal.SIGKILL:
-            os.killpg(pid, number)  # nobody is left to end the workers it started
-        else:
-            os.kill(pid, number)
+        send(pid, number)
         ended = True
         deadline = time.monotonic() + patience
         while _alive(pid, mark) and time.monotonic() < deadline:

@@ -13,6 +13,7 @@ import torch
 from soppu import emulator, models
 from soppu.adapter import LoraAdapter
 from soppu.attach import initial_pairs
+from soppu.compress import Bundle
 from soppu.data import load_user, tokenize
 from soppu.simulation import free_port
 from soppu.stages.run import Run, open_run, prepare
@@ -55,10 +56,25 @@ def config_path(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(config_path: Path) -> Iterator[Run]:
-    opened = open_run(prepare(str(config_path)))
+def overrides() -> dict[str, object]:
+    """What a test's run has otherwise than the file."""
+    return {}
+
+
+@pytest.fixture
+def run(config_path: Path, overrides: dict[str, object]) -> Iterator[Run]:
+    opened = open_run(prepare(str(config_path), overrides))
     yield opened
-    process.stop(Path(opened.config.serve.state) / "server.pid")
+    for name in ("server.pid", "vllm.pid"):
+        process.stop(Path(opened.config.serve.state) / name)
+
+
+def without_effect(run: Run, bundle_id: str) -> str:
+    """The id of a bundle as this one, but that bob has an adapter which does nothing."""
+    registry = run.registry()
+    bundle = Bundle.load(registry.bundle_path(bundle_id))
+    bundle.norm[1] = 1e-30
+    return registry.put_bundle(bundle.to_bytes(), set_id=registry.bundle(bundle_id).set_id)
 
 
 @pytest.fixture

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from click.testing import CliRunner
 
 from soppu.cli import main
-from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.stages.publish import open_target, publish
 from soppu.stages.report import write_report
-from soppu.stages.run import Run, open_run, prepare
-from soppu.targets import process
+from soppu.stages.run import Run
 from soppu.targets.vllm import VllmTarget
 from tests.soppu.serve.vllm_plugin import live
+from tests.soppu.stages.conftest import without_effect
 from tests.soppu.stages.test_stages import WAVE_THROUGH, evaluated
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -26,25 +24,16 @@ MEMORY = ("--kv-cache-memory-bytes", "1G", "--max-model-len", "1024")
 
 
 @pytest.fixture
-def config_path(config_path: Path) -> Path:
-    """The three users' configuration, with the base model that vLLM can run and a vLLM server."""
+def overrides() -> dict[str, object]:
+    """The base model that vLLM can run, and a vLLM server."""
     live.require()
-    lines = []
-    for line in config_path.read_text().splitlines():
-        if line.startswith("model = "):
-            line = f'model = "smollm2-135m"\ncache = "{live.ROOT / ".soppu" / "models"}"'
-        if line == "[serve]":
-            line += f'\ntarget = "vllm"\nvllm_python = "{live.PYTHON}"\nvllm_options = {json.dumps(MEMORY)}'
-        lines.append(line)
-    config_path.write_text("\n".join(lines))
-    return config_path
-
-
-@pytest.fixture
-def run(config_path: Path) -> Iterator[Run]:
-    opened = open_run(prepare(str(config_path)))
-    yield opened
-    process.stop(Path(opened.config.serve.state) / "vllm.pid")
+    return {
+        "base.model": "smollm2-135m",
+        "base.cache": str(live.ROOT / ".soppu" / "models"),
+        "serve.target": "vllm",
+        "serve.vllm_python": str(live.PYTHON),
+        "serve.vllm_options": list(MEMORY),
+    }
 
 
 def test_publications_to_a_vllm_server_are_tried_switched_and_rolled_back(
@@ -61,10 +50,7 @@ def test_publications_to_a_vllm_server_are_tried_switched_and_rolled_back(
     report = json.loads((write_report(str(run.folder), name).html.parent / "report.json").read_text())
     assert set(report["serving"]["completions"]) == set(trained) == set(report["serving"]["canaries"])
 
-    registry = run.registry()
-    bundle = Bundle.load(registry.bundle_path(first))
-    bundle.norm[1] = 1e-30  # bob has an adapter, and it does nothing
-    broken = registry.put_bundle(bundle.to_bytes(), set_id=registry.bundle(first).set_id)
+    broken = without_effect(run, first)
     with pytest.raises(TargetError, match=r"canaries failed: bob: .*no effect"):
         publish(str(run.folder), broken, name)
     assert target.active() == first and target.bundles() == (first,)
@@ -77,4 +63,4 @@ def test_publications_to_a_vllm_server_are_tried_switched_and_rolled_back(
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
     result = CliRunner().invoke(main, ["rollback", *where])
     assert result.exit_code == 0, result.output
-    assert target.active() == registry.published("vllm").bundle_id == first
+    assert target.active() == run.registry().published("vllm").bundle_id == first
