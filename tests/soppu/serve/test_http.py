@@ -513,7 +513,8 @@ def test_a_client_that_goes_away_leaves_the_batch_to_the_others(tmp_path: Path) 
             lines = stays.iter_lines()
             next(lines)
             with requests.post(f"{url}/generate_stream", json=body, stream=True, timeout=30) as goes:
-                next(goes.iter_lines())
+                begun = goes.iter_lines()  # held: without it requests hangs up at once
+                next(begun)
                 assert requests.get(f"{url}/info", timeout=30).json()["running"] == 2
             deadline = time.monotonic() + 10
             while requests.get(f"{url}/info", timeout=30).json()["running"] != 1:
