@@ -17,9 +17,10 @@ from soppu.compress.fit import Fit, Progress
 from soppu.compress.fleet import Fleet
 from soppu.compress.metrics import CompressionReport, relative_errors
 from soppu.compress.options import SHARED_METHODS, CompressOptions
+from soppu.compress.passes import Passes
 from soppu.compress.quantise import QUANTISERS
 from soppu.compress.residual import Question
-from soppu.compress.whitening import Whitener, make
+from soppu.compress.whitening import make
 
 __all__ = ["Bundle", "CompressOptions", "Projection", "compress", "forget", "project"]
 
@@ -57,33 +58,27 @@ def compress(
     given = moments or {}
     whiteners = {name: make(given[name], shrink=options.shrink) for name in fleet.shapes if name in given}
     build = _Builder(fleet, options, whitened=bool(whiteners))
-    found = _fit(fleet, options, whiteners, build=build, progress=tell)
+    found = _fit(Passes(fleet, whiteners), options, build=build, progress=tell)
     bundle = build.bundle(found)
     report = dataclasses.replace(bundle.report, seconds=time.perf_counter() - started)
     return dataclasses.replace(bundle, report=report)
 
 
-def _fit(
-    fleet: Fleet,
-    options: CompressOptions,
-    whiteners: dict[str, Whitener],
-    *,
-    build: _Builder,
-    progress: Progress,
-) -> Fit:
+def _fit(passes: Passes, options: CompressOptions, *, build: _Builder, progress: Progress) -> Fit:
     if options.method in SHARED_METHODS:
-        return shared_basis.fit(fleet, options, whiteners=whiteners, size_of=build.size, progress=progress)
+        return shared_basis.fit(passes, options, size_of=build.size, progress=progress)
     if options.method == "ternary":
-        return compeft.fit(fleet, options, whiteners=whiteners, size_of=build.size, progress=progress)
+        return compeft.fit(
+            passes.fleet, options, whiteners=passes.whiteners, size_of=build.size, progress=progress
+        )
     question = Question(
         target=options.target,
         most_rank=0 if options.method == "svd" else options.rank,
         widths=(*QUANTISERS, *_FLOAT_WIDTHS),
         seed=options.seed,
         size_of=build.size,
-        whiteners=whiteners,
     )
-    return residual.fit(fleet, question, progress=progress)
+    return residual.fit(passes, question, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

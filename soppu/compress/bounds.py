@@ -21,14 +21,13 @@ one probe at a time. All polynomials and all combinations of probes at once are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FAILURE = 5e-11  # of the bound of one side; both hold with 1 - 1e-10
-EXACT_SIDE = 1500  # up to this side a Gram matrix is affordable, and nothing is left to chance
 _BISECTIONS = 60
 _MARGIN = 0.1  # share of the energy of a combination of probes that round-off may have taken away
 _SLACK = 64  # in units of the round-off of the deltas and of the trace
@@ -70,13 +69,32 @@ def top_sum(image: Image, k: int, *, trace: float, eps: float) -> TopSum:
     return _bound(image, powers, k, trace=trace, eps=eps)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What a bound may cost.
+
+    Attributes:
+        probes: p; without any the bound is certain, and weak.
+        powers: passes q.
+        exact_side: up to so many features, or columns of all deltas, a Gram matrix is summed up instead, and
+            nothing is left to chance.
+        seed: of the probes; Q must not depend on them.
+    """
+
+    probes: int = 32
+    powers: int = 3
+    exact_side: int = 1500
+    seed: int = 1
+
+
 def sharper_top_sum(
-    apply: Callable[[Tensor], Tensor], basis: Tensor, k: int, *, trace: float, eps: float, effort: Effort
-) -> TopSum:
+    basis: Tensor, k: int, *, trace: float, eps: float, effort: Effort
+) -> Generator[Tensor, Tensor, TopSum]:
     """Bound from `effort.powers` passes over the data, the first of which sees Q too.
 
+    Yields blocks (d, p), and is to be sent C times each of them.
+
     Args:
-        apply: (d, p) -> C times it, in float64; one pass.
         basis: Q (d, K), K > k: directions close to the leading ones.
         trace: of C.
         eps: round-off of the numbers the deltas were given in.
@@ -85,21 +103,12 @@ def sharper_top_sum(
     generator = torch.Generator().manual_seed(effort.seed)
     drawn = torch.randn((len(basis), effort.probes), generator=generator, dtype=torch.float64).to(basis)
     powers = [_outside(basis, drawn)]
-    seen = apply(torch.cat([basis, powers[0]], 1))
+    seen = yield torch.cat([basis, powers[0]], 1)
     image = Image(basis, seen[:, : basis.shape[1]], powers[0], seen[:, basis.shape[1] :])
     powers.append(_outside(basis, image.applied_probes))
     for _ in range(effort.powers - 1):
-        powers.append(_outside(basis, apply(powers[-1])))
+        powers.append(_outside(basis, (yield powers[-1])))
     return _bound(image, powers, k, trace=trace, eps=eps)
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What a bound may cost: probes p, passes q, and the seed of the probes; Q must not depend on them."""
-
-    probes: int = 32
-    powers: int = 3
-    seed: int = 1
 
 
 def exact_top_sum(gram: Tensor, k: int, *, trace: float, eps: float) -> TopSum:

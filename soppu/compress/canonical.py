@@ -37,12 +37,21 @@ class Canonical:
     Y: Tensor
     norm: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for part in (self.X, self.s, self.Y, self.norm))
+
+    def of(self, users: Tensor | slice) -> Canonical:
+        """Some of the users, in the order given; of a slice a view."""
+        return Canonical(self.X.mT[users].mT, self.s[users], self.Y.mT[users].mT, self.norm[users])
+
     def cpu(self) -> Canonical:
         """The same in the CPU's memory; no copy where it is there."""
         return Canonical(self.X.cpu(), self.s.cpu(), self.Y.cpu(), self.norm.cpu())
 
 
-def canonical(outs: Tensor, ins: Tensor) -> Canonical:
+def canonical(outs: Tensor, ins: Tensor, *, overwrite: bool = False) -> Canonical:
     """The thin SVD of D_n = outs[n] @ ins[n]. O(b (o + i) r^2).
 
     X and Y are transposed views of row-major (b, q, o) and (b, q, i): rows make one matrix without a copy.
@@ -51,32 +60,41 @@ def canonical(outs: Tensor, ins: Tensor) -> Canonical:
     Args:
         outs: (b, o, r) of any float type, the LoRA scale in them. Narrow adapters have zero columns.
         ins: (b, r, i).
+        overwrite: whether X and Y may take the place of factors that are float32 and laid out as they are.
 
     Raises:
         AdapterError: shapes that do not belong together, or a norm that is not finite in float32.
     """
     _check(outs, ins)
-    b, o, r = outs.shape
-    i = ins.shape[2]
-    q = min(r, o, i)
     dtype = torch.float64 if torch.float64 in (outs.dtype, ins.dtype) else torch.float32
-    xt, yt = outs.new_empty((b, q, o), dtype=dtype), outs.new_empty((b, q, i), dtype=dtype)
-    s, norm = outs.new_empty((b, q), dtype=torch.float64), outs.new_empty(b, dtype=torch.float64)
-    columns, rows = outs.detach().mT, ins.detach()
+    rows = [_rows(side, dtype, overwrite=overwrite) for side in (outs.mT, ins)]
+    b, r, o = rows[0].shape
+    q = min(r, o, ins.shape[2])
     rest = torch.arange(b, device=outs.device)
     if dtype == torch.float32 and q == r:
-        left, r_out, good_out = _cholesky(_grams(columns))
-        right, r_in, good_in = _cholesky(_grams(rows))
+        xt, yt = rows
+        (left, r_out, good_out), (right, r_in, good_in) = (_cholesky(_grams(side)) for side in rows)
         good = good_out & good_in
-        w, s[:], z, norm[:] = _core(r_out * good[:, None, None], r_in * good[:, None, None])
-        _apply(left @ w, columns, xt)
-        _apply(right @ z, rows, yt)
+        w, s, z, norm = _core(r_out * good[:, None, None], r_in * good[:, None, None])
         rest = rest[~good]
-    for part in rest.split(_step(columns)) if len(rest) else ():
-        left, s[part], right, norm[part] = _by_qr(columns[part].double().mT, rows[part].double().mT)
-        xt[part], yt[part] = left.to(dtype), right.to(dtype)
+        held = [side[rest].double().mT for side in rows]
+        _apply(left @ w, xt)
+        _apply(right @ z, yt)
+        _refine(held, (xt, yt, s, norm), rest)
+    else:
+        xt, yt = (side.new_empty((b, q, side.shape[2])) for side in rows)
+        s, norm = xt.new_empty((b, q), dtype=torch.float64), xt.new_empty(b, dtype=torch.float64)
+        for part in rest.split(_step(rows[0])):
+            _refine([side[part].double().mT for side in rows], (xt, yt, s, norm), part)
     _fix_signs(xt, yt)
     return Canonical(xt.mT, s.to(dtype), yt.mT, norm)
+
+
+def _rows(side: Tensor, dtype: torch.dtype, *, overwrite: bool) -> Tensor:
+    """One side as row-major (b, r, d) that may be written to."""
+    side = side.detach()
+    made = side.to(dtype).contiguous()
+    return made if overwrite or made.data_ptr() != side.data_ptr() else made.clone()
 
 
 def _check(outs: Tensor, ins: Tensor) -> None:
@@ -90,12 +108,13 @@ def _step(rows: Tensor) -> int:
     return max(_CHUNK // max(rows.shape[1] * rows.shape[2], 1), 1)
 
 
-def _by_qr(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X^T, s, Y^T and norm of B = x (c, o, r), A^T = y (c, i, r) in float64, whatever their condition."""
-    x, r_out = torch.linalg.qr(x)
-    y, r_in = torch.linalg.qr(y)
-    w, s, z, norm = _core(r_out, r_in)
-    return (x @ w).mT, s, (y @ z).mT, norm
+def _refine(factors: list[Tensor], made: tuple[Tensor, Tensor, Tensor, Tensor], users: Tensor) -> None:
+    """Set X^T, s, Y^T and norm of users whose B (c, o, r) and A^T (c, i, r) may have any condition."""
+    xt, yt, s, norm = made
+    if len(users):
+        (x, r_out), (y, r_in) = (torch.linalg.qr(side) for side in factors)
+        w, s[users], z, norm[users] = _core(r_out, r_in)
+        xt[users], yt[users] = (x @ w).mT.to(xt.dtype), (y @ z).mT.to(yt.dtype)
 
 
 def _grams(rows: Tensor) -> Tensor:
@@ -108,14 +127,13 @@ def _grams(rows: Tensor) -> Tensor:
     return grams
 
 
-def _apply(to: Tensor, rows: Tensor, out: Tensor) -> None:
-    """Set out (b, q, d) to to^T rows in float64, from to (b, r, q) and rows (b, r, d). O(b d r^2)."""
+def _apply(to: Tensor, rows: Tensor) -> None:
+    """Turn rows (b, r, d) into to^T rows in place, in float64, from to (b, r, r). O(b d r^2)."""
     wide = torch.empty_like(rows[: _step(rows)], dtype=torch.float64)
-    made = wide.new_empty((len(wide), *out.shape[1:]))
-    step = len(wide)
-    for turn, part, target in zip(to.split(step), rows.split(step), out.split(step), strict=True):
+    made, step = torch.empty_like(wide), len(wide)
+    for turn, part in zip(to.split(step), rows.split(step), strict=True):
         taken = wide[: len(part)].copy_(part)
-        target.copy_(torch.bmm(turn.mT, taken, out=made[: len(part)]))
+        part.copy_(torch.bmm(turn.mT, taken, out=made[: len(part)]))
 
 
 def _fix_signs(xt: Tensor, yt: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soppu.compress import joint
-from soppu.compress.core_space import ModuleCores
+from soppu.compress.cores import Cores
 
 _STARTS = 4
 _USERS = 256  # taken at a time, for the sake of memory
@@ -41,7 +41,7 @@ class Clustering:
 
 
 def fit(
-    cores: Mapping[str, ModuleCores], *, clusters: int, rank: int, max_steps: int, tolerance: float, seed: int
+    cores: Mapping[str, Cores], *, clusters: int, rank: int, max_steps: int, tolerance: float, seed: int
 ) -> Clustering:
     """Cluster n users into at most `clusters` bases, the best of several starts. O(n c K r k) a round.
 
@@ -68,7 +68,7 @@ class JointSettings:
     tolerance: float
 
 
-def _settle(cores: Mapping[str, ModuleCores], cluster: Tensor, how: JointSettings) -> Clustering:
+def _settle(cores: Mapping[str, Cores], cluster: Tensor, how: JointSettings) -> Clustering:
     """Refit and reassign until nobody moves."""
     errors: list[float] = []
     while True:
@@ -87,25 +87,22 @@ def _settle(cores: Mapping[str, ModuleCores], cluster: Tensor, how: JointSetting
         cluster = moved
 
 
-def _fit(module: ModuleCores, members: Tensor, how: JointSettings) -> joint.CoreFit:
-    return joint.fit_cores(
-        module.left[members],
-        module.right[members],
-        rank=how.rank,
-        max_steps=how.max_steps,
-        tolerance=how.tolerance,
-    )
+def _fit(module: Cores, members: Tensor, how: JointSettings) -> joint.CoreFit:
+    left, right = module.left[members].mT, module.right[members]
+    energy = joint.core_energy(left, right)
+    stop = joint.Stop(how.max_steps, how.tolerance * energy, ceiling=energy)
+    return joint.fit_cores(left, right, rank=how.rank, stop=stop)
 
 
-def _alone(cores: Mapping[str, ModuleCores]) -> Tensor:
+def _alone(cores: Mapping[str, Cores]) -> Tensor:
     return torch.zeros(len(next(iter(cores.values())).left), dtype=torch.int64)
 
 
-def _errors(module: ModuleCores, fits: tuple[joint.CoreFit, ...]) -> Tensor:
+def _errors(module: Cores, fits: tuple[joint.CoreFit, ...]) -> Tensor:
     """(n, c) squared error of every user in every basis, up to what lies outside core space for all alike."""
     rows = []
     for first in range(0, len(module.left), _USERS):
-        left = module.left[first : first + _USERS].double()
+        left = module.left[first : first + _USERS].mT.double()
         right = module.right[first : first + _USERS].double()
         energy = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
         kept = [((one.U.mT @ left) @ (right @ one.V)).square().sum((-2, -1)) for one in fits]
@@ -113,7 +110,7 @@ def _errors(module: ModuleCores, fits: tuple[joint.CoreFit, ...]) -> Tensor:
     return torch.cat(rows)
 
 
-def start(cores: Mapping[str, ModuleCores], *, clusters: int, seed: int) -> Tensor:
+def start(cores: Mapping[str, Cores], *, clusters: int, seed: int) -> Tensor:
     """(n,) a first grouping: k-means++ on features of the spaces every user works in. O(n c f) a round.
 
     A user's feature is the input side's second moments D_n^T D_n, the same of the output side, and both
@@ -135,12 +132,13 @@ def start(cores: Mapping[str, ModuleCores], *, clusters: int, seed: int) -> Tens
     return (features @ centres.mT).argmax(1)
 
 
-def _features(module: ModuleCores, generator: torch.Generator) -> Tensor:
-    n, size, _ = module.left.shape
-    probes = torch.randn(size, min(_PROBES, size), generator=generator) / size**0.5
-    inner = (module.right.mT @ (module.right @ probes)).reshape(n, -1)
-    outer = (module.left @ (module.left.mT @ probes)).reshape(n, -1)
-    parts = [part / part.norm(dim=1, keepdim=True).clamp(min=1e-12) for part in (inner, outer)]
+def _features(module: Cores, generator: torch.Generator) -> Tensor:
+    parts = []
+    for side in (module.right, module.left):
+        size = side.shape[2]
+        probes = torch.randn(size, min(_PROBES, size), generator=generator) / size**0.5
+        seen = (side.mT @ (side @ probes)).flatten(1)
+        parts.append(seen / seen.norm(dim=1, keepdim=True).clamp(min=1e-12))
     return torch.cat(parts, 1)
 
 

@@ -15,10 +15,10 @@ from soppu.compress.allocate import Menu, Sides, choose
 from soppu.compress.canonical import Canonical
 from soppu.compress.coder import SideCoder, with_gains
 from soppu.compress.components import Components, concatenate
-from soppu.compress.factors import decompose
 from soppu.compress.fit import Bases, Page, PageWriter, Progress
-from soppu.compress.fleet import Batch, Fleet
+from soppu.compress.fleet import Batch
 from soppu.compress.metrics import squared_errors
+from soppu.compress.passes import Passes
 from soppu.compress.whitening import Whitener
 
 
@@ -124,30 +124,42 @@ class Coding:
     cluster: Tensor
     norm: Tensor
 
-    def batch(self, batch: Batch, price: Tensor) -> tuple[list[Components], Tensor]:
-        """Components of every module, users numbered from 0, and (modules, b) squared errors as stored.
-
-        Args:
-            price: (b,) the multiplier of every user of the batch.
-        """
-        users = slice(batch.first, batch.first + batch.size)
-        norm, cluster = self.norm[users], self.cluster[users]
-        coded = [
-            _code(self.coders[name], factors, cluster, norm=norm, price=price)
-            for name, factors in batch.factors.items()
-        ]
-        return [parts for parts, _ in coded], torch.stack([squared for _, squared in coded])
-
-    def run(self, fleet: Fleet, prices: Tensor, *, progress: Progress, note: str) -> Coded:
-        """Code every user: one pass over the adapters."""
+    def run(self, passes: Passes, prices: Tensor, *, progress: Progress, note: str) -> Coded:
+        """Code every user, `prices` (n,) the multiplier of each: one pass over the adapters."""
+        fleet = passes.fleet
         writer, squared = PageWriter(), torch.zeros_like(fleet.norms)
         for batch in fleet.batches():
             users = slice(batch.first, batch.first + batch.size)
-            parts, squared[:, users] = self.batch(batch, prices[users])
-            writer.add(parts, users=batch.size)
+            coded = [self._module(name, batch, passes, prices[users]) for name in fleet.shapes]
+            squared[:, users] = torch.stack([errors for _, errors in coded])
+            writer.add([parts for parts, _ in coded], users=batch.size)
             progress(note, batch.first + batch.size, len(fleet.users))
         shared = sum(s.rows.numel() for pairs in self.bases.values() for pair in pairs for s in pair)
         return Coded(writer.close(), squared, writer.numbers + shared)
+
+    def _module(self, name: str, batch: Batch, passes: Passes, price: Tensor) -> tuple[Components, Tensor]:
+        """Components of one module, users numbered from 0, and (b,) squared errors as stored.
+
+        Users are coded cluster by cluster, and put back into their order.
+        """
+        here = slice(batch.first, batch.first + batch.size)
+        norm, cluster = self.norm[here], self.cluster[here]
+        form = passes.form(batch, name).cpu()  # integers and bytes are made there
+        parts, squared = [], torch.zeros(batch.size, dtype=torch.float64)
+        for number in cluster.unique().tolist():
+            coder, users = self.coders[name][number], (cluster == number).nonzero()[:, 0]
+            own = form if len(users) == batch.size else form.of(users)
+            part, squared[users] = coder.code(own, norm[users], price[users])
+            small = squared[users] < _CANCELLED * own.norm.square()
+            if coder.whitener is not None or bool(small.any()):
+                B, A = (side[users].cpu() for side in batch.factors(name))
+                bases = (coder.left.basis, coder.right.basis)
+                squared[users] = squared_errors(B, A, part, bases, norm=norm[users])
+            parts.append(part.renumbered(users))
+        whole = concatenate(parts)
+        if len(parts) > 1:
+            whole = whole.select(torch.argsort(whole.user, stable=True))
+        return whole, squared
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,22 +169,3 @@ class Coded:
     pages: tuple[Page, ...]
     squared: Tensor
     numbers: int
-
-
-def _code(
-    coders: tuple[Coder, ...], factors: tuple[Tensor, Tensor], cluster: Tensor, *, norm: Tensor, price: Tensor
-) -> tuple[Components, Tensor]:
-    """One module of a batch: its users cluster by cluster, put back into their order."""
-    parts, squared = [], torch.zeros(len(norm), dtype=torch.float64)
-    for number in cluster.unique().tolist():
-        coder, users = coders[number], (cluster == number).nonzero()[:, 0]
-        B, A = (side[users] for side in factors)
-        decomposed = decompose(B, A, whitener=coder.whitener).cpu()  # integers and bytes are made there
-        part, squared[users] = coder.code(decomposed, norm[users], price[users])
-        small = squared[users] < _CANCELLED * decomposed.norm.square()
-        if coder.whitener is not None or bool(small.any()):
-            bases = (coder.left.basis, coder.right.basis)
-            squared[users] = squared_errors(B.cpu(), A.cpu(), part, bases, norm=norm[users])
-        parts.append(part.renumbered(users))
-    whole = concatenate(parts)
-    return (whole if len(parts) == 1 else whole.select(torch.argsort(whole.user, stable=True))), squared

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from soppu.compress.joint import Alternation, gram_root, leading
+from soppu.compress.joint import CoreFit, Stop, fit_cores
+
+_USERS = 256  # taken at a time: their float64 copies do not grow with the fleet
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,32 +22,23 @@ class Directions:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """A basis in coordinates, u (K, k) and v (K', k); the energy at the start and after every step."""
-
-    u: Tensor
-    v: Tensor
-    objective: tuple[float, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class Cores:
-    """n deltas of unit norm, D_n / norm_n ~ basis_out out_n^T diag(weight_n) inn_n basis_in^T.
+    """n deltas of unit norm, D_n / norm_n ~ basis_out left_n^T right_n basis_in^T.
 
     Attributes:
         basis_out: (o, K) float64 orthonormal.
         basis_in: (i, K').
-        out: (n, q, K) coordinates of the columns of X_n.
+        left: (n, q, K) coordinates of the columns of X_n, times `weight`.
+        right: (n, q, K') coordinates of Y_n.
         weight: (n, q) float64 singular values of the unit-norm delta, zero for a zero delta.
-        inn: (n, q, K') coordinates of Y_n.
         norm: (n,) float64 Frobenius norms.
     """
 
     basis_out: Tensor
     basis_in: Tensor
-    out: Tensor
+    left: Tensor
+    right: Tensor
     weight: Tensor
-    inn: Tensor
     norm: Tensor
 
     @property
@@ -57,14 +51,28 @@ class Cores:
         """How many columns all deltas have: no side spans more."""
         return int((self.weight > 0).sum())
 
+    def cpu(self) -> Cores:
+        """The same in the CPU's memory; no copy where it is there."""
+        return Cores(*(getattr(self, field.name).cpu() for field in fields(self)))
+
     def grown(self, more: Cores) -> Cores:
         """The same users in the directions of both."""
         return replace(
             self,
             basis_out=torch.cat([self.basis_out, more.basis_out], 1),
             basis_in=torch.cat([self.basis_in, more.basis_in], 1),
-            out=torch.cat([self.out, more.out], 2),
-            inn=torch.cat([self.inn, more.inn], 2),
+            left=torch.cat([self.left, more.left], 2),
+            right=torch.cat([self.right, more.right], 2),
+        )
+
+    def turned(self, out: Tensor, inn: Tensor) -> Cores:
+        """The same in other directions, orthogonal `out` (K, K) and `inn` (K', K') of these."""
+        return replace(
+            self,
+            basis_out=self.basis_out @ out,
+            basis_in=self.basis_in @ inn,
+            left=self.left @ out.to(self.left.dtype),
+            right=self.right @ inn.to(self.right.dtype),
         )
 
     def outside(self) -> Tensor:
@@ -72,52 +80,68 @@ class Cores:
 
         O(n q^2 (K + K')). Round-off of the coordinates bounds it from below, about 1e-7 for float32.
         """
-        left, right = self._doubled()
-        gram_out, gram_in = left @ left.mT, right @ right.mT
-        inside = (self.weight[:, :, None] * self.weight[:, None, :] * gram_out * gram_in).sum((1, 2))
-        return ((self.norm > 0).double() - inside).clamp(min=0)
+        inside = [((x @ x.mT) * (y @ y.mT)).sum((1, 2)) for x, y, _ in self._chunks()]
+        return ((self.norm > 0).double() - torch.cat(inside)).clamp(min=0)
 
     def ritz(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Ritz values of C on either side, descending, and their vectors. O(n q K^2 + K^3)."""
-        left, right = self._doubled()
-        made = []
-        for part in (left, right):
-            root = (part * self.weight[:, :, None]).flatten(0, 1).mT
-            made.append(leading(root, root.shape[0]))
-        return made[0], made[1]
+        grams = [torch.zeros((side.shape[2],) * 2).to(self.basis_out) for side in (self.left, self.right)]
+        for left, right, weight in self._chunks():
+            for gram, part in zip(grams, (left, right * weight[:, :, None]), strict=True):
+                columns = part.flatten(0, 1)
+                gram += columns.mT @ columns
+        out, inn = (torch.linalg.eigh(gram) for gram in grams)
+        return (out[0].flip(0), out[1].flip(1)), (inn[0].flip(0), inn[1].flip(1))
 
-    def fit(self, k: int, *, max_steps: int, least: float, start: Found | None = None) -> Found:
+    def fit(self, k: int, *, max_steps: int, least: float, start: CoreFit | None = None) -> CoreFit:
         """Alternate in the coordinates, from the truncated HOSVD or from `start`; the energy never falls.
 
         Args:
             k: at most K, K'.
             least: energy that is not worth a further step.
-            start: found in the leading directions, before the cores were grown.
+            start: found in the leading directions, perhaps before the cores were grown; of rank k or more.
         """
-        if start is None:
-            (_, u), (_, v) = self.ritz()
-            u, v = u[:, :k], v[:, :k]
-        else:
-            u, v = _padded(start.u, self.out.shape[2]), _padded(start.v, self.inn.shape[2])
-        left, right = self._doubled()
-        steps = Alternation(left.mT, torch.diag_embed(self.weight), right.mT, least=least)
-        return Found(*steps.run(u, v, max_steps=max_steps, ceiling=self.total))
+        begin = None
+        if start is not None:
+            sizes = (self.left.shape[2], self.right.shape[2])
+            begin = (_padded(start.U[:, :k], sizes[0]), _padded(start.V[:, :k], sizes[1]))
+        stop = Stop(max_steps, least, ceiling=self.total)
+        return fit_cores(self.left.mT, self.right, rank=k, stop=stop, start=begin)
 
-    def directions(self, found: Found, width: int) -> Directions:
-        """A step of the alternation, from its `width` leading directions. O(n q K (q + width))."""
-        left, right = self._doubled()
-        to_out = self.weight[:, :, None] * (right @ found.v)
-        to_in = self.weight[:, :, None] * (left @ found.u)
-        return Directions(_step(left, to_out, width), _step(right, to_in, width))
+    def directions(self, found: CoreFit, width: int) -> Directions:
+        """A step of the alternation, from its `width` leading directions. O(n q K (K + width)).
 
-    def _doubled(self) -> tuple[Tensor, Tensor]:
-        return self.out.double(), self.inn.double()
+        Z_n = F_n F_n^T P_n W for either side: F_n the columns inside the basis of the other side, P_n their
+        coordinates and W the leading space of sum_n P_n^T F_n F_n^T P_n.
+        """
+        grams = [torch.zeros((side.shape[2],) * 2).to(self.basis_out) for side in (self.left, self.right)]
+        for left, right, _ in self._chunks():
+            for gram, factor, part in _half_steps(left, right, found, grams):
+                root = (part.mT @ factor).transpose(0, 1).flatten(1)
+                gram += root @ root.mT
+        lead = [torch.linalg.eigh(gram)[1][:, -width:].flip(1) for gram in grams]
+        made: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for left, right, weight in self._chunks():
+            steps = [
+                factor @ (factor.mT @ (part @ space))
+                for space, factor, part in _half_steps(left, right, found, lead)
+            ]
+            made[0].append((weight[:, :, None] * steps[0]).to(self.left.dtype))
+            made[1].append(steps[1].to(self.right.dtype))
+        return Directions(torch.cat(made[0]), torch.cat(made[1]))
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """left, right and weight of some users at a time, float64."""
+        for first in range(0, len(self.weight), _USERS):
+            here = slice(first, first + _USERS)
+            yield self.left[here].double(), self.right[here].double(), self.weight[here]
 
 
-def _step(parts: Tensor, factor: Tensor, width: int) -> Tensor:
-    """F_n F_n^T P_n W, W the leading space of sum_n P_n^T F_n F_n^T P_n; P (n, q, K) and F (n, q, k)."""
-    _, lead = leading(gram_root(parts.mT, factor), min(width, parts.shape[2]))
-    return factor @ (factor.mT @ (parts @ lead))
+def _half_steps(
+    left: Tensor, right: Tensor, found: CoreFit, what: list[Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For either side: one of `what`, the factor F (n, q, k) without its own weights, and P (n, q, K)."""
+    return [(what[0], right @ found.V, left), (what[1], left @ found.U, right)]
 
 
 def _padded(vectors: Tensor, size: int) -> Tensor:

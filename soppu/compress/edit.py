@@ -130,7 +130,7 @@ class _Bench:
         setting = Setting(Costs(), (*QUANTISERS, *FLOATS), 0)
         self.cluster, self.norm = cluster, newcomer.norm
         (self.batch,) = newcomer.batches()
-        self.factors = {name: decompose(B, A) for name, (B, A) in self.batch.factors.items()}
+        self.factors = {name: decompose(*self.batch.factors(name)) for name in bundle.shapes}
         self.norms = newcomer.norms
         self.coders = {}
         for name, (o, i) in bundle.shapes.items():
@@ -154,10 +154,10 @@ class _Bench:
         parts = [part for part, _ in coded]
         squared = torch.stack(
             [
-                squared_errors(B, A, part, (coder.left.basis, coder.right.basis), norm=self.norm)
-                for (B, A), part, coder in zip(
-                    self.batch.factors.values(), parts, self.coders.values(), strict=True
+                squared_errors(
+                    *self.batch.factors(name), part, (coder.left.basis, coder.right.basis), norm=self.norm
                 )
+                for (name, coder), part in zip(self.coders.items(), parts, strict=True)
             ]
         )
         error = float(relative_errors(squared.sum(0), self.norm)[0])

@@ -8,8 +8,12 @@ from soppu.compress.canonical import Canonical, canonical
 from soppu.compress.whitening import Whitener
 
 
-def decompose(B: Tensor, A: Tensor, *, whitener: Whitener | None = None) -> Canonical:
+def decompose(
+    B: Tensor, A: Tensor, *, whitener: Whitener | None = None, overwrite: bool = False
+) -> Canonical:
     """X_n diag(s_n) Y_n^T = B_n A_n, or what a whitener makes of it. O(b (o + i) r^2), O(b r i^2) more
-    whitened.
+    whitened. For `overwrite` see `canonical`.
     """
-    return canonical(B, A if whitener is None else whitener.to(A.device).forward(A).to(A.dtype))
+    if whitener is not None:
+        A = whitener.to(A.device).forward(A).to(A.dtype)
+    return canonical(B, A, overwrite=overwrite)

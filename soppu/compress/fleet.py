@@ -5,7 +5,7 @@ Nothing here holds more than a batch: adapters may come from a mapping that read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,24 @@ _EPS = torch.finfo(torch.float64).eps
 _CANCELLED = 1e-5
 
 
-@dataclass(frozen=True, eq=False)
 class Batch:
-    """Some consecutive users: module -> B (b, o, r) and A (b, r, i), narrow adapters padded with zeros."""
+    """Some consecutive users; their adapters are read when factors are first asked for, and then held."""
 
-    first: int
-    size: int
-    factors: Mapping[str, tuple[Tensor, Tensor]]
+    def __init__(self, fleet: Fleet, first: int, users: tuple[str, ...]) -> None:
+        self.first, self.size = first, len(users)
+        self._fleet, self._users = fleet, users
+        self._held: list[LoraAdapter] | None = None
+
+    @property
+    def read(self) -> bool:
+        """Whether adapters were read."""
+        return self._held is not None
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """B (b, o, r) and A (b, r, i), narrow adapters padded with zeros. Copied anew at every call."""
+        if self._held is None:
+            self._held = [self._fleet.adapters[user] for user in self._users]
+        return self._fleet.stack(self._held, module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,31 +76,38 @@ class Fleet:
         """(n,) float64 norm of every user's whole adapter."""
         return self.norms.square().sum(0).sqrt()
 
-    def batches(self, *, only: Tensor | None = None) -> Iterator[Batch]:
-        """All users in order, a batch at a time; `only` (n,) leaves out batches without such a user."""
+    @property
+    def batch_size(self) -> int:
+        """Users of a batch; the last may have fewer."""
         row = sum((o + i) * int(self.ranks[m].max()) for m, (o, i) in enumerate(self.shapes.values()))
-        size = max(1, min(_MOST_USERS, _BATCH_NUMBERS // max(row, 1)))
-        users = self.users
+        return max(1, min(_MOST_USERS, _BATCH_NUMBERS // max(row, 1)))
+
+    @property
+    def batch_count(self) -> int:
+        """Batches of a pass."""
+        return -(-len(self.adapters) // self.batch_size)
+
+    def batches(self) -> Iterator[Batch]:
+        """All users in order, a batch at a time."""
+        users, size = self.users, self.batch_size
         for first in range(0, len(users), size):
-            part = users[first : first + size]
-            if only is not None and not bool(only[first : first + size].any()):
-                continue
-            yield Batch(first, len(part), self._stacked(part))
-            if size < len(users):  # one batch, as of a new user alone, leaves no holes between batches
+            batch = Batch(self, first, users[first : first + size])
+            yield batch
+            if batch.read and size < len(users):  # one batch, as of a new user alone, leaves no holes
                 heap.trim()
 
-    def _stacked(self, users: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-        held = [self.adapters[user] for user in users]
-        return {name: self._stack(held, m) for m, name in enumerate(self.shapes)}
-
-    def _stack(self, held: list[LoraAdapter], module: int) -> tuple[Tensor, Tensor]:
-        name = list(self.shapes)[module]
-        o, i = self.shapes[name]
-        width = max(int(self.ranks[module].max()), 1)
-        B = torch.zeros((len(held), o, width), device=self.device)
-        A = torch.zeros((len(held), width, i), device=self.device)
+    def stack(self, held: Sequence[LoraAdapter], module: str) -> tuple[Tensor, Tensor]:
+        """B (b, o, r) and A (b, r, i) of some users at one module; r is the largest rank in the fleet."""
+        o, i = self.shapes[module]
+        width = max(int(self.ranks[list(self.shapes).index(module)].max()), 1)
+        narrow = bool((self.ranks[list(self.shapes).index(module)] < width).any())
+        make = torch.zeros if narrow else torch.empty
+        B = make(
+            (len(held), width, o), device=self.device
+        ).mT  # columns together, as canonical forms have them
+        A = make((len(held), width, i), device=self.device)
         for row, adapter in enumerate(held):
-            pair = adapter.pairs.get(name)
+            pair = adapter.pairs.get(module)
             if pair is not None:
                 B[row, :, : pair.rank] = pair.B
                 A[row, : pair.rank] = pair.A
@@ -109,17 +127,19 @@ def survey(
     """
     if not adapters:
         raise AdapterError("no adapters to compress; at least one is needed")
-    first_user, first = next(iter(adapters.items()))
+    first: tuple[str, LoraAdapter] | None = None
     seen: dict[str, tuple[str, int, int]] = {}
     rows: list[dict[str, tuple[int, float]]] = []
     ids, parameters = [], 0
     for user, adapter in adapters.items():
         validate(adapter, who=user)
-        _check_base(user, adapter, first_user, first)
+        first = first or (user, adapter)
+        _check_base(user, adapter, *first)
         rows.append({name: _look(user, name, adapter, seen) for name in adapter.pairs})
         ids.append(_id(user, adapter, adapter_ids))
         parameters += adapter.parameters()
-    names = sorted(seen)
+    assert first is not None
+    names, like = sorted(seen), first[1]
     table = [[row.get(name, (0, 0.0)) for row in rows] for name in names]
     return Fleet(
         adapters=adapters,
@@ -128,9 +148,9 @@ def survey(
         ranks=torch.tensor([[rank for rank, _ in row] for row in table]),
         norms=torch.tensor([[norm for _, norm in row] for row in table], dtype=torch.float64),
         device=device,
-        base_model=first.base_model,
-        base_hash=first.base_hash,
-        fan_in_fan_out=first.fan_in_fan_out,
+        base_model=like.base_model,
+        base_hash=like.base_hash,
+        fan_in_fan_out=like.fan_in_fan_out,
         parameters=parameters,
     )
 

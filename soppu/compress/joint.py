@@ -135,26 +135,44 @@ class CoreFit:
         return len(self.objective) - 1
 
 
-def fit_cores(left: Tensor, right: Tensor, *, rank: int, max_steps: int, tolerance: float) -> CoreFit:
-    """Fit one basis to n deltas left_n right_n as they are, their norms the weights. O(n p r k) a step.
+@dataclass(frozen=True)
+class Stop:
+    """When an alternation ends.
+
+    Attributes:
+        max_steps: most steps.
+        least: energy that is not worth a step: two in a row that gain less end it.
+        ceiling: energy there is to capture; within `least` of it nothing is left to gain.
+    """
+
+    max_steps: int
+    least: float
+    ceiling: float
+
+
+def fit_cores(
+    left: Tensor, right: Tensor, *, rank: int, stop: Stop, start: tuple[Tensor, Tensor] | None = None
+) -> CoreFit:
+    """Fit one basis to n deltas left_n right_n as they are, their norms the weights. O(n p r (p + r)) a step.
 
     Args:
         left: (n, p, r).
         right: (n, r, q).
         rank: k; min(k, p, q) is used.
+        stop: when.
+        start: U (p, k) and V (q, k) to begin with; by default the truncated HOSVD.
     """
     k, size = min(rank, left.shape[1], right.shape[2]), max(left.shape[1], right.shape[2])
     if not len(left):
         eye = torch.eye(size, dtype=torch.float64, device=left.device)
         return CoreFit(eye[: left.shape[1], :k], eye[: right.shape[2], :k], (0.0,))
-    u, v = _top(left, right, None, k), _top(right.mT, left.mT, None, k)
-    total, objective, quiet = core_energy(left, right), [_inside(left, right, u, v)], 0
-    least = tolerance * total
-    while len(objective) <= max_steps and quiet < 2 and total - objective[-1] > least:
+    u, v = start or (_top(left, right, None, k), _top(right.mT, left.mT, None, k))
+    objective, quiet = [_inside(left, right, u, v)], 0
+    while len(objective) <= stop.max_steps and quiet < 2 and stop.ceiling - objective[-1] > stop.least:
         u = _top(left, right, v, k)
         v = _top(right.mT, left.mT, u, k)
         objective.append(_inside(left, right, u, v))
-        quiet = quiet + 1 if objective[-1] - objective[-2] < least else 0
+        quiet = quiet + 1 if objective[-1] - objective[-2] < stop.least else 0
     return CoreFit(u, v, tuple(objective))
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from soppu.compress.basis import Basis
 from soppu.compress.coder import SideCoder
 from soppu.compress.coding import Coding, ModuleCoder
-from soppu.compress.core_space import certify_leading
 from soppu.compress.fit import Fit, Progress
 from soppu.compress.fleet import Fleet
+from soppu.compress.leading import certify_leading
 from soppu.compress.metrics import Certificate
+from soppu.compress.passes import Passes
 from soppu.compress.plan import ModulePlan, best, bisect, total_bits, user_errors
 from soppu.compress.statistics import Known, learn
 from soppu.compress.target import Target
-from soppu.compress.whitening import Whitener
 from soppu.errors import BundleError
 
 _SAMPLE = 48  # users the ranks are chosen on
@@ -50,7 +50,6 @@ class Question:
         widths: widths own numbers may have.
         seed: of the sketches.
         size_of: bytes of the file a fit would become.
-        whiteners: module -> Whitener; {} for plain Frobenius errors.
     """
 
     target: Target
@@ -58,22 +57,21 @@ class Question:
     widths: tuple[int, ...]
     seed: int
     size_of: Callable[[Fit], int]
-    whiteners: dict[str, Whitener]
 
 
-def fit(fleet: Fleet, question: Question, *, progress: Progress) -> Fit:
+def fit(passes: Passes, question: Question, *, progress: Progress) -> Fit:
     """Compress a fleet to a target. Four passes over the adapters or more, O((o + i) r (K + r)) each a user.
 
     Raises:
         BundleError: the target cannot be met: the file has a size that even empty components leave.
     """
-    known = learn(fleet, question, progress=progress)
+    known = learn(passes, question, progress=progress)
     find = _to_error if question.target.max_error else _to_bytes
     found = find(known, question, progress)
     if not known.powers:
-        return replace(found, certificates=_nothing_shared(fleet))
+        return replace(found, certificates=_nothing_shared(passes.fleet))
     ranks = {name: (out.k, inn.k) for name, ((out, inn),) in found.bases.items()}
-    certificates = certify_leading(fleet, question.whiteners, known.powers, ranks, progress=progress)
+    certificates = certify_leading(passes, known.powers, ranks, progress=progress)
     return replace(found, certificates=certificates)
 
 
@@ -161,7 +159,7 @@ def _plans(known: Known, multiplier: float, before: list[ModulePlan] | None) -> 
 def _encode(known: Known, plans: list[ModulePlan], prices: Tensor, *, progress: Progress, note: str) -> Fit:
     fleet = known.fleet
     coding = _coding(known, plans)
-    coded = coding.run(fleet, prices, progress=progress, note=note)
+    coded = coding.run(known.passes, prices, progress=progress, note=note)
     return Fit(
         bases=coding.bases,
         cluster=coding.cluster,
@@ -178,7 +176,7 @@ def _coding(known: Known, plans: list[ModulePlan]) -> Coding:
     """Quantise the bases of the plans. O(modules (o + i) k)."""
     bases, coders = {}, {}
     for (name, (o, i)), plan in zip(known.fleet.shapes.items(), plans, strict=True):
-        power, whitener = known.powers.get(name), known.whiteners.get(name)
+        power, whitener = known.powers.get(name), known.passes.whiteners.get(name)
         out = torch.zeros(o, 0) if power is None else power.ranges.out[:, : plan.k_out].float().cpu()
         inn = torch.zeros(i, 0) if power is None else power.ranges.inn[:, : plan.k_in].float().cpu()
         if whitener is not None and plan.k_in:

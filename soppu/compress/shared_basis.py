@@ -1,7 +1,8 @@
 """The joint methods: every user a core in one shared basis, or in one of several, or a diagonal core.
 
-All fitting is done in core space (`soppu.compress.core_space`), so looking for the largest rank that meets a
-target costs one coding pass for each rank tried, and no further pass for the fits.
+Ranges of either side are grown for the largest rank (`soppu.compress.large`), and all fitting is done in the
+cores inside them. So looking for the largest rank that meets a target costs one coding pass for each rank
+tried, and no further pass for the fits.
 """
 
 from __future__ import annotations
@@ -12,70 +13,140 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from soppu.compress import cluster, diagonal
+from soppu.compress import bounds, cluster, diagonal, large
 from soppu.compress.basis import Basis
 from soppu.compress.cluster import Clustering
 from soppu.compress.coder import SideCoder
 from soppu.compress.coding import Coding
 from soppu.compress.core_coder import CoreCoder
-from soppu.compress.core_space import Leading, ModuleCores, certify, collect, find_ranges
+from soppu.compress.cores import Cores
 from soppu.compress.fit import Bases, Fit, Progress
 from soppu.compress.fleet import Fleet
 from soppu.compress.joint import CoreFit
 from soppu.compress.metrics import Certificate
 from soppu.compress.options import CompressOptions
+from soppu.compress.passes import Passes
 from soppu.compress.plan import RANKS
 from soppu.compress.whitening import Whitener
 from soppu.errors import BundleError
 
 _SPARE = 32
 _MOST_WIDTH = 512  # directions of core space
+_MOST_NUMBERS = 1 << 28  # of all cores together, 1 GiB
+_SAMPLE = 128  # users at least that the ranges begin with, where there are so many
+_MOST_EVERY = 8
+_FEW_COLUMNS = 256  # so many columns of all deltas together are all kept, and fits are exact
+_EXACT_SIDE = 1024  # up to so many features a side's Gram matrix is summed up
+_EXACT_NUMBERS = 1 << 25  # of all Gram matrices together, 256 MiB
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    fleet: Fleet
+class Known:
+    """A fleet in core space: what every rank and every coding starts from.
+
+    Attributes:
+        grown: module -> cores, and the joint fit at the rank of the options.
+    """
+
+    passes: Passes
     options: CompressOptions
-    whiteners: Mapping[str, Whitener]
-    powers: Mapping[str, Leading]
-    cores: Mapping[str, ModuleCores]
+    grown: Mapping[str, large.Grown]
     progress: Progress
+
+    @property
+    def cores(self) -> dict[str, Cores]:
+        """Module -> cores."""
+        return {name: one.cores for name, one in self.grown.items()}
 
 
 def fit(
-    fleet: Fleet,
-    options: CompressOptions,
-    *,
-    whiteners: Mapping[str, Whitener],
-    size_of: Callable[[Fit], int],
-    progress: Progress,
+    passes: Passes, options: CompressOptions, *, size_of: Callable[[Fit], int], progress: Progress
 ) -> Fit:
-    """Compress a fleet by the method its options name. Three passes over the adapters, one more a rank tried.
+    """Compress a fleet by the method its options name. Some eight passes, and one more a rank tried.
 
     Raises:
         BundleError: no rank meets the target.
     """
-    width = min(options.clusters * options.rank + options.rank + _SPARE, _MOST_WIDTH)
-    powers = find_ranges(fleet, whiteners, width=width, seed=options.seed, progress=progress)
-    ranges = {name: power.ranges for name, power in powers.items()}
-    cores = collect(fleet, whiteners, ranges, progress=progress)
-    known = _Known(fleet, options, whiteners, powers, cores, progress)
+    known = learn(passes, options, progress=progress)
     found, grouped = _search(known, size_of) if options.target else _at_rank(known, options.rank)
-    certificates = {name: _certificate(known, name, fits) for name, fits in grouped.fits.items()}
-    return replace(found, certificates=certificates)
+    return replace(found, certificates=certificates(known, grouped))
 
 
-def _search(known: _Known, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
+def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Known:
+    """Grow the ranges of every module. O(n (o + i) r (K + r)) each, K the directions in the end."""
+    fleet, rank = passes.fleet, min(options.clusters * options.rank, _MOST_WIDTH)
+    most = max(_widest(fleet), min(rank + options.rank + _SPARE, _MOST_WIDTH))
+    every = max(min(len(fleet.users) // _SAMPLE, fleet.batch_count // 2, _MOST_EVERY), 1)
+    search = large.Search(every=every, most_width=most, max_steps=0, seed=options.seed)
+    searches = {}
+    for (name, shape), ranks in zip(fleet.shapes.items(), fleet.ranks, strict=True):
+        columns, q = int(ranks.sum()), min(max(int(ranks.max()), 1), *shape)
+        one = replace(search, every=1, width=columns) if columns <= _FEW_COLUMNS else search
+        searches[name] = large.grow(large.Sizes(len(fleet.users), *shape, q), rank, one)
+    grown = passes.run(searches, progress, note="basis")
+    near = {name: grown[name].ordered().cpu() for name in fleet.shapes}
+    return Known(passes, options, near, progress)
+
+
+def _widest(fleet: Fleet) -> int:
+    """Directions that all cores together have room for."""
+    columns = len(fleet.users) * int(fleet.ranks.amax(1).sum())
+    return min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_WIDTH)
+
+
+def joint(known: Known, rank: int) -> Clustering:
+    """The bases of every module at a rank, and who uses which. O(n K r (K + r)) a step and module."""
+    options = known.options
+    if options.clusters > 1:
+        return cluster.fit(
+            known.cores,
+            clusters=options.clusters,
+            rank=rank,
+            max_steps=options.max_steps,
+            tolerance=options.tolerance,
+            seed=options.seed,
+        )
+    fits = {}
+    for name, one in known.grown.items():
+        least = options.tolerance * one.cores.total
+        k = min(rank, one.found.U.shape[1])
+        start = one.found if options.max_steps else None  # without steps the closed form is what is asked for
+        fits[name] = (one.cores.fit(k, max_steps=options.max_steps, least=least, start=start),)
+    return Clustering(torch.zeros(len(known.passes.fleet.users), dtype=torch.int64), fits, ())
+
+
+def certificates(known: Known, grouped: Clustering) -> dict[str, Certificate]:
+    """What is certain of every module's basis: two passes. Of several bases nothing is: each is bound by what
+    its own users leave.
+    """
+    if known.options.clusters > 1:
+        return {name: _unbounded(known.grown[name].cores, fits) for name, fits in grouped.fits.items()}
+    shapes = known.passes.fleet.shapes.values()
+    sides = sum(min(o, i) ** 2 for o, i in shapes if min(o, i) <= _EXACT_SIDE)
+    exact = _EXACT_SIDE if sides <= _EXACT_NUMBERS else 0
+    effort = bounds.Effort(probes=16, powers=2, exact_side=exact, seed=known.options.seed + 1)
+    searches = {
+        name: large.certify(known.grown[name].cores, one, effort) for name, (one,) in grouped.fits.items()
+    }
+    return known.passes.run(searches, known.progress, note="certificate")
+
+
+def _unbounded(cores: Cores, fits: tuple[CoreFit, ...]) -> Certificate:
+    left = max(cores.total - sum(one.objective[-1] for one in fits), 0.0)
+    return Certificate(0.0, left, cores.total, cores.total)
+
+
+def _search(known: Known, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
     """The largest rank within the bytes allowed, or the smallest within the error, by bisection."""
     target = known.options.target
-    allowed = target.most_bytes(known.fleet.parameters)
+    allowed = target.most_bytes(known.passes.fleet.parameters)
     ranks = [k for k in sorted({*RANKS[1:], 1, known.options.rank}) if k <= known.options.rank]
     low, high = 0, len(ranks) - 1
     good: tuple[Fit, Clustering] | None = None
     while low <= high:
         middle = (low + high) // 2
         found, grouped = _at_rank(known, ranks[middle])
-        fits = size_of(found) <= allowed if allowed else _worst(found, known.fleet) <= target.max_error
+        fits = size_of(found) <= allowed if allowed else _worst(found, known.passes.fleet) <= target.max_error
         good = (found, grouped) if fits else good
         if fits == bool(allowed):
             low = middle + 1
@@ -93,16 +164,9 @@ def _worst(found: Fit, fleet: Fleet) -> float:
     return float((found.squared.sum(0) / fleet.norm.square().clamp(min=1e-300)).max().sqrt())
 
 
-def _at_rank(known: _Known, rank: int) -> tuple[Fit, Clustering]:
-    options, fleet = known.options, known.fleet
-    grouped = cluster.fit(
-        known.cores,
-        clusters=options.clusters,
-        rank=rank,
-        max_steps=options.max_steps,
-        tolerance=options.tolerance,
-        seed=options.seed,
-    )
+def _at_rank(known: Known, rank: int) -> tuple[Fit, Clustering]:
+    options, fleet = known.options, known.passes.fleet
+    grouped = joint(known, rank)
     bases: dict[str, tuple[Bases, ...]] = {}
     coders: dict[str, tuple[CoreCoder, ...]] = {}
     for name, cores in known.cores.items():
@@ -111,10 +175,10 @@ def _at_rank(known: _Known, rank: int) -> tuple[Fit, Clustering]:
             for c, fitted in enumerate(grouped.fits[name])
         ]
         bases[name] = tuple(pairs)
-        coders[name] = tuple(_coder(pair, known.whiteners.get(name), options) for pair in pairs)
+        coders[name] = tuple(_coder(pair, known.passes.whiteners.get(name), options) for pair in pairs)
     coding = Coding(bases, coders, grouped.cluster, fleet.norm)
     prices = torch.zeros(len(fleet.users), dtype=torch.float64)
-    coded = coding.run(fleet, prices, progress=known.progress, note=f"coding, rank {rank}")
+    coded = coding.run(known.passes, prices, progress=known.progress, note=f"coding, rank {rank}")
     unknown = {name: Certificate.without_basis(0) for name in bases}  # certified once a fit is kept
     made = Fit(
         bases=bases,
@@ -129,17 +193,17 @@ def _at_rank(known: _Known, rank: int) -> tuple[Fit, Clustering]:
     return made, grouped
 
 
-def _lifted(known: _Known, name: str, cores: ModuleCores, u: Tensor, v: Tensor, members: Tensor) -> Bases:
+def _lifted(known: Known, name: str, cores: Cores, u: Tensor, v: Tensor, members: Tensor) -> Bases:
     """Bases in feature space, as stored, from their coordinates in core space."""
     options = known.options
     if options.method == "joint-diag":
         steps = max(options.max_steps, 1) * 4
         made = diagonal.fit(
-            cores.left[members], cores.right[members], (u, v), max_steps=steps, tolerance=options.tolerance
+            cores.left[members].mT, cores.right[members], (u, v), max_steps=steps, tolerance=options.tolerance
         )
         u, v = made.U, made.V
-    out, inn = cores.out.double() @ u, cores.inn.double() @ v
-    whitener = known.whiteners.get(name)
+    out, inn = cores.basis_out @ u, cores.basis_in @ v
+    whitener = known.passes.whiteners.get(name)
     if whitener is not None:
         inn = whitener.back(inn.mT).mT
     return Basis.make(out, options.basis_bits), Basis.make(inn, options.basis_bits)
@@ -157,23 +221,3 @@ def _coder(pair: Bases, whitener: Whitener | None, options: CompressOptions) -> 
 
 def _bits(bits: int) -> str:
     return f"float{bits}" if bits >= 16 else f"int{bits}"
-
-
-def _certificate(known: _Known, name: str, fits: tuple[CoreFit, ...]) -> Certificate:
-    """Of one basis: what is certain. Of several: each is bound by what its own users leave, and that is not
-    known.
-    """
-    cores, power = known.cores[name], known.powers[name]
-    captured = sum(one.objective[-1] for one in fits)
-    if len(fits) > 1:
-        total = power.power.total
-        return Certificate(0.0, max(total - captured, 0.0), total, total)
-    weight = cores.right.square().sum((0, 1), dtype=torch.float64)
-    k = fits[0].U.shape[1]
-    return certify(
-        power,
-        (k, fits[0].V.shape[1]),
-        left=cores.left.square().sum((0, 2), dtype=torch.float64),
-        right=weight,
-        captured=captured,
-    )

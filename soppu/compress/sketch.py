@@ -7,6 +7,8 @@ Every delta has weight one, D_n / ||D_n||. C_out = sum_n D_n D_n^T / ||D_n||^2, 
     PowerPass    C times these directions: better ones, ordered by energy, and what a bound needs to know
     CorePass     every delta in the coordinates of the directions; what follows happens there (`cores`)
     GrowthPass   directions that the cores lack, for a further CorePass
+    ImagePass    C_out or C_in times any block
+    GramPass     C_out or C_in itself, for sides of few features or fleets of few columns
 
 A pass takes batches with `add` and gives its result with `finish`. CorePass and GrowthPass must see the users
 in the same order. Batches are `canonical` forms, or anything else with orthonormal X, Y and s.
@@ -26,7 +28,18 @@ from soppu.compress.bounds import Image
 from soppu.compress.canonical import Canonical, canonical
 from soppu.compress.cores import Cores, Directions
 
-__all__ = ["Canonical", "CorePass", "GrowthPass", "Power", "PowerPass", "RangePass", "Ranges", "canonical"]
+__all__ = [
+    "Canonical",
+    "CorePass",
+    "GramPass",
+    "GrowthPass",
+    "ImagePass",
+    "Power",
+    "PowerPass",
+    "RangePass",
+    "Ranges",
+    "canonical",
+]
 
 _SMALLEST = torch.finfo(torch.float64).tiny
 _SEEDS = 1 << 64
@@ -126,29 +139,33 @@ class PowerPass:
 
     def __init__(self, ranges: Ranges, *, probes: int = 0, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed % _SEEDS)
-        self._sides = (
-            _Applied(ranges.out, probes, generator),
-            _Applied(ranges.inn, probes, generator),
+        self._bases = (ranges.out, ranges.inn)
+        self._probes = tuple(_complement(basis, probes, generator) for basis in self._bases)
+        self._applied = tuple(
+            _Applied(torch.cat(pair, 1)) for pair in zip(self._bases, self._probes, strict=True)
         )
         self._total = 0
 
     def add(self, batch: Deltas) -> None:
         """Take b deltas."""
         squared = weights(batch.s).square()
-        for side, vectors in zip(self._sides, (batch.X, batch.Y), strict=True):
+        for side, vectors in zip(self._applied, (batch.X, batch.Y), strict=True):
             side.add(vectors, squared)
         self._total += int((batch.s[:, :1] > 0).sum())
 
     def finish(self) -> Power:
         """Better directions, by the singular value decomposition of C Q. O((o + i) K^2)."""
-        out, inn = (side.image() for side in self._sides)
+        out, inn = (
+            Image(basis, side.image[: basis.shape[1]].mT, probes, side.image[basis.shape[1] :].mT)
+            for basis, side, probes in zip(self._bases, self._applied, self._probes, strict=True)
+        )
         left, values_out, _ = torch.linalg.svd(out.applied, full_matrices=False)
         right, values_in, _ = torch.linalg.svd(inn.applied, full_matrices=False)
         return Power(Ranges(left, right), values_out, values_in, out, inn, float(self._total))
 
 
 class CorePass:
-    """Keeps X_n^T Q_out, s_n and Y_n^T Q_in of every user: q (K + K') numbers each. O((o + i) q K) a user.
+    """Keeps diag(w_n) X_n^T Q_out, w_n = s_n / ||s_n||, and Y_n^T Q_in of every user. O((o + i) q K) a user.
 
     Args:
         ranges: Q_out and Q_in.
@@ -156,7 +173,7 @@ class CorePass:
     """
 
     def __init__(self, ranges: Ranges, size: tuple[int, int]) -> None:
-        self._ranges, self._size = ranges, size
+        self._ranges, self.size = ranges, size
         self._made: tuple[Tensor, Tensor, Tensor] | None = None
         self._users = 0
 
@@ -173,15 +190,16 @@ class CorePass:
 
     def finish(self) -> Cores:
         """All cores."""
-        assert self._made is not None and self._users == self._size[0]
-        out, s, inn = self._made
-        return Cores(self._ranges.out, self._ranges.inn, out, weights(s), inn, _norms(s))
+        assert self._made is not None and self._users == self.size[0]
+        left, s, right = self._made
+        left *= weights(s).to(left)[:, :, None]
+        return Cores(self._ranges.out, self._ranges.inn, left, right, weights(s), _norms(s))
 
     def _room(self, batch: Deltas) -> tuple[Tensor, Tensor, Tensor]:
-        n, q = self._size
+        n, q = self.size
         widths = self._ranges.out.shape[1], self._ranges.inn.shape[1]
         out, inn = (batch.X.new_zeros((n, q, width)) for width in widths)
-        return out, batch.s.new_zeros(self._size), inn
+        return out, batch.s.new_zeros(self.size), inn
 
 
 class GrowthPass:
@@ -207,29 +225,80 @@ class GrowthPass:
 
     def finish(self) -> Ranges:
         """The new directions only, orthogonal to the present ones; none where nothing is left to find."""
-        eps = torch.finfo(self._cores.out.dtype).eps
+        eps = torch.finfo(self._cores.left.dtype).eps
         return Ranges(
             _beyond(self._cores.basis_out, self._out.mT, eps),
             _beyond(self._cores.basis_in, self._inn.mT, eps),
         )
 
 
-class _Applied:
-    """C times [Q, probes] of one side, as it accumulates."""
+class ImagePass:
+    """Accumulates C times a block of one side. O(d q p) a user.
 
-    def __init__(self, basis: Tensor, probes: int, generator: torch.Generator) -> None:
-        drawn = torch.randn((len(basis), probes), generator=generator, dtype=torch.float64).to(basis)
-        self._basis, self._probes = basis, drawn - basis @ (basis.mT @ drawn)
-        self._block = torch.cat([basis, self._probes], 1)
-        self._image = torch.zeros_like(self._block.mT)
+    Args:
+        block: (d, p) float64.
+        out: whether C is C_out, with d = o, or C_in.
+    """
+
+    def __init__(self, block: Tensor, *, out: bool) -> None:
+        self._applied, self._out = _Applied(block), out
+
+    def add(self, batch: Deltas) -> None:
+        """Take b deltas."""
+        self._applied.add(batch.X if self._out else batch.Y, weights(batch.s).square())
+
+    def finish(self) -> Tensor:
+        """C times the block, (d, p) float64."""
+        return self._applied.image.mT.to(self._applied.block.device)
+
+
+class GramPass:
+    """Sums up C of one side, or where the deltas have fewer columns than features keeps them all. O(d^2 q) a
+    user.
+
+    Args:
+        features: d.
+        columns: how many the deltas have; where fewer than d, `finish` gives (columns, columns).
+        out: whether C is C_out.
+    """
+
+    def __init__(self, features: int, columns: int, *, out: bool) -> None:
+        self._few, self._out, self._features = columns < features, out, features
+        self._kept: list[Tensor] = []
+        self._gram: Tensor | None = None
+
+    def add(self, batch: Deltas) -> None:
+        """Take b deltas."""
+        found = rows(batch.X if self._out else batch.Y)
+        weight = weights(batch.s).to(found).reshape(-1, 1)
+        if self._few:
+            self._kept.append((found * weight)[weight[:, 0] > 0])
+            return
+        if self._gram is None:
+            self._gram = found.new_zeros((self._features, self._features), dtype=torch.float64)
+        self._gram += found.mT @ (weight.square() * found)
+
+    def finish(self) -> Tensor:
+        """A matrix with the eigenvalues of C that are not zero, up to the round-off of the deltas."""
+        if self._few:
+            used = torch.cat(self._kept)
+            return used @ used.mT
+        assert self._gram is not None
+        return self._gram
+
+
+class _Applied:
+    """C times a block (d, p) of one side, as it accumulates where the deltas are: image (p, d)."""
+
+    def __init__(self, block: Tensor) -> None:
+        self.block = block
+        self.image = torch.zeros_like(block.mT)  # products of few rows and many columns are the faster ones
 
     def add(self, vectors: Tensor, squared: Tensor) -> None:
-        seen = rows(vectors) @ self._block.to(vectors.dtype)
-        _accumulate(self._image, vectors, seen * squared.to(seen).reshape(-1, 1))
-
-    def image(self) -> Image:
-        k = self._basis.shape[1]
-        return Image(self._basis, self._image[:k].mT, self._probes, self._image[k:].mT)
+        block, self.image = self.block.to(vectors), self.image.to(vectors.device)
+        weight = squared.to(vectors).reshape(-1, 1)
+        for part, w in zip(rows(vectors).split(AT_A_TIME), weight.split(AT_A_TIME), strict=True):
+            self.image += (w * (part @ block)).mT @ part
 
 
 def rows(vectors: Tensor) -> Tensor:
@@ -269,6 +338,11 @@ def _normal(seed: int, user: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal numbers that depend on seed and user alone; a wider `shape[0]` begins with the same."""
     key = np.array([seed, user % _SEEDS], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape)
+
+
+def _complement(basis: Tensor, probes: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn((len(basis), probes), generator=generator, dtype=torch.float64).to(basis)
+    return drawn - basis @ (basis.mT @ drawn)
 
 
 def _orth(sketch: Tensor, columns: int) -> Tensor:

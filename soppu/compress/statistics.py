@@ -13,10 +13,10 @@ from torch import Tensor
 
 from soppu.compress import costs
 from soppu.compress.canonical import Canonical
-from soppu.compress.core_space import Leading, find_ranges, on_cpu
-from soppu.compress.factors import decompose
 from soppu.compress.fit import Progress
 from soppu.compress.fleet import Fleet
+from soppu.compress.leading import Leading, find_ranges, on_cpu
+from soppu.compress.passes import Passes
 from soppu.compress.plan import RANKS, ModuleStats, Setting
 from soppu.compress.sketch import Ranges
 from soppu.compress.whitening import Whitener
@@ -37,33 +37,37 @@ class Known:
         stats: one entry for every module.
     """
 
-    fleet: Fleet
-    whiteners: Mapping[str, Whitener]
+    passes: Passes
     powers: Mapping[str, Leading]
     stats: list[ModuleStats]
     setting: Setting
 
+    @property
+    def fleet(self) -> Fleet:
+        """Whose it is."""
+        return self.passes.fleet
 
-def learn(fleet: Fleet, question: Question, *, progress: Progress) -> Known:
+
+def learn(passes: Passes, question: Question, *, progress: Progress) -> Known:
     """Find bases and statistics: three passes over the adapters, one without bases."""
-    powers: dict[str, Leading] = {}
+    fleet, powers = passes.fleet, dict[str, Leading]()
     if question.most_rank:
         width = question.most_rank + _SPARE
-        powers = find_ranges(fleet, question.whiteners, width=width, seed=question.seed, progress=progress)
+        powers = find_ranges(passes, width=width, seed=question.seed, progress=progress)
     ranges = {name: on_cpu(power.ranges) for name, power in powers.items()}
     table: dict[str, list[ModuleStats]] = {name: [] for name in fleet.shapes}
     vectors: list[Tensor] = []
     for batch in fleet.batches():
-        for name, (B, A) in batch.factors.items():
-            whitener = question.whiteners.get(name)
-            factors = decompose(B, A, whitener=whitener).cpu()
+        for name in fleet.shapes:
+            factors = passes.form(batch, name).cpu()
+            whitener = passes.whiteners.get(name)
             table[name].append(_stats(factors, batch.first, fleet.norm, ranges.get(name), whitener))
             if batch.first == 0:
                 vectors += _leading(factors)
         progress("statistics", batch.first + batch.size, len(fleet.users))
     setting = Setting(costs.measure(vectors), question.widths, question.most_rank)
     stats = [_joined(parts) for parts in table.values()]
-    return Known(fleet, question.whiteners, powers, stats, setting)
+    return Known(passes, powers, stats, setting)
 
 
 def _stats(

@@ -5,21 +5,17 @@ import torch
 from torch import Tensor
 
 from soppu.compress import cluster, diagonal
-from soppu.compress.core_space import ModuleCores
+from soppu.compress.cores import Cores
 
 
-def cores(left: Tensor, right: Tensor) -> ModuleCores:
+def cores(left: Tensor, right: Tensor) -> Cores:
     norm = torch.linalg.matrix_norm(left @ right)
-    size = left.shape[1]
-    return ModuleCores(
-        torch.eye(size),
-        torch.eye(size),
-        left / norm[:, None, None],
-        right,
-    )
+    eye = torch.eye(left.shape[1], dtype=torch.float64)
+    weight = torch.ones(right.shape[:2], dtype=torch.float64)
+    return Cores(eye, eye, (left / norm[:, None, None]).mT, right, weight, norm.double())
 
 
-def groups(sizes: tuple[int, ...], *, noise: float, seed: int = 0, K: int = 40, r: int = 4) -> ModuleCores:
+def groups(sizes: tuple[int, ...], *, noise: float, seed: int = 0, K: int = 40, r: int = 4) -> Cores:
     """Users of several kinds: each kind started from its own A and moved it a little, B is one's own."""
     generator = torch.Generator().manual_seed(seed)
     rights = []
@@ -90,8 +86,8 @@ def test_diagonal_cores_find_a_model_that_is_diagonal():
 def test_diagonal_steps_never_raise_the_error():
     held = groups((8, 8), noise=0.7)
     start = cluster.fit({"q": held}, clusters=1, **SETTINGS).fits["q"][0]
-    found = diagonal.fit(held.left, held.right, (start.U, start.V), max_steps=40, tolerance=0.0)
-    total = float((held.left.double() @ held.right.double()).square().sum())
+    found = diagonal.fit(held.left.mT, held.right, (start.U, start.V), max_steps=40, tolerance=0.0)
+    total = float((held.left.mT.double() @ held.right.double()).square().sum())
     steps = zip(found.errors, found.errors[1:], strict=False)
     assert all(after <= before + 1e-5 * total for before, after in steps)
     assert found.errors[-1] < found.errors[0]
@@ -102,7 +98,7 @@ def test_diagonal_steps_never_raise_the_error():
 def test_a_diagonal_error_is_that_of_the_model():
     held = groups((5,), noise=0.7)
     start = cluster.fit({"q": held}, clusters=1, **SETTINGS).fits["q"][0]
-    found = diagonal.fit(held.left, held.right, (start.U, start.V), max_steps=5, tolerance=0.0)
+    found = diagonal.fit(held.left.mT, held.right, (start.U, start.V), max_steps=5, tolerance=0.0)
     model = torch.einsum("pk,nk,qk->npq", found.U, found.sigma, found.V)
-    dense = held.left.double() @ held.right.double()
+    dense = held.left.mT.double() @ held.right.double()
     assert float((dense - model).square().sum()) == pytest.approx(found.errors[-1], rel=1e-6)

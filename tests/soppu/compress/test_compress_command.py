@@ -11,7 +11,7 @@ from soppu import adapter, calibrate
 from soppu.adapter import LoraAdapter
 from soppu.cli import main
 from soppu.commands.compress import compress_command
-from soppu.compress import Bundle
+from soppu.compress import Bundle, passes
 from soppu.compress.options import METHODS
 from soppu.compress.target import ratio
 
@@ -112,15 +112,21 @@ def test_a_folder_of_adapter_folders_stands_for_all_of_them(folders, tmp_path: P
     assert (tmp_path / "all").read_bytes() == (tmp_path / "each").read_bytes()
 
 
-def test_no_more_than_a_batch_is_held(folders, tmp_path: Path, monkeypatch):
-    """An adapter is read when it is asked for, and again in the next pass."""
+@pytest.mark.parametrize("how", ["--method joint --rank 2", "--max-error 0.2"])
+def test_an_adapter_is_read_in_every_pass_unless_there_is_room_for_what_it_became(
+    folders, tmp_path: Path, monkeypatch, how
+):
     seen: list[str] = []
     real = adapter.read
     monkeypatch.setattr(adapter, "read", lambda folder: seen.append(folder.name) or real(folder))
-    words = ["--method", "joint", "--rank", "2"]
-    result = CliRunner().invoke(compress_command, [*folders, *words, "--out", str(tmp_path / "b")])
-    assert result.exit_code == 0, result.output
-    assert all(seen.count(f"user{n}") > 2 for n in range(3))
+    words = [*how.split(), "--out"]
+    assert CliRunner().invoke(compress_command, [*folders, *words, str(tmp_path / "kept")]).exit_code == 0
+    once = [seen.count(f"user{n}") for n in range(3)]
+    seen.clear()
+    monkeypatch.setattr(passes, "ROOM", 0)
+    assert CliRunner().invoke(compress_command, [*folders, *words, str(tmp_path / "anew")]).exit_code == 0
+    assert once == [2] * 3 and min(seen.count(f"user{n}") for n in range(3)) > 4
+    assert (tmp_path / "kept").read_bytes() == (tmp_path / "anew").read_bytes()
 
 
 def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(fleet, tmp_path: Path):

@@ -109,9 +109,8 @@ def test_it_stops_when_nothing_is_gained(fleet: Fleet):
     steps = compress(fleet(), CompressOptions(method="joint", rank=3, max_steps=100)).report.steps
     assert max(steps.values()) < 40
     assert set(compress(fleet(), EXACT).report.steps.values()) == {0}
-    assert (
-        joint.fit_cores(torch.eye(4)[None], torch.eye(4)[None], rank=4, max_steps=9, tolerance=0.0).steps == 0
-    )
+    stop = joint.Stop(max_steps=9, least=0.0, ceiling=4.0)
+    assert joint.fit_cores(torch.eye(4)[None], torch.eye(4)[None], rank=4, stop=stop).steps == 0
 
 
 class _LargestTensor(TorchDispatchMode):

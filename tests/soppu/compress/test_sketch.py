@@ -132,6 +132,18 @@ def test_canonical_does_not_depend_on_the_batch():
     torch.testing.assert_close(whole.s[4:5], one.s, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_canonical_leaves_its_factors_alone_unless_told_otherwise(dtype):
+    outs, ins = draw(3, 30, 4, dtype=dtype), draw(3, 4, 20, seed=1, dtype=dtype)
+    outs, before = outs.mT.contiguous().mT, (outs.clone(), ins.clone())
+    plain = canonical(outs, ins)
+    assert torch.equal(outs, before[0]) and torch.equal(ins, before[1])
+    again = canonical(outs, ins, overwrite=True)
+    assert torch.equal(again.X, plain.X) and torch.equal(again.s, plain.s) and torch.equal(again.Y, plain.Y)
+    taken = dtype == torch.float32
+    assert (again.X.data_ptr() == outs.data_ptr()) == (again.Y.data_ptr() == ins.data_ptr()) == taken
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
 def test_canonical_refuses_what_is_not_finite(bad):
     outs, ins = draw(2, 8, 2) + 10, draw(2, 2, 8, seed=1) + 10
@@ -225,7 +237,7 @@ def test_cores_are_projections_and_what_they_miss_is_known():
     outs[4] = 0
     cores = cores_of(cut(outs, ins, 4), sketched(cut(outs, ins, 10), 7))
     made = units(outs, ins)
-    inside = cores.out.double().mT @ torch.diag_embed(cores.weight) @ cores.inn.double()
+    inside = cores.left.double().mT @ cores.right.double()
     torch.testing.assert_close(inside, cores.basis_out.mT @ made @ cores.basis_in, rtol=0, atol=1e-6)
     missed = made - projector(cores.basis_out) @ made @ projector(cores.basis_in)
     torch.testing.assert_close(cores.outside(), missed.square().sum((1, 2)), rtol=0, atol=1e-6)
@@ -249,11 +261,26 @@ def test_growth_is_a_step_of_the_alternation_and_orthogonal_to_what_is_there():
     more = grower.finish()
     assert more.out.shape == (60, 6)
     assert float((cores.basis_out.mT @ more.out).abs().max()) < 1e-12
-    made, v = units(outs, ins), cores.basis_in @ found.v
-    step = (made @ projector(v) @ made.mT).sum(0) @ (cores.basis_out @ found.u)
+    made, v = units(outs, ins), cores.basis_in @ found.V
+    step = (made @ projector(v) @ made.mT).sum(0) @ (cores.basis_out @ found.U)
     both = torch.cat([cores.basis_out, more.out], 1)
     left = step - projector(both) @ step
     assert float(left.norm()) < 1e-4 * float((step - projector(cores.basis_out) @ step).norm())
+
+
+def test_ranges_that_began_with_a_sample_end_where_the_others_do_in_fewer_numbers():
+    outs, ins = fleet(512, 300, 260, 4)
+    whole = fit_large(outs, ins, rank=6, search=Search(tolerance=1e-5))
+    sampled = fit_large(outs, ins, rank=6, search=Search(tolerance=1e-5, every=4))
+    assert sampled.objective[0] > 1.5 * whole.objective[0] and sampled.passes < whole.passes
+    assert sampled.objective[-1] == pytest.approx(whole.objective[-1], rel=1e-4)
+
+
+def test_a_sample_of_zero_adapters_is_no_worse_than_nothing():
+    outs, ins = fleet(192, 120, 100, 3)
+    outs[:64], outs[128:] = 0, 0
+    fit = fit_large(outs, ins, rank=4, search=Search(every=2, tolerance=1e-6))
+    assert fit.objective[-1] == pytest.approx(exact(outs[64:128], ins[64:128], 4).objective[-1], rel=1e-3)
 
 
 def rebuilt(fit: joint.JointFit) -> Tensor:
@@ -385,19 +412,14 @@ def test_the_seed_fixes_the_result():
     assert not torch.equal(first.U, other.U)
 
 
-def without_the_exact_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "EXACT_SIDE", 0)
-
-
 def bounded(outs: Tensor, ins: Tensor, k: int, *, seed: int, powers: int) -> LargeFit:
-    effort = bounds.Effort(powers=powers, seed=seed)
+    effort = bounds.Effort(powers=powers, exact_side=0, seed=seed)
     return fit_large(outs, ins, rank=k, search=Search(growths=2, width=k + 4, bound=effort, seed=seed))
 
 
 @pytest.mark.parametrize("powers", [1, 2, 3, 5])
 @pytest.mark.parametrize("make", [fleet, flat])
-def test_the_lower_bound_is_never_violated(make, powers, monkeypatch):
-    without_the_exact_bound(monkeypatch)
+def test_the_lower_bound_is_never_violated(make, powers):
     for seed in range(6):
         outs, ins = make(40, 90, 70, 3, seed=seed)
         tails = [float(torch.linalg.eigvalsh(gram).flip(0)[4:].sum()) for gram in covariances(outs, ins)]
@@ -406,8 +428,7 @@ def test_the_lower_bound_is_never_violated(make, powers, monkeypatch):
         assert 1 - 1e-10 <= fit.confidence <= 1
 
 
-def test_the_bound_is_tight_after_three_powers(monkeypatch):
-    without_the_exact_bound(monkeypatch)
+def test_the_bound_is_tight_after_three_powers():
     for make, within in ((fleet, 0.02), (flat, 0.05)):
         outs, ins = make(150, 200, 180, 3)
         best = max(float(torch.linalg.eigvalsh(gram).flip(0)[4:].sum()) for gram in covariances(outs, ins))
@@ -415,8 +436,7 @@ def test_the_bound_is_tight_after_three_powers(monkeypatch):
         assert (1 - within) * best <= fit.lower_bound <= best
 
 
-def test_a_bound_without_probes_is_certain(monkeypatch):
-    without_the_exact_bound(monkeypatch)
+def test_a_bound_without_probes_is_certain():
     outs, ins = fleet(40, 90, 70, 3, own=0.0)
     fit = fit_large(outs, ins, rank=4, search=Search(bound=None))
     tails = [float(torch.linalg.eigvalsh(gram).flip(0)[4:].sum()) for gram in covariances(outs, ins)]

@@ -1,14 +1,12 @@
-"""A fleet in core space: everything a shared basis can be made of, without the features.
+"""The leading directions of every module of a fleet: what most of the energy of either side lies in.
 
-Two passes find K directions on either side that hold nearly all shared energy, or all of it where K reaches
-the sum of the ranks; a third keeps every user's delta inside them, D_n ~ Q_out H_n G_n^T Q_in^T with H_n
-(K, r) and G_n (K, r). Joint fits, clusters and sweeps over ranks then cost nothing in features. Memory O(n
-K r) a module.
+Two passes find K of them, a sketch and one power pass, or all there are. For the bases of the joint methods,
+which are sought where both sides count at once, see `large`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,35 +14,16 @@ from torch import Tensor
 
 from soppu.compress.bounds import Image, TopSum, top_sum
 from soppu.compress.canonical import Canonical
-from soppu.compress.cores import Cores
-from soppu.compress.factors import decompose
 from soppu.compress.fit import Progress
 from soppu.compress.fleet import Fleet
 from soppu.compress.metrics import Certificate
-from soppu.compress.sketch import CorePass, Power, PowerPass, RangePass, Ranges, rows, weights
-from soppu.compress.whitening import Whitener
+from soppu.compress.passes import Passes
+from soppu.compress.sketch import Power, PowerPass, RangePass, Ranges, rows, weights
 
 _EXACT = 256  # so many columns of all deltas together are all kept
 _PROBES = 16
 _EXACT_SIDE = 1024  # up to so many features a side's Gram matrix is summed up
 _EXACT_NUMBERS = 1 << 25  # of all Gram matrices together, 256 MiB
-
-
-@dataclass(frozen=True, eq=False)
-class ModuleCores:
-    """One module of a fleet in core space; deltas are of unit norm.
-
-    Attributes:
-        out: (o, K) orthonormal directions of the output side.
-        inn: (i, K) of the input side, whitened where the fit is.
-        left: (n, K, r) with `right` (n, r, K) the deltas inside: out^T D_n inn = left_n right_n.
-        right: see `left`.
-    """
-
-    out: Tensor
-    inn: Tensor
-    left: Tensor
-    right: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,25 +44,24 @@ class Leading:
         return self.power.ranges
 
 
-def find_ranges(
-    fleet: Fleet, whiteners: Mapping[str, Whitener], *, width: int, seed: int, progress: Progress
-) -> dict[str, Leading]:
+def find_ranges(passes: Passes, *, width: int, seed: int, progress: Progress) -> dict[str, Leading]:
     """The leading directions of every module: a sketch and one power pass, two passes over the adapters.
 
     At least `width` of them, or all there are; where all deltas together span few, all are taken and what
     follows is exact. Where a side has few features its Gram matrix is summed up too, and bounds are exact.
     """
+    fleet = passes.fleet
     sketches = {
         name: RangePass(
             o, i, width=_width(width, int(ranks.sum()), min(o, i)), seed=seed, device=fleet.device
         )
         for (name, (o, i)), ranks in zip(fleet.shapes.items(), fleet.ranks, strict=True)
     }
-    for name, factors in _each(fleet, whiteners, progress, note="sketch"):
+    for name, factors in passes.each(progress, note="sketch"):
         sketches[name].add(factors)
     powers = {name: PowerPass(one.finish(), probes=_PROBES, seed=seed + 1) for name, one in sketches.items()}
     grams = {name: [_gram(size, fleet) for size in shape] for name, shape in fleet.shapes.items()}
-    for name, factors in _each(fleet, whiteners, progress, note="basis"):
+    for name, factors in passes.each(progress, note="basis"):
         powers[name].add(factors)
         for gram, vectors in zip(grams[name], (factors.X, factors.Y), strict=True):
             if gram is not None:
@@ -108,16 +86,6 @@ def _spectrum(gram: Tensor | None) -> Tensor | None:
 
 def _width(asked: int, columns: int, features: int) -> int:
     return min(columns if columns <= _EXACT else asked, max(columns, 1), features)
-
-
-def _each(
-    fleet: Fleet, whiteners: Mapping[str, Whitener], progress: Progress, *, note: str
-) -> Iterator[tuple[str, Canonical]]:
-    """One pass over the adapters: every module of every batch, decomposed."""
-    for batch in fleet.batches():
-        for name, (B, A) in batch.factors.items():
-            yield name, decompose(B, A, whitener=whiteners.get(name))
-        progress(note, batch.first + batch.size, len(fleet.users))
 
 
 def certify(
@@ -150,25 +118,6 @@ def certify(
     )
 
 
-def collect(
-    fleet: Fleet, whiteners: Mapping[str, Whitener], ranges: Mapping[str, Ranges], *, progress: Progress
-) -> dict[str, ModuleCores]:
-    """Every user's delta inside the directions found: one pass over the adapters."""
-    n, most = len(fleet.users), fleet.ranks.max(1).values.tolist()
-    passes = {
-        name: CorePass(ranges[name], (n, min(max(rank, 1), o, i)))
-        for (name, (o, i)), rank in zip(fleet.shapes.items(), most, strict=True)
-    }
-    for name, factors in _each(fleet, whiteners, progress, note="cores"):
-        passes[name].add(factors)
-    return {name: _module(one.finish()) for name, one in passes.items()}
-
-
-def _module(cores: Cores) -> ModuleCores:
-    left = cores.out.mul_(cores.weight.to(cores.out)[:, :, None])  # in place: there is one for every user
-    return ModuleCores(cores.basis_out.cpu(), cores.basis_in.cpu(), left.mT.cpu(), cores.inn.cpu())
-
-
 def on_cpu(ranges: Ranges) -> Ranges:
     """The same in the CPU's memory; no copy where it is there."""
     return Ranges(ranges.out.cpu(), ranges.inn.cpu())
@@ -188,8 +137,7 @@ def _top_sum(image: Image, spectrum: Tensor | None, k: int, total: float) -> Top
 
 
 def certify_leading(
-    fleet: Fleet,
-    whiteners: Mapping[str, Whitener],
+    passes: Passes,
     powers: Mapping[str, Leading],
     ranks: Mapping[str, tuple[int, int]],
     *,
@@ -203,7 +151,7 @@ def certify_leading(
         for name, power in powers.items()
     }
     captured = dict.fromkeys(powers, 0.0)
-    for name, factors in _each(fleet, whiteners, progress, note="certificate"):
+    for name, factors in passes.each(progress, note="certificate"):
         left, right = (side.cpu() for side in _cores(factors, powers[name].ranges))
         s = factors.s.cpu()
         weight = s / s.norm(dim=1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
