@@ -26,7 +26,8 @@ from benchmarks.rivals import Folders
 from soppu.compress import CompressOptions, compress
 from soppu.compress.target import ratio
 
-SHAPES = {"layers.0.q_proj": (2048, 2048)}
+# 500 users fill what is kept between passes (`soppu.compress.passes.ROOM`)
+SHAPES = {"layers.0.q_proj": (4096, 4096), "layers.0.o_proj": (4096, 4096)}
 SIZES = (500, 2000)
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {"rank": 16},

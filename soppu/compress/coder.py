@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soppu.compress.canonical import Canonical
-from soppu.compress.components import Components, Side, grids, slots, unit
+from soppu.compress.components import Components, Side, slots, spread, unit
 from soppu.compress.quantise import quantise, quantise_coords, scale_of
 from soppu.compress.whitening import Whitener
 
@@ -74,7 +74,7 @@ def with_gains(
     """Least-squares gains for the components of a batch, rounded as stored, and every user's squared error.
 
     The gains of a user solve (L L^T * R R^T) g = diag(L D R^T), L (c, o) and R (c, i) the sides; all of it in
-    float64. O(b c (o + i)(r + c)).
+    float64. O(b c (o + i)(r + c)), for a side in coordinates alone O(b (d r + c r + c^2) k).
 
     Args:
         factors: of the b users, who are numbered 0 to b - 1 in `parts`.
@@ -82,12 +82,10 @@ def with_gains(
         norm: (b,) what gains are relative to.
         whitener: weighs errors on the input side.
     """
-    left, right = grids(parts, bases, users=len(norm))
-    right = right if whitener is None else whitener.forward(right)
-    gram = (left @ left.mT) * (right @ right.mT)
-    aim = ((left @ factors.X.double()) * factors.s.double()[:, None, :] * (right @ factors.Y.double())).sum(
-        -1
-    )
+    left = _products(parts, parts.left, bases[0], factors.X)
+    right = _products(parts, parts.right, bases[1], factors.Y, whitener=whitener)
+    gram = left.gram * right.gram
+    aim = (left.seen * factors.s.double()[:, None, :] * right.seen).sum(-1)
     empty = torch.diagonal(gram, dim1=-2, dim2=-1) == 0
     solved = torch.linalg.lstsq(gram + torch.diag_embed(empty.double()), aim[..., None]).solution[..., 0]
     scale = norm.double().clamp(min=torch.finfo(torch.float64).tiny)[:, None]
@@ -97,6 +95,29 @@ def with_gains(
     square = factors.s.double().square().sum(-1) - 2 * (gain * aim).sum(-1)
     square = square + ((gram @ gain[..., None])[..., 0] * gain).sum(-1)
     return replace(parts, gain=kept.float()[parts.user, slots(parts.user)]), square.clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Products:
+    """Of one side L (b, c, d) float64: gram = L L^T (b, c, c), and seen = L X (b, c, r)."""
+
+    gram: Tensor
+    seen: Tensor
+
+
+def _products(
+    parts: Components, side: Side, basis: Tensor | None, columns: Tensor, *, whitener: Whitener | None = None
+) -> _Products:
+    """One side times itself and times `columns` (b, d, r). Coordinates never grow to size d."""
+    users = len(columns)
+    if basis is None or bool((side.own_width > 0).any()):
+        rows = spread(side.vectors(basis), parts.user, users=users)
+        rows = rows if whitener is None else whitener.forward(rows)
+        return _Products(rows @ rows.mT, rows @ columns.double())
+    spanned = basis.mT.double() if whitener is None else whitener.forward(basis.mT)
+    rows = spread(side.coordinates(len(spanned)), parts.user, users=users)
+    seen = (columns.mT.flatten(0, 1).double() @ spanned.mT).unflatten(0, (users, -1)).mT
+    return _Products(rows @ (spanned @ spanned.mT) @ rows.mT, rows @ seen)
 
 
 def _has_floats(parts: Components) -> bool:

@@ -137,14 +137,19 @@ def grids(
 
     c is the largest number of components a user has. O(users c (o + i) k).
     """
-    width = int(torch.bincount(parts.user).max()) if len(parts) else 0
-    slot, made = slots(parts.user), []
-    for side, basis in zip((parts.left, parts.right), bases, strict=True):
-        rows = side.vectors(basis).double()
-        grid = rows.new_zeros((users, width, rows.shape[1]))
-        grid[parts.user, slot] = rows
-        made.append(grid)
-    return made[0], made[1]
+    left, right = (
+        spread(side.vectors(basis), parts.user, users=users)
+        for side, basis in zip((parts.left, parts.right), bases, strict=True)
+    )
+    return left, right
+
+
+def spread(rows: Tensor, user: Tensor, *, users: int) -> Tensor:
+    """Rows (m, d) of components ordered by user, user by user: (users, c, d) float64, padded with zeros."""
+    width = int(torch.bincount(user).max()) if len(user) else 0
+    grid = rows.new_zeros((users, width, rows.shape[1]), dtype=torch.float64)
+    grid[user, slots(user)] = rows.double()
+    return grid
 
 
 def concatenate(parts: Sequence[Components]) -> Components:
