@@ -26,8 +26,8 @@ from benchmarks.rivals import Folders
 from soppu.compress import CompressOptions, compress
 from soppu.compress.target import ratio
 
-# 500 users fill what is kept between passes (`soppu.compress.passes.ROOM`)
-SHAPES = {"layers.0.q_proj": (4096, 4096), "layers.0.o_proj": (4096, 4096)}
+# 500 users have more than is kept between passes (`soppu.compress.passes.ROOM`)
+SHAPES = {f"layers.0.{name}": (4096, 4096) for name in ("k_proj", "o_proj", "q_proj")}
 SIZES = (500, 2000)
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {"rank": 16},
