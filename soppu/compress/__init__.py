@@ -37,8 +37,9 @@ def compress(
 ) -> Bundle:
     """Compress the adapters of many users into one bundle.
 
-    The errors in its report are those of the numbers as stored. Adapters are looked up once for each pass and
-    held a batch at a time, so a mapping that reads them from disk keeps memory flat.
+    The errors in its report are those of the numbers as stored. Adapters are held a batch at a time, and
+    looked up again in each pass but for those whose canonical forms fit into `passes.ROOM`; so a mapping that
+    reads them from disk keeps memory flat.
 
     Args:
         adapters: user -> adapter, all of one base model. Ranks may differ, and users may lack modules.
