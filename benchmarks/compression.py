@@ -37,7 +37,7 @@ RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _WIDTHS = ((8, 8), (6, 6), (4, 4))
 _CLUSTERS = (2, 4)
 _MANY = 100  # from more users on, joint methods are tried at one width and two clusters
-_RANKS = tuple(k for k in RANKS[1:] if k <= 128)
+_RANKS = (1, *(k for k in RANKS[1:] if k <= 128))
 SYNTHETIC_SHAPES = {"layers.0.q_proj": (768, 768), "layers.0.v_proj": (256, 768)}
 
 Adapters = Mapping[str, LoraAdapter]
