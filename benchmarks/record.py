@@ -36,14 +36,13 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit checked out, marked where the tree differs from it."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    """The commit checked out, marked where the tree differs from it in more than results."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
+def _git(*words: str) -> str:
+    told = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
     return told.stdout.strip()
 
 

@@ -66,7 +66,7 @@ class Cores:
         )
 
     def turned(self, out: Tensor, inn: Tensor) -> Cores:
-        """The same in other directions, orthogonal `out` (K, K) and `inn` (K', K') of these."""
+        """The same in directions `out` (K, w) and `inn` (K', w) among these, orthonormal columns."""
         return replace(
             self,
             basis_out=self.basis_out @ out,

@@ -79,11 +79,15 @@ class Grown:
         found = CoreFit(self.found.U.cpu(), self.found.V.cpu(), self.found.objective)
         return Grown(self.cores.cpu(), found, self.passes)
 
-    def ordered(self) -> Grown:
-        """In Ritz vectors, by energy: coordinates that do not depend on the order of users."""
-        (_, out), (_, inn) = self.cores.ritz()
-        found = CoreFit(out.mT @ self.found.U, inn.mT @ self.found.V, self.found.objective)
-        return Grown(self.cores.turned(out, inn), found, self.passes)
+    def narrowed(self, width: int) -> Grown:
+        """In the bases of rank `width` of the same fit, which hold nearly all that smaller ones or several of
+        them can. Coordinates are by energy, and do not depend on the order of users.
+        """
+        cores = self.cores
+        wide = cores.fit(width, max_steps=2, least=0.0)
+        cores = cores.turned(wide.U, wide.V)
+        found = cores.fit(self.found.U.shape[1], max_steps=1, least=0.0)
+        return Grown(cores, found, self.passes)
 
 
 def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:

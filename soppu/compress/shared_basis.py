@@ -84,8 +84,20 @@ def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Kn
         one = replace(search, every=1, width=columns) if columns <= _FEW_COLUMNS else search
         searches[name] = large.grow(large.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
-    near = {name: grown[name].ordered().cpu() for name in fleet.shapes}
+    enough = min(rank + options.rank + _SPARE, _MOST_WIDTH)
+    near = {name: _narrow(grown[name], enough, clusters=options.clusters).cpu() for name in fleet.shapes}
     return Known(passes, options, near, progress)
+
+
+def _narrow(grown: large.Grown, enough: int, *, clusters: int) -> large.Grown:
+    """Without directions that hardly count, where there are many: they cost time at every later step.
+
+    A start of clusters wants its coordinates in order, too.
+    """
+    narrowest = min(grown.cores.left.shape[2], grown.cores.right.shape[2])
+    if clusters > 1 or narrowest > 1.5 * enough:
+        return grown.narrowed(min(enough, narrowest))
+    return grown
 
 
 def _widest(fleet: Fleet) -> int:
@@ -122,7 +134,7 @@ def certificates(known: Known, grouped: Clustering) -> dict[str, Certificate]:
     if known.options.clusters > 1:
         return {name: _unbounded(known.grown[name].cores, fits) for name, fits in grouped.fits.items()}
     shapes = known.passes.fleet.shapes.values()
-    sides = sum(min(o, i) ** 2 for o, i in shapes if min(o, i) <= _EXACT_SIDE)
+    sides = sum(max([side**2 for side in shape if side <= _EXACT_SIDE], default=0) for shape in shapes)
     exact = _EXACT_SIDE if sides <= _EXACT_NUMBERS else 0
     effort = bounds.Effort(probes=16, powers=2, exact_side=exact, seed=known.options.seed + 1)
     searches = {
