@@ -32,6 +32,7 @@ from soppu.errors import BundleError
 
 _SPARE = 32
 _MOST_WIDTH = 512  # directions of core space
+_MOST_GROWN = 1024  # and while it is sought
 _MOST_NUMBERS = 1 << 28  # of all cores together, 1 GiB
 _SAMPLE = 128  # users at least that the ranges begin with, where there are so many
 _MOST_EVERY = 8
@@ -74,8 +75,10 @@ def fit(
 
 def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Known:
     """Grow the ranges of every module. O(n (o + i) r (K + r)) each, K the directions in the end."""
-    fleet, rank = passes.fleet, min(options.clusters * options.rank, _MOST_WIDTH)
-    most = max(_widest(fleet), min(rank + options.rank + _SPARE, _MOST_WIDTH))
+    fleet = passes.fleet
+    enough = min((options.clusters + 1) * options.rank + _SPARE, _MOST_WIDTH)
+    most = max(_widest(fleet), enough)
+    rank = min(options.clusters * options.rank, most // 2 - large.SPARE)  # a growth there has to be
     every = max(min(len(fleet.users) // _SAMPLE, fleet.batch_count // 2, _MOST_EVERY), 1)
     search = large.Search(every=every, most_width=most, max_steps=0, seed=options.seed)
     searches = {}
@@ -84,7 +87,6 @@ def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Kn
         one = replace(search, every=1, width=columns) if columns <= _FEW_COLUMNS else search
         searches[name] = large.grow(large.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
-    enough = min(rank + options.rank + _SPARE, _MOST_WIDTH)
     near = {name: _narrow(grown[name], enough, clusters=options.clusters).cpu() for name in fleet.shapes}
     return Known(passes, options, near, progress)
 
@@ -103,7 +105,7 @@ def _narrow(grown: large.Grown, enough: int, *, clusters: int) -> large.Grown:
 def _widest(fleet: Fleet) -> int:
     """Directions that all cores together have room for."""
     columns = len(fleet.users) * int(fleet.ranks.amax(1).sum())
-    return min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_WIDTH)
+    return min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_GROWN)
 
 
 def joint(known: Known, rank: int) -> Clustering:
@@ -121,8 +123,9 @@ def joint(known: Known, rank: int) -> Clustering:
     fits = {}
     for name, one in known.grown.items():
         least = options.tolerance * one.cores.total
-        k = min(rank, one.found.U.shape[1])
-        start = one.found if options.max_steps else None  # without steps the closed form is what is asked for
+        k = min(rank, one.cores.left.shape[2], one.cores.right.shape[2], max(one.cores.columns, 1))
+        # without steps the closed form is what is asked for
+        start = one.found if options.max_steps and k <= one.found.U.shape[1] else None
         fits[name] = (one.cores.fit(k, max_steps=options.max_steps, least=least, start=start),)
     return Clustering(torch.zeros(len(known.passes.fleet.users), dtype=torch.int64), fits, ())
 
