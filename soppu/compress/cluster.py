@@ -19,6 +19,7 @@ from soppu.compress import joint
 from soppu.compress.cores import Cores
 
 _STARTS = 4
+_FEW, _STARTS_OF_FEW = 64, 16  # few users cost little, and a start more often misses the best of their groups
 _USERS = 256  # taken at a time, for the sake of memory
 _MOST_MOVES = 12
 _KMEANS = 25
@@ -54,7 +55,8 @@ def fit(
     how = JointSettings(clusters, rank, max_steps, tolerance)
     if clusters == 1:
         return _settle(cores, _alone(cores), how)
-    starts = (start(cores, clusters=clusters, seed=seed + number) for number in range(_STARTS))
+    count = _STARTS_OF_FEW if len(next(iter(cores.values())).left) <= _FEW else _STARTS
+    starts = (start(cores, clusters=clusters, seed=seed + number) for number in range(count))
     return min((_settle(cores, one, how) for one in starts), key=lambda found: found.errors[-1])
 
 

@@ -80,14 +80,15 @@ class Grown:
         return Grown(self.cores.cpu(), found, self.passes)
 
     def narrowed(self, width: int) -> Grown:
-        """In the bases of rank `width` of the same fit, which hold nearly all that smaller ones or several of
-        them can. Coordinates are by energy, and do not depend on the order of users.
+        """In `width` directions of either side: the basis found, and what the basis of that rank adds to it.
+
+        They hold nearly all that smaller bases, or several of them, can.
         """
-        cores = self.cores
-        wide = cores.fit(width, max_steps=2, least=0.0)
-        cores = cores.turned(wide.U, wide.V)
-        found = cores.fit(self.found.U.shape[1], max_steps=1, least=0.0)
-        return Grown(cores, found, self.passes)
+        wide = self.cores.fit(width, max_steps=2, least=0.0)
+        pairs = ((self.found.U, wide.U), (self.found.V, wide.V))
+        out, inn = (torch.linalg.qr(torch.cat(pair, 1)).Q[:, :width] for pair in pairs)
+        found = CoreFit(out.mT @ self.found.U, inn.mT @ self.found.V, self.found.objective)
+        return Grown(self.cores.turned(out, inn), found, self.passes)
 
 
 def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:

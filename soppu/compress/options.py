@@ -39,7 +39,7 @@ class CompressOptions:
         density: share of numbers "ternary" keeps where there is no target.
         alpha: factor on the scale of "ternary", as in ComPEFT.
         faithful: whether "ternary" follows the released code to the letter, one global threshold and scale.
-        max_steps: most alternations after the closed-form start of a joint fit; 0 keeps the start.
+        max_steps: most alternations of a joint fit once its ranges are found; 0 keeps the closed form.
         tolerance: stop when two steps in a row gain less than this share of the total energy.
         shrink: how far calibration moments are drawn towards white input; used where moments are given.
         seed: of sketches and of cluster starts. Recorded in the report.

@@ -87,19 +87,14 @@ def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Kn
         one = replace(search, every=1, width=columns) if columns <= _FEW_COLUMNS else search
         searches[name] = large.grow(large.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
-    near = {name: _narrow(grown[name], enough, clusters=options.clusters).cpu() for name in fleet.shapes}
+    near = {name: _narrow(grown[name], enough).cpu() for name in fleet.shapes}
     return Known(passes, options, near, progress)
 
 
-def _narrow(grown: large.Grown, enough: int, *, clusters: int) -> large.Grown:
-    """Without directions that hardly count, where there are many: they cost time at every later step.
-
-    A start of clusters wants its coordinates in order, too.
-    """
+def _narrow(grown: large.Grown, enough: int) -> large.Grown:
+    """Without directions that hardly count, where there are many: they cost time at every later step."""
     narrowest = min(grown.cores.left.shape[2], grown.cores.right.shape[2])
-    if clusters > 1 or narrowest > 1.5 * enough:
-        return grown.narrowed(min(enough, narrowest))
-    return grown
+    return grown.narrowed(enough) if narrowest > 1.5 * enough else grown
 
 
 def _widest(fleet: Fleet) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import Bundle, CompressOptions, compress
+from soppu.compress import Bundle, CompressOptions, compress, shared_basis
 from soppu.errors import AdapterError, BundleError
 
 EXACT = CompressOptions(method="joint", rank=64, basis_bits=32, core_bits=32)
@@ -102,6 +102,17 @@ def test_the_scale_of_one_user_changes_nobodys_relative_error(fleet, options):
     if not options.faithful:  # its one scale is that of the raw numbers of A and B together
         assert other.relative_error == pytest.approx(plain.relative_error, rel=0.1)
     assert other.relative_error["user0"] == pytest.approx(plain.relative_error["user0"], rel=0.1)
+
+
+@pytest.mark.parametrize(("method", "clusters"), [("joint", 1), ("cluster", 3)])
+def test_a_fleet_too_large_for_wide_ranges_gets_the_rank_it_asked_for(fleet, method, clusters, monkeypatch):
+    adapters = fleet((3,) * 100, shapes={"q": (60, 50)})
+    options = CompressOptions(method=method, rank=5, clusters=clusters)
+    roomy = compress(adapters, options).report
+    monkeypatch.setattr(shared_basis, "_MOST_NUMBERS", 1)
+    cramped = compress(adapters, options).report
+    assert cramped.k_used == roomy.k_used == {"q": 5}
+    assert cramped.relative_error_rms == pytest.approx(roomy.relative_error_rms, rel=0.05)
 
 
 @every_method

@@ -10,8 +10,9 @@ from torch import Tensor
 from soppu.compress import bounds, joint
 from soppu.compress.canonical import Canonical, canonical
 from soppu.compress.cores import Cores
-from soppu.compress.large import LargeFit, Search, fit_batches, fit_large
+from soppu.compress.large import LargeFit, Search, Sizes, fit_batches, fit_large, grow
 from soppu.compress.sketch import CorePass, GrowthPass, PowerPass, RangePass, Ranges, rows
+from soppu.compress.steps import alone
 from soppu.errors import AdapterError
 
 
@@ -274,6 +275,19 @@ def test_ranges_that_began_with_a_sample_end_where_the_others_do_in_fewer_number
     sampled = fit_large(outs, ins, rank=6, search=Search(tolerance=1e-5, every=4))
     assert sampled.objective[0] > 1.5 * whole.objective[0] and sampled.passes < whole.passes
     assert sampled.objective[-1] == pytest.approx(whole.objective[-1], rel=1e-4)
+
+
+def test_narrowed_ranges_hold_what_smaller_bases_need():
+    outs, ins = fleet(200, 120, 100, 3)
+    batches = cut(outs, ins, 64)
+    grown = alone(grow(Sizes(200, 120, 100, 3), 6, Search(tolerance=1e-6)), lambda: batches)
+    narrow = grown.narrowed(20)
+    assert narrow.cores.left.shape[2] == narrow.cores.right.shape[2] == 20 < grown.cores.left.shape[2]
+    at_found = narrow.cores.fit(6, max_steps=0, least=0.0, start=narrow.found)
+    assert at_found.objective[0] == pytest.approx(grown.found.objective[-1], rel=1e-6)
+    for k in (2, 4, 6):
+        whole, kept = (one.cores.fit(k, max_steps=20, least=1e-6) for one in (grown, narrow))
+        assert kept.objective[-1] == pytest.approx(whole.objective[-1], rel=1e-3)
 
 
 def test_a_sample_of_zero_adapters_is_no_worse_than_nothing():
