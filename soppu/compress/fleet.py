@@ -47,7 +47,7 @@ class Fleet:
     """What a first look at all adapters found out.
 
     Attributes:
-        adapters: user -> adapter; looked up once for every pass.
+        adapters: user -> adapter; looked up once for every pass at most.
         adapter_ids: an id for each user, in order.
         shapes: module -> (o, i), modules in order.
         ranks: (modules, n) rank of every user's own adapter, 0 where a user does not have the module.
@@ -98,13 +98,11 @@ class Fleet:
 
     def stack(self, held: Sequence[LoraAdapter], module: str) -> tuple[Tensor, Tensor]:
         """B (b, o, r) and A (b, r, i) of some users at one module; r is the largest rank in the fleet."""
-        o, i = self.shapes[module]
-        width = max(int(self.ranks[list(self.shapes).index(module)].max()), 1)
-        narrow = bool((self.ranks[list(self.shapes).index(module)] < width).any())
-        make = torch.zeros if narrow else torch.empty
-        B = make(
-            (len(held), width, o), device=self.device
-        ).mT  # columns together, as canonical forms have them
+        (o, i), ranks = self.shapes[module], self.ranks[list(self.shapes).index(module)]
+        width = max(int(ranks.max()), 1)
+        make = torch.zeros if bool((ranks < width).any()) else torch.empty
+        # columns lie together, as those of a canonical form do
+        B = make((len(held), width, o), device=self.device).mT
         A = make((len(held), width, i), device=self.device)
         for row, adapter in enumerate(held):
             pair = adapter.pairs.get(module)

@@ -35,7 +35,7 @@ class Passes:
         self._kept: dict[tuple[int, str], Canonical] = {}
 
     def form(self, batch: Batch, module: str) -> Canonical:
-        """Of a batch at a module. Unless kept O(b (o + i) r^2), whitened O(b r i^2) more."""
+        """The form of a batch at a module. Unless kept O(b (o + i) r^2), whitened O(b r i^2) more."""
         key = (batch.first, module)
         if key in self._kept:
             return self._kept[key]
