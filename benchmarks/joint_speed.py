@@ -197,9 +197,8 @@ def check(seed: int) -> list[dict[str, Any]]:
     rows = []
     for p_seed in (0.45, 0.0, 1.0):
         outs, ins = load(CHECK["n"], CHECK["side"], CHECK["r"], seed, p_seed=p_seed)
-        effort = bounds.Effort(
-            probes=16, powers=2, exact_side=0
-        )  # the probabilistic bound is what is checked
+        # the probabilistic bound is what is checked
+        effort = bounds.Effort(probes=16, powers=2, exact_side=0)
         k, settings = CHECK["k"], Search(every=2, bound=effort, seed=seed)
         began = time.perf_counter()
         truth = joint.fit(list(outs), list(ins), rank=k, max_steps=50, tolerance=1e-7)

@@ -20,7 +20,6 @@ from soppu.compress.cores import Cores
 
 _STARTS = 4
 _FEW, _STARTS_OF_FEW = 64, 16  # few users cost little, and a start more often misses the best of their groups
-_USERS = 256  # taken at a time, for the sake of memory
 _MOST_MOVES = 12
 _KMEANS = 25
 _PROBES = 96  # columns that stand for a module's features in the start
@@ -103,11 +102,9 @@ def _alone(cores: Mapping[str, Cores]) -> Tensor:
 def _errors(module: Cores, fits: tuple[joint.CoreFit, ...]) -> Tensor:
     """(n, c) squared error of every user in every basis, up to what lies outside core space for all alike."""
     rows = []
-    for first in range(0, len(module.left), _USERS):
-        left = module.left[first : first + _USERS].mT.double()
-        right = module.right[first : first + _USERS].double()
-        energy = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
-        kept = [((one.U.mT @ left) @ (right @ one.V)).square().sum((-2, -1)) for one in fits]
+    for left, right, _ in module.chunks():
+        energy = ((left @ left.mT) * (right @ right.mT)).sum((-2, -1))
+        kept = [((one.U.mT @ left.mT) @ (right @ one.V)).square().sum((-2, -1)) for one in fits]
         rows.append(energy[:, None] - torch.stack(kept, 1))
     return torch.cat(rows)
 

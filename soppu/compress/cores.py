@@ -8,9 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from soppu.compress.joint import CoreFit, Stop, fit_cores
-
-_USERS = 256  # taken at a time: their float64 copies do not grow with the fleet
+from soppu.compress.joint import CoreFit, Stop, chunks, fit_cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +78,13 @@ class Cores:
 
         O(n q^2 (K + K')). Round-off of the coordinates bounds it from below, about 1e-7 for float32.
         """
-        inside = [((x @ x.mT) * (y @ y.mT)).sum((1, 2)) for x, y, _ in self._chunks()]
+        inside = [((x @ x.mT) * (y @ y.mT)).sum((1, 2)) for x, y, _ in self.chunks()]
         return ((self.norm > 0).double() - torch.cat(inside)).clamp(min=0)
 
     def ritz(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Ritz values of C on either side, descending, and their vectors. O(n q K^2 + K^3)."""
-        grams = [torch.zeros((side.shape[2],) * 2).to(self.basis_out) for side in (self.left, self.right)]
-        for left, right, weight in self._chunks():
+        grams = self._grams()
+        for left, right, weight in self.chunks():
             for gram, part in zip(grams, (left, right * weight[:, :, None]), strict=True):
                 columns = part.flatten(0, 1)
                 gram += columns.mT @ columns
@@ -114,14 +112,14 @@ class Cores:
         Z_n = F_n F_n^T P_n W for either side: F_n the columns inside the basis of the other side, P_n their
         coordinates and W the leading space of sum_n P_n^T F_n F_n^T P_n.
         """
-        grams = [torch.zeros((side.shape[2],) * 2).to(self.basis_out) for side in (self.left, self.right)]
-        for left, right, _ in self._chunks():
+        grams = self._grams()
+        for left, right, _ in self.chunks():
             for gram, factor, part in _half_steps(left, right, found, grams):
                 root = (part.mT @ factor).transpose(0, 1).flatten(1)
                 gram += root @ root.mT
         lead = [torch.linalg.eigh(gram)[1][:, -width:].flip(1) for gram in grams]
         made: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for left, right, weight in self._chunks():
+        for left, right, weight in self.chunks():
             steps = [
                 factor @ (factor.mT @ (part @ space))
                 for space, factor, part in _half_steps(left, right, found, lead)
@@ -130,11 +128,13 @@ class Cores:
             made[1].append(steps[1].to(self.right.dtype))
         return Directions(torch.cat(made[0]), torch.cat(made[1]))
 
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[Tensor, ...]]:
         """left, right and weight of some users at a time, float64."""
-        for first in range(0, len(self.weight), _USERS):
-            here = slice(first, first + _USERS)
-            yield self.left[here].double(), self.right[here].double(), self.weight[here]
+        return chunks(self.left, self.right, self.weight)
+
+    def _grams(self) -> list[Tensor]:
+        """Zeros (K, K) and (K', K'), to sum up in."""
+        return [self.basis_out.new_zeros((side.shape[2],) * 2) for side in (self.left, self.right)]
 
 
 def _half_steps(

@@ -129,8 +129,9 @@ class _Bench:
     def __init__(self, bundle: Bundle, newcomer: Fleet, cluster: int, *, shared_only: bool = False) -> None:
         setting = Setting(Costs(), (*QUANTISERS, *FLOATS), 0)
         self.cluster, self.norm = cluster, newcomer.norm
-        (self.batch,) = newcomer.batches()
-        self.factors = {name: decompose(*self.batch.factors(name)) for name in bundle.shapes}
+        (batch,) = newcomer.batches()
+        self.deltas = {name: batch.factors(name) for name in bundle.shapes}
+        self.factors = {name: decompose(B, A) for name, (B, A) in self.deltas.items()}
         self.norms = newcomer.norms
         self.coders = {}
         for name, (o, i) in bundle.shapes.items():
@@ -155,7 +156,7 @@ class _Bench:
         squared = torch.stack(
             [
                 squared_errors(
-                    *self.batch.factors(name), part, (coder.left.basis, coder.right.basis), norm=self.norm
+                    *self.deltas[name], part, (coder.left.basis, coder.right.basis), norm=self.norm
                 )
                 for (name, coder), part in zip(self.coders.items(), parts, strict=True)
             ]

@@ -178,28 +178,28 @@ def fit_cores(
 
 def core_energy(left: Tensor, right: Tensor) -> float:
     """sum_n || left_n right_n ||_F^2. O(n (p + q) r^2)."""
-    parts = (((x.mT @ x) * (y @ y.mT)).sum() for x, y in _chunks(left, right))
+    parts = (((x.mT @ x) * (y @ y.mT)).sum() for x, y in chunks(left, right))
     return float(sum(parts))
 
 
 def _inside(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> float:
     """The energy inside both bases."""
-    return float(sum(((u.mT @ x) @ (y @ v)).square().sum() for x, y in _chunks(left, right)))
+    return float(sum(((u.mT @ x) @ (y @ v)).square().sum() for x, y in chunks(left, right)))
 
 
 def _top(left: Tensor, right: Tensor, inner: Tensor | None, k: int) -> Tensor:
     """Leading k eigenvectors of sum_n D_n P D_n^T, P = inner inner^T or the identity. O(n p^2 r + p^3)."""
     gram = torch.zeros((left.shape[1], left.shape[1]), dtype=torch.float64, device=left.device)
-    for x, y in _chunks(left, right):
+    for x, y in chunks(left, right):
         seen = y if inner is None else y @ inner
         gram += torch.einsum("npr,nqr->pq", x @ (seen @ seen.mT), x)
     return torch.linalg.eigh(gram)[1][:, -k:].flip(1)
 
 
-def _chunks(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some users at a time, in float64: all sums here are over users, and n does not count for memory."""
-    for first in range(0, len(left), _USERS):
-        yield left[first : first + _USERS].double(), right[first : first + _USERS].double()
+def chunks(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some users of each (n, ...) at a time, in float64, so that sums over them take little memory."""
+    for first in range(0, len(sides[0]), _USERS):
+        yield tuple(side[first : first + _USERS].double() for side in sides)
 
 
 @dataclass(frozen=True, eq=False)

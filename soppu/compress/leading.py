@@ -20,10 +20,10 @@ from soppu.compress.metrics import Certificate
 from soppu.compress.passes import Passes
 from soppu.compress.sketch import Power, PowerPass, RangePass, Ranges, rows, weights
 
-_EXACT = 256  # so many columns of all deltas together are all kept
+FEW_COLUMNS = 256  # so many columns of all deltas together are all kept, and what follows is exact
 _PROBES = 16
-_EXACT_SIDE = 1024  # up to so many features a side's Gram matrix is summed up
-_EXACT_NUMBERS = 1 << 25  # of all Gram matrices together, 256 MiB
+EXACT_SIDE = 1024  # up to so many features a side's Gram matrix is summed up
+EXACT_NUMBERS = 1 << 25  # of all Gram matrices together, 256 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +74,8 @@ def find_ranges(passes: Passes, *, width: int, seed: int, progress: Progress) ->
 
 
 def _gram(features: int, fleet: Fleet) -> Tensor | None:
-    sides = sum(size**2 for shape in fleet.shapes.values() for size in shape if size <= _EXACT_SIDE)
-    if features > _EXACT_SIDE or sides > _EXACT_NUMBERS:
+    sides = sum(size**2 for shape in fleet.shapes.values() for size in shape if size <= EXACT_SIDE)
+    if features > EXACT_SIDE or sides > EXACT_NUMBERS:
         return None
     return torch.zeros((features, features), dtype=torch.float64, device=fleet.device)
 
@@ -85,10 +85,10 @@ def _spectrum(gram: Tensor | None) -> Tensor | None:
 
 
 def _width(asked: int, columns: int, features: int) -> int:
-    return min(columns if columns <= _EXACT else asked, max(columns, 1), features)
+    return min(columns if columns <= FEW_COLUMNS else asked, max(columns, 1), features)
 
 
-def certify(
+def _certify(
     found: Leading, ranks: tuple[int, int], *, left: Tensor, right: Tensor, captured: float
 ) -> Certificate:
     """What bases of these ranks leave of unit-norm deltas, and what any others would have to leave.
@@ -160,6 +160,6 @@ def certify_leading(
         k_out, k_in = ranks[name]
         captured[name] += float((left[:, :k_out] @ right[:, :, :k_in]).double().square().sum())
     return {
-        name: certify(power, ranks[name], left=sums[name][0], right=sums[name][1], captured=captured[name])
+        name: _certify(power, ranks[name], left=sums[name][0], right=sums[name][1], captured=captured[name])
         for name, power in powers.items()
     }

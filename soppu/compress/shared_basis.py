@@ -23,6 +23,7 @@ from soppu.compress.cores import Cores
 from soppu.compress.fit import Bases, Fit, Progress
 from soppu.compress.fleet import Fleet
 from soppu.compress.joint import CoreFit
+from soppu.compress.leading import EXACT_NUMBERS, EXACT_SIDE, FEW_COLUMNS
 from soppu.compress.metrics import Certificate
 from soppu.compress.options import CompressOptions
 from soppu.compress.passes import Passes
@@ -36,9 +37,6 @@ _MOST_GROWN = 1024  # and while it is sought
 _MOST_NUMBERS = 1 << 28  # of all cores together, 1 GiB
 _SAMPLE = 128  # users at least that the ranges begin with, where there are so many
 _MOST_EVERY = 8
-_FEW_COLUMNS = 256  # so many columns of all deltas together are all kept, and fits are exact
-_EXACT_SIDE = 1024  # up to so many features a side's Gram matrix is summed up
-_EXACT_NUMBERS = 1 << 25  # of all Gram matrices together, 256 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Kn
     searches = {}
     for (name, shape), ranks in zip(fleet.shapes.items(), fleet.ranks, strict=True):
         columns, q = int(ranks.sum()), min(max(int(ranks.max()), 1), *shape)
-        one = replace(search, every=1, width=columns) if columns <= _FEW_COLUMNS else search
+        one = replace(search, every=1, width=columns) if columns <= FEW_COLUMNS else search
         searches[name] = large.grow(large.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
     near = {name: _narrow(grown[name], enough).cpu() for name in fleet.shapes}
@@ -132,8 +130,8 @@ def certificates(known: Known, grouped: Clustering) -> dict[str, Certificate]:
     if known.options.clusters > 1:
         return {name: _unbounded(known.grown[name].cores, fits) for name, fits in grouped.fits.items()}
     shapes = known.passes.fleet.shapes.values()
-    sides = sum(max([side**2 for side in shape if side <= _EXACT_SIDE], default=0) for shape in shapes)
-    exact = _EXACT_SIDE if sides <= _EXACT_NUMBERS else 0
+    sides = sum(max([side**2 for side in shape if side <= EXACT_SIDE], default=0) for shape in shapes)
+    exact = EXACT_SIDE if sides <= EXACT_NUMBERS else 0
     effort = bounds.Effort(probes=16, powers=2, exact_side=exact, seed=known.options.seed + 1)
     searches = {
         name: large.certify(known.grown[name].cores, one, effort) for name, (one,) in grouped.fits.items()

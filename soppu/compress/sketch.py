@@ -192,8 +192,9 @@ class CorePass:
         """All cores."""
         assert self._made is not None and self._users == self.size[0]
         left, s, right = self._made
-        left *= weights(s).to(left)[:, :, None]
-        return Cores(self._ranges.out, self._ranges.inn, left, right, weights(s), _norms(s))
+        weight = weights(s)
+        left *= weight.to(left)[:, :, None]
+        return Cores(self._ranges.out, self._ranges.inn, left, right, weight, _norms(s))
 
     def _room(self, batch: Deltas) -> tuple[Tensor, Tensor, Tensor]:
         n, q = self.size
