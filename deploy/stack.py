@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import requests
 from soppu.errors import PortTaken, SoppuError, TargetError
 from soppu.simulation import end_processes
 from soppu.targets import process
+from soppu.targets.http import unreachable
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = "soppu"
@@ -104,13 +104,12 @@ def down(stack: Stack) -> dict[str, bool]:
 
 def healthy(stack: Stack) -> bool:
     """Whether a Prefect API answers; False if nothing listens, PortTaken if something else does."""
-    address = urlsplit(stack.api)
     try:
         response = requests.get(f"{stack.api}/health", timeout=10)
     except requests.RequestException as error:
-        if listens(str(address.hostname), address.port or 80):
-            raise PortTaken(f"{stack.api}: something listens, but is no Prefect server: {error}") from None
-        return False
+        if unreachable(error):
+            return False
+        raise PortTaken(f"{stack.api}: something listens, but is no Prefect server: {error}") from None
     if response.status_code != 200 or response.text.strip() != "true":
         raise PortTaken(f"{stack.api}: answers, but not as a Prefect server: {response.text[:80]!r}")
     return True
@@ -122,15 +121,6 @@ def workers(stack: Stack) -> list[str]:
     return [item["name"] for item in response.json() if item["status"] == "ONLINE"] if response.ok else []
 
 
-def listens(host: str, port: int) -> bool:
-    """Whether anything accepts a connection there."""
-    try:
-        with socket.create_connection((host, port), timeout=5):
-            return True
-    except OSError:
-        return False
-
-
 def _server(stack: Stack) -> bool:
     if healthy(stack):
         return False
@@ -138,8 +128,16 @@ def _server(stack: Stack) -> bool:
     if address.hostname not in ("127.0.0.1", "localhost"):
         raise TargetError(f"{stack.api}: no Prefect server answers, and it is not this machine's to start")
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(address.port)]
-    _start(stack, "prefect-server", command, lambda: healthy(stack))
+    _start(stack, "prefect-server", command, lambda: _answers(stack))
     return True
+
+
+def _answers(stack: Stack) -> bool:
+    """As `healthy`, of a server of ours that may still be coming up: whatever else answers is "not yet"."""
+    try:
+        return requests.get(f"{stack.api}/health", timeout=10).text.strip() == "true"
+    except requests.RequestException:
+        return False
 
 
 def _worker(stack: Stack) -> bool:

@@ -5,7 +5,6 @@ Subclasses say how their server tells who it is, how a generation is asked for a
 
 from __future__ import annotations
 
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -15,6 +14,7 @@ from typing import IO, Any, ClassVar
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from soppu.errors import PortTaken, TargetError
 from soppu.targets import process
@@ -72,7 +72,7 @@ class HttpTarget(ABC):
                 f"{self.url}: something listens, but does not answer; it may be a server that still loads"
             ) from None
         except requests.RequestException as error:
-            if not self._listens():
+            if unreachable(error):
                 return False
             raise PortTaken(f"{self.url}: something listens, but is no {self.KIND}: {error}") from None
         info = body(response)
@@ -184,16 +184,6 @@ class HttpTarget(ABC):
             results.append(CanaryResult(user, not reason, reason))
         return results
 
-    def _listens(self) -> bool:
-        parts = urlsplit(self.url)
-        try:
-            socket.create_connection(
-                (parts.hostname or "", parts.port or 80), timeout=_CONNECT_SECONDS
-            ).close()
-        except OSError:
-            return False
-        return True
-
     def _is_healthy(self) -> bool:
         try:
             return request("GET", f"{self.url}/health", timeout=(2.0, 1.0)).status_code == 200
@@ -228,6 +218,15 @@ def request(method: str, url: str, *, timeout: tuple[float, float], **content: A
         # No proxy stands before this machine itself, and ~/.netrc must not replace the admin token.
         session.trust_env = urlsplit(url).hostname not in _LOOPBACK
         return session.request(method, url, timeout=timeout, **content)
+
+
+def unreachable(error: requests.RequestException) -> bool:
+    """Whether a request failed before there was a connection: nothing listened, or the name is unknown.
+
+    It is read from the failure itself; who looks a second time may find a server that came up in between.
+    """
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(reason, NewConnectionError | ConnectTimeoutError)
 
 
 def body(response: requests.Response) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 from deploy.stack import Stack, down, healthy, up
 from soppu.errors import PortTaken, TargetError
+from soppu.simulation import free_port
 
 
 class Stranger(BaseHTTPRequestHandler):
@@ -37,6 +41,27 @@ def test_a_port_that_somebody_else_listens_on_is_named(stranger: int, tmp_path: 
     with pytest.raises(PortTaken, match=rf"{stranger}.*somebody else"):
         up(stack)
     assert not list(tmp_path.rglob("*.pid"))
+
+
+def test_a_server_that_comes_up_just_after_the_look_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    port, came_up, get = free_port(), [], requests.get
+
+    def look(*args: Any, **options: Any) -> requests.Response:
+        try:
+            return get(*args, **options)
+        finally:
+            came_up.append(socket.create_server(("127.0.0.1", port)))
+
+    monkeypatch.setattr(requests, "get", look)
+    assert not healthy(Stack(api=f"http://127.0.0.1:{port}/api"))
+    came_up.pop().close()
+
+
+def test_a_port_that_hangs_up_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        with pytest.raises(PortTaken, match="something listens, but is no Prefect server"):
+            healthy(Stack(api=f"http://127.0.0.1:{listener.getsockname()[1]}/api"))
 
 
 def test_a_remote_server_that_is_down_is_not_started_here(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Event, Thread, Timer
+from typing import Any
 
 import pytest
 import requests
@@ -26,9 +27,10 @@ from soppu.models import resolve
 from soppu.serve.http import ServerInfo
 from soppu.serve.server import claim_port
 from soppu.simulation import free_port
-from soppu.targets import kinds, process
+from soppu.targets import http, kinds, process
 from soppu.targets.canary import Answered, Asked, fault, is_close
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
+from soppu.targets.http import request
 from tests.soppu.serve import tiny
 
 PROMPT = "the quick"
@@ -217,14 +219,24 @@ def test_a_port_of_somebody_else_is_named_and_nothing_is_started(stranger: int, 
 
 def test_a_port_that_does_not_speak_http_is_taken_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def hang_up() -> None:
-            for _ in range(2):
-                listener.accept()[0].close()
-
-        Thread(target=hang_up, daemon=True).start()
+        Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
         with pytest.raises(PortTaken, match="something listens, but is no SOPPU server"):
             EmbeddedTarget(f"http://127.0.0.1:{listener.getsockname()[1]}").is_up()
+
+
+def test_a_server_that_comes_up_just_after_the_look_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    came_up: list[socket.socket] = []
+
+    def look(*args: Any, **options: Any) -> requests.Response:
+        try:
+            return request(*args, **options)
+        finally:
+            came_up.append(socket.create_server(("127.0.0.1", port)))
+
+    monkeypatch.setattr(http, "request", look)
+    assert not EmbeddedTarget(f"http://127.0.0.1:{port}").is_up()
+    came_up.pop().close()
 
 
 def test_a_port_is_claimed_once_before_anything_is_loaded() -> None:
