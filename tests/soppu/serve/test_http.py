@@ -481,12 +481,13 @@ def test_health_tells_of_an_engine_whose_batches_all_fail(start: Start) -> None:
         assert server.client.get("/health").status_code == status
 
 
-def slow_model(seen: list[int]) -> PreTrainedModel:
+def slow_model(seen: list[int], hurry: threading.Event) -> PreTrainedModel:
+    """A model that takes a tenth of a second a token, until it is told to hurry."""
     model = tiny.llama()
 
     def wait(*_: object) -> None:
         seen.append(1)
-        time.sleep(0.02)
+        hurry.wait(0.1)
 
     model.lm_head.register_forward_hook(wait)
     return model
@@ -496,7 +497,7 @@ def slow_model(seen: list[int]) -> PreTrainedModel:
 def test_a_client_that_goes_away_frees_its_row(path: str, tmp_path: Path) -> None:
     seen: list[int] = []
     body = {"inputs": "a", "parameters": {"max_new_tokens": 100, "ignore_eos_token": True}}
-    with tiny.served(slow_model(seen), tmp_path / "state", max_batch=1) as url:
+    with tiny.served(slow_model(seen, threading.Event()), tmp_path / "state", max_batch=1) as url:
         with pytest.raises((requests.Timeout, StopIteration)):
             with requests.post(url + path, json=body, stream=True, timeout=0.3) as response:
                 next(response.iter_lines())
@@ -508,7 +509,8 @@ def test_a_client_that_goes_away_frees_its_row(path: str, tmp_path: Path) -> Non
 
 def test_a_client_that_goes_away_leaves_the_batch_to_the_others(tmp_path: Path) -> None:
     body = {"inputs": "a", "parameters": {"max_new_tokens": 100, "ignore_eos_token": True}}
-    with tiny.served(slow_model([]), tmp_path / "state", max_batch=4) as url:
+    hurry = threading.Event()
+    with tiny.served(slow_model([], hurry), tmp_path / "state", max_batch=4) as url:
         with requests.post(f"{url}/generate_stream", json=body, stream=True, timeout=30) as stays:
             lines = stays.iter_lines()
             next(lines)
@@ -519,6 +521,7 @@ def test_a_client_that_goes_away_leaves_the_batch_to_the_others(tmp_path: Path) 
             deadline = time.monotonic() + 10
             while requests.get(f"{url}/info", timeout=30).json()["running"] != 1:
                 assert time.monotonic() < deadline
+            hurry.set()
             assert sum(line.startswith(b"data:") for line in lines) >= 90
 
 
