@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -24,6 +25,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+# The same examples every time, however slow the machine. To look for new ones: --hypothesis-profile=default
+settings.register_profile(
+    "soppu", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("soppu")
 
 LAYERS = 8
 HIDDEN = 32

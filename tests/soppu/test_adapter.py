@@ -327,7 +327,7 @@ def test_the_hash_is_the_same_today_and_tomorrow() -> None:
     assert LoraAdapter(pairs, base_hash=BASE).content_hash() == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(sorted(small().pairs)),
     side=st.sampled_from(["A", "B"]),

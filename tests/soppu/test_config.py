@@ -190,7 +190,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 numbers = st.floats(1e-6, 1e300, allow_nan=False)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=texts, users=st.lists(texts, max_size=3), number=numbers, seed=st.integers(0, 2**40))
 def test_dump_reads_back_to_the_same_values(text: str, users: list[str], number: float, seed: int) -> None:
     config = configuration.from_dict(

@@ -141,7 +141,7 @@ def test_the_split_is_disjoint_and_every_user_has_something_held_out(both: Path)
     assert (len(small.train), len(small.heldout)) == (4, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     one=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8)),
     two=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8)),
@@ -176,7 +176,7 @@ def test_bytes_that_are_no_text_are_named_by_file_and_line(tmp_path: Path) -> No
         data.list_users(settings_for(path))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), repeats=st.integers(0, 5))
 def test_the_split_depends_on_content_alone(
     tmp_path_factory: pytest.TempPathFactory, seed: int, repeats: int
@@ -231,7 +231,7 @@ def test_the_prompt_is_masked_and_the_end_is_learned(tiny_tokenizer: PreTrainedT
     assert block.labels.tolist() == [IGNORE] * len(prompt) + completion
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompt=st.text(st.characters(codec="ascii"), max_size=80),
     completion=st.text(st.characters(codec="ascii"), min_size=1, max_size=80),

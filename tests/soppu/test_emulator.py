@@ -268,7 +268,7 @@ def test_target_shapes_are_those_a_lora_of_that_layer_needs(tiny_model: PreTrain
 # ---- numbers
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=12, unique=True))
 def test_full_to_own_and_back_changes_nothing(numbers: Sequence[int]) -> None:
     plan = LayerPlan("llama", BASE, 100, 2, (0, 97), ("q_proj",))

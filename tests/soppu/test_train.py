@@ -200,7 +200,7 @@ def random_pairs(seed: int, *, rank: int = 3, grad: bool = False) -> dict[str, L
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 5))
 def test_proximal_equals_the_dense_distance_and_so_does_its_gradient(seed: int, rank: int) -> None:
     """The published code reads detached weights: its term is there, and its gradient is zero. Not here."""
@@ -283,7 +283,7 @@ def test_b_takes_larger_steps_than_a(tiny_llama: PreTrainedModel) -> None:
         assert float((pair.B - start.pairs[name].B).abs().median()) == pytest.approx(4e-3, rel=0.02)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(n=st.integers(1, 12), batch=st.integers(1, 6), steps=st.integers(1, 30), seed=st.integers(0, 99))
 def test_every_example_comes_once_before_any_comes_again(n: int, batch: int, steps: int, seed: int) -> None:
     batches = train._batches(n, TrainOptions(steps=steps, batch_size=batch, seed=seed))

@@ -32,7 +32,7 @@ def receive(state: dict[str, Tensor]) -> LoraAdapter:
     return wire.from_state(state, SHAPES, rank=2, who="alice", base_model="tiny", base_hash="b" * 64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 100),
     rank=st.integers(1, 5),

@@ -52,7 +52,7 @@ def receive(
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 100),
     rank=st.integers(1, 5),
@@ -192,7 +192,7 @@ def test_another_plan_is_refused(shapes: dict[str, tuple[int, int]], rank: int) 
         receive(wire_ternary.to_ternary(make(), density=0.5), shapes, rank)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(at=st.integers(0, 10_000), value=st.integers(0, 255), junk=st.binary(max_size=60), whole=st.booleans())
 def test_any_bytes_give_an_adapter_of_the_plan_or_an_error_by_name(
     at: int, value: int, junk: bytes, whole: bool

@@ -88,7 +88,7 @@ def test_the_report_comes_back(plan):
     assert list(again.steps) == list(bundle.shapes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.floats(0, 2.0**100, width=32), min_size=4, max_size=4), min_size=2, max_size=2))
 def test_certificates_come_back_as_32_bit_floats(rows):
     bundle = handmade.make(handmade.PLANS["own"])
@@ -269,7 +269,7 @@ def test_keys_that_are_not_known_are_ignored(data):
 SEEDS = {name: handmade.make(plan).to_bytes() for name, plan in handmade.PLANS.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(SEEDS)), st.sampled_from(sorted(mutate.KINDS.keys() - {"bomb"})), st.randoms())
 def test_changed_files_are_bundles_or_refused(name, kind, rng):
     data = mutate.KINDS[kind](SEEDS[name], rng)

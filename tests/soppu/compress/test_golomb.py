@@ -62,7 +62,7 @@ def test_decoding_is_the_inverse(values: list[int], zeros: int, rice: bool) -> N
     np.testing.assert_array_equal(back(flat, rice=rice), flat)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 40_000), density=st.floats(0, 1), rice=st.booleans(), seed=st.integers(0, 10))
 def test_decoding_is_the_inverse_at_any_density(size: int, density: float, rice: bool, seed: int) -> None:
     values = draw(size, density**3, seed=seed)

@@ -174,7 +174,7 @@ def test_a_norm_beyond_float32_is_refused():
         joint.fit([torch.ones(3, 1).double() * 1e200], [torch.ones(1, 3).double()], rank=1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     ranks=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),
     o=st.integers(1, 24),

@@ -187,7 +187,7 @@ def test_a_report_that_does_not_fit_is_refused(change):
     refused(changed(THIN, lambda meta: change(meta["report"])), "report")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from((THIN, FULL)), st.sampled_from(sorted(mutate.KINDS.keys() - {"bomb"})), st.randoms())
 def test_changed_files_are_bundles_or_refused(data, kind, rng):
     try:

@@ -52,7 +52,7 @@ def factored(d: Tensor) -> tuple[Tensor, Tensor]:
     return u * s[:, None], vt
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.integers(1, 4))
 def test_errors_are_those_of_dense_matrices(seed, rank):
     parts, pair, norm = stored(seed), bases(seed), draw(3, seed=seed).abs().float()

@@ -121,7 +121,7 @@ class Plain:
         return taken
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(a_page())
 def test_decode_inverts_encode(made):
     shapes, parts, users = made
@@ -131,7 +131,7 @@ def test_decode_inverts_encode(made):
     assert page.encode(again, users=users) == data
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(a_page())
 def test_a_plain_reader_finds_the_same_numbers(made):
     shapes, parts, users = made
@@ -152,7 +152,7 @@ def test_a_plain_reader_finds_the_same_numbers(made):
     assert next(found, None) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(a_page(), st.integers(0, 1000))
 def test_users_are_numbered_from_the_first_of_the_page(made, first):
     shapes, parts, users = made
@@ -161,7 +161,7 @@ def test_users_are_numbered_from_the_first_of_the_page(made, first):
         assert torch.equal(part.user + first, other.user)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(a_page(), st.data())
 def test_changed_bytes_give_components_that_fit_or_an_error(made, data):
     shapes, parts, users = made
@@ -171,7 +171,7 @@ def test_changed_bytes_give_components_that_fit_or_an_error(made, data):
     check(bytes(held), shapes, users)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(a_page(), st.data())
 def test_changed_streams_give_components_that_fit_or_an_error(made, data):
     shapes, parts, users = made

@@ -59,7 +59,7 @@ def test_a_shrink_of_one_gives_the_identity_for_any_input() -> None:
     shrink=st.floats(1e-3, 1.0),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_there_and_back_is_where_one_was(i: int, tokens: int, shrink: float, seed: int) -> None:
     made = whitening.make(moments(inputs(tokens, i, seed=seed)), shrink=shrink)
     A = draw(2, 3, i, seed=seed)
@@ -110,7 +110,7 @@ def test_ranks_above_the_number_of_features_are_no_trouble() -> None:
 
 
 @given(seed=st.integers(0, 10_000), rank=st.integers(1, 5), decay=st.floats(0.0, 2.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_truncation_in_the_whitened_space_is_never_worse_on_the_tokens_it_was_made_from(
     seed: int, rank: int, decay: float
 ) -> None:

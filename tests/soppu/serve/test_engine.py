@@ -365,7 +365,7 @@ def test_a_request_finishes_on_the_version_it_was_resolved_to(make: Callable[...
     assert text(engine, "a", "alice", tokens=9) == expected[1]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, len(tiny.tokenizer()) - 1), max_size=30))
 def test_deltas_of_any_tokens_add_up_to_the_decoded_whole(ids: list[int]) -> None:
     detokenizer = Detokenizer(tiny.tokenizer())
@@ -373,7 +373,7 @@ def test_deltas_of_any_tokens_add_up_to_the_decoded_whole(ids: list[int]) -> Non
     assert "".join(deltas) + detokenizer.flush() == tiny.tokenizer().decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=12))
 def test_deltas_of_real_text_never_show_half_a_character(value: str) -> None:
     ids = tiny.tokenizer()(value)["input_ids"]
@@ -385,7 +385,7 @@ def test_deltas_of_real_text_never_show_half_a_character(value: str) -> None:
     assert shown + detokenizer.flush() == value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 31), max_size=10))
 def test_deltas_keep_the_spaces_of_a_tokenizer_that_strips_the_first(ids: list[int]) -> None:
     backend = Tokenizer(models.BPE())

@@ -72,7 +72,7 @@ UNCHANGED = [slot for slot in POOL if not dense(slot, "layer", SHAPE).any()]
 
 
 @pytest.mark.parametrize("conv", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.integers(0, len(POOL) - 1), min_size=1, max_size=9), tokens=st.integers(1, 3))
 def test_every_row_gets_its_own_change(conv: bool, rows: list[int], tokens: int) -> None:
     adapted, base, router = layer(conv=conv)

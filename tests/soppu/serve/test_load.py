@@ -46,7 +46,7 @@ kinds = st.lists(st.sampled_from(sorted(KINDS)), max_size=4)
 plans = st.lists(st.none() | kinds, min_size=3, max_size=3).filter(lambda plan: plan != [None] * 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     users=st.lists(plans, min_size=1, max_size=5),
     clusters=st.lists(st.integers(0, 2), min_size=5, max_size=5),
