@@ -22,6 +22,7 @@ MARKS = (
     "serve-engine",
     "serve-equality",
     "serve-soak",
+    "serve-kernels",
 )
 _COLOURS = {
     "base": "#8c959e",
@@ -31,6 +32,7 @@ _COLOURS = {
     "embedded-base": "#b8d8c8",
     "embedded": "#00694b",
 }
+_KERNEL_USERS = 1000
 _NAMES = {
     "base": "vLLM, LoRA off",
     "soppu": "vLLM with the plugin",
@@ -56,6 +58,8 @@ def blocks() -> dict[str, str]:
     if found := read_result("soak"):
         made["serve-soak"] = f"{_soak(found)}\n\n{circumstances_line(found)}"
         made["readme-soak"] = _soak_line(found)
+    if found := read_result("serve_kernels"):
+        made["serve-kernels"] = "\n\n".join(_kernels(found[device]) for device in sorted(found))
     return made
 
 
@@ -141,6 +145,20 @@ def _soak(found: Mapping[str, Any]) -> str:
         lines.append([f"{name} ({client})", f"{one['requests']:,}", *cells, growth])
     head = ["server (client)", "requests", "swaps", "failed", "another user's", "another version's", "memory"]
     return markdown(head, lines)
+
+
+def _kernels(found: Mapping[str, Any]) -> str:
+    """A thousand users at one layer: the ways beside each other; how far each is from the memory's floor."""
+    lines = []
+    for row in (row for row in found["rows"] if row["users"] == _KERNEL_USERS):
+        cells = [row["module"], str(row["rank"]), str(row["batch"])]
+        for name in ("shared", "gathered", "segments"):
+            cells.append(f"{row['microseconds'][name]:,.0f} ({row['over_floor'][name]:.1f}x)")
+        cells += [f"{row['lora_over_shared']:.1f}x", f"{100 * row['shared_over_base']:.1f} %"]
+        lines.append(cells)
+    head = ["module", "rank", "tokens", "shared basis", "LoRA, gathered", "by user", "ratio", "of layer"]
+    what = f"{found['dtype']}, {found['bytes_per_second'] / 1e9:.1f} GB/s, {_KERNEL_USERS:,} users"
+    return f"{markdown(head, lines)}\n\n{what}. {circumstances_line(found)}"
 
 
 def _soak_line(found: Mapping[str, Any]) -> str:
