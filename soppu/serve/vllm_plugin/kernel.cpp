@@ -1,14 +1,17 @@
-// y += U S_user V^T x for a batch of tokens of many users, in one pass over tiles of 8 tokens. CPU only.
+// y += U S_user V^T x for a batch of tokens of many users, in one pass over tiles of up to 8 tokens. CPU only.
 // Vectors are GCC's own, so the compiler picks the instructions; sums are float32 in every type of storage.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
 constexpr int64_t LANES = 16, TILE = 8, GRAIN = 1;
+constexpr int SUMS = 16;  // vectors kept in registers: T tokens by SUMS / T vectors of columns
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
@@ -42,40 +45,48 @@ struct Job {
   int64_t n, i, m, k, ldx, ldy, ldc;
 };
 
-// out[b][0 .. N*LANES) = sum over `depth` of a[b][d] * B[d][..], on top of what `out` holds
-template <int N, class S>
-inline void product(const float* a, int64_t lda, int64_t depth, const S* B, int64_t ldb, Floats (&sum)[TILE][N]) {
+// sum[b][0 .. N*LANES) += sum over `depth` of a[b][d] * B[d][..]; added in one order, whatever T and N
+template <int T, int N, class S>
+inline void product(const float* a, int64_t lda, int64_t depth, const S* B, int64_t ldb, Floats (&sum)[T][N]) {
   for (int64_t d = 0; d < depth; ++d) {
     Floats b[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int j = 0; j < N; ++j) b[j] = load(B + d * ldb + j * LANES);
 #pragma GCC unroll 8
-    for (int t = 0; t < TILE; ++t) {
+    for (int t = 0; t < T; ++t) {
       const float v = a[t * lda + d];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < N; ++j) sum[t][j] += v * b[j];
     }
   }
 }
 
-template <int N, class S>
+template <int T, int N, class S>
 void down(const float* x, const Job<S>& job, int64_t column, float* t) {
-  Floats sum[TILE][N] = {};
+  Floats sum[T][N] = {};
   const int64_t w = job.m * job.k;
-  product<N>(x, job.i, job.i, job.V + column, w, sum);
-  for (int b = 0; b < TILE; ++b)
+  product<T, N>(x, job.i, job.i, job.V + column, w, sum);
+  for (int b = 0; b < T; ++b)
     for (int j = 0; j < N; ++j) store(t + b * w + column + j * LANES, sum[b][j]);
 }
 
-template <int N, class S>
+template <int T, int N, class S>
 void up(const float* s, const Job<S>& job, const S* U, int64_t size, int64_t column, S* const* y, int64_t live) {
-  Floats sum[TILE][N] = {};
-  product<N>(s, job.m * job.k, job.k, U + column, size, sum);
+  Floats sum[T][N] = {};
+  product<T, N>(s, job.m * job.k, job.k, U + column, size, sum);
   for (int b = 0; b < live; ++b)
     for (int j = 0; j < N; ++j) {
       S* at = y[b] + column + j * LANES;
       store(at, load(at) + sum[b][j]);
     }
+}
+
+// call(N, column) for panels of N vectors, as wide as they fit; the first column that none covers
+template <int N, class Call>
+int64_t panels(int64_t column, int64_t end, const Call& call) {
+  for (; column + N * LANES <= end; column += N * LANES) call(std::integral_constant<int, N>{}, column);
+  if constexpr (N > 1) return panels<N / 2>(column, end, call);
+  return column;
 }
 
 template <class S>
@@ -97,39 +108,37 @@ void apply_cores(const Job<S>& job, const float* t, float* s, const S* core) {
   }
 }
 
-template <class S>
-void tile(const Job<S>& job, int64_t first, std::vector<float>& space) {
-  const int64_t w = job.m * job.k, live = std::min(TILE, job.n - first);
-  space.resize(TILE * (job.i + 2 * w));
-  float *x = space.data(), *t = x + TILE * job.i, *s = t + TILE * w;
-  S* y[TILE];
-  for (int64_t b = 0; b < TILE; ++b) {
+template <int T, class S>
+void tile(const Job<S>& job, int64_t first, int64_t live, std::vector<float>& space) {
+  const int64_t w = job.m * job.k;
+  space.resize(T * (job.i + 2 * w));
+  float *x = space.data(), *t = x + T * job.i, *s = t + T * w;
+  S* y[T];
+  for (int64_t b = 0; b < T; ++b) {
     const int64_t place = first + std::min(b, live - 1);  // a short tile repeats its last token
     const int64_t token = job.tokens ? job.tokens[place] : place;
     y[b] = job.y + token * job.ldy;
     const S* from = job.x + token * job.ldx;
     for (int64_t i = 0; i < job.i; ++i) x[b * job.i + i] = one(from + i);
   }
-  int64_t c = 0;
-  for (; c + 2 * LANES <= w; c += 2 * LANES) down<2>(x, job, c, t);
-  for (; c + LANES <= w; c += LANES) down<1>(x, job, c, t);
+  int64_t c = panels<SUMS / T>(0, w, [&](auto n, int64_t column) { down<T, n()>(x, job, column, t); });
   for (; c < w; ++c)
-    for (int64_t b = 0; b < TILE; ++b) {
+    for (int64_t b = 0; b < T; ++b) {
       float sum = 0;
       for (int64_t i = 0; i < job.i; ++i) sum += x[b * job.i + i] * one(job.V + i * w + c);
       t[b * w + c] = sum;
     }
-  for (int64_t b = 0; b < TILE; ++b)
-    apply_cores(job, t + b * w, s + b * w, job.cores + job.rows[first + std::min(b, live - 1)] * job.ldc);
+  for (int64_t b = 0; b < live; ++b)
+    apply_cores(job, t + b * w, s + b * w, job.cores + job.rows[first + b] * job.ldc);
+  for (int64_t b = live; b < T; ++b) std::copy_n(s + (live - 1) * w, w, s + b * w);
   const S* U = job.U;
   for (int64_t p = 0; p < job.m; ++p) {
     const int64_t at = job.spans[2 * p], size = job.spans[2 * p + 1];
     const float* from = s + p * job.k;
-    S* to[TILE];
-    for (int64_t b = 0; b < TILE; ++b) to[b] = y[b] + at;
-    int64_t o = 0;
-    for (; o + 2 * LANES <= size; o += 2 * LANES) up<2>(from, job, U, size, o, to, live);
-    for (; o + LANES <= size; o += LANES) up<1>(from, job, U, size, o, to, live);
+    S* to[T];
+    for (int64_t b = 0; b < T; ++b) to[b] = y[b] + at;
+    int64_t o = panels<SUMS / T>(
+        0, size, [&](auto n, int64_t column) { up<T, n()>(from, job, U, size, column, to, live); });
     for (; o < size; ++o)
       for (int64_t b = 0; b < live; ++b) {
         float sum = one(to[b] + o);
@@ -138,6 +147,16 @@ void tile(const Job<S>& job, int64_t first, std::vector<float>& space) {
       }
     U += job.k * size;
   }
+}
+
+// A tile of few tokens has fewer rows and wider panels: the basis is then read in longer runs.
+template <class S>
+void tile_of(const Job<S>& job, int64_t first, std::vector<float>& space) {
+  const int64_t live = std::min(TILE, job.n - first);
+  if (live == 1) tile<1>(job, first, live, space);
+  else if (live == 2) tile<2>(job, first, live, space);
+  else if (live <= 4) tile<4>(job, first, live, space);
+  else tile<TILE>(job, first, live, space);
 }
 
 template <class S>
@@ -155,7 +174,7 @@ void run(const at::Tensor& x, at::Tensor& y, const at::Tensor& V, const at::Tens
   const int64_t tiles = (job.n + TILE - 1) / TILE;
   at::parallel_for(0, tiles, GRAIN, [&](int64_t begin, int64_t end) {
     std::vector<float> space;
-    for (int64_t number = begin; number < end; ++number) tile(job, number * TILE, space);
+    for (int64_t number = begin; number < end; ++number) tile_of(job, number * TILE, space);
   });
 }
 
