@@ -181,6 +181,7 @@ class Stopwatch:
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
         warm = torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm):
             self._pass()
         torch.cuda.current_stream().wait_stream(warm)
