@@ -164,14 +164,14 @@ class Stopwatch:
 
     def turn(self, seconds: float) -> None:
         """Go through the layers for about `seconds`, at least once; remember the mean for one layer."""
-        self._wait()
+        finish(self._device)
         passes, began = 0, time.perf_counter()
         while passes == 0 or time.perf_counter() - began < seconds:
             if self._graph is None:
                 self._pass()
             else:
                 self._graph.replay()
-            self._wait()
+            finish(self._device)
             passes += 1
         self.runs.append((time.perf_counter() - began) / passes / self._layers)
 
@@ -190,9 +190,11 @@ class Stopwatch:
             self._pass()
         return graph
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def bandwidth(device: torch.device, *, repeats: int = 5) -> float:
@@ -202,8 +204,7 @@ def bandwidth(device: torch.device, *, repeats: int = 5) -> float:
     for _ in range(repeats):
         began = time.perf_counter()
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
         runs.append(time.perf_counter() - began)
     return 2 * source.numel() / min(runs)
 
@@ -233,13 +234,11 @@ def measure(setting: Setting, speed: float, *, room: int, repeats: int, seed: in
         "segments": Stopwatch(setting, segments(A, B, rows), len(A)),
         "base": Stopwatch(setting, *base(setting, room)),
     }
-    for turn in range(repeats + 1):
+    for _ in range(repeats + 1):
         for watch in watches.values():
             watch.turn(0.05)
-        if turn == 0:  # a first pass warms up
-            for watch in watches.values():
-                watch.runs.clear()
-    found = {name: 1e6 * statistics.median(watch.runs) for name, watch in watches.items()}
+    # the first turn warms up
+    found = {name: 1e6 * statistics.median(watch.runs[1:]) for name, watch in watches.items()}
     floor = {name: 1e6 * count / speed for name, count in touched(setting, rows).items()}
     best = min(found["gathered"], found["segments"])
     return {

@@ -32,7 +32,6 @@ _COLOURS = {
     "embedded-base": "#b8d8c8",
     "embedded": "#00694b",
 }
-_KERNEL_USERS = 1000
 _NAMES = {
     "base": "vLLM, LoRA off",
     "soppu": "vLLM with the plugin",
@@ -41,6 +40,7 @@ _NAMES = {
     "embedded-base": "embedded server, its base",
     "embedded": "embedded server, bundle",
 }
+_KERNEL_USERS = 1000
 
 
 def blocks() -> dict[str, str]:

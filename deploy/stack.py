@@ -135,8 +135,8 @@ def _server(stack: Stack) -> bool:
 def _answers(stack: Stack) -> bool:
     """As `healthy`, of a server of ours that may still be coming up: whatever else answers is "not yet"."""
     try:
-        return requests.get(f"{stack.api}/health", timeout=10).text.strip() == "true"
-    except requests.RequestException:
+        return healthy(stack)
+    except PortTaken:
         return False
 
 

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -15,6 +14,7 @@ import requests
 from deploy.stack import Stack, down, healthy, up
 from soppu.errors import PortTaken, TargetError
 from soppu.simulation import free_port
+from tests.latecomer import latecomer
 
 
 class Stranger(BaseHTTPRequestHandler):
@@ -44,17 +44,10 @@ def test_a_port_that_somebody_else_listens_on_is_named(stranger: int, tmp_path: 
 
 
 def test_a_server_that_comes_up_just_after_the_look_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
-    port, came_up, get = free_port(), [], requests.get
-
-    def look(*args: Any, **options: Any) -> requests.Response:
-        try:
-            return get(*args, **options)
-        finally:
-            came_up.append(socket.create_server(("127.0.0.1", port)))
-
-    monkeypatch.setattr(requests, "get", look)
-    assert not healthy(Stack(api=f"http://127.0.0.1:{port}/api"))
-    came_up.pop().close()
+    port = free_port()
+    with latecomer(requests.get, port) as look:
+        monkeypatch.setattr(requests, "get", look)
+        assert not healthy(Stack(api=f"http://127.0.0.1:{port}/api"))
 
 
 def test_a_port_that_hangs_up_is_taken() -> None:

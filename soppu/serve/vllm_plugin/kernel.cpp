@@ -114,29 +114,27 @@ void tile(const Job<S>& job, int64_t first, int64_t live, std::vector<float>& sp
   space.resize(T * (job.i + 2 * w));
   float *x = space.data(), *t = x + T * job.i, *s = t + T * w;
   S* y[T];
-  for (int64_t b = 0; b < T; ++b) {
-    const int64_t place = first + std::min(b, live - 1);  // a short tile repeats its last token
-    const int64_t token = job.tokens ? job.tokens[place] : place;
+  for (int64_t b = 0; b < live; ++b) {  // rows beyond these hold any numbers: nothing of them is kept
+    const int64_t token = job.tokens ? job.tokens[first + b] : first + b;
     y[b] = job.y + token * job.ldy;
     const S* from = job.x + token * job.ldx;
     for (int64_t i = 0; i < job.i; ++i) x[b * job.i + i] = one(from + i);
   }
   int64_t c = panels<SUMS / T>(0, w, [&](auto n, int64_t column) { down<T, n()>(x, job, column, t); });
   for (; c < w; ++c)
-    for (int64_t b = 0; b < T; ++b) {
+    for (int64_t b = 0; b < live; ++b) {
       float sum = 0;
       for (int64_t i = 0; i < job.i; ++i) sum += x[b * job.i + i] * one(job.V + i * w + c);
       t[b * w + c] = sum;
     }
   for (int64_t b = 0; b < live; ++b)
     apply_cores(job, t + b * w, s + b * w, job.cores + job.rows[first + b] * job.ldc);
-  for (int64_t b = live; b < T; ++b) std::copy_n(s + (live - 1) * w, w, s + b * w);
   const S* U = job.U;
   for (int64_t p = 0; p < job.m; ++p) {
     const int64_t at = job.spans[2 * p], size = job.spans[2 * p + 1];
     const float* from = s + p * job.k;
     S* to[T];
-    for (int64_t b = 0; b < T; ++b) to[b] = y[b] + at;
+    for (int64_t b = 0; b < live; ++b) to[b] = y[b] + at;
     int64_t o = panels<SUMS / T>(
         0, size, [&](auto n, int64_t column) { up<T, n()>(from, job, U, size, column, to, live); });
     for (; o < size; ++o)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Event, Thread, Timer
-from typing import Any
 
 import pytest
 import requests
@@ -30,7 +29,7 @@ from soppu.simulation import free_port
 from soppu.targets import http, kinds, process
 from soppu.targets.canary import Answered, Asked, fault, is_close
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
-from soppu.targets.http import request
+from tests.latecomer import latecomer
 from tests.soppu.serve import tiny
 
 PROMPT = "the quick"
@@ -226,17 +225,9 @@ def test_a_port_that_does_not_speak_http_is_taken_too() -> None:
 
 def test_a_server_that_comes_up_just_after_the_look_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
-    came_up: list[socket.socket] = []
-
-    def look(*args: Any, **options: Any) -> requests.Response:
-        try:
-            return request(*args, **options)
-        finally:
-            came_up.append(socket.create_server(("127.0.0.1", port)))
-
-    monkeypatch.setattr(http, "request", look)
-    assert not EmbeddedTarget(f"http://127.0.0.1:{port}").is_up()
-    came_up.pop().close()
+    with latecomer(http.request, port) as look:
+        monkeypatch.setattr(http, "request", look)
+        assert not EmbeddedTarget(f"http://127.0.0.1:{port}").is_up()
 
 
 def test_a_port_is_claimed_once_before_anything_is_loaded() -> None:
