@@ -71,6 +71,8 @@ class Blobs(ABC):
 def open_blobs(root: str | Path, *, cache: str | Path = "") -> Blobs:
     """The store at `root`, a path or an fsspec URL.
 
+    memory:// is for one thread only: all who read one of its files share one position in it (fsspec 2026.9).
+
     Args:
         cache: folder for local copies of a remote root; "" is one under the user's cache folder
             (XDG_CACHE_HOME), always the same for the same root. A local root has no copies.
@@ -195,12 +197,17 @@ class RemoteBlobs(Blobs):
         path = self._path(key)
         with self._failures(StorageError, f"{key} was not removed"):
             self._system.invalidate_cache()
-            marker = f"{path}/{IDENTITY_FILE}"
-            if self._system.exists(marker):
-                self._system.rm(marker)  # from here on the folder is not a blob any more
-            if self._system.exists(path):
-                self._system.rm(path, recursive=True)
+            self._take_away(f"{path}/{IDENTITY_FILE}")  # from here on the folder is not a blob any more
+            for found in self._system.find(path):
+                self._take_away(found)
+            if self._system.isdir(path):
+                with suppress(OSError):  # somebody writes into it again; an empty folder is no blob
+                    self._system.rmdir(path)
         self._cache.remove(key)
+
+    def _take_away(self, file: str) -> None:
+        with suppress(FileNotFoundError):  # gone already is what was asked for
+            self._system.rm_file(file)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"

@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from soppu.blobs import Blobs, RemoteBlobs, open_blobs
 from soppu.errors import RegistryError, StorageError
+from tests.share import ShareFileSystem, share
 
 KEY = "adapters/a-1"
 
@@ -136,6 +137,28 @@ def test_a_download_that_fails_leaves_no_copy(
     with pytest.raises(RegistryError, match=f"{KEY} cannot be fetched: connection reset"):
         remote.fetch(KEY, check)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_removing_beside_somebody_who_removes_and_somebody_who_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = open_blobs(share(tmp_path / "share"), cache=tmp_path / "cache")
+    blobs.put(KEY, fill, check)
+    looked = ShareFileSystem.find
+
+    def find(self: ShareFileSystem, path: str) -> list[str]:
+        found: list[str] = looked(self, path)
+        (tmp_path / "share" / KEY / "weights").unlink()
+        (tmp_path / "share" / KEY / ".weights.0123.tmp").write_bytes(b"12")
+        return found
+
+    monkeypatch.setattr(ShareFileSystem, "find", find)
+    blobs.remove(KEY)
+    assert not blobs.has(KEY)
+    assert [path.name for path in (tmp_path / "share" / KEY).iterdir()] == [".weights.0123.tmp"]
+    monkeypatch.setattr(ShareFileSystem, "find", looked)
+    blobs.remove(KEY)
+    assert not (tmp_path / "share" / KEY).exists()
 
 
 def test_the_cache_of_a_root_is_always_the_same_folder(

@@ -23,6 +23,7 @@ from soppu.blobs import LocalBlobs
 from soppu.catalogue import Base, Catalogue, Holding, User, now
 from soppu.errors import AdapterError, RegistryError, StorageError
 from soppu.registry import Registry
+from tests.share import share
 
 BASE = "b" * 64
 
@@ -47,7 +48,7 @@ def empty_server() -> None:
     engine.dispose()
 
 
-@pytest.fixture(params=["local", "memory", *(["server"] if SERVER else [])])
+@pytest.fixture(params=["local", "share", *(["server"] if SERVER else [])])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
     if request.param == "local":
         yield Registry.open(tmp_path / "registry")
@@ -58,9 +59,8 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registr
         yield server
         server.close()
         return
-    root = f"memory://{tmp_path.name}"
+    root = share(tmp_path / "share")
     yield Registry.open(root, catalogue=f"sqlite:///{tmp_path}/c.db", cache=tmp_path / "cache")
-    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
 
 
 @pytest.fixture
