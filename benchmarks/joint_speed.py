@@ -34,11 +34,10 @@ from torch import Tensor
 from benchmarks import fleets
 from benchmarks.record import circumstances, store
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import CompressOptions, bounds, compress, joint, shared_basis
+from soppu.compress import CompressOptions, bounds, compress, joint, large, shared_basis
 from soppu.compress.canonical import canonical
 from soppu.compress.fleet import Fleet, survey
 from soppu.compress.joint import CoreFit
-from soppu.compress.large import Search, fit_large
 from soppu.compress.metrics import Certificate
 from soppu.compress.passes import Passes
 from soppu.compress.sketch import weights
@@ -121,7 +120,7 @@ def factored(outs: Tensor, ins: Tensor, k: int, *, iterations: int, seed: int) -
 def ours(fleet: Fleet, k: int, *, repeats: int, seed: int) -> dict[str, Any]:
     """The whole fit, and what its parts take."""
     options = CompressOptions(method="joint", rank=k, seed=seed, device="cpu")
-    made: list[tuple[shared_basis.Known, CoreFit, Certificate]] = []
+    made: list[tuple[large.Grown, CoreFit, Certificate]] = []  # without the deltas: they would fill memory
     clocks: list[Clock] = []
 
     def fit() -> None:
@@ -129,11 +128,10 @@ def ours(fleet: Fleet, k: int, *, repeats: int, seed: int) -> dict[str, Any]:
         known = shared_basis.learn(Passes(fleet, {}), options, progress=clocks[-1])
         grouped = shared_basis.joint(known, k)
         certificate = shared_basis.certificates(known, grouped)[MODULE]
-        made.append((known, grouped.fits[MODULE][0], certificate))
+        made.append((known.grown[MODULE], grouped.fits[MODULE][0], certificate))
 
     whole = timed(fit, repeats)
-    known, found, certificate = made[-1]
-    grown = known.grown[MODULE]
+    grown, found, certificate = made[-1]
     steps = 5
     alternation = timed(lambda: grown.cores.fit(k, max_steps=steps, least=-1.0, start=found), repeats)
     return whole | {
@@ -199,11 +197,11 @@ def check(seed: int) -> list[dict[str, Any]]:
         outs, ins = load(CHECK["n"], CHECK["side"], CHECK["r"], seed, p_seed=p_seed)
         # the probabilistic bound is what is checked
         effort = bounds.Effort(probes=16, powers=2, exact_side=0)
-        k, settings = CHECK["k"], Search(every=2, bound=effort, seed=seed)
+        k, settings = CHECK["k"], large.Search(every=2, bound=effort, seed=seed)
         began = time.perf_counter()
         truth = joint.fit(list(outs), list(ins), rank=k, max_steps=50, tolerance=1e-7)
         middle = time.perf_counter()
-        fit = fit_large(outs, ins, rank=k, search=settings)
+        fit = large.fit_large(outs, ins, rank=k, search=settings)
         rows.append(
             {
                 "p_seed": p_seed,

@@ -7,6 +7,7 @@ Yanagisawa, Fukaya, ETNA 44, 2015, section 1); Householder QR takes over where t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ _EPS = torch.finfo(torch.float64).eps
 _CHUNK = 1 << 19  # numbers of one side in work at a time: their float64 copy stays in the cache
 # Orthogonality of CholeskyQR is lost as eps cond^2: 1e-8 is below what float32 resolves.
 _MOST_CONDITION = 1e4
+_NEAR_ORTHOGONAL = 2  # times the least condition there is: rows whose angles are far from 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,27 +69,33 @@ def canonical(outs: Tensor, ins: Tensor, *, overwrite: bool = False) -> Canonica
     """
     _check(outs, ins)
     dtype = torch.float64 if torch.float64 in (outs.dtype, ins.dtype) else torch.float32
-    rows = [_rows(side, dtype, overwrite=overwrite) for side in (outs.mT, ins)]
-    b, r, o = rows[0].shape
+    xt, yt = (_rows(side, dtype, overwrite=overwrite) for side in (outs.mT, ins))
+    b, r, o = xt.shape
     q = min(r, o, ins.shape[2])
-    rest = torch.arange(b, device=outs.device)
     if dtype == torch.float32 and q == r:
-        xt, yt = rows
-        (left, r_out, good_out), (right, r_in, good_in) = (_cholesky(_grams(side)) for side in rows)
-        good = good_out & good_in
-        w, s, z, norm = _core(r_out * good[:, None, None], r_in * good[:, None, None])
-        rest = rest[~good]
-        held = [side[rest].double().mT for side in rows]
-        _apply(left @ w, xt)
-        _apply(right @ z, yt)
-        _refine(held, (xt, yt, s, norm), rest)
+        s, norm = _in_place(xt, yt)
     else:
+        rows = (xt, yt)
         xt, yt = (side.new_empty((b, q, side.shape[2])) for side in rows)
         s, norm = xt.new_empty((b, q), dtype=torch.float64), xt.new_empty(b, dtype=torch.float64)
-        for part in rest.split(_step(rows[0])):
+        for part in torch.arange(b, device=outs.device).split(_step(rows[0])):
             _refine([side[part].double().mT for side in rows], (xt, yt, s, norm), part)
-    _fix_signs(xt, yt)
     return Canonical(xt.mT, s.to(dtype), yt.mT, norm)
+
+
+def _in_place(xt: Tensor, yt: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn the rows B^T (b, r, o) and A (b, r, i) float32 into X^T and Y^T; s and norm float64."""
+    most = max(side[: _step(side)].numel() for side in (xt, yt))
+    room = xt.new_empty((2, most), dtype=torch.float64)  # one for all: a page that is new is a fault
+    (left, r_out, cond_out), (right, r_in, cond_in) = (_cholesky(_grams(side, room)) for side in (xt, yt))
+    good = (cond_out <= _MOST_CONDITION) & (cond_in <= _MOST_CONDITION)
+    w, s, z, norm = _core(r_out * good[:, None, None], r_in * good[:, None, None])
+    rest = (~good).nonzero()[:, 0]
+    held = [side[rest].double().mT for side in (xt, yt)]
+    signs = _apply(left @ w, xt, room=room, condition=cond_out, turn_over=True)
+    _apply(right @ z * signs, yt, room=room, condition=cond_in)
+    _refine(held, (xt, yt, s, norm), rest)
+    return s, norm
 
 
 def _rows(side: Tensor, dtype: torch.dtype, *, overwrite: bool) -> Tensor:
@@ -114,39 +122,63 @@ def _refine(factors: list[Tensor], made: tuple[Tensor, Tensor, Tensor, Tensor], 
     if len(users):
         (x, r_out), (y, r_in) = (torch.linalg.qr(side) for side in factors)
         w, s[users], z, norm[users] = _core(r_out, r_in)
-        xt[users], yt[users] = (x @ w).mT.to(xt.dtype), (y @ z).mT.to(yt.dtype)
+        x = (x @ w).mT
+        signs = _signs(x)
+        xt[users], yt[users] = (signs * x).to(xt.dtype), (signs * (y @ z).mT).to(yt.dtype)
 
 
-def _grams(rows: Tensor) -> Tensor:
+def _grams(rows: Tensor, room: Tensor) -> Tensor:
     """(b, r, r) float64 products of rows (b, r, d) with themselves. O(b d r^2)."""
     grams = rows.new_empty((*rows.shape[:2], rows.shape[1]), dtype=torch.float64)
-    wide = torch.empty_like(rows[: _step(rows)], dtype=torch.float64)
-    for part, gram in zip(rows.split(len(wide)), grams.split(len(wide)), strict=True):
-        taken = wide[: len(part)].copy_(part)
+    step = _step(rows)
+    for part, gram in zip(rows.split(step), grams.split(step), strict=True):
+        taken = _like(part, room[0]).copy_(part)
         torch.bmm(taken, taken.mT, out=gram)
     return grams
 
 
-def _apply(to: Tensor, rows: Tensor) -> None:
-    """Turn rows (b, r, d) into to^T rows in place, in float64, from to (b, r, r). O(b d r^2)."""
-    wide = torch.empty_like(rows[: _step(rows)], dtype=torch.float64)
-    made, step = torch.empty_like(wide), len(wide)
-    for turn, part in zip(to.split(step), rows.split(step), strict=True):
-        taken = wide[: len(part)].copy_(part)
-        part.copy_(torch.bmm(turn.mT, taken, out=made[: len(part)]))
+def _apply(to: Tensor, rows: Tensor, *, room: Tensor, condition: Tensor, turn_over: bool = False) -> Tensor:
+    """Turn rows (b, r, d) into to^T rows in place, from to (b, r, r). O(b d r^2).
+
+    In float64, but where the rows are close to orthogonal: there the sums lose no more than rounding does.
+
+    Args:
+        room: (2, at least numbers of a step) float64 to work in.
+        condition: (b,) Frobenius condition of the rows at equal lengths; r at least.
+        turn_over: whether a row is turned over where its entry of largest size is negative.
+
+    Returns:
+        (b, 1, r) -1 for rows turned over, 1 otherwise.
+    """
+    step, r = _step(rows), rows.shape[1]
+    signs = to.new_ones((len(to), 1, r))
+    exact = condition > _NEAR_ORTHOGONAL * r
+    for n in range(0, len(rows), step):
+        here = slice(n, n + step)
+        part, turn = rows[here], to[here].mT
+        if bool(exact[here].any()):
+            made = torch.bmm(turn, _like(part, room[0]).copy_(part), out=_like(part, room[1]))
+        else:
+            made = torch.bmm(turn.to(part), part, out=_like(part, room[1].view(part.dtype)))
+        if turn_over:
+            signs[here] = _signs(made).mT
+            made *= signs[here].mT.to(made)
+        part.copy_(made)
+    return signs
 
 
-def _fix_signs(xt: Tensor, yt: Tensor) -> None:
-    """Turn rows of (b, q, d) over, in place, where the entry of largest size in X's is negative."""
-    step = _step(xt)
-    for left, right in zip(xt.split(step), yt.split(step), strict=True):
-        signs = torch.where(left.amax(-1, keepdim=True) >= -left.amin(-1, keepdim=True), 1.0, -1.0).to(left)
-        left.mul_(signs)
-        right.mul_(signs)
+def _like(part: Tensor, room: Tensor) -> Tensor:
+    """As much of the room as `part` needs, in its shape."""
+    return room[: part.numel()].view(part.shape)
+
+
+def _signs(rows: Tensor) -> Tensor:
+    """(b, r, 1) the sign of the entry of largest size of each row (b, r, d), 1 for a row of zeros."""
+    return torch.where(rows.amax(-1, keepdim=True) >= -rows.amin(-1, keepdim=True), 1.0, -1.0).to(rows)
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """R^-1 and R with R^T R = gram (b, r, r), and where (b,) they can be trusted; zero where not.
+    """R^-1 and R with R^T R = gram (b, r, r), and the condition (b,) of R; zero and Inf where there is no R.
 
     Columns are brought to length 1 first, so that their scales do not count as a condition. A zero column
     gets a zero column of R and a zero row of R^-1.
@@ -159,12 +191,12 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     solved = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
     condition = torch.linalg.matrix_norm(lower) * torch.linalg.matrix_norm(solved)
-    good = (info == 0) & (condition <= _MOST_CONDITION)  # a condition that is NaN is not good
-    kept = good[:, None, None]
+    found = (info == 0) & condition.isfinite()
+    kept = found[:, None, None]
     return (
         torch.where(kept, inverse[:, :, None] * solved.mT, 0.0),
         torch.where(kept, lower.mT * length[:, None, :], 0.0),
-        good,
+        torch.where(found, condition, math.inf),
     )
 
 

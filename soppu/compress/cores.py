@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from soppu.compress.joint import CoreFit, Stop, chunks, fit_cores
+from soppu.compress.joint import CoreFit, Stop, chunks, fit_cores, row_gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +115,7 @@ class Cores:
         grams = self._grams()
         for left, right, _ in self.chunks():
             for gram, factor, part in _half_steps(left, right, found, grams):
-                root = (part.mT @ factor).transpose(0, 1).flatten(1)
-                gram += root @ root.mT
+                gram += row_gram(part, factor @ factor.mT)
         lead = [torch.linalg.eigh(gram)[1][:, -width:].flip(1) for gram in grams]
         made: tuple[list[Tensor], list[Tensor]] = ([], [])
         for left, right, weight in self.chunks():

@@ -17,6 +17,7 @@ from soppu.compress.joint import LARGEST_NORM, SMALLEST_NORM
 from soppu.errors import AdapterError
 
 _BATCH_NUMBERS = 1 << 24  # of factors held at a time: 64 MiB in float32
+_TRIM_NUMBERS = 1 << 25  # of factors read and dropped between two trims: 128 MiB
 _MOST_USERS = 64
 _EPS = torch.finfo(torch.float64).eps
 _CANCELLED = 1e-5
@@ -79,8 +80,12 @@ class Fleet:
     @property
     def batch_size(self) -> int:
         """Users of a batch; the last may have fewer."""
-        row = sum((o + i) * int(self.ranks[m].max()) for m, (o, i) in enumerate(self.shapes.values()))
-        return max(1, min(_MOST_USERS, _BATCH_NUMBERS // max(row, 1)))
+        return max(1, min(_MOST_USERS, _BATCH_NUMBERS // max(self._row, 1)))
+
+    @property
+    def _row(self) -> int:
+        """Numbers of a user's factors, padded."""
+        return sum((o + i) * int(self.ranks[m].max()) for m, (o, i) in enumerate(self.shapes.values()))
 
     @property
     def batch_count(self) -> int:
@@ -89,12 +94,16 @@ class Fleet:
 
     def batches(self) -> Iterator[Batch]:
         """All users in order, a batch at a time."""
-        users, size = self.users, self.batch_size
+        users, size, row, freed = self.users, self.batch_size, self._row, 0
         for first in range(0, len(users), size):
             batch = Batch(self, first, users[first : first + size])
             yield batch
-            if batch.read and size < len(users):  # one batch, as of a new user alone, leaves no holes
+            freed += batch.size * row if batch.read else 0
+            last = first + size >= len(users)
+            # one batch, as of a new user alone, leaves no holes; memory given back has to be faulted in again
+            if size < len(users) and (freed >= _TRIM_NUMBERS or (last and freed)):
                 heap.trim()
+                freed = 0
 
     def stack(self, held: Sequence[LoraAdapter], module: str) -> tuple[Tensor, Tensor]:
         """B (b, o, r) and A (b, r, i) of some users at one module; r is the largest rank in the fleet."""
@@ -107,7 +116,7 @@ class Fleet:
         for row, adapter in enumerate(held):
             pair = adapter.pairs.get(module)
             if pair is not None:
-                B[row, :, : pair.rank] = pair.B
+                B[row : row + 1, :, : pair.rank] = pair.B[None]  # torch turns a lone matrix in one thread
                 A[row, : pair.rank] = pair.A
         return B, A
 

@@ -184,7 +184,7 @@ def core_energy(left: Tensor, right: Tensor) -> float:
 
 def _inside(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> float:
     """The energy inside both bases."""
-    return float(sum(((u.mT @ x) @ (y @ v)).square().sum() for x, y in chunks(left, right)))
+    return float(sum(((x.mT @ u).mT @ (y @ v)).square().sum() for x, y in chunks(left, right)))
 
 
 def _top(left: Tensor, right: Tensor, inner: Tensor | None, k: int) -> Tensor:
@@ -192,8 +192,16 @@ def _top(left: Tensor, right: Tensor, inner: Tensor | None, k: int) -> Tensor:
     gram = torch.zeros((left.shape[1], left.shape[1]), dtype=torch.float64, device=left.device)
     for x, y in chunks(left, right):
         seen = y if inner is None else y @ inner
-        gram += torch.einsum("npr,nqr->pq", x @ (seen @ seen.mT), x)
+        gram += row_gram(x.mT, seen @ seen.mT)
     return torch.linalg.eigh(gram)[1][:, -k:].flip(1)
+
+
+def row_gram(rows: Tensor, weight: Tensor) -> Tensor:
+    """sum_n R_n^T W_n R_n (p, p), from rows (n, r, p) and W (n, r, r). O(n r p (p + r)).
+
+    Where the rows of all users lie below each other nothing is copied, and the sum is one product.
+    """
+    return rows.flatten(0, 1).mT @ (weight @ rows).flatten(0, 1)
 
 
 def chunks(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:

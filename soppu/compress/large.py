@@ -26,6 +26,7 @@ from soppu.compress.sketch import CorePass, GramPass, GrowthPass, ImagePass, Ran
 from soppu.compress.steps import Batches, Steps, alone
 
 SPARE = 8  # directions of a step beyond k
+_COARSE = 6  # times the tolerance will do for a basis in a sample: all users improve it
 _TOGETHER = 64  # users of a batch, where all deltas are in memory
 T = TypeVar("T")
 
@@ -106,11 +107,13 @@ def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:
     width = min(max(search.width, k) if search.width else k + SPARE, sizes.o, sizes.i)
     spent = 0.0
     if search.every > 1:
-        sample = yield from _sketched(sizes, k, width, search)
+        coarse = replace(search, tolerance=_COARSE * search.tolerance)
+        sample = yield from _sketched(sizes, k, width, coarse)
         near, spent = sample.cores, sample.passes / search.every
         search = replace(search, every=1)
-        if min(near.left.shape[2], near.right.shape[2]) >= width:
-            wide = near.fit(width, max_steps=1, least=0.0)
+        most = min(near.left.shape[2], near.right.shape[2])
+        if most >= width:
+            wide = near.fit(min(width + SPARE, most), max_steps=1, least=0.0)
             ranges = Ranges(near.basis_out @ wide.U, near.basis_in @ wide.V)
             grown = yield from _grown(CorePass(ranges, (sizes.n, sizes.q)), k, search)
             return replace(grown, passes=grown.passes + spent)

@@ -76,8 +76,9 @@ def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Kn
     fleet = passes.fleet
     enough = min((options.clusters + 1) * options.rank + _SPARE, _MOST_WIDTH)
     most = max(_widest(fleet), enough)
-    rank = min(options.clusters * options.rank, most // 2 - large.SPARE)  # a growth there has to be
-    every = max(min(len(fleet.users) // _SAMPLE, fleet.batch_count // 2, _MOST_EVERY), 1)
+    rank = min(options.clusters * options.rank, most // 2 - 2 * large.SPARE)  # a growth there has to be
+    sampled = -(-_SAMPLE // fleet.batch_size)  # batches
+    every = max(min(-(-fleet.batch_count // sampled), _MOST_EVERY), 1)
     search = large.Search(every=every, most_width=most, max_steps=0, seed=options.seed)
     searches = {}
     for (name, shape), ranks in zip(fleet.shapes.items(), fleet.ranks, strict=True):

@@ -43,6 +43,7 @@ __all__ = [
 
 _SMALLEST = torch.finfo(torch.float64).tiny
 _SEEDS = 1 << 64
+_BLOCKS = 4
 AT_A_TIME = 1024  # rows in a product with few columns: with all of them it takes up to twice as long
 
 
@@ -299,7 +300,7 @@ class _Applied:
         block, self.image = self.block.to(vectors), self.image.to(vectors.device)
         weight = squared.to(vectors).reshape(-1, 1)
         for part, w in zip(rows(vectors).split(AT_A_TIME), weight.split(AT_A_TIME), strict=True):
-            self.image += (w * (part @ block)).mT @ part
+            _add_product(self.image, w * (part @ block), part)
 
 
 def rows(vectors: Tensor) -> Tensor:
@@ -325,14 +326,20 @@ def _coordinates(vectors: Tensor, basis: Tensor, target: Tensor) -> None:
 
 
 def _accumulate(target: Tensor, vectors: Tensor, factor: Tensor) -> None:
-    """Target (p, d) += (sum_n X_n Z_n)^T, from X (b, d, q) and all Z_n below each other (b q, p).
+    """Target (p, d) += (sum_n X_n Z_n)^T, from X (b, d, q) and all Z_n below each other (b q, p)."""
+    _add_product(target, factor, rows(vectors))
 
-    The wide orientation: a matrix product of few rows and many columns is a third faster than its transpose.
+
+def _add_product(target: Tensor, factor: Tensor, columns: Tensor) -> None:
+    """Target (p, d) += factor^T columns, from factor (m, p) and columns (m, d).
+
+    A product of few rows and many columns is a third faster than its transpose, and in blocks of columns at
+    once faster by another tenth or two.
     """
-    if target.dtype == factor.dtype:
-        target.addmm_(factor.mT, rows(vectors))
-    else:
-        target += factor.mT @ rows(vectors)
+    blocks = _BLOCKS if columns.shape[1] % _BLOCKS == 0 else 1
+    side_by_side = columns.unflatten(1, (blocks, -1)).transpose(0, 1)
+    made = factor.mT.expand(blocks, -1, -1) @ side_by_side
+    target.unflatten(1, (blocks, -1)).transpose(0, 1).add_(made)
 
 
 def _normal(seed: int, user: int, shape: tuple[int, ...]) -> np.ndarray:
