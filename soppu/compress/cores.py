@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from soppu.compress.joint import CoreFit, Stop, chunks, fit_cores, row_gram
+from soppu.compress.joint import CoreFit, Stop, chunks, fit_cores, parts, row_gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,19 +112,20 @@ class Cores:
         Z_n = F_n F_n^T P_n W for either side: F_n the columns inside the basis of the other side, P_n their
         coordinates and W the leading space of sum_n P_n^T F_n F_n^T P_n.
         """
+        found = CoreFit(found.U.to(self.left.dtype), found.V.to(self.right.dtype), found.objective)
         grams = self._grams()
-        for left, right, _ in self.chunks():
+        for left, right in parts(self.left, self.right):
             for gram, factor, part in _half_steps(left, right, found, grams):
                 gram += row_gram(part, factor @ factor.mT)
-        lead = [torch.linalg.eigh(gram)[1][:, -width:].flip(1) for gram in grams]
+        lead = [torch.linalg.eigh(gram)[1][:, -width:].flip(1).to(self.left.dtype) for gram in grams]
         made: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for left, right, weight in self.chunks():
+        for left, right, weight in parts(self.left, self.right, self.weight.to(self.left.dtype)):
             steps = [
                 factor @ (factor.mT @ (part @ space))
                 for space, factor, part in _half_steps(left, right, found, lead)
             ]
-            made[0].append((weight[:, :, None] * steps[0]).to(self.left.dtype))
-            made[1].append(steps[1].to(self.right.dtype))
+            made[0].append(weight[:, :, None] * steps[0])
+            made[1].append(steps[1])
         return Directions(torch.cat(made[0]), torch.cat(made[1]))
 
     def chunks(self) -> Iterator[tuple[Tensor, ...]]:

@@ -17,7 +17,7 @@ from soppu.compress.joint import LARGEST_NORM, SMALLEST_NORM
 from soppu.errors import AdapterError
 
 _BATCH_NUMBERS = 1 << 24  # of factors held at a time: 64 MiB in float32
-_TRIM_NUMBERS = 1 << 25  # of factors read and dropped between two trims: 128 MiB
+_TRIM_NUMBERS = 3 << 22  # of factors read and dropped between two trims: 48 MiB
 _MOST_USERS = 64
 _EPS = torch.finfo(torch.float64).eps
 _CANCELLED = 1e-5

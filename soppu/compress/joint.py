@@ -178,8 +178,8 @@ def fit_cores(
 
 def core_energy(left: Tensor, right: Tensor) -> float:
     """sum_n || left_n right_n ||_F^2. O(n (p + q) r^2)."""
-    parts = (((x.mT @ x) * (y @ y.mT)).sum() for x, y in chunks(left, right))
-    return float(sum(parts))
+    energies = (((x.mT @ x) * (y @ y.mT)).sum() for x, y in chunks(left, right))
+    return float(sum(energies))
 
 
 def _inside(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> float:
@@ -188,10 +188,14 @@ def _inside(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> float:
 
 
 def _top(left: Tensor, right: Tensor, inner: Tensor | None, k: int) -> Tensor:
-    """Leading k eigenvectors of sum_n D_n P D_n^T, P = inner inner^T or the identity. O(n p^2 r + p^3)."""
+    """Leading k eigenvectors of sum_n D_n P D_n^T, P = inner inner^T or the identity. O(n p^2 r + p^3).
+
+    Products are of the type of the deltas, sums over users float64: what an error of the vectors costs is its
+    square.
+    """
     gram = torch.zeros((left.shape[1], left.shape[1]), dtype=torch.float64, device=left.device)
-    for x, y in chunks(left, right):
-        seen = y if inner is None else y @ inner
+    for x, y in parts(left, right):
+        seen = y if inner is None else y @ inner.to(y.dtype)
         gram += row_gram(x.mT, seen @ seen.mT)
     return torch.linalg.eigh(gram)[1][:, -k:].flip(1)
 
@@ -204,10 +208,15 @@ def row_gram(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.flatten(0, 1).mT @ (weight @ rows).flatten(0, 1)
 
 
+def parts(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some users of each (n, ...) at a time, so that sums over them take little memory."""
+    return zip(*(side.split(_USERS) for side in sides), strict=True)
+
+
 def chunks(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some users of each (n, ...) at a time, in float64, so that sums over them take little memory."""
-    for first in range(0, len(sides[0]), _USERS):
-        yield tuple(side[first : first + _USERS].double() for side in sides)
+    """The same in float64."""
+    for part in parts(*sides):
+        yield tuple(side.double() for side in part)
 
 
 @dataclass(frozen=True, eq=False)
