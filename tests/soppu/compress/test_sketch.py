@@ -113,6 +113,26 @@ def test_canonical_takes_duplicates_zero_columns_and_zero_adapters_beside_others
     assert (found.s[1] > 0).sum() == 5
 
 
+@pytest.mark.parametrize("scale", [1e-41, 1e-30, 1e30, 3e37])
+def test_canonical_holds_for_factors_of_any_size(scale):
+    outs, ins = draw(4, 400, 4), draw(4, 4, 300, seed=1)
+    outs[:, :, 1] *= scale
+    ins[:, 1] *= min(1 / scale, 3e37)
+    found = canonical(outs, ins)
+    assert_canonical(found, outs, ins)
+    assert torch.isfinite(found.X).all() and torch.isfinite(found.Y).all()
+
+
+@pytest.mark.parametrize("correlated", [0.0, 3.0])
+def test_vectors_of_canonical_are_orthogonal_to_float32(correlated):
+    outs, ins = draw(4, 4000, 8), draw(4, 8, 3000, seed=1)
+    outs, ins = outs + correlated * outs[:, :, :1], ins + correlated * ins[:, :1]
+    found = canonical(outs, ins)
+    for side in (found.X.double(), found.Y.double()):
+        assert float((side.mT @ side - torch.eye(8, dtype=torch.float64)).abs().max()) < 2e-7
+    assert_canonical(found, outs, ins)
+
+
 def test_canonical_of_factors_that_cancel_is_zero():
     half, ins = draw(1, 20, 3), draw(1, 3, 10, seed=1)
     found = canonical(torch.cat([half, -half], 2), torch.cat([ins, ins], 1))
