@@ -96,8 +96,8 @@ def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:
     """Sketch, cores, then growth for as long as it promises more than the tolerance.
 
     With a sample the same is done in it first. What a few users share stands out more among few, so its basis
-    is nearer to the best one than any sketch, for a fraction of the work; its leading directions, `SPARE` more
-    than the sketch has, are what all users are then seen in.
+    is nearer to the best one than any sketch, for a fraction of the work. All users are then seen in its
+    leading directions, `SPARE` more than the sketch has.
 
     Args:
         sizes: of the deltas.
