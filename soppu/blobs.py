@@ -197,15 +197,15 @@ class RemoteBlobs(Blobs):
         path = self._path(key)
         with self._failures(StorageError, f"{key} was not removed"):
             self._system.invalidate_cache()
-            self._take_away(f"{path}/{IDENTITY_FILE}")  # from here on the folder is not a blob any more
+            self._rm_file(f"{path}/{IDENTITY_FILE}")  # from here on the folder is not a blob any more
             for found in self._system.find(path):
-                self._take_away(found)
+                self._rm_file(found)
             if self._system.isdir(path):
                 with suppress(OSError):  # somebody writes into it again; an empty folder is no blob
                     self._system.rmdir(path)
         self._cache.remove(key)
 
-    def _take_away(self, file: str) -> None:
+    def _rm_file(self, file: str) -> None:
         with suppress(FileNotFoundError):  # gone already is what was asked for
             self._system.rm_file(file)
 

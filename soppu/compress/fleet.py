@@ -94,16 +94,16 @@ class Fleet:
 
     def batches(self) -> Iterator[Batch]:
         """All users in order, a batch at a time."""
-        users, size, row, freed = self.users, self.batch_size, self._row, 0
+        users, size, freed = self.users, self.batch_size, 0
         for first in range(0, len(users), size):
             batch = Batch(self, first, users[first : first + size])
             yield batch
-            freed += batch.size * row if batch.read else 0
-            last = first + size >= len(users)
-            # one batch, as of a new user alone, leaves no holes; memory given back has to be faulted in again
-            if size < len(users) and (freed >= _TRIM_NUMBERS or (last and freed)):
+            freed += batch.size * self._row if batch.read else 0
+            if freed >= _TRIM_NUMBERS and size < len(users):  # memory given back has to be faulted in again
                 heap.trim()
                 freed = 0
+        if freed and size < len(users):  # one batch, as of a new user alone, leaves no holes
+            heap.trim()
 
     def stack(self, held: Sequence[LoraAdapter], module: str) -> tuple[Tensor, Tensor]:
         """B (b, o, r) and A (b, r, i) of some users at one module; r is the largest rank in the fleet."""

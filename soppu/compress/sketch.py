@@ -115,8 +115,8 @@ class RangePass:
         shape = (q, 2, len(self._out))
         drawn = np.stack([_normal(self._seed, number, shape) for number in numbers])
         omega = torch.from_numpy(drawn).to(batch.s) * weights(batch.s)[:, :, None, None].to(batch.s)
-        _accumulate(self._out, batch.X, omega[:, :, 0].flatten(0, 1))
-        _accumulate(self._inn, batch.Y, omega[:, :, 1].flatten(0, 1))
+        _add_product(self._out, omega[:, :, 0].flatten(0, 1), rows(batch.X))
+        _add_product(self._inn, omega[:, :, 1].flatten(0, 1), rows(batch.Y))
         self._users += b
         self._most = max(self._most, q)
         self._columns += int((batch.s > 0).sum())
@@ -221,8 +221,9 @@ class GrowthPass:
         """Take the next b deltas, in the order of the CorePass."""
         b, q = batch.s.shape
         here = slice(self._users, self._users + b)
-        _accumulate(self._out, batch.X, self._directions.out[here, :q].flatten(0, 1).to(batch.X.dtype))
-        _accumulate(self._inn, batch.Y, self._directions.inn[here, :q].flatten(0, 1).to(batch.Y.dtype))
+        out, inn = (side[here, :q].flatten(0, 1) for side in (self._directions.out, self._directions.inn))
+        _add_product(self._out, out.to(batch.X.dtype), rows(batch.X))
+        _add_product(self._inn, inn.to(batch.Y.dtype), rows(batch.Y))
         self._users += b
 
     def finish(self) -> Ranges:
@@ -325,13 +326,8 @@ def _coordinates(vectors: Tensor, basis: Tensor, target: Tensor) -> None:
         made.copy_((rows(part) @ basis).unflatten(0, (len(part), q)))
 
 
-def _accumulate(target: Tensor, vectors: Tensor, factor: Tensor) -> None:
-    """Target (p, d) += (sum_n X_n Z_n)^T, from X (b, d, q) and all Z_n below each other (b q, p)."""
-    _add_product(target, factor, rows(vectors))
-
-
 def _add_product(target: Tensor, factor: Tensor, columns: Tensor) -> None:
-    """Target (p, d) += factor^T columns, from factor (m, p) and columns (m, d).
+    """Target (p, d) += factor^T columns, from factor (m, p) and columns (m, d), those of all users as `rows`.
 
     A product of few rows and many columns is a third faster than its transpose, and in blocks of columns at
     once faster by another tenth or two.
