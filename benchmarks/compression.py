@@ -28,8 +28,8 @@ from benchmarks.compression_page import write_page
 from benchmarks.record import RESULTS, circumstances, commit, store
 from soppu.adapter import LoraAdapter
 from soppu.compress import CompressOptions, compress
+from soppu.compress.methods.plan import RANKS
 from soppu.compress.options import METHODS, SHARED_METHODS
-from soppu.compress.plan import RANKS
 from soppu.compress.target import ratio
 from soppu.errors import BundleError
 

@@ -12,11 +12,11 @@ import torch
 from torch import Generator, Tensor
 
 from soppu.compress import Bundle
-from soppu.compress.basis import Basis
-from soppu.compress.components import Components, Side
-from soppu.compress.fit import Bases, PageWriter
-from soppu.compress.metrics import Certificate, CompressionReport
-from soppu.compress.quantise import AXIS, COORDS, FLOATS, QUANTISERS, TERNARY
+from soppu.compress.codec.basis import Basis
+from soppu.compress.methods.fit import Bases, PageWriter
+from soppu.compress.numbers.components import Components, Side
+from soppu.compress.numbers.errors import Certificate, CompressionReport
+from soppu.compress.numbers.quantise import AXIS, COORDS, FLOATS, QUANTISERS, TERNARY
 
 Form = tuple[int, int, int, int]  # widths: coordinates and own numbers, output side then input side
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from benchmarks import record
 from soppu import adapter as adapters
-from soppu.compress import golomb, ternary
+from soppu.compress.codec import golomb
+from soppu.compress.methods import ternary
 
 RESULT = record.RESULTS / "ternary.json"
 PACKAGES = ("numpy", "torch", "zstandard")

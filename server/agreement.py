@@ -14,9 +14,9 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
-from soppu import wire, wire_ternary
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
+from soppu.federation import wire, wire_ternary
 
 WEIGHT = "num-examples"
 LOSS, TERNARY_LOSS = "emulator-loss", "emulator-loss-ternary"

@@ -25,12 +25,13 @@ from server.agreement import Agreement
 from server.checkpoint import Checkpoint, write_progress
 from server.strategy import FedBiOT
 from soppu import config as configuration
-from soppu import data, emulator, files, models, wire
+from soppu import data, files, models
 from soppu.adapter import LoraAdapter
-from soppu.align import Aligner
-from soppu.attach import initial_pairs
 from soppu.config import Config
 from soppu.errors import FederationError, RegistryError
+from soppu.federation import emulator, wire
+from soppu.federation.align import Aligner
+from soppu.federation.attach import initial_pairs
 from soppu.registry import Registry, check_user_id
 
 # What a client needs to know; where the registry is and what is served is not its business.

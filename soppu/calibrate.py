@@ -1,4 +1,4 @@
-"""Second moments of layer inputs: what `soppu.compress.whitening` has to know of a base model, and its file.
+"""Second moments of layer inputs: what `linalg.whitening` has to know of a base model, and its file.
 
 They are taken once a base model, on public text, without any adapter, and serve all users. The file is a
 working file of whoever compresses; no bundle and no server needs it.
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from soppu import files
-from soppu.compress import whitening
+from soppu.compress.linalg import whitening
 from soppu.data import Block
 from soppu.errors import BundleError, ConfigError, ModelError, UnsupportedModel
 

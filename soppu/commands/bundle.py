@@ -130,7 +130,7 @@ def export_command(
     they are larger than the adapters they came from. All folders are written, or none.
     """
     from soppu.compress import Bundle  # torch: not for `soppu --help`
-    from soppu.compress.export import export
+    from soppu.compress.lorax_export import export
 
     loaded = Bundle.load(bundle)
     layers = layers or _layers_of(loaded.base_model)

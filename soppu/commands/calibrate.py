@@ -100,7 +100,7 @@ def calibrate_command(
 
 
 def _table(moments: dict[str, Tensor]) -> None:
-    from soppu.compress import whitening
+    from soppu.compress.linalg import whitening
 
     groups: dict[int, list[str]] = {}
     for name, C in moments.items():

@@ -13,7 +13,7 @@ from soppu.commands.describe import summary, table
 
 if TYPE_CHECKING:
     from soppu.compress import Bundle
-    from soppu.compress.components import Components
+    from soppu.compress.numbers.components import Components
 
 _KINDS = ("shared", "mixed", "own")
 

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter
-from soppu.compress import fleet as fleets
-from soppu.compress import page
-from soppu.compress.allocate import choose
-from soppu.compress.bundle import Bundle
-from soppu.compress.coder import SideCoder
-from soppu.compress.coding import ModuleCoder
-from soppu.compress.components import Components
-from soppu.compress.costs import Costs
-from soppu.compress.factors import decompose
-from soppu.compress.fit import Page, numbers
-from soppu.compress.fleet import Fleet
-from soppu.compress.metrics import relative_errors, squared_errors
-from soppu.compress.plan import ModulePlan, Setting
-from soppu.compress.quantise import FLOATS, QUANTISERS
+from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.codec import page
+from soppu.compress.fleet import survey as fleets
+from soppu.compress.fleet.survey import Fleet
+from soppu.compress.linalg.factors import decompose
+from soppu.compress.methods.coding import ModuleCoder
+from soppu.compress.methods.fit import Page, numbers
+from soppu.compress.methods.plan import ModulePlan, Setting
+from soppu.compress.numbers.allocate import choose
+from soppu.compress.numbers.coders import SideCoder
+from soppu.compress.numbers.components import Components
+from soppu.compress.numbers.costs import Costs
+from soppu.compress.numbers.errors import relative_errors, squared_errors
+from soppu.compress.numbers.quantise import FLOATS, QUANTISERS
 from soppu.errors import AdapterError, BundleError
 
 BASIS, RESIDUAL, QUEUED = "basis", "residual", "queued"

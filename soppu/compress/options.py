@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from soppu.compress.quantise import COORDS, FLOATS, QUANTISERS
+from soppu.compress.numbers.quantise import COORDS, FLOATS, QUANTISERS
 from soppu.compress.target import Target
 from soppu.errors import ConfigError
 

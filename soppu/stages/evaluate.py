@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from soppu import emulator, models
+from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.config import Config
@@ -20,8 +20,9 @@ from soppu.data import Example, list_users, load_user, tokenize
 from soppu.errors import DataError
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import UserLosses, mean_loss
+from soppu.federation import emulator
+from soppu.federation.train import cache_states
 from soppu.stages.run import Run, open_run
-from soppu.train import cache_states
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import soppu
 from soppu import adapter as adapters
-from soppu import emulator, files, models, simulation
-from soppu.emulator import LayerPlan
+from soppu import files, models
 from soppu.errors import FederationError, RegistryError
+from soppu.federation import emulator, simulation
+from soppu.federation.emulator import LayerPlan
 from soppu.registry import Registry
 from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
 

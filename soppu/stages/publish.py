@@ -12,7 +12,7 @@ from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.report import Serving
 from soppu.registry import Registry
-from soppu.serve.load import unchanged
+from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.run import Run, open_run
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from soppu.targets.http import HttpTarget

@@ -23,8 +23,8 @@ from soppu import config as configuration
 from soppu import files, models
 from soppu.config import Config
 from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user
-from soppu.emulator import make_plan
 from soppu.errors import ConfigError
+from soppu.federation.emulator import make_plan
 from soppu.models import BaseModel
 from soppu.registry import Registry, check_user_id
 

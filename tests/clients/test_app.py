@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from clients.app import app
 from clients.workbench import workbench
 from soppu import config as configuration
-from soppu import data, emulator, models, wire, wire_ternary
+from soppu import data, models
 from soppu.adapter import LoraAdapter
-from soppu.attach import initial_pairs
-from soppu.compress import ternary
+from soppu.compress.methods import ternary
 from soppu.config import Config, LoraSettings
-from soppu.emulator import LayerPlan, TopModel
 from soppu.errors import ConfigError, DataError, FederationError
 from soppu.evaluate.losses import mean_loss
-from soppu.train import TrainOptions, cache_states, fit
+from soppu.federation import emulator, wire, wire_ternary
+from soppu.federation.attach import initial_pairs
+from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.train import TrainOptions, cache_states, fit
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 

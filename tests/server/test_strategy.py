@@ -17,10 +17,10 @@ from torch import Tensor
 
 from server.agreement import METRICS, Agreement
 from server.strategy import FedBiOT
-from soppu import wire, wire_ternary
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import ternary
-from soppu.wire_ternary import GAINS, SIGNS
+from soppu.compress.methods import ternary
+from soppu.federation import wire, wire_ternary
+from soppu.federation.wire_ternary import GAINS, SIGNS
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from soppu import adapter as adapters
-from soppu import emulator
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.attach import attached
 from soppu.errors import AdapterError
+from soppu.federation import emulator
+from soppu.federation.attach import attached
 
 BASE = "b" * 64
 IDS = torch.tensor([[5, 17, 200, 9, 33, 34, 35]])

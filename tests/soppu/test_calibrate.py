@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from soppu import calibrate, data
 from soppu.data import Block
-from soppu.emulator import SUPPORTED
 from soppu.errors import BundleError, ConfigError, ModelError, StorageError, UnsupportedModel
+from soppu.federation.emulator import SUPPORTED
 
 HASH = "b" * 64
 Q, K, DOWN = (

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soppu import config as configuration
-from soppu import wire
 from soppu.compress.options import BASIS_BITS, CORE_BITS, DEFAULT_RATIO, METHODS, CompressOptions
 from soppu.config import CompressConfig, Config, FederationConfig
 from soppu.errors import ConfigError
+from soppu.federation import wire
 
 
 def write(tmp_path: Path, text: str) -> Path:

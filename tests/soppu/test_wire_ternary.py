@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu import wire, wire_ternary
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import golomb, ternary
+from soppu.compress.codec import golomb
+from soppu.compress.methods import ternary
 from soppu.errors import AdapterError, ConfigError
-from soppu.wire_ternary import GAINS, SIGNS
+from soppu.federation import wire, wire_ternary
+from soppu.federation.wire_ternary import GAINS, SIGNS
 
 # in another order than that of names, and one module with fewer outputs than the rank
 SHAPES = {"model.layers.7.down_proj": (3, 8), "model.layers.6.q_proj": (6, 5)}

@@ -26,16 +26,17 @@ from typing import Any
 import torch
 
 from soppu import models
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError, ConfigError, SoppuError
-from soppu.serve.vllm_plugin import kernels, op, routes
-from soppu.serve.vllm_plugin.control import Control, Engine, read_first
-from soppu.serve.vllm_plugin.directory import Directory
-from soppu.serve.vllm_plugin.layout import Linear, Part
-from soppu.serve.vllm_plugin.resident import Form
+from soppu.serve.vllm_plugin.frontend import routes
+from soppu.serve.vllm_plugin.frontend.control import Control, Engine, read_first
+from soppu.serve.vllm_plugin.frontend.directory import Directory
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.vllm_plugin.static import Limits
-from soppu.serve.vllm_plugin.worker import Worker
+from soppu.serve.vllm_plugin.worker import kernels, op
+from soppu.serve.vllm_plugin.worker.layout import Linear, Part
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.static import Limits
+from soppu.serve.vllm_plugin.worker.worker import Worker
 
 _MARK = "soppu:"
 _ABSORBED = (

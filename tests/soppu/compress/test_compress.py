@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import Bundle, CompressOptions, compress, shared_basis
+from soppu.compress import Bundle, CompressOptions, compress
+from soppu.compress.methods import shared_basis
 from soppu.errors import AdapterError, BundleError
 
 EXACT = CompressOptions(method="joint", rank=64, basis_bits=32, core_bits=32)

@@ -11,7 +11,8 @@ from soppu import adapter, calibrate
 from soppu.adapter import LoraAdapter
 from soppu.cli import main
 from soppu.commands.compress import compress_command
-from soppu.compress import Bundle, passes
+from soppu.compress import Bundle
+from soppu.compress.fleet import passes
 from soppu.compress.options import METHODS
 from soppu.compress.target import ratio
 

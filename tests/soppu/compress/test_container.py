@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from benchmarks import handmade, mutate
 from benchmarks.mutate import File
-from soppu.compress import Bundle, container, streams
-from soppu.compress.components import Components
-from soppu.compress.metrics import Certificate
+from soppu.compress import Bundle
+from soppu.compress.bundle import container
+from soppu.compress.codec import streams
+from soppu.compress.numbers.components import Components
+from soppu.compress.numbers.errors import Certificate
 from soppu.compress.target import ratio
 from soppu.errors import BundleError
 

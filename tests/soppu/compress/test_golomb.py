@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from soppu.compress import golomb
+from soppu.compress.codec import golomb
 from soppu.errors import AdapterError, BundleError, ConfigError
 
 PUBLISHED = {0.01: 0.0911, 0.02: 0.162, 0.05: 0.339, 0.1: 0.576, 0.2: 0.939, 0.3: 1.188, 0.5: 1.5}

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soppu import adapter
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import Bundle, CompressOptions, compress, joint
+from soppu.compress import Bundle, CompressOptions, compress
+from soppu.compress.linalg import tucker
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "adapters"
 EXACT = CompressOptions(method="joint", rank=64, basis_bits=32, core_bits=32)
@@ -92,7 +93,7 @@ def test_v_is_updated_with_the_new_u(factors):
     after = {name: top(units.mT @ u @ u.T @ units) for name, u in (("new", u1), ("old", u0))}
     energy = {name: float((u1.T @ units @ v).square().sum()) for name, v in after.items()}
     assert energy["new"] > energy["old"] + 1e-6
-    fit = joint.fit(outs, ins, rank=3, max_steps=1, tolerance=0.0)
+    fit = tucker.fit(outs, ins, rank=3, max_steps=1, tolerance=0.0)
     assert fit.objective[1] == pytest.approx(energy["new"], rel=1e-9)
 
 
@@ -109,8 +110,8 @@ def test_it_stops_when_nothing_is_gained(fleet: Fleet):
     steps = compress(fleet(), CompressOptions(method="joint", rank=3, max_steps=100)).report.steps
     assert max(steps.values()) < 40
     assert set(compress(fleet(), EXACT).report.steps.values()) == {0}
-    stop = joint.Stop(max_steps=9, least=0.0, ceiling=4.0)
-    assert joint.fit_cores(torch.eye(4)[None], torch.eye(4)[None], rank=4, stop=stop).steps == 0
+    stop = tucker.Stop(max_steps=9, least=0.0, ceiling=4.0)
+    assert tucker.fit_cores(torch.eye(4)[None], torch.eye(4)[None], rank=4, stop=stop).steps == 0
 
 
 class _LargestTensor(TorchDispatchMode):

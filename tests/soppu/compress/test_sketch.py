@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress import bounds, joint
-from soppu.compress.canonical import Canonical, canonical
-from soppu.compress.cores import Cores
-from soppu.compress.large import LargeFit, Search, Sizes, fit_batches, fit_large, grow
-from soppu.compress.sketch import CorePass, GrowthPass, PowerPass, RangePass, Ranges, rows
-from soppu.compress.steps import alone
+from soppu.compress.linalg import bounds, tucker
+from soppu.compress.linalg.canonical import Canonical, canonical
+from soppu.compress.linalg.cores import Cores
+from soppu.compress.linalg.range_finder import LargeFit, Search, Sizes, fit_batches, fit_large, grow
+from soppu.compress.linalg.sketch import CorePass, GrowthPass, PowerPass, RangePass, Ranges, rows
+from soppu.compress.linalg.steps import alone
 from soppu.errors import AdapterError
 
 
@@ -317,12 +317,12 @@ def test_a_sample_of_zero_adapters_is_no_worse_than_nothing():
     assert fit.objective[-1] == pytest.approx(exact(outs[64:128], ins[64:128], 4).objective[-1], rel=1e-3)
 
 
-def rebuilt(fit: joint.JointFit) -> Tensor:
+def rebuilt(fit: tucker.JointFit) -> Tensor:
     return fit.norm[:, None, None] * (fit.U @ fit.left @ fit.right @ fit.V.mT)
 
 
-def exact(outs: Tensor, ins: Tensor, k: int, tolerance: float = 1e-7) -> joint.JointFit:
-    return joint.fit(list(outs), list(ins), rank=k, max_steps=100, tolerance=tolerance)
+def exact(outs: Tensor, ins: Tensor, k: int, tolerance: float = 1e-7) -> tucker.JointFit:
+    return tucker.fit(list(outs), list(ins), rank=k, max_steps=100, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import golomb, ternary
-from soppu.compress.ternary import Cell, SweepResult, Ternary
+from soppu.compress.codec import golomb
+from soppu.compress.methods import ternary
+from soppu.compress.methods.ternary import Cell, SweepResult, Ternary
 from soppu.errors import AdapterError, ConfigError
 
 PUBLISHED = {0.01: 0.0911, 0.02: 0.162, 0.05: 0.339, 0.1: 0.576, 0.2: 0.939, 0.3: 1.188, 0.5: 1.5}

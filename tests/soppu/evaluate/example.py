@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from soppu.compress.metrics import Certificate, CompressionReport
+from soppu.compress.numbers.errors import Certificate, CompressionReport
 from soppu.config import Config
 from soppu.evaluate import report
 from soppu.evaluate.gate import check

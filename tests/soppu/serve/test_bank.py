@@ -9,9 +9,9 @@ import torch
 
 from soppu.adapter import LoraPair
 from soppu.errors import AdapterError, BundleError, RequestError
-from soppu.serve.bank import AdapterBank
-from soppu.serve.layers import linear_shapes
-from soppu.serve.slots import BundleSlot, PairSlot
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.layers.adapted_linear import linear_shapes
+from soppu.serve.layers.factors import BundleSlot, PairSlot
 from tests.soppu.serve import handmade, tiny
 
 A, B = "a" * 64, "ab" * 32

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from soppu.emulator import SUPPORTED
 from soppu.errors import RequestError
-from soppu.serve.bank import AdapterBank
-from soppu.serve.detokenize import Detokenizer
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.generation import GenerationRequest, TokenEvent
-from soppu.serve.sampling import Sampler, Sampling, penalise, warp
+from soppu.federation.emulator import SUPPORTED
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.engine.detokenizer import Detokenizer
+from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.engine.generation import GenerationRequest, TokenEvent
+from soppu.serve.engine.sampling import Sampler, Sampling, penalise, warp
 from tests.soppu.serve import tiny
 
 PROMPTS = ["def main():", "the quick", "a", "日本語 and a rather longer prompt than the others"]

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu.compress import bundle as bundles
-from soppu.compress import legacy
-from soppu.compress.bundle import Bundle
-from soppu.serve import load
-from soppu.serve.slots import BundleSlot, ModuleFactors
+from soppu.compress.bundle import bundle as bundles
+from soppu.compress.bundle import legacy
+from soppu.compress.bundle.bundle import Bundle
+from soppu.serve.bank import from_bundle
+from soppu.serve.layers.factors import BundleSlot, ModuleFactors
 from tests.soppu.serve import handmade
 from tests.soppu.serve.handmade import KINDS, Sizes
 
@@ -30,7 +30,7 @@ MIXED = {
 
 
 def read(made: Bundle) -> dict[str, ModuleFactors]:
-    return load.read(made, cast=lambda _, tensor: tensor)
+    return from_bundle.read(made, cast=lambda _, tensor: tensor)
 
 
 def assert_served_as_meant(made: Bundle) -> None:
@@ -92,7 +92,7 @@ def test_bases_are_held_once_for_a_module_and_cluster_and_pages_are_read_once(
     monkeypatch.setattr(bundles.page, "decode", counted)
     monkeypatch.setattr(Bundle, "reconstruct", None)
     cast: list[tuple[str, Tensor]] = []
-    load.read(made, cast=lambda name, tensor: (cast.append((name, tensor)), tensor)[1])
+    from_bundle.read(made, cast=lambda name, tensor: (cast.append((name, tensor)), tensor)[1])
     assert read_pages == [page.data for page in made.pages] and len(read_pages) == 3
     for name in SHAPES:
         for cluster in (0, 1):
@@ -143,9 +143,9 @@ def test_who_changes_nothing_is_known() -> None:
         "fay": [["left"]],
     }
     made = handmade.bundle(SHAPES, users, clusters=[0, 1, 0, 1, 0, 1])
-    assert load.unchanged(made) == {"carol"}
+    assert from_bundle.unchanged(made) == {"carol"}
     some = replace(made, norm=made.norm * torch.tensor([1.0, 1, 1, 0, 0, 1]))
-    assert load.unchanged(some) == {"carol", "dora", "emil"}
+    assert from_bundle.unchanged(some) == {"carol", "dora", "emil"}
 
 
 def test_a_component_of_zero_numbers_changes_nothing() -> None:
@@ -154,9 +154,9 @@ def test_a_component_of_zero_numbers_changes_nothing() -> None:
     )
     (part,) = made.components(0)
     part.left.own.zero_()
-    assert load.unchanged(made) == {"alice"}
+    assert from_bundle.unchanged(made) == {"alice"}
     part.right.coords.zero_()
-    assert load.unchanged(made) == {"alice", "bob"}
+    assert from_bundle.unchanged(made) == {"alice", "bob"}
 
 
 @pytest.mark.parametrize("full", [True, False])

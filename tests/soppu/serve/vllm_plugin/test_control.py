@@ -17,14 +17,15 @@ from torch import Tensor
 from soppu import adapter as adapters
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import compress
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
 from soppu.errors import AdapterError, BundleError
-from soppu.serve.vllm_plugin import kernels, projecting
-from soppu.serve.vllm_plugin.control import Control, Engine
-from soppu.serve.vllm_plugin.resident import Form
+from soppu.serve.vllm_plugin.frontend import projecting
+from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.vllm_plugin.worker import Worker
+from soppu.serve.vllm_plugin.worker import kernels
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.worker import Worker
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.vllm_plugin import engine
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin import build, kernels, layout, resident
-from soppu.serve.vllm_plugin.kernels import Kernel
-from soppu.serve.vllm_plugin.resident import Form
-from soppu.serve.vllm_plugin.static import Limits, StaticStep
-from soppu.serve.vllm_plugin.step import Step
+from soppu.serve.vllm_plugin.worker import build, kernels, layout, resident
+from soppu.serve.vllm_plugin.worker.kernels import Kernel
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
+from soppu.serve.vllm_plugin.worker.step import Step
 from tests.soppu.serve import handmade
 from tests.soppu.serve.vllm_plugin import engine
 
