@@ -39,10 +39,10 @@ from soppu.compress.fleet.passes import Passes
 from soppu.compress.fleet.survey import Fleet, survey
 from soppu.compress.linalg import bounds, range_finder, tucker
 from soppu.compress.linalg.canonical import canonical
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.sketch import weights
 from soppu.compress.linalg.tucker import CoreFit
 from soppu.compress.methods import shared_basis
-from soppu.compress.numbers.errors import Certificate
 
 MODULE = "model.layers.0.self_attn.q_proj"
 REFERENCE_ITERATIONS = 100  # what the earlier code always made

@@ -16,11 +16,11 @@ from torch import Tensor
 from soppu.adapter import LoraAdapter
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.codec import page
+from soppu.compress.codec.page import Page, numbers
 from soppu.compress.fleet import survey as fleets
 from soppu.compress.fleet.survey import Fleet
-from soppu.compress.linalg.factors import decompose
+from soppu.compress.linalg.canonical import decompose
 from soppu.compress.methods.coding import ModuleCoder
-from soppu.compress.methods.fit import Page, numbers
 from soppu.compress.methods.plan import ModulePlan, Setting
 from soppu.compress.numbers.allocate import choose
 from soppu.compress.numbers.coders import SideCoder

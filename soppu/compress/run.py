@@ -10,14 +10,14 @@ from torch import Tensor
 
 from soppu.adapter import LoraAdapter
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.fleet import survey as fleets
-from soppu.compress.fleet.passes import Passes
+from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.whitening import make
 from soppu.compress.methods import compeft, residual, shared_basis
-from soppu.compress.methods.fit import Fit, Progress
-from soppu.compress.methods.residual import Question
-from soppu.compress.numbers.errors import CompressionReport, relative_errors
+from soppu.compress.methods.fit import Fit, Question
+from soppu.compress.numbers.errors import relative_errors
 from soppu.compress.numbers.quantise import QUANTISERS
 from soppu.compress.options import SHARED_METHODS, CompressOptions
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from soppu.serve.api.names import header_value
+from soppu.serve.names import header_value
 
 _ROUNDING = 0.5  # more than rounding changes a logprob: bfloat16 logits from 16 on are 0.125 apart
 Trace = tuple[tuple[int, float], ...]  # (token id, logprob) of every generated token

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import requests
 
 from soppu.errors import TargetError
-from soppu.serve.api.names import header_value
+from soppu.serve.names import header_value
 from soppu.targets import process
 from soppu.targets.canary import Answered, Trace
 from soppu.targets.http import HttpTarget, body, refusal, request

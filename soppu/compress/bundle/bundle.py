@@ -16,10 +16,11 @@ from torch import Tensor
 
 from soppu import files
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.codec import page
-from soppu.compress.methods.fit import Bases, Page, page_shapes
+from soppu.compress.codec.basis import Bases
+from soppu.compress.codec.page import Page, page_shapes
 from soppu.compress.numbers.components import Components
-from soppu.compress.numbers.errors import CompressionReport
 from soppu.errors import BundleError
 
 __all__ = ["Bundle"]

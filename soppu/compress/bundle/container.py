@@ -17,9 +17,11 @@ from torch import Tensor
 
 from soppu.compress.bundle import envelope, legacy, schema
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.report import SETTINGS, CompressionReport
 from soppu.compress.codec import basis, streams
-from soppu.compress.methods.fit import Bases, Page
-from soppu.compress.numbers.errors import SETTINGS, Certificate, CompressionReport
+from soppu.compress.codec.basis import Bases
+from soppu.compress.codec.page import Page
+from soppu.compress.linalg.certificate import Certificate
 from soppu.errors import BundleError
 
 _FREE_METADATA = 1 << 20  # bytes of JSON in any file

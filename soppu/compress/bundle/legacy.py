@@ -10,10 +10,11 @@ from torch import Tensor
 
 from soppu.compress.bundle import legacy_schema
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.codec.basis import Basis
-from soppu.compress.methods.fit import PageWriter
+from soppu.compress.codec.page import PageWriter
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components, Side, slots
-from soppu.compress.numbers.errors import Certificate, CompressionReport
 from soppu.compress.numbers.quantise import AXIS
 from soppu.errors import BundleError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soppu.compress.numbers.errors import SETTINGS
+from soppu.compress.bundle.report import SETTINGS
 from soppu.compress.numbers.quantise import FLOATS, QUANTISERS
 from soppu.errors import BundleError
 

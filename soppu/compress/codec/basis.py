@@ -75,3 +75,6 @@ def _numbers(data: bytes, count: int, width: int, source: str) -> streams.Floats
         return streams.unpack_floats(data, count=count, width=width, source=source)
     limit = QUANTISERS[width].limit
     return streams.unpack(data, count=count, limit=limit, source=source).astype(np.float32)
+
+
+Bases = tuple[Basis, Basis]  # of the output and of the input side

@@ -6,7 +6,7 @@ component by component. docs/format.md describes the streams for readers in othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from soppu.compress.codec import golomb, modes, streams
+from soppu.compress.codec.basis import Bases
 from soppu.compress.codec.modes import NUMBERS, Counts, Modes, SideModes
 from soppu.compress.codec.streams import Floats
-from soppu.compress.numbers.components import Components, Side
+from soppu.compress.numbers.components import Components, Side, concatenate
 from soppu.compress.numbers.quantise import AXIS, COORDS, FLOATS, QUANTISERS, TERNARY
 from soppu.errors import BundleError
 
@@ -24,6 +25,16 @@ MOST_COMPONENTS = (1 << 16) - 1  # of a user at a module
 _STREAMS = 4 + len(NUMBERS)
 _FREE_TERNARY = 1 << 20  # numbers of any stream; from there on it has to have bytes for them
 _MOST_TERNARY = 512  # numbers for one byte
+_PAGE_NUMBERS = 1 << 22  # a page is read as a whole: small enough for one user, large enough for its tables
+
+
+@dataclass(frozen=True)
+class Page:
+    """The bytes of some consecutive users' components."""
+
+    first: int
+    users: int
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,13 @@ class ModuleShape:
     inn: int
     k_out: int
     k_in: int
+
+
+def page_shapes(
+    shapes: Mapping[str, tuple[int, int]], bases: Mapping[str, Sequence[Bases]]
+) -> list[ModuleShape]:
+    """What pages need to know of every module."""
+    return [ModuleShape(o, i, bases[name][0][0].k, bases[name][0][1].k) for name, (o, i) in shapes.items()]
 
 
 def encode(parts: Sequence[Components], *, users: int) -> bytes:
@@ -214,3 +232,38 @@ def _limit(field: str, width: int) -> int:
     if field == "coords":
         return COORDS[width]
     return 1 if width == TERNARY else QUANTISERS[width].limit
+
+
+class PageWriter:
+    """Collects coded users, batch after batch, and closes a page when it is full."""
+
+    def __init__(self) -> None:
+        self.pages: list[Page] = []
+        self._held: list[list[Components]] = []
+        self._first = self._users = self._numbers = 0
+        self.numbers = 0
+
+    def add(self, parts: list[Components], *, users: int) -> None:
+        """The components of the next `users` users, numbered from 0: one entry for every module."""
+        shift = torch.arange(self._users, self._users + users)
+        self._held.append([part.renumbered(shift) for part in parts])
+        self._users += users
+        size = sum(numbers(part) for part in parts)
+        self._numbers += size
+        self.numbers += size + sum(len(part) for part in parts)
+        if self._numbers >= _PAGE_NUMBERS:
+            self.close()
+
+    def close(self) -> tuple[Page, ...]:
+        """All pages; what is held becomes the last one."""
+        if self._users:
+            parts = [concatenate(column) for column in zip(*self._held, strict=True)]
+            self.pages.append(Page(self._first, self._users, encode(parts, users=self._users)))
+            self._first += self._users
+            self._held, self._users, self._numbers = [], 0, 0
+        return tuple(self.pages)
+
+
+def numbers(part: Components) -> int:
+    """How many coordinates and own numbers components hold."""
+    return sum(t.numel() for side in (part.left, part.right) for t in (side.coords, side.own))

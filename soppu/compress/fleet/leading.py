@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soppu.compress.fleet.passes import Passes
+from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.bounds import Image, TopSum, top_sum
 from soppu.compress.linalg.canonical import Canonical
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.sketch import Power, PowerPass, RangePass, Ranges, rows, weights
-from soppu.compress.methods.fit import Progress
-from soppu.compress.numbers.errors import Certificate
 
 FEW_COLUMNS = 256  # so many columns of all deltas together are all kept, and what follows is exact
 _PROBES = 16

@@ -6,17 +6,16 @@ and decomposed again each time. So memory is bounded, and a fleet that fits is r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from soppu.compress.fleet.survey import Batch, Fleet
-from soppu.compress.linalg.canonical import Canonical
-from soppu.compress.linalg.factors import decompose
+from soppu.compress.linalg.canonical import Canonical, decompose
 from soppu.compress.linalg.steps import Steps, begun
 from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.methods.fit import Progress
 
 ROOM = 512 << 20  # bytes of canonical forms that are kept
+Progress = Callable[[str, int, int], None]  # what is done, users done, users in all
 T = TypeVar("T")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from soppu.compress.linalg.tucker import LARGEST_NORM, SMALLEST_NORM
+from soppu.compress.linalg.whitening import Whitener
 from soppu.errors import AdapterError
 
 _EPS = torch.finfo(torch.float64).eps
@@ -219,3 +220,14 @@ def _core(r_out: Tensor, r_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise AdapterError(f"norm of a delta: {float(norm.max()):.3g}, allowed: up to {LARGEST_NORM:.3g}")
     kept = (s > 0).to(s.dtype)[:, None, :]
     return w * kept, s, zt.mT * kept, norm
+
+
+def decompose(
+    B: Tensor, A: Tensor, *, whitener: Whitener | None = None, overwrite: bool = False
+) -> Canonical:
+    """X_n diag(s_n) Y_n^T = B_n A_n, or what a whitener makes of it. O(b (o + i) r^2), O(b r i^2) more
+    whitened. For `overwrite` see `canonical`.
+    """
+    if whitener is not None:
+        A = whitener.to(A.device).forward(A).to(A.dtype)
+    return canonical(B, A, overwrite=overwrite)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from soppu.compress.linalg import bounds
 from soppu.compress.linalg.canonical import canonical
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.sketch import CorePass, GramPass, GrowthPass, ImagePass, RangePass, Ranges
 from soppu.compress.linalg.steps import Batches, Steps, alone
 from soppu.compress.linalg.tucker import CoreFit, JointFit, fix_signs
-from soppu.compress.numbers.errors import Certificate
 
 SPARE = 8  # directions of a step beyond k
 _COARSE = 6  # times the tolerance will do for a basis in a sample: all users improve it

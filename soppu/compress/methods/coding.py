@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from soppu.compress.fleet.passes import Passes
+from soppu.compress.codec.basis import Bases
+from soppu.compress.codec.page import Page, PageWriter
+from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Batch
 from soppu.compress.linalg.canonical import Canonical
 from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.methods.fit import Bases, Page, PageWriter, Progress
 from soppu.compress.numbers.allocate import Menu, Sides, choose
 from soppu.compress.numbers.coders import SideCoder, with_gains
 from soppu.compress.numbers.components import Components, concatenate

@@ -14,15 +14,18 @@ from torch import Tensor
 from soppu.adapter import LoraAdapter
 from soppu.compress.codec.basis import Basis
 from soppu.compress.codec.golomb import bits_per_value
+from soppu.compress.codec.page import PageWriter
+from soppu.compress.fleet.passes import Progress
 from soppu.compress.fleet.survey import Fleet
-from soppu.compress.linalg.factors import decompose
+from soppu.compress.linalg.canonical import decompose
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.methods import ternary
-from soppu.compress.methods.fit import Fit, PageWriter, Progress
+from soppu.compress.methods.fit import Fit
 from soppu.compress.methods.ternary import Ternary
 from soppu.compress.numbers.coders import with_gains
 from soppu.compress.numbers.components import Components, Side
-from soppu.compress.numbers.errors import Certificate, squared_errors
+from soppu.compress.numbers.errors import squared_errors
 from soppu.compress.numbers.quantise import TERNARY
 from soppu.compress.options import CompressOptions
 from soppu.errors import BundleError

@@ -1,33 +1,16 @@
-"""Fit: what every method gives back. And the writer that turns coded batches of users into pages."""
+"""Fit: what every method gives back, and Question: what the default method is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from soppu.compress.codec import page
-from soppu.compress.codec.basis import Basis
-from soppu.compress.numbers.components import Components, concatenate
-from soppu.compress.numbers.errors import Certificate
-
-_PAGE_NUMBERS = (
-    1 << 22
-)  # a page is read as a whole: small enough for one user, large enough for its code tables
-
-Bases = tuple[Basis, Basis]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Page:
-    """The bytes of some consecutive users' components."""
-
-    first: int
-    users: int
-    data: bytes
+from soppu.compress.codec.basis import Bases
+from soppu.compress.codec.page import Page
+from soppu.compress.linalg.certificate import Certificate
+from soppu.compress.target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,45 +35,20 @@ class Fit:
     storage: str
 
 
-def page_shapes(
-    shapes: Mapping[str, tuple[int, int]], bases: Mapping[str, Sequence[Bases]]
-) -> list[page.ModuleShape]:
-    """What pages need to know of every module."""
-    return [
-        page.ModuleShape(o, i, bases[name][0][0].k, bases[name][0][1].k) for name, (o, i) in shapes.items()
-    ]
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What `fit` is to make of a fleet.
 
+    Attributes:
+        target: how small or how exact.
+        most_rank: largest rank of a shared basis; 0 is the method "svd".
+        widths: widths own numbers may have.
+        seed: of the sketches.
+        size_of: bytes of the file a fit would become.
+    """
 
-class PageWriter:
-    """Collects coded users, batch after batch, and closes a page when it is full."""
-
-    def __init__(self) -> None:
-        self.pages: list[Page] = []
-        self._held: list[list[Components]] = []
-        self._first = self._users = self._numbers = 0
-        self.numbers = 0
-
-    def add(self, parts: list[Components], *, users: int) -> None:
-        """The components of the next `users` users, numbered from 0: one entry for every module."""
-        shift = torch.arange(self._users, self._users + users)
-        self._held.append([part.renumbered(shift) for part in parts])
-        self._users += users
-        size = sum(numbers(part) for part in parts)
-        self._numbers += size
-        self.numbers += size + sum(len(part) for part in parts)
-        if self._numbers >= _PAGE_NUMBERS:
-            self.close()
-
-    def close(self) -> tuple[Page, ...]:
-        """All pages; what is held becomes the last one."""
-        if self._users:
-            parts = [concatenate(column) for column in zip(*self._held, strict=True)]
-            self.pages.append(Page(self._first, self._users, page.encode(parts, users=self._users)))
-            self._first += self._users
-            self._held, self._users, self._numbers = [], 0, 0
-        return tuple(self.pages)
-
-
-def numbers(part: Components) -> int:
-    """How many coordinates and own numbers components hold."""
-    return sum(t.numel() for side in (part.left, part.right) for t in (side.coords, side.own))
+    target: Target
+    most_rank: int
+    widths: tuple[int, ...]
+    seed: int
+    size_of: Callable[[Fit], int]

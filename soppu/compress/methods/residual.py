@@ -9,23 +9,21 @@ a module gets is settled by the same multiplier.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from soppu.compress.codec.basis import Basis
 from soppu.compress.fleet.leading import certify_leading
-from soppu.compress.fleet.passes import Passes
+from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.methods.coding import Coding, ModuleCoder
-from soppu.compress.methods.fit import Fit, Progress
+from soppu.compress.methods.fit import Fit, Question
 from soppu.compress.methods.plan import ModulePlan, best, bisect, total_bits, user_errors
 from soppu.compress.methods.statistics import Known, learn
 from soppu.compress.numbers.coders import SideCoder
-from soppu.compress.numbers.errors import Certificate
-from soppu.compress.target import Target
 from soppu.errors import BundleError
 
 _SAMPLE = 48  # users the ranks are chosen on
@@ -38,25 +36,6 @@ _OVERHEAD = (
     40,
     36,
 )  # bytes of a file, of a module, of a user, before any component; corrected once known
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """What `fit` is to make of a fleet.
-
-    Attributes:
-        target: how small or how exact.
-        most_rank: largest rank of a shared basis; 0 is the method "svd".
-        widths: widths own numbers may have.
-        seed: of the sketches.
-        size_of: bytes of the file a fit would become.
-    """
-
-    target: Target
-    most_rank: int
-    widths: tuple[int, ...]
-    seed: int
-    size_of: Callable[[Fit], int]
 
 
 def fit(passes: Passes, question: Question, *, progress: Progress) -> Fit:

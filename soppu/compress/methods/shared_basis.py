@@ -13,21 +13,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from soppu.compress.codec.basis import Basis
+from soppu.compress.codec.basis import Bases, Basis
 from soppu.compress.fleet.leading import EXACT_NUMBERS, EXACT_SIDE, FEW_COLUMNS
-from soppu.compress.fleet.passes import Passes
+from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg import bounds, cluster, diagonal, range_finder
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.cluster import Clustering
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.tucker import CoreFit
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.methods.coding import Coding
-from soppu.compress.methods.fit import Bases, Fit, Progress
+from soppu.compress.methods.fit import Fit
 from soppu.compress.methods.plan import RANKS
-from soppu.compress.numbers.coders import SideCoder
-from soppu.compress.numbers.core_coder import CoreCoder
-from soppu.compress.numbers.errors import Certificate
+from soppu.compress.numbers.coders import CoreCoder, SideCoder
 from soppu.compress.options import CompressOptions
 from soppu.errors import BundleError
 

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from soppu.compress.fleet.leading import Leading, find_ranges, on_cpu
-from soppu.compress.fleet.passes import Passes
+from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.canonical import Canonical
 from soppu.compress.linalg.sketch import Ranges
 from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.methods.fit import Progress
 from soppu.compress.methods.plan import RANKS, ModuleStats, Setting
 from soppu.compress.numbers import costs
 
 if TYPE_CHECKING:
-    from soppu.compress.methods.residual import Question
+    from soppu.compress.methods.fit import Question
 
 _SPARE = 24  # columns of a sketch beyond the largest rank
 _MEASURED = 8  # users whose vectors say what numbers cost

@@ -21,8 +21,8 @@ from starlette.routing import Route
 from soppu import files
 from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError
-from soppu.serve.api.names import check_name
 from soppu.serve.bank.protocol import Served
+from soppu.serve.names import check_name
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -23,12 +23,12 @@ from starlette.routing import Route
 from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
-from soppu.serve.api.names import header_value
 from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_json, parse_request
 from soppu.serve.api.responses import answer_body, error_body, stream_body
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
+from soppu.serve.names import header_value
 
 _KEEP_ALIVE_SECONDS = 15.0
 _MAX_BODY = 2 << 20  # LoRAX's limit

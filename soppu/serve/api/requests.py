@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from soppu.errors import RequestError
-from soppu.serve.api.names import check_name
-from soppu.serve.api.refusals import failed, invalid
 from soppu.serve.engine.generation import GenerationRequest
 from soppu.serve.engine.sampling import Sampling
+from soppu.serve.names import check_name
+from soppu.serve.refusals import failed, invalid
 
 T = TypeVar("T")
 Json = dict[str, Any]

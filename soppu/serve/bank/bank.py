@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from soppu.adapter import LoraAdapter, LoraPair, check_shapes, validate
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError, RequestError
-from soppu.serve.api.refusals import failed
 from soppu.serve.bank import from_bundle
 from soppu.serve.layers.adapted_linear import Router, install, linear_shapes
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
+from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
 

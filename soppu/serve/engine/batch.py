@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from soppu.errors import RequestError
-from soppu.serve.api.refusals import failed
 from soppu.serve.decoders.decoder import Decoder
 from soppu.serve.decoders.kv_cache import Step
 from soppu.serve.engine.generation import Generation
 from soppu.serve.layers.routing import Routing
+from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
 

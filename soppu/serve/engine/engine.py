@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soppu.errors import ConfigError
-from soppu.serve.api.refusals import incomplete, invalid, overloaded
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.decoders.decoder import CacheSize, make_decoder
 from soppu.serve.engine.batch import Batch, BatchSize
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
+from soppu.serve.refusals import incomplete, invalid, overloaded
 
 _UNHEALTHY_AFTER = 3
 

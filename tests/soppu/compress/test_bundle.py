@@ -22,8 +22,8 @@ from soppu.compress import Bundle, CompressOptions, compress
 from soppu.compress.bundle import envelope, schema
 from soppu.compress.codec import modes
 from soppu.compress.codec.streams import LARGEST_FLOAT
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import unit
-from soppu.compress.numbers.errors import Certificate
 from soppu.compress.target import ratio
 from soppu.errors import BundleError
 

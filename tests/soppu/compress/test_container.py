@@ -17,8 +17,8 @@ from benchmarks.mutate import File
 from soppu.compress import Bundle
 from soppu.compress.bundle import container
 from soppu.compress.codec import streams
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components
-from soppu.compress.numbers.errors import Certificate
 from soppu.compress.target import ratio
 from soppu.errors import BundleError
 

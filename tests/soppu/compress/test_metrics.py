@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.handmade import Form, components
+from soppu.compress.bundle.report import CompressionReport
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components, Side
-from soppu.compress.numbers.errors import Certificate, CompressionReport, relative_errors, squared_errors
+from soppu.compress.numbers.errors import relative_errors, squared_errors
 from soppu.compress.numbers.quantise import AXIS, TERNARY
 
 SHAPE, K = (25, 19), (6, 5)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.codec.basis import Basis
-from soppu.compress.methods.fit import Page, PageWriter
+from soppu.compress.codec.page import Page, PageWriter
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components, Side
-from soppu.compress.numbers.errors import Certificate, CompressionReport
 from soppu.compress.numbers.quantise import AXIS, quantise, quantise_coords
 from soppu.serve.layers.factors import BundleSlot, ModuleFactors, PairSlot, Slot
 from tests.soppu.serve import tiny

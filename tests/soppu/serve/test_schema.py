@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soppu.errors import RequestError
-from soppu.serve.api.names import header_value
 from soppu.serve.api.requests import parse_json, parse_request
 from soppu.serve.engine.sampling import Sampling
+from soppu.serve.names import header_value
 
 
 def parse(parameters: dict[str, Any] | None = None, **top: Any) -> Any:

@@ -6,7 +6,7 @@ import unicodedata
 from string import punctuation
 from urllib.parse import quote
 
-from soppu.serve.api.refusals import invalid
+from soppu.serve.refusals import invalid
 
 _MAX_LENGTH = 256
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line and paragraph separators
