@@ -11,7 +11,7 @@ Side by side in one run on the same fleet (4096 x 4096, rank 16, 1000 users, k =
                together and decomposed, a basis grown in a sample and in all, alternations, the certificate
     compress   `compress(method="joint")` from the same adapters to the bundle: survey, fit, coding, pages
 
-and, on a fleet small enough for it, what the fit loses against the exact method of `tucker.fit`.
+and, on a fleet small enough for it, what the fit loses against the exact method of `dense_joint.fit`.
 
 Wall-clock seconds are medians over `--repeats`; processor seconds stand beside them, since other processes on
 the machine stretch the former only.
@@ -37,12 +37,13 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import CompressOptions, compress
 from soppu.compress.fleet.passes import Passes
 from soppu.compress.fleet.survey import Fleet, survey
-from soppu.compress.linalg import bounds, range_finder, tucker
+from soppu.compress.linalg import bounds, range_finder
 from soppu.compress.linalg.canonical import canonical
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.sketch import weights
 from soppu.compress.linalg.tucker import CoreFit
 from soppu.compress.methods import shared_basis
+from tests.soppu.compress import dense_joint, large_fit
 
 MODULE = "model.layers.0.self_attn.q_proj"
 REFERENCE_ITERATIONS = 100  # what the earlier code always made
@@ -201,11 +202,11 @@ def check(seed: int) -> list[dict[str, Any]]:
         outs, ins = load(CHECK["n"], CHECK["side"], CHECK["r"], seed, p_seed=p_seed)
         # the probabilistic bound is what is checked
         effort = bounds.Effort(probes=16, powers=2, exact_side=0)
-        k, settings = CHECK["k"], range_finder.Search(every=2, bound=effort, seed=seed)
+        k, settings = CHECK["k"], large_fit.Search(every=2, bound=effort, seed=seed)
         began = time.perf_counter()
-        truth = tucker.fit(list(outs), list(ins), rank=k, max_steps=50, tolerance=1e-7)
+        truth = dense_joint.fit(list(outs), list(ins), rank=k, max_steps=50, tolerance=1e-7)
         middle = time.perf_counter()
-        fit = range_finder.fit_large(outs, ins, rank=k, search=settings)
+        fit = large_fit.fit_large(outs, ins, rank=k, search=settings)
         rows.append(
             {
                 "p_seed": p_seed,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soppu.compress.bundle import envelope, legacy, schema
+from soppu.compress.bundle import envelope, schema
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.bundle.report import SETTINGS, CompressionReport
 from soppu.compress.codec import basis, streams
@@ -67,10 +67,8 @@ def _tensors(bundle: Bundle) -> dict[str, Tensor]:
 
 
 def decode(data: bytes, *, source: str) -> Bundle:
-    """The bundle in a file of any format version so far, every page checked. Raises BundleError."""
+    """The bundle in a file of format 2, every page checked. Raises BundleError."""
     header, tensors = envelope.decode(data, source=source)
-    if header["format"] == 1:
-        return legacy.assemble(header, tensors, source)
     meta = envelope.parse(_metadata_text(tensors, len(data), source), source)
     schema.check(meta, source)
     schema.check_tensors(meta, tensors, source)

@@ -21,11 +21,10 @@ from torch import Tensor
 from soppu.errors import BundleError
 
 FORMAT = 2
-READABLE = (1, 2)
 METADATA_KEY = "soppu"
 _MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 _BLANK = "0" * 64
-_DTYPES = ("U8", "F16", "BF16", "F32", "F64")  # of any tensor in any format version
+_DTYPES = ("U8", "F16", "BF16", "F32", "F64")
 
 
 def encode(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
@@ -49,9 +48,9 @@ def decode(data: bytes, *, source: str) -> tuple[dict[str, Any], dict[str, Tenso
     text = _metadata_text(header, source)
     metadata = parse(text, source)
     version = metadata.get("format")
-    if type(version) is not int or version not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise BundleError(f"{source}: format version {version!r}, this reader knows {known}")
+    if type(version) is not int or version != FORMAT:
+        known = f"this version of SOPPU reads {FORMAT}; compress the adapters again"
+        raise BundleError(f"{source}: format version {version!r}, {known}")
     _check_dtypes(header, source)
     try:
         tensors = load(data)

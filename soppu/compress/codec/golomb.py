@@ -16,6 +16,9 @@ last nonzero are implied. A quotient q is q zero bits and a one.
 The divisor 2^b and the size formula are those of Sattler et al., "Robust and Communication-Efficient
 Federated Learning from Non-IID Data" (IEEE TNNLS 31(9), 2020), which ComPEFT (arXiv 2311.13171) counts with.
 The other two codes are for densities where a power of two is up to 3 % above the entropy.
+
+Kept although written by hand, for densities under 5 %, which ratios above 50 call for: a deflated bitmap
+takes a third more at 2 % and below, 4 % more at 5 %, no more from 10 % on. Files of format 2 hold them.
 """
 
 from __future__ import annotations
@@ -41,18 +44,6 @@ _MASK = 255
 _MOST_BITS = 20  # of a remainder: no gap is longer than a block
 _DENSE = 1 / 3  # from here on the gaps are too short for any divisor to fit them
 _LOG_RATIO = -math.log((math.sqrt(5) - 1) / 2)
-
-
-def entropy(density: float) -> float:
-    """Least bits a value of random places and signs takes: H_b(p) + p for a share p of nonzeros.
-
-    Raises:
-        ConfigError: a density outside 0 to 1.
-    """
-    p = _share(density)
-    if p in (0.0, 1.0):
-        return p
-    return p - p * math.log2(p) - (1 - p) * math.log2(1 - p)
 
 
 def bits_per_value(density: float) -> float:

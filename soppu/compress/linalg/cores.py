@@ -73,14 +73,6 @@ class Cores:
             right=self.right @ inn.to(self.right.dtype),
         )
 
-    def outside(self) -> Tensor:
-        """(n,) energy of every unit-norm delta outside the directions; no basis within them reaches it.
-
-        O(n q^2 (K + K')). Round-off of the coordinates bounds it from below, about 1e-7 for float32.
-        """
-        inside = [((x @ x.mT) * (y @ y.mT)).sum((1, 2)) for x, y, _ in self.chunks()]
-        return ((self.norm > 0).double() - torch.cat(inside)).clamp(min=0)
-
     def ritz(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Ritz values of C on either side, descending, and their vectors. O(n q K^2 + K^3)."""
         grams = self._grams()

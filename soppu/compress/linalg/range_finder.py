@@ -1,8 +1,7 @@
-"""The joint method for fleets too many for `joint.fit`: a few passes over them, and everything else on cores.
+"""The joint method in a few passes over a fleet, everything else on cores.
 
-`joint.fit` solves eigenproblems of the side of the features or of all columns. Here the basis is sought in K
-directions of either side, found by a sketch and grown as block Krylov spaces of the alternation itself, until
-a further pass promises too little. What they miss of every user is known; for the bounds see `bounds`.
+The basis is sought in K directions of either side, found by a sketch and grown as block Krylov spaces of the
+alternation itself, until a further pass promises too little. For the bounds see `bounds`.
 
 `grow` and `certify` are searches in the sense of `steps`.
 """
@@ -18,16 +17,14 @@ import torch
 from torch import Tensor
 
 from soppu.compress.linalg import bounds
-from soppu.compress.linalg.canonical import canonical
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.sketch import CorePass, GramPass, GrowthPass, ImagePass, RangePass, Ranges
-from soppu.compress.linalg.steps import Batches, Steps, alone
-from soppu.compress.linalg.tucker import CoreFit, JointFit, fix_signs
+from soppu.compress.linalg.steps import Steps
+from soppu.compress.linalg.tucker import CoreFit
 
 SPARE = 8  # directions of a step beyond k
 _COARSE = 6  # times the tolerance will do for a basis in a sample: all users improve it
-_TOGETHER = 64  # users of a batch, where all deltas are in memory
 T = TypeVar("T")
 
 
@@ -53,7 +50,6 @@ class Search:
         max_steps: most alternations after the last growth; each growth is followed by one.
         tolerance: share of the deltas' energy that the next growth has to promise, judged by the decay of the
             last two gains, and two alternations in a row have to gain.
-        bound: what a bound may cost; None = the one that a single pass gives for certain.
         seed: of the sketch.
     """
 
@@ -63,7 +59,6 @@ class Search:
     growths: int = 8
     max_steps: int = 10
     tolerance: float = 3e-4
-    bound: bounds.Effort | None = bounds.Effort(probes=16, powers=2)
     seed: int = 0
 
 
@@ -206,77 +201,3 @@ def _answered(asking: Generator[Tensor, Tensor, T], *, out: bool) -> Steps[T]:
             block = asking.send(image.finish())
     except StopIteration as end:
         return end.value
-
-
-@dataclass(frozen=True, eq=False)
-class LargeFit(JointFit):
-    """A JointFit whose basis was sought in K directions of either side.
-
-    `objective` holds the steps before the ranges had grown too; for `upper_bound` see `certify`.
-
-    Attributes:
-        confidence: probability with which `lower_bound` holds, at least; 1 where nothing random is behind it.
-        outside: (n,) energy of the unit-norm deltas outside the ranges.
-        width: (K, K') directions of the output and of the input side.
-        passes: over the deltas, without those of the bound; a part of them counts as much as it is.
-    """
-
-    confidence: float
-    outside: Tensor
-    width: tuple[int, int]
-    passes: float
-
-
-def fit_large(outs: Tensor, ins: Tensor, *, rank: int, search: Search | None = None) -> LargeFit:
-    """Fit one shared basis to n low-rank deltas D_n = outs[n] @ ins[n] that are in memory.
-
-    O(n r (o + i) (K + r)) in all, K the directions in the end, and as much memory as the deltas once more.
-
-    Args:
-        outs: (n, o, r) of any float type, the LoRA scale in them. Narrow adapters have zero columns.
-        ins: (n, r, i).
-        rank: k asked for; min(k, o, i, columns of all deltas) is used.
-        search: how far to go.
-
-    Raises:
-        AdapterError: shapes that do not belong together, or a norm that is not finite in float32.
-    """
-    deltas = canonical(outs, ins)
-    parts = [deltas.of(slice(n, n + _TOGETHER)) for n in range(0, len(outs), _TOGETHER)]
-    shape = (outs.shape[1], ins.shape[2])
-    return fit_batches(lambda: parts, shape, rank=rank, search=search)
-
-
-def fit_batches(
-    batches: Batches, shape: tuple[int, int], *, rank: int, search: Search | None = None
-) -> LargeFit:
-    """Fit one shared basis to deltas that come a batch of users at a time, in memory O(n r K + (o + i) K).
-
-    Args:
-        batches: gives all users anew each time it is called, in the same order: one call is one pass.
-        shape: (o, i).
-        rank: k asked for; min(k, o, i, columns of all deltas) is used.
-        search: how far to go.
-    """
-    search = search or Search()
-    counts = [one.s.shape for one in batches()]
-    sizes = Sizes(sum(n for n, _ in counts), *shape, max(q for _, q in counts))
-    grown = alone(grow(sizes, rank, search), batches)
-    cores, found = grown.cores, grown.found
-    certificate = alone(certify(cores, found, search.bound), batches)
-    u, v = fix_signs(cores.basis_out @ found.U), fix_signs(cores.basis_in @ found.V)
-    return LargeFit(
-        U=u,
-        V=v,
-        left=(cores.left.double() @ (cores.basis_out.mT @ u)).mT,
-        right=cores.right.double() @ (cores.basis_in.mT @ v),
-        norm=cores.norm,
-        objective=found.objective,
-        total=cores.total,
-        lower_bound=certificate.lower_bound,
-        upper_bound=certificate.upper_bound,
-        confidence=certificate.confidence,
-        outside=cores.outside(),
-        width=(cores.basis_out.shape[1], cores.basis_in.shape[1]),
-        passes=grown.passes,
-    )

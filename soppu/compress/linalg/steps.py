@@ -1,13 +1,13 @@
 """Searches that need passes over many deltas, written as generators. Not for what they look for.
 
 A search yields the pass that it needs and which batches are to be seen, the first and every so-manieth after
-it; it goes on when the pass has seen them, and returns what it found. So one search can have the deltas to
-itself, or many can share passes over a fleet.
+it; it goes on when the pass has seen them, and returns what it found. So many searches share passes over a
+fleet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from soppu.compress.linalg.sketch import Deltas
@@ -25,18 +25,6 @@ class Pass(Protocol):
 
 Asked = tuple[Pass, int]
 Steps = Generator[Asked, None, T]
-Batches = Callable[[], Iterable[Deltas]]
-
-
-def alone(search: Steps[T], batches: Batches) -> T:
-    """What one search finds; `batches` gives all users anew at each call, in the same order."""
-    found: dict[str, T] = {}
-    while under_way := dict(begun({"": search}, found)):
-        one, every = under_way[""]
-        for number, batch in enumerate(batches()):
-            if number % every == 0:
-                one.add(batch)
-    return found[""]
 
 
 def begun(searches: Mapping[str, Steps[T]], found: dict[str, T]) -> Iterator[tuple[str, Asked]]:

@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu.compress.linalg import tucker
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.compress import Bundle, CompressOptions, compress
+from soppu.compress.numbers.quantise import AXIS
 from soppu.errors import AdapterError
+from tests.soppu.compress import dense_joint as joint
 
 
 def dense_hooi(deltas: Tensor, k: int, steps: int) -> tuple[list[float], Tensor, Tensor]:
@@ -31,7 +34,7 @@ def dense(outs: list[Tensor], ins: list[Tensor]) -> Tensor:
     return torch.stack([b.double() @ a.double() for b, a in zip(outs, ins, strict=True)])
 
 
-def rebuilt(fit: tucker.JointFit) -> Tensor:
+def rebuilt(fit: joint.JointFit) -> Tensor:
     return fit.norm[:, None, None] * (fit.U @ fit.left @ fit.right @ fit.V.T)
 
 
@@ -40,7 +43,7 @@ def rebuilt(fit: tucker.JointFit) -> Tensor:
 def test_objective_equals_the_dense_iteration(factors, o, i, k):
     outs, ins = factors((3, 3, 3, 3, 3), o, i)
     expected, _, _ = dense_hooi(dense(outs, ins), k, 6)
-    fit = tucker.fit(outs, ins, rank=k, max_steps=6, tolerance=0.0)
+    fit = joint.fit(outs, ins, rank=k, max_steps=6, tolerance=0.0)
     assert fit.objective == pytest.approx(expected[: len(fit.objective)], rel=1e-9)
     assert fit.objective[-1] == pytest.approx(expected[-1], rel=1e-9)
 
@@ -49,13 +52,13 @@ def test_reconstruction_equals_the_dense_iteration(factors):
     outs, ins = factors((3, 3, 3, 3), 18, 15)
     deltas = dense(outs, ins)
     _, u, v = dense_hooi(deltas, 5, 4)
-    fit = tucker.fit(outs, ins, rank=5, max_steps=4, tolerance=0.0)
+    fit = joint.fit(outs, ins, rank=5, max_steps=4, tolerance=0.0)
     torch.testing.assert_close(rebuilt(fit), u @ u.T @ deltas @ v @ v.T, rtol=0, atol=1e-9)
 
 
 def test_bases_are_orthonormal_and_cores_are_projections(factors):
     outs, ins = factors((4, 2, 3), 22, 13)
-    fit = tucker.fit(outs, ins, rank=5)
+    fit = joint.fit(outs, ins, rank=5)
     torch.testing.assert_close(fit.U.T @ fit.U, torch.eye(5, dtype=torch.float64))
     torch.testing.assert_close(fit.V.T @ fit.V, torch.eye(5, dtype=torch.float64))
     deltas = dense(outs, ins)
@@ -68,7 +71,7 @@ def test_bases_are_orthonormal_and_cores_are_projections(factors):
 @pytest.mark.parametrize("k", [12, 13, 1000])
 def test_full_rank_is_exact(factors, k):
     outs, ins = factors((3, 3, 3, 3), 40, 30)
-    fit = tucker.fit(outs, ins, rank=k)
+    fit = joint.fit(outs, ins, rank=k)
     assert fit.U.shape[1] == fit.V.shape[1] == 12
     assert fit.achieved == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(rebuilt(fit), dense(outs, ins), rtol=0, atol=1e-11)
@@ -79,7 +82,7 @@ def test_one_adapter_is_its_truncated_svd(factors, k):
     outs, ins = factors((4,), 14, 11)
     (delta,) = dense(outs, ins)
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
-    fit = tucker.fit(outs, ins, rank=k)
+    fit = joint.fit(outs, ins, rank=k)
     torch.testing.assert_close(rebuilt(fit)[0], u[:, :k] @ torch.diag(s[:k]) @ vt[:k], rtol=0, atol=1e-9)
     assert fit.lower_bound == pytest.approx(fit.achieved, abs=1e-12)
 
@@ -87,16 +90,16 @@ def test_one_adapter_is_its_truncated_svd(factors, k):
 def test_the_gauge_of_a_pair_does_not_matter(factors):
     outs, ins = factors((3, 3, 3), 15, 12)
     gauge = torch.tensor([[2.0, 1, 0], [0, 50, 3], [1, 0, 0.02]], dtype=torch.float64)
-    turned = tucker.fit([b @ gauge for b in outs], [torch.linalg.solve(gauge, a) for a in ins], rank=4)
-    plain = tucker.fit(outs, ins, rank=4)
+    turned = joint.fit([b @ gauge for b in outs], [torch.linalg.solve(gauge, a) for a in ins], rank=4)
+    plain = joint.fit(outs, ins, rank=4)
     torch.testing.assert_close(turned.U, plain.U, rtol=0, atol=1e-8)
     torch.testing.assert_close(rebuilt(turned), rebuilt(plain), rtol=0, atol=1e-8)
 
 
 def test_the_scale_of_one_adapter_changes_only_its_norm(factors):
     outs, ins = factors((3, 3, 3), 15, 12)
-    plain = tucker.fit(outs, ins, rank=4)
-    louder = tucker.fit([outs[0] * 1e6, outs[1], outs[2] * 1e-6], ins, rank=4)
+    plain = joint.fit(outs, ins, rank=4)
+    louder = joint.fit([outs[0] * 1e6, outs[1], outs[2] * 1e-6], ins, rank=4)
     torch.testing.assert_close(louder.U, plain.U, rtol=0, atol=1e-9)
     torch.testing.assert_close(louder.left, plain.left, rtol=0, atol=1e-9)
     scales = torch.tensor([1e6, 1, 1e-6], dtype=torch.float64)
@@ -106,8 +109,8 @@ def test_the_scale_of_one_adapter_changes_only_its_norm(factors):
 def test_the_order_of_users_does_not_matter(factors):
     outs, ins = factors((3, 1, 4, 2), 15, 12)
     order = [2, 0, 3, 1]
-    plain = rebuilt(tucker.fit(outs, ins, rank=4))
-    mixed = rebuilt(tucker.fit([outs[n] for n in order], [ins[n] for n in order], rank=4))
+    plain = rebuilt(joint.fit(outs, ins, rank=4))
+    mixed = rebuilt(joint.fit([outs[n] for n in order], [ins[n] for n in order], rank=4))
     torch.testing.assert_close(mixed, plain[order], rtol=0, atol=1e-9)
 
 
@@ -115,15 +118,15 @@ def test_different_ranks_are_the_same_as_zero_padding(factors):
     outs, ins = factors((1, 5, 3), 15, 12)
     padded_outs = [torch.cat([b, b.new_zeros(15, 5 - b.shape[1])], 1) for b in outs]
     padded_ins = [torch.cat([a, a.new_zeros(5 - a.shape[0], 12)], 0) for a in ins]
-    ragged = tucker.fit(outs, ins, rank=4, max_steps=3, tolerance=0.0)
-    padded = tucker.fit(padded_outs, padded_ins, rank=4, max_steps=3, tolerance=0.0)
+    ragged = joint.fit(outs, ins, rank=4, max_steps=3, tolerance=0.0)
+    padded = joint.fit(padded_outs, padded_ins, rank=4, max_steps=3, tolerance=0.0)
     assert ragged.objective == pytest.approx(padded.objective, rel=1e-9)
     torch.testing.assert_close(rebuilt(ragged), rebuilt(padded), rtol=0, atol=1e-9)
 
 
 def test_a_rank_above_the_features_is_taken(factors):
     outs, ins = factors((9, 2), 5, 7)
-    fit = tucker.fit(outs, ins, rank=50)
+    fit = joint.fit(outs, ins, rank=50)
     assert fit.U.shape == (5, 5) and fit.V.shape == (7, 5)
     left_out = dense(outs, ins) @ (torch.eye(7).double() - fit.V @ fit.V.T)
     assert float(left_out.norm()) < float(dense(outs, ins).norm())
@@ -132,8 +135,8 @@ def test_a_rank_above_the_features_is_taken(factors):
 
 def test_zero_and_absent_adapters_have_norm_zero_and_no_weight(factors):
     outs, ins = factors((3, 3), 15, 12)
-    alone = tucker.fit(outs, ins, rank=4)
-    more = tucker.fit(
+    alone = joint.fit(outs, ins, rank=4)
+    more = joint.fit(
         [outs[0], torch.zeros(15, 2).double(), outs[1], outs[0][:, :0]],
         [ins[0], torch.randn(2, 12).double(), ins[1], ins[0][:0]],
         rank=4,
@@ -145,33 +148,33 @@ def test_zero_and_absent_adapters_have_norm_zero_and_no_weight(factors):
 
 def test_factors_that_cancel_are_a_zero_adapter(factors):
     outs, ins = factors((3,), 15, 12)
-    fit = tucker.fit([torch.cat([outs[0], -outs[0]], 1)], [torch.cat([ins[0], ins[0]], 0)], rank=4)
+    fit = joint.fit([torch.cat([outs[0], -outs[0]], 1)], [torch.cat([ins[0], ins[0]], 0)], rank=4)
     assert fit.norm.tolist() == [0.0] and fit.achieved == 0
 
 
 def test_nothing_but_zero_adapters(factors):
     _, ins = factors((3, 3), 15, 12)
-    fit = tucker.fit([torch.zeros(15, 3)] * 2, ins, rank=4)
+    fit = joint.fit([torch.zeros(15, 3)] * 2, ins, rank=4)
     assert fit.total == fit.achieved == fit.lower_bound == fit.upper_bound == 0
     assert torch.isfinite(fit.U).all() and not rebuilt(fit).any()
 
 
 def test_duplicates_need_no_more_rank_than_one(factors):
     outs, ins = factors((3,), 15, 12)
-    fit = tucker.fit(outs * 4, ins * 4, rank=3)
+    fit = joint.fit(outs * 4, ins * 4, rank=3)
     torch.testing.assert_close(rebuilt(fit), dense(outs * 4, ins * 4), rtol=0, atol=1e-9)
 
 
 def test_bfloat16_is_computed_in_float64(factors):
     outs, ins = factors((3, 3, 3), 15, 12, dtype=torch.bfloat16)
-    wide = tucker.fit([b.double() for b in outs], [a.double() for a in ins], rank=4)
-    fit = tucker.fit(outs, ins, rank=4)
+    wide = joint.fit([b.double() for b in outs], [a.double() for a in ins], rank=4)
+    fit = joint.fit(outs, ins, rank=4)
     assert torch.equal(fit.U, wide.U) and fit.objective == wide.objective
 
 
 def test_a_norm_beyond_float32_is_refused():
     with pytest.raises(AdapterError, match="allowed"):
-        tucker.fit([torch.ones(3, 1).double() * 1e200], [torch.ones(1, 3).double()], rank=1)
+        joint.fit([torch.ones(3, 1).double() * 1e200], [torch.ones(1, 3).double()], rank=1)
 
 
 @settings(max_examples=200)
@@ -189,7 +192,7 @@ def test_certificate_and_objective_hold_for_any_fleet(ranks, o, i, k, seed, nois
     outs = [left @ torch.randn(3, r, generator=generator, dtype=torch.float64) for r in ranks]
     outs = [b + noise * torch.randn(b.shape, generator=generator, dtype=torch.float64) for b in outs]
     ins = [torch.randn(r, i, generator=generator, dtype=torch.float64) for r in ranks]
-    fit = tucker.fit(outs, ins, rank=k, tolerance=0.0, max_steps=4)
+    fit = joint.fit(outs, ins, rank=k, tolerance=0.0, max_steps=4)
     assert 0 <= fit.lower_bound <= fit.achieved <= fit.upper_bound
     gains = [b - a for a, b in zip(fit.objective, fit.objective[1:], strict=False)]
     assert all(gain >= -1e-12 * fit.total for gain in gains)
@@ -202,7 +205,7 @@ def test_no_basis_beats_the_lower_bound(factors):
     outs, ins = factors((3,) * 5, 20, 16)
     units = dense(outs, ins)
     units = units / torch.linalg.matrix_norm(units)[:, None, None]
-    fit = tucker.fit(outs, ins, rank=4)
+    fit = joint.fit(outs, ins, rank=4)
     for seed in range(5):
         torch.manual_seed(seed)
         u, _ = torch.linalg.qr(fit.U + 0.1 * torch.randn(20, 4).double())
@@ -213,8 +216,8 @@ def test_no_basis_beats_the_lower_bound(factors):
 
 def test_large_steps_by_sweeps_agree_with_exact_ones(factors):
     outs, ins = factors((4,) * 40, 130, 150, shared=20)
-    exact = tucker.fit(outs, ins, rank=12, tolerance=0.0, max_steps=10)
-    swept = tucker.fit(outs, ins, rank=12, tolerance=1e-7)
+    exact = joint.fit(outs, ins, rank=12, tolerance=0.0, max_steps=10)
+    swept = joint.fit(outs, ins, rank=12, tolerance=1e-7)
     assert swept.objective[-1] == pytest.approx(exact.objective[-1], rel=1e-6)
     assert all(b >= a - 1e-12 for a, b in zip(swept.objective, swept.objective[1:], strict=False))
 
@@ -224,15 +227,15 @@ def test_sweeps_find_the_leading_space():
     basis, _ = torch.linalg.qr(torch.randn(200, 200).double())
     root = basis * torch.arange(1, 201).double() ** -0.5
     start, _ = torch.linalg.qr(basis[:, :6] + 0.02 * torch.randn(200, 6).double())
-    found = tucker._follow(root, start, least=1e-12)
+    found = joint._follow(root, start, least=1e-12)
     torch.testing.assert_close(found @ found.T, basis[:, :6] @ basis[:, :6].T, rtol=0, atol=1e-5)
 
 
 def test_it_stops_after_two_quiet_steps_or_at_the_limit(factors):
     outs, ins = factors((3,) * 5, 20, 16, shared=20)
-    assert tucker.fit(outs, ins, rank=4, max_steps=0).steps == 0
-    assert tucker.fit(outs, ins, rank=4, max_steps=3, tolerance=0.0).steps == 3
-    fit = tucker.fit(outs, ins, rank=4, max_steps=500, tolerance=1e-4)
+    assert joint.fit(outs, ins, rank=4, max_steps=0).steps == 0
+    assert joint.fit(outs, ins, rank=4, max_steps=3, tolerance=0.0).steps == 3
+    fit = joint.fit(outs, ins, rank=4, max_steps=500, tolerance=1e-4)
     gains = [b - a for a, b in zip(fit.objective, fit.objective[1:], strict=False)]
     quiet = [gain < 1e-4 * fit.total for gain in gains]
     assert quiet[-2:] == [True, True]
@@ -241,8 +244,8 @@ def test_it_stops_after_two_quiet_steps_or_at_the_limit(factors):
 
 def test_the_sign_of_every_column_is_fixed(factors):
     outs, ins = factors((3, 3, 3), 15, 12)
-    fit = tucker.fit(outs, ins, rank=4)
-    flipped = tucker.fit([-b for b in outs], ins, rank=4)
+    fit = joint.fit(outs, ins, rank=4)
+    flipped = joint.fit([-b for b in outs], ins, rank=4)
     for basis in (fit.U, fit.V, flipped.U, flipped.V):
         assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
     torch.testing.assert_close(flipped.U, fit.U, rtol=0, atol=1e-12)
@@ -252,18 +255,24 @@ def test_the_sign_of_every_column_is_fixed(factors):
 @pytest.mark.parametrize(("k", "thin"), [(6, False), (7, True), (9, True)])
 def test_thin_cores_add_no_error(factors, k, thin):
     outs, ins = factors((3, 1, 3, 2), 25, 22)
-    fit = tucker.fit(outs, ins, rank=k)
-    p, q = tucker.split_cores(fit, [3, 1, 3, 2])
-    assert (q is not None) is thin
-    cores = p if q is None else p @ q
-    torch.testing.assert_close(cores, fit.left @ fit.right, rtol=0, atol=1e-13)
-    if q is not None:
-        assert p.shape == (4, k, 3) and q.shape == (4, 3, k)
-        assert not p[1, :, 1:].any() and not q[1, 1:].any()
+    bundle = compressed(outs, ins, k)
+    (part,) = bundle.components(0)
+    assert bool((part.left.coords_width > AXIS).all()) is thin
+    left = bundle.report.certificates["q"].achieved
+    assert sum(e**2 for e in bundle.report.relative_error.values()) == pytest.approx(left, rel=1e-4, abs=1e-6)
+    assert part.user.bincount().tolist() == ([3, 1, 3, 2] if thin else [k] * 4)
 
 
 def test_a_zero_adapter_of_large_rank_does_not_widen_thin_cores(factors):
     outs, ins = factors((2, 2, 2), 25, 22)
-    outs, ins = [*outs, torch.zeros(25, 9).double()], [*ins, torch.ones(9, 22).double()]
-    p, q = tucker.split_cores(tucker.fit(outs, ins, rank=6), [2, 2, 2, 9])
-    assert q is not None and p.shape == (4, 6, 2) and not p[3].any()
+    bundle = compressed([*outs, torch.zeros(25, 9).double()], [*ins, torch.ones(9, 22).double()], 6)
+    (part,) = bundle.components(0)
+    assert bool((part.left.coords_width > AXIS).all())
+    assert part.user.bincount(minlength=4).tolist() == [2, 2, 2, 0]
+
+
+def compressed(outs: list[Tensor], ins: list[Tensor], k: int) -> Bundle:
+    """All users of one module as the method that ships keeps them, in 32 bits."""
+    pairs = zip(outs, ins, strict=True)
+    fleet = {f"user{n}": LoraAdapter({"q": LoraPair(A=a, B=b)}, "tiny") for n, (b, a) in enumerate(pairs)}
+    return compress(fleet, CompressOptions(method="joint", rank=k, basis_bits=32, core_bits=32))

@@ -11,7 +11,8 @@ from soppu.compress.fleet import passes
 from soppu.compress.fleet import survey as fleets
 from soppu.compress.fleet.passes import Passes
 from soppu.compress.linalg.canonical import Canonical
-from soppu.compress.linalg.steps import Steps, alone
+from soppu.compress.linalg.steps import Steps
+from tests.soppu.compress.large_fit import alone
 
 Make = Callable[..., dict[str, LoraAdapter]]
 SHAPES = {"q": (20, 16), "v": (12, 30)}

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soppu.compress.bundle import bundle as bundles
-from soppu.compress.bundle import legacy
 from soppu.compress.bundle.bundle import Bundle
 from soppu.serve.bank import from_bundle
 from soppu.serve.layers.factors import BundleSlot, ModuleFactors
+from tests.soppu.compress import stored
 from tests.soppu.serve import handmade
 from tests.soppu.serve.handmade import KINDS, Sizes
 
@@ -159,46 +159,17 @@ def test_a_component_of_zero_numbers_changes_nothing() -> None:
     assert from_bundle.unchanged(made) == {"alice", "bob"}
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_a_bundle_of_the_first_format_is_served_in_its_bases(full: bool) -> None:
-    g = torch.Generator().manual_seed(0)
-    n, o, i, k = 3, 9, 7, 4
-    tensors = {
-        "only.U": torch.linalg.qr(torch.randn(o, k, generator=g))[0],
-        "only.V": torch.linalg.qr(torch.randn(i, k, generator=g))[0],
-        "only.P": torch.randn(n, k, k if full else 2, generator=g),
-        "only.norm": torch.tensor([2.0, 0.0, 5.0]),
-    }
-    if not full:
-        tensors["only.Q"] = torch.randn(n, 2, k, generator=g)
-    users = ("alice", "bob", "carol")
-    certificate = dict.fromkeys(("lower_bound", "achieved", "upper_bound", "total"), 0.0)
-    meta = {
-        "users": list(users),
-        "adapter_ids": ["1", "2", "3"],
-        "base_model": "tiny",
-        "base_hash": "",
-        "fan_in_fan_out": False,
-        "dtype": "float32",
-        "modules": {"only": {"out": o, "in": i, "k": k, "c": None if full else 2, "ranks": [2, 2, 2]}},
-        "report": {
-            **dict.fromkeys(("k", "seed", "parameters_before", "parameters_after"), 1),
-            "method": "joint",
-            "device": "cpu",
-            "dtype": "float32",
-            "k_used": {"only": k},
-            "steps": {"only": 1},
-            "relative_error": dict.fromkeys(users, 0.0),
-            "module_error": {"only": dict.fromkeys(users, 0.0)},
-            "certificates": {"only": certificate},
-        },
-    }
-    made = legacy.assemble(meta, tensors, "old")
-    factors = read(made)["only"]
-    assert (factors.own is None, factors.shared[0].Q is None) == (True, full)
-    assert factors.place.tolist() == [0, -1, 1]
-    for index in range(n):
-        core = tensors["only.P"][index] if full else tensors["only.P"][index] @ tensors["only.Q"][index]
-        expected = tensors["only.norm"][index] * tensors["only.U"] @ core @ tensors["only.V"].T
-        found = handmade.dense(BundleSlot({"only": factors}, index), "only", (o, i))
+@pytest.mark.parametrize(
+    ("kind", "name", "places"),
+    [("joint", "layers.0.v", [0, -1, 1]), ("joint, thin, float32", "layers.0.q", [0, 1, 2])],
+)
+def test_a_stored_joint_bundle_is_served_in_its_bases(kind: str, name: str, places: list[int]) -> None:
+    made = stored.bundle(kind)
+    factors = read(made)[name]
+    assert (factors.own is None, factors.shared[0].Q is None) == (True, "thin" not in kind)
+    assert factors.place.tolist() == places
+    for index, user in enumerate(made.users):
+        pair = made.reconstruct(user).pairs.get(name)
+        expected = torch.zeros(made.shapes[name]) if pair is None else pair.delta()
+        found = handmade.dense(BundleSlot({name: factors}, index), name, made.shapes[name])
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
