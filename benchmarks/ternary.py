@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks import record
 from soppu import adapter as adapters
 from soppu.compress.codec import golomb
-from soppu.compress.methods import ternary
+from soppu.compress.numbers import ternary
 from tests.soppu.compress import ternary_measures as measures
 
 RESULT = record.RESULTS / "ternary.json"

@@ -15,7 +15,7 @@ from soppu.compress.fleet import survey as fleets
 from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.whitening import make
-from soppu.compress.methods import compeft, residual, shared_basis
+from soppu.compress.methods import residual, shared_basis, ternary
 from soppu.compress.methods.fit import Fit, Question
 from soppu.compress.numbers.errors import relative_errors
 from soppu.compress.numbers.quantise import QUANTISERS
@@ -66,7 +66,7 @@ def _fit(passes: Passes, options: CompressOptions, *, build: _Builder, progress:
     if options.method in SHARED_METHODS:
         return shared_basis.fit(passes, options, size_of=build.size, progress=progress)
     if options.method == "ternary":
-        return compeft.fit(
+        return ternary.fit(
             passes.fleet, options, whiteners=passes.whiteners, size_of=build.size, progress=progress
         )
     question = Question(

@@ -1,4 +1,4 @@
-"""An adapter on the wire as signs and gains: ComPEFT, as `soppu.compress.methods.ternary.fixed` repairs it.
+"""An adapter on the wire as signs and gains: ComPEFT, as `soppu.compress.numbers.ternary.fixed` repairs it.
 
 One array record holds it as two tensors; a tensor each for every module would cost more in headers than in
 signs. Modules come in the order of their names:
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from soppu.adapter import LoraAdapter
 from soppu.compress.codec import golomb, streams
-from soppu.compress.methods import ternary
-from soppu.compress.methods.ternary import Ternary
+from soppu.compress.numbers import ternary
+from soppu.compress.numbers.ternary import Ternary
 from soppu.errors import AdapterError, BundleError
 
 SIGNS, GAINS = "ternary.signs", "ternary.gains"

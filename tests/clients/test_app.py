@@ -21,7 +21,7 @@ from clients.workbench import workbench
 from soppu import config as configuration
 from soppu import data, models
 from soppu.adapter import LoraAdapter
-from soppu.compress.methods import ternary
+from soppu.compress.numbers import ternary
 from soppu.config import Config, LoraSettings
 from soppu.errors import ConfigError, DataError, FederationError
 from soppu.evaluate.losses import mean_loss

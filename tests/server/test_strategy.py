@@ -18,7 +18,7 @@ from torch import Tensor
 from server.agreement import METRICS, Agreement
 from server.strategy import FedBiOT
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress.methods import ternary
+from soppu.compress.numbers import ternary
 from soppu.federation import wire, wire_ternary
 from soppu.federation.wire_ternary import GAINS, SIGNS
 from tests.soppu.compress import ternary_measures as measures

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress.codec import golomb
-from soppu.compress.methods import ternary
+from soppu.compress.numbers import ternary
 from soppu.errors import AdapterError, ConfigError
 from soppu.federation import wire, wire_ternary
 from soppu.federation.wire_ternary import GAINS, SIGNS

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from soppu import files
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.compress.bundle import container
 from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.codec import page
 from soppu.compress.codec.basis import Bases
 from soppu.compress.codec.page import Page, page_shapes
 from soppu.compress.numbers.components import Components
 from soppu.errors import BundleError
-
-__all__ = ["Bundle"]
 
 Matrices = tuple[Tensor | None, Tensor | None]
 
@@ -131,8 +130,6 @@ class Bundle:
 
     def to_bytes(self) -> bytes:
         """The bundle file; equal bundles give equal bytes, whatever the time it took to make them."""
-        from soppu.compress.bundle import container  # the container builds bundles, and so knows this class
-
         return container.encode(self)
 
     def save(self, path: Path) -> str:
@@ -160,11 +157,11 @@ class Bundle:
     @classmethod
     def from_bytes(cls, data: bytes, *, expected_hash: str = "", source: str = "bundle") -> Bundle:
         """Read and check the bytes of a bundle file; `source` is named in messages. Raises BundleError."""
-        from soppu.compress.bundle import container
-
         if expected_hash and (found := hashlib.sha256(data).hexdigest()) != expected_hash:
             raise BundleError(f"{source}: SHA-256 is {found[:12]}, expected {expected_hash[:12]}")
-        return container.decode(data, source=source)
+        bundle = cls(**container.decode(data, source=source))
+        container.check_pages(bundle, source=source)
+        return bundle
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from soppu.compress.bundle import envelope, schema
-from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.bundle.report import SETTINGS, CompressionReport
 from soppu.compress.codec import basis, streams
 from soppu.compress.codec.basis import Bases
 from soppu.compress.codec.page import Page
 from soppu.compress.linalg.certificate import Certificate
 from soppu.errors import BundleError
+
+if TYPE_CHECKING:
+    from soppu.compress.bundle.bundle import Bundle
 
 _FREE_METADATA = 1 << 20  # bytes of JSON in any file
 _METADATA_SHARE = 8  # and for each byte of the file
@@ -66,19 +68,26 @@ def _tensors(bundle: Bundle) -> dict[str, Tensor]:
     return tensors | {f"page.{number}": _bytes(one.data) for number, one in enumerate(bundle.pages)}
 
 
-def decode(data: bytes, *, source: str) -> Bundle:
-    """The bundle in a file of format 2, every page checked. Raises BundleError."""
+def decode(data: bytes, *, source: str) -> dict[str, Any]:
+    """The fields of the Bundle in a file of format 2. Its pages are for `check_pages`. Raises BundleError."""
     header, tensors = envelope.decode(data, source=source)
     meta = envelope.parse(_metadata_text(tensors, len(data), source), source)
     schema.check(meta, source)
     schema.check_tensors(meta, tensors, source)
-    made = _assemble(meta, tensors, source)
-    for number in range(len(made.pages)):
-        _check_page(made, number, source)
-    return made
+    return _assemble(meta, tensors, source)
 
 
-def _assemble(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Bundle:
+def check_pages(bundle: Bundle, *, source: str) -> None:
+    """Decode every page and hold its components against what the bundle says of its users. O(size).
+
+    Raises:
+        BundleError: a page that is damaged, or holds more than its users can have.
+    """
+    for number in range(len(bundle.pages)):
+        _check_page(bundle, number, source)
+
+
+def _assemble(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     names, n = [entry["name"] for entry in meta["modules"]], len(meta["users"])
     shapes = {entry["name"]: (entry["out"], entry["in"]) for entry in meta["modules"]}
     ranks = _counts(tensors["ranks"], (len(names), n), f"{source}: ranks")
@@ -89,7 +98,7 @@ def _assemble(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], source: st
         Page(first, users, tensors[f"page.{number}"].numpy().tobytes())
         for number, (first, users) in enumerate(zip(firsts, meta["pages"], strict=False))
     )
-    return Bundle(
+    return dict(
         users=tuple(meta["users"]),
         adapter_ids=tuple(meta["adapter_ids"]),
         base_model=meta["base_model"],

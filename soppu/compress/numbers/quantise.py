@@ -45,7 +45,7 @@ QUANTISERS: Mapping[int, Quantiser] = MappingProxyType(
         8: Quantiser(127, 0.033, 9.1e-5, 6.97),
     }
 )
-TERNARY = 1  # -1, 0, 1, mostly zeros: made by `soppu.compress.methods.ternary`, not by `quantise`
+TERNARY = 1  # -1, 0, 1, mostly zeros: made by `soppu.compress.numbers.ternary`, not by `quantise`
 FLOATS: Mapping[int, torch.dtype] = MappingProxyType({16: torch.float16, 32: torch.float32})
 WIDTHS = tuple(QUANTISERS)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter
-from soppu.compress.methods.ternary import Ternary, faithful, fixed
+from soppu.compress.numbers.ternary import Ternary, faithful, fixed
 from soppu.errors import AdapterError, ConfigError
 
 Progress = Callable[[str, int, int], None]

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from soppu import adapter
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress
-from soppu.compress.fleet import survey
 from soppu.compress.fleet.passes import Passes
+from soppu.compress.fleet.survey import survey
 from soppu.compress.linalg import tucker
 from soppu.compress.methods import shared_basis
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress.codec import golomb
-from soppu.compress.methods import ternary
-from soppu.compress.methods.ternary import Ternary
+from soppu.compress.numbers import ternary
+from soppu.compress.numbers.ternary import Ternary
 from soppu.errors import AdapterError, ConfigError
 from tests.soppu.compress import ternary_measures as measures
 from tests.soppu.compress.ternary_measures import Cell, SweepResult
