@@ -14,7 +14,7 @@ from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.codec.basis import Basis
 from soppu.compress.codec.page import PageWriter
 from soppu.compress.linalg.certificate import Certificate
-from soppu.compress.numbers.components import Components, Side, slots
+from soppu.compress.numbers.components import Components, Side, ordinals
 from soppu.compress.numbers.quantise import AXIS
 from soppu.errors import BundleError
 
@@ -80,7 +80,7 @@ def _components(tensors: Mapping[str, Tensor], gain: Tensor, ranks: Tensor) -> C
     else:
         left = _side((p.mT * out).reshape(n * c, k), d=o)
         right = _side((q * inn).reshape(n * c, k), d=i)
-        keep = (gain[users] > 0) & (slots(users) < ranks[users])  # those past a user's own rank are zero
+        keep = (gain[users] > 0) & (ordinals(users) < ranks[users])  # those past a user's own rank are zero
     return Components(users, gain[users], left, right).select(keep)
 
 

@@ -279,12 +279,12 @@ def _reduce(x: Tensor, ranks: Sequence[int]) -> _Side:
     Past three quarters of d that QR costs more than the smaller eigenproblems save.
     """
     n, d, q = x.shape
-    slots = [user * q + j for user, r in enumerate(ranks) for j in range(min(r, q))]
-    if 4 * len(slots) > 3 * d:
+    columns = [user * q + j for user, r in enumerate(ranks) for j in range(min(r, q))]
+    if 4 * len(columns) > 3 * d:
         return _Side(None, x)
-    basis, small = torch.linalg.qr(x.transpose(0, 1).reshape(d, n * q)[:, slots])
-    parts = x.new_zeros((len(slots), n * q))
-    parts[:, slots] = small
+    basis, small = torch.linalg.qr(x.transpose(0, 1).reshape(d, n * q)[:, columns])
+    parts = x.new_zeros((len(columns), n * q))
+    parts[:, columns] = small
     return _Side(basis, parts.reshape(-1, n, q).transpose(0, 1).contiguous())
 
 
