@@ -23,6 +23,7 @@ from torch import Tensor
 
 from soppu import files
 from soppu.errors import AdapterError
+from soppu.module_names import split_layer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,7 +41,6 @@ _NOT_PLAIN = (
 )
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +254,7 @@ def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
     rank = max(ranks.values())
     other = {name: value for name, value in ranks.items() if value != rank}
     leaves = sorted({name.rsplit(".", 1)[-1] for name in ranks})
-    layers = sorted({int(match[1]) for name in ranks if (match := _LAYER.search(name))})
+    layers = sorted({parts[1] for name in ranks if (parts := split_layer(name))})
     regular = len(ranks) == len(leaves) * len(layers)
     config = LoraConfig(
         r=rank,

@@ -9,7 +9,6 @@ nothing in them but what is read.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +24,10 @@ from soppu import files
 from soppu.adapter import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError, ConfigError, StorageError
+from soppu.module_names import split_layer
 
 RANKS = (8, 16, 32, 64, 128)  # of LoRAX's decode kernels; any other fails at the first token, or is rescaled
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def export(
         raise ConfigError(f"dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
     chosen = tuple(dict.fromkeys(users)) or bundle.users
     rank = _rank(bundle, chosen)
-    named = [int(match[1]) for name in bundle.shapes if (match := _LAYER.search(name))]
+    named = [parts[1] for name in bundle.shapes if (parts := split_layer(name))]
     layers = layers or 1 + max(named, default=-1)
     shapes = spread(bundle.shapes, layers=layers)
     config = _config(bundle, shapes, rank, base_model)
@@ -107,18 +106,18 @@ def spread(shapes: Mapping[str, tuple[int, int]], *, layers: int) -> dict[str, t
     """
     kinds: dict[tuple[str, str], str] = {}
     for name, shape in shapes.items():
-        match = _LAYER.search(name)
-        if match is None:
+        parts = split_layer(name)
+        if parts is None:
             continue
-        if int(match[1]) >= layers:
+        if parts[1] >= layers:
             raise BundleError(f"{name}: the base model was said to have {layers} layers, 0 to {layers - 1}")
-        other = kinds.setdefault((name[: match.start(1)], name[match.end(1) :]), name)
+        other = kinds.setdefault((parts[0], parts[2]), name)
         if shapes[other] != shape:
             raise BundleError(
                 f"{name}: shape {shape}, {other} has {shapes[other]}; LoRAX takes one shape a kind"
             )
     made = {f"{a}{layer}{b}": shapes[name] for layer in range(layers) for (a, b), name in kinds.items()}
-    return made | {name: shape for name, shape in shapes.items() if not _LAYER.search(name)}
+    return made | {name: shape for name, shape in shapes.items() if not split_layer(name)}
 
 
 def _rank(bundle: Bundle, users: Sequence[str]) -> int:

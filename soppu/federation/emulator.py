@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.errors import AdapterError, UnsupportedModel
+from soppu.module_names import split_layer
 
 # model_type -> path of the decoder layers, and the projections a LoRA adapts by default.
 SUPPORTED: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -219,13 +219,12 @@ def renumber(
         AdapterError: a module is not under `path`, or its number is not in `mapping`. This is how keys
             with an emulator's numbers fail loudly at the full model instead of landing on a wrong layer.
     """
-    pattern = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)")
     pairs: dict[str, LoraPair] = {}
     for name, pair in adapter.pairs.items():
-        match = pattern.fullmatch(name)
-        if match is None or int(match[1]) not in mapping:
+        parts = split_layer(name)
+        if parts is None or parts[0] != f"{path}." or parts[1] not in mapping:
             raise AdapterError(f"{who}: {name}: not one of {path}.{{{', '.join(map(str, mapping))}}}")
-        pairs[f"{path}.{mapping[int(match[1])]}.{match[2]}"] = pair
+        pairs[f"{path}.{mapping[parts[1]]}{parts[2]}"] = pair
     return LoraAdapter(pairs, adapter.base_model, adapter.base_hash, adapter.fan_in_fan_out)
 
 

@@ -22,6 +22,7 @@ from soppu.evaluate.gate import check
 from soppu.evaluate.losses import UserLosses, mean_loss
 from soppu.federation import emulator
 from soppu.federation.train import cache_states
+from soppu.module_names import split_layer
 from soppu.stages.run import Run, open_run
 
 _log = logging.getLogger(__name__)
@@ -106,5 +107,4 @@ def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Exampl
 
 def _lowest_layer(bundle: Bundle) -> int:
     """The lowest full-model layer any module of the bundle sits in."""
-    numbers = [int(part) for name in bundle.shapes for part in name.split(".") if part.isdigit()]
-    return min(numbers)
+    return min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))

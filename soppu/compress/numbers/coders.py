@@ -10,7 +10,7 @@ from torch import Tensor
 
 from soppu.compress.linalg.canonical import Canonical
 from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.numbers.components import Components, Side, slots, spread, unit
+from soppu.compress.numbers.components import Components, Side, ordinals, spread, unit
 from soppu.compress.numbers.quantise import AXIS, quantise, quantise_coords, scale_of
 
 
@@ -31,8 +31,8 @@ class SideCoder:
         """A coder for `basis` (d, k), its errors weighed by the whitener. O(d k^2), O(d^2 k) whitened."""
         if basis is None:
             return cls(None, None)
-        seen = basis.mT.double() if whitener is None else whitener.forward(basis.mT)
-        solve = torch.linalg.pinv(seen @ seen.mT, hermitian=True) @ seen
+        seen = basis if whitener is None else whitener.forward(basis.mT).mT
+        solve = least_squares(seen)
         return cls(basis, (solve if whitener is None else whitener.forward(solve)).to(basis.dtype))
 
     def code(self, x: Tensor, coords_width: Tensor, own_width: Tensor) -> Side:
@@ -53,6 +53,12 @@ class SideCoder:
         if self.solve is None:
             return x.new_zeros((0, 0))
         return _each_width(x[coded] @ self.solve.mT, width[coded], quantise_coords)
+
+
+def least_squares(basis: Tensor) -> Tensor:
+    """(k, d) float64, the pseudo-inverse of a basis (d, k): what a vector has along its columns. O(d k^2)."""
+    seen = basis.mT.double()
+    return torch.linalg.pinv(seen @ seen.mT, hermitian=True) @ seen
 
 
 def _each_width(x: Tensor, widths: Tensor, by: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -94,7 +100,7 @@ def with_gains(
     gain = kept.double() * scale
     square = factors.s.double().square().sum(-1) - 2 * (gain * aim).sum(-1)
     square = square + ((gram @ gain[..., None])[..., 0] * gain).sum(-1)
-    return replace(parts, gain=kept.float()[parts.user, slots(parts.user)]), square.clamp(min=0)
+    return replace(parts, gain=kept.float()[parts.user, ordinals(parts.user)]), square.clamp(min=0)
 
 
 @dataclass(frozen=True, eq=False)

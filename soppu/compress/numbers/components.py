@@ -123,7 +123,7 @@ def unit(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
-def slots(user: Tensor) -> Tensor:
+def ordinals(user: Tensor) -> Tensor:
     """Which component of its user each is, for components ordered by user: (m,)."""
     counts = torch.bincount(user)
     starts = torch.cumsum(counts, 0) - counts
@@ -148,7 +148,7 @@ def spread(rows: Tensor, user: Tensor, *, users: int) -> Tensor:
     """Rows (m, d) of components ordered by user, user by user: (users, c, d) float64, padded with zeros."""
     width = int(torch.bincount(user).max()) if len(user) else 0
     grid = rows.new_zeros((users, width, rows.shape[1]), dtype=torch.float64)
-    grid[user, slots(user)] = rows.double()
+    grid[user, ordinals(user)] = rows.double()
     return grid
 
 

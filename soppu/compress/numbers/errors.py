@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soppu.compress.numbers.components import Components, grids, slots
+from soppu.compress.numbers.components import Components, grids
 
 
 def squared_errors(
@@ -13,8 +13,7 @@ def squared_errors(
 ) -> Tensor:
     """|| D_n - D^_n ||_F^2 of b adapters against their own components as stored, (b,) float64.
 
-    The difference is one low-rank product, [B, -L^T g] [A; R], and its norm that of the product of two
-    triangular factors, so an exact reconstruction gives the square of round-off. O(b (o + i) (r + c)^2).
+    The difference is one low-rank product, [B, -L^T g] [A; R]. O(b (o + i) (r + c)^2).
 
     Args:
         B: (b, o, r) with A (b, r, i) the deltas.
@@ -25,10 +24,18 @@ def squared_errors(
     left, right = grids(parts, bases, users=len(norm))
     gains = parts.gain.double() * norm.double()[parts.user]
     scaled = left.clone()
-    scaled[parts.user, slots(parts.user)] *= gains[:, None]
+    scaled[parts.user, ordinals(parts.user)] *= gains[:, None]
     out = torch.cat([B.double(), -scaled.mT], 2)
     inn = torch.cat([A.double(), right], 1)
-    return torch.linalg.matrix_norm(_triangle(out) @ _triangle(inn.mT).mT).square()
+    return squared_norms(out, inn)
+
+
+def squared_norms(left: Tensor, right: Tensor) -> Tensor:
+    """|| left @ right ||_F^2 (...) from left (..., o, c) and right (..., c, i), without the product.
+
+    That of two triangular factors, so what cancels gives the square of round-off. O((o + i) c^2).
+    """
+    return torch.linalg.matrix_norm(_triangle(left) @ _triangle(right.mT).mT).square()
 
 
 def _triangle(x: Tensor) -> Tensor:

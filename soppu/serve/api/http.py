@@ -24,7 +24,7 @@ from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
 from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_json, parse_request
-from soppu.serve.api.responses import answer_body, error_body, stream_body
+from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
@@ -58,7 +58,7 @@ def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starl
     return Starlette(
         routes=[*api.routes(), *AdminApi(state, token=info.admin_token).routes()],
         lifespan=lifespan,
-        exception_handlers={RequestError: _on_request_error, HTTPException: _on_http_error},
+        exception_handlers={RequestError: on_request_error, HTTPException: _on_http_error},
     )
 
 
@@ -262,12 +262,6 @@ def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:
         **{name: str(round(1000 * value)) for name, value in seconds.items()},
         **{name: str(value) for name, value in counts.items()},
     }
-
-
-async def _on_request_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
 from soppu.errors import RequestError
 from soppu.serve.api.requests import Json, ParsedRequest
 from soppu.serve.engine.generation import Finish, TokenEvent
@@ -46,6 +49,13 @@ def stream_body(parsed: ParsedRequest, token: TokenEvent) -> Json:
 def error_body(error: RequestError) -> Json:
     """LoRAX's error object."""
     return {"error": str(error), "error_type": error.error_type}
+
+
+async def on_request_error(_: Request, error: Exception) -> Response:
+    """The answer to a refused request, as an exception handler of starlette."""
+    assert isinstance(error, RequestError)
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
 def _details(finish: Finish) -> Json:

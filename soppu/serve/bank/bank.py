@@ -21,6 +21,7 @@ from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.serve.bank import from_bundle
 from soppu.serve.layers.adapted_linear import Router, install, linear_shapes
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
+from soppu.serve.names import find_version
 from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
@@ -183,11 +184,10 @@ class AdapterBank:
             return self._resolve_version(adapter_id)
 
     def _resolve_version(self, adapter_id: str) -> Resolved:
-        user, at, prefix = adapter_id.rpartition("@")
-        if not at or not prefix:
+        user, prefix, found = find_version(adapter_id, self._bundles)
+        if not prefix:
             where = f"the active bundle is {self._active[:12]}" if self._active else "no bundle is active"
             raise _not_served(adapter_id, f"{where}, {len(self._adapters)} single adapters are loaded")
-        found = [bundle_id for bundle_id in self._bundles if bundle_id.startswith(prefix)]
         if len(found) != 1:
             raise _not_served(
                 adapter_id, f"{len(found)} of {len(self._bundles)} loaded bundles begin with {prefix!r}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle, Matrices
-from soppu.compress.numbers.components import Components, slots
+from soppu.compress.numbers.components import Components, ordinals
 from soppu.serve.bank.stack import stacked
 from soppu.serve.layers.factors import ModuleFactors, OwnRows, SharedFactors
 
@@ -136,10 +136,10 @@ def _cores(rows: _Rows) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     users, owner, counts = torch.unique(rows.user, return_inverse=True, return_counts=True)
     c, k_out, k_in = int(counts.max()), rows.left.shape[1], rows.right.shape[1]
-    slot = slots(owner)
+    ordinal = ordinals(owner)
     left, right = rows.left.new_zeros(len(users), c, k_out), rows.right.new_zeros(len(users), c, k_in)
-    left[owner, slot] = rows.left
-    right[owner, slot] = rows.right
+    left[owner, ordinal] = rows.left
+    right[owner, ordinal] = rows.right
     if k_out * k_in < c * (k_out + k_in):
         return users, left.mT @ right, None
     return users, left.mT, right

@@ -37,7 +37,7 @@ class Decoder(Protocol):
 class CacheSize:
     """Rows a decoder may hold at once, and the longest one."""
 
-    slots: int
+    rows: int
     limit: int
 
 
@@ -49,6 +49,6 @@ def make_decoder(model: PreTrainedModel, router: Router, size: CacheSize) -> Dec
     """
     why = obstacle(model, limit=size.limit)
     if not why:
-        return LlamaDecoder(model, KVCache(size.slots, size.limit))
+        return LlamaDecoder(model, KVCache(size.rows, size.limit))
     _LOG.info("transformers' own forward is used, which is slower: %s", why)
-    return GeneralDecoder(model, router, KVCache(size.slots, size.limit))
+    return GeneralDecoder(model, router, KVCache(size.rows, size.limit))

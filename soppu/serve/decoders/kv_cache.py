@@ -18,13 +18,13 @@ class Step:
 
     Attributes:
         ids: (b, T) int64; a row with fewer tokens than T is filled up at its end.
-        slots: b different places in the cache, ascending.
+        rows: b different rows of the cache, ascending.
         starts: how many tokens of each row the cache holds already.
         counts: how many of the T tokens are the row's own.
     """
 
     ids: Tensor
-    slots: Sequence[int]
+    rows: Sequence[int]
     starts: Sequence[int]
     counts: Sequence[int]
 
@@ -70,14 +70,14 @@ class Step:
 
 @dataclass(eq=False)
 class KVCache:
-    """Keys and values of `slots` rows in tensors made once, one a layer: (2, slots, heads, length, d).
+    """Keys and values of `rows` rows in tensors made once, one a layer: (2, rows, heads, length, d).
 
     The length doubles when a row needs more, up to `limit`: one copy each time, none in between, and none
-    when rows come or go. What a row left in its slot is never read by the next one, but numbers that are not
+    when requests come or go. What one left in its row is never read by the next, but numbers that are not
     finite have to be `clear`ed: the attention weight 0 does not silence them.
     """
 
-    slots: int
+    rows: int
     limit: int
     length: int = 0
     layers: dict[int, Tensor] = field(default_factory=dict)
@@ -88,22 +88,22 @@ class KVCache:
         self._reserve(step)
         heads, d = kv.shape[3:]
         if layer not in self.layers:
-            self.layers[layer] = kv.new_zeros(2, self.slots, heads, self.length, d)
+            self.layers[layer] = kv.new_zeros(2, self.rows, heads, self.length, d)
         self.layers[layer].view(-1, d).index_copy_(0, self._places(step, heads), kv.reshape(-1, d))
 
     def read(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
-        """Keys and values (rows, heads, seen, d) of the slots from the step's first to its last.
+        """Keys and values (rows, heads, seen, d) of the rows from the step's first to its last.
 
-        No copy. Where slots in between are not the step's, they are there too; see `gaps`.
+        No copy. Where rows in between are not the step's, they are there too; see `gaps`.
         """
-        here = self.layers[layer][:, step.slots[0] : step.slots[-1] + 1, :, : step.seen]
+        here = self.layers[layer][:, step.rows[0] : step.rows[-1] + 1, :, : step.seen]
         return here[0], here[1]
 
     @torch.inference_mode()
-    def clear(self, slot: int) -> None:
-        """Zero a slot."""
+    def clear(self, row: int) -> None:
+        """Zero a row."""
         for layer in self.layers.values():
-            layer[:, slot].zero_()
+            layer[:, row].zero_()
 
     def _reserve(self, step: Step) -> None:
         if step.seen <= self.length:
@@ -125,16 +125,16 @@ class KVCache:
         made = self._index[1]
         if heads not in made:
             device = step.ids.device
-            slots = torch.tensor(step.slots, device=device)[:, None, None, None]
-            pair = torch.arange(2, device=device)[:, None] * self.slots
-            rows = (slots + pair) * heads + torch.arange(heads, device=device)
-            made[heads] = (rows * self.length + step.positions[:, :, None, None]).view(-1)
+            rows = torch.tensor(step.rows, device=device)[:, None, None, None]
+            pair = torch.arange(2, device=device)[:, None] * self.rows
+            heads_of = (rows + pair) * heads + torch.arange(heads, device=device)
+            made[heads] = (heads_of * self.length + step.positions[:, :, None, None]).view(-1)
         return made[heads]
 
 
 def gaps(step: Step) -> Tensor | None:
     """(b,) int64 places of the step's rows in what `KVCache.read` gives; None where they are all of it."""
-    first, last = step.slots[0], step.slots[-1]
-    if last - first + 1 == len(step.slots):
+    first, last = step.rows[0], step.rows[-1]
+    if last - first + 1 == len(step.rows):
         return None
-    return torch.tensor([slot - first for slot in step.slots], device=step.ids.device)
+    return torch.tensor([row - first for row in step.rows], device=step.ids.device)

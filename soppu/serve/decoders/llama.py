@@ -174,12 +174,12 @@ class _Attention:
         return torch.bmm(weights, values).view(shape)
 
     def _seen_by(self, dtype: torch.dtype) -> Tensor:
-        """(r, 1, 1 or group T, seen); the slots in a gap see everything, and nobody asks what."""
+        """(r, 1, 1 or group T, seen); the rows in a gap see everything, and nobody asks what."""
         mask = self._step.mask(dtype)
         if mask.shape[1] > 1:
             mask = mask.repeat(1, self._heads.q // self._heads.kv, 1)
         if self._gaps is not None:
-            rows = self._step.slots[-1] - self._step.slots[0] + 1
+            rows = self._step.rows[-1] - self._step.rows[0] + 1
             mask = mask.new_zeros(rows, *mask.shape[1:]).index_copy_(0, self._gaps, mask)
         return mask[:, None]
 

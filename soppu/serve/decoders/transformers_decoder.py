@@ -1,4 +1,4 @@
-"""GeneralDecoder: any decoder-only model of transformers, by its own code, over the slots of a `KVCache`."""
+"""GeneralDecoder: any decoder-only model of transformers, by its own code, over the rows of a `KVCache`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Slots(Cache):
 
 
 def check(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModel where a slot of keys and values is not all that a layer keeps of a row."""
+    """Raise UnsupportedModel where keys and values are not all that a layer keeps of a row."""
     config = model.config
     if odd := sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYERS)):
         raise UnsupportedModel(

@@ -38,10 +38,10 @@ class BatchSize:
 
 @dataclass(eq=False)
 class _Row:
-    """A request, the `number`-th that came, with its place in the cache; `held` of its ids are in there."""
+    """A request, the `number`-th that came, and its place in the cache, which holds `held` of its ids."""
 
     generation: Generation
-    slot: int
+    place: int
     number: int
     held: int = 0
 
@@ -68,7 +68,7 @@ class Batch:
         self._size = size
         self._device = device
         self._joined = 0
-        self._rows: list[_Row] = []  # by slot
+        self._rows: list[_Row] = []  # by place
         self._routed: tuple[list[_Row], Routing] = ([], Routing([]))
 
     def __len__(self) -> int:
@@ -82,11 +82,11 @@ class Batch:
 
     def join(self, generation: Generation) -> None:
         """Give a request the first free place; it takes part from the next step on."""
-        taken = {row.slot for row in self._rows}
-        slot = next(slot for slot in range(self._size.rows) if slot not in taken)
+        taken = {row.place for row in self._rows}
+        place = next(place for place in range(self._size.rows) if place not in taken)
         self._joined += 1
-        self._rows.append(_Row(generation, slot, self._joined))
-        self._rows.sort(key=lambda row: row.slot)
+        self._rows.append(_Row(generation, place, self._joined))
+        self._rows.sort(key=lambda row: row.place)
 
     def step(self) -> None:
         """Some prompt tokens of rows that have just come, then one token for every row whose prompt is read.
@@ -107,7 +107,7 @@ class Batch:
             if (
                 row.done and row.held and row.missing > 1
             ):  # nobody has seen yet whether its numbers are finite
-                self._decoder.cache.clear(row.slot)
+                self._decoder.cache.clear(row.place)
         self._rows = [row for row in self._rows if not row.done]
         if not self._rows:
             self._routed = ([], Routing([]))  # which holds the tensors of a bundle version
@@ -130,7 +130,7 @@ class Batch:
             if width * (len(chosen) + 1) > self._size.prefill:
                 break
             chosen.append(row)
-        return sorted(chosen, key=lambda row: row.slot)
+        return sorted(chosen, key=lambda row: row.place)
 
     def _read(self, rows: list[_Row]) -> None:
         counts = [min(row.missing, self._size.prefill) for row in rows]
@@ -153,7 +153,7 @@ class Batch:
 
     def _logits(self, rows: list[_Row], ids: list[list[int]], counts: list[int], routing: Routing) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.long, device=self._device)
-        step = Step(tokens, [row.slot for row in rows], [row.held for row in rows], counts)
+        step = Step(tokens, [row.place for row in rows], [row.held for row in rows], counts)
         logits = self._decoder.forward(step, routing)
         for row, count in zip(rows, counts, strict=True):
             row.held += count
@@ -166,7 +166,7 @@ class Batch:
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             if not math.isfinite(logprob):
                 row.generation.fail(_not_finite(row.generation))
-                self._decoder.cache.clear(row.slot)
+                self._decoder.cache.clear(row.place)
             elif not row.done:  # cancelled during the forward, or failed at its choice
                 row.generation.push(token, logprob)
 
@@ -181,7 +181,7 @@ class Batch:
             _LOG.exception("a step of %d requests failed", len(rows))
             for row in rows:
                 row.generation.fail(failed(f"{type(error).__name__}: {error}"))
-                self._decoder.cache.clear(row.slot)
+                self._decoder.cache.clear(row.place)
 
     def _route(self, rows: list[_Row]) -> Routing:
         return Routing([row.generation.job.resolved.slot for row in rows])

@@ -13,7 +13,8 @@ class Detokenizer:
     A byte-level token may end inside a character: those bytes are held back until the character is whole, or
     until `flush`. Only a short window is decoded for each token, so a text of n tokens costs O(n).
     The one exception to "the decoded whole": invalid UTF-8 from SentencePiece's byte tokens, whose decoder
-    takes back bytes it has already shown.
+    takes back bytes it has already shown. There tokenizers' own `DecodeStream` raises, and takes the batch
+    along; and it cannot be flushed. So this one is ours.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

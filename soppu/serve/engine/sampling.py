@@ -8,6 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.seed: int | None = None
+        self._process = processors(sampling)
         self._generator = torch.Generator()
         if sampling.do_sample:
             self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -48,36 +56,27 @@ class Sampler:
         return not self.sampling.do_sample and self.sampling.repetition_penalty == 1.0
 
     def choose(self, logits: Tensor, ids: Sequence[int]) -> int:
-        """The next token id.
+        """The next token id. O(v log v).
 
         Args:
             logits: (vocabulary,) fp32, on the CPU.
             ids: prompt and generated tokens so far.
         """
-        scores = penalise(logits, ids, penalty=self.sampling.repetition_penalty)
+        scores: Tensor = self._process(torch.LongTensor([ids]), logits[None])[0]
         if not self.sampling.do_sample:
             return int(scores.argmax())
-        scores = warp(scores, self.sampling)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
-def penalise(logits: Tensor, ids: Sequence[int], *, penalty: float) -> Tensor:
-    """Divide positive, multiply negative logits of the tokens in `ids` by `penalty`. Shape stays (v,)."""
-    if penalty == 1.0:
-        return logits
-    seen = torch.tensor(sorted(set(ids)))
-    old = logits[seen]
-    return logits.index_put((seen,), torch.where(old < 0, old * penalty, old / penalty))
-
-
-def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, then top-p; what is cut off becomes -inf. Shape stays (v,). O(v log v)."""
-    scores = logits / sampling.temperature
-    if 0 < sampling.top_k < scores.numel():
-        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
-    if sampling.top_p < 1.0:
-        ordered, order = scores.sort()
-        cut = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        cut[-1] = False  # the likeliest token always stays
-        scores = scores.index_fill(0, order[cut], -torch.inf)
-    return scores
+def processors(sampling: Sampling) -> LogitsProcessorList:
+    """What changes the scores (b, v) before a token is chosen, in LoRAX's order."""
+    made = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        made.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.do_sample:
+        made.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k:
+            made.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            made.append(TopPLogitsWarper(sampling.top_p))
+    return made

@@ -82,7 +82,7 @@ def served_logits(
 ) -> Tensor:
     """Logits (adapters, v) after `ids`, one row for each adapter, in one batch."""
     b = len(adapters)
-    decoder = make_decoder(model, bank.router, CacheSize(slots=b, limit=len(ids)))
+    decoder = make_decoder(model, bank.router, CacheSize(rows=b, limit=len(ids)))
     step = Step(torch.tensor([ids] * b), range(b), starts=[0] * b, counts=[len(ids)] * b)
     return decoder.forward(step, Routing([bank.resolve(adapter).slot for adapter in adapters]))
 

@@ -77,7 +77,7 @@ class House:
 
 
 def make(house: House, kind: str, size: CacheSize) -> LlamaDecoder | GeneralDecoder:
-    cache = KVCache(size.slots, size.limit)
+    cache = KVCache(size.rows, size.limit)
     if kind == "general":
         return GeneralDecoder(house.model, house.bank.router, cache)
     return LlamaDecoder(house.model, cache)

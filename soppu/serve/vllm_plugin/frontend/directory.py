@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError
+from soppu.serve.names import find_version
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,7 @@ class Directory:
             row = self._users.get(self.active, {}).get(name, 0)
             if row:
                 return Found(name, row, self.active)
-            user, at, prefix = name.rpartition("@")
-            if not at or not prefix:
-                return None
-            found = [bundle_id for bundle_id in self._versions if bundle_id.startswith(prefix)]
+            user, _, found = find_version(name, self._versions)
             row = self._users[found[0]].get(user, 0) if len(found) == 1 else 0
             return Found(f"{user}@{found[0]}", row, found[0]) if row else None
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soppu.adapter import LoraAdapter, LoraPair, check_shapes, validate
+from soppu.adapter import LoraAdapter, check_shapes, validate
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.numbers.coders import least_squares
+from soppu.compress.numbers.errors import squared_norms
 from soppu.errors import AdapterError
 
 
@@ -58,25 +60,12 @@ def _on(adapter: LoraAdapter, bundle: Bundle, cluster: int) -> Projected:
     cores, lost, whole = {}, 0.0, 0.0
     for name, pair in adapter.pairs.items():
         U, V = bundle.matrices(name, cluster)
-        total = _squared(pair.B.double(), pair.A.double())
-        whole += total
-        if U is None or V is None:
-            lost += total
-            continue
-        core = _core(pair, U.double(), V.double())
-        cores[name] = core.float()
-        lost += _squared(
-            torch.cat([pair.B.double(), -U.double() @ core], 1), torch.cat([pair.A.double(), V.double().mT])
-        )
-    return Projected(cores, cluster, (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0)
-
-
-def _core(pair: LoraPair, U: Tensor, V: Tensor) -> Tensor:
-    left = torch.linalg.lstsq(U, pair.B.double()).solution
-    right = torch.linalg.lstsq(V, pair.A.double().mT).solution
-    return left @ right.mT
-
-
-def _squared(left: Tensor, right: Tensor) -> float:
-    """||left @ right||_F^2, without forming the product."""
-    return float(((left.mT @ left) * (right @ right.mT).mT).sum())
+        B, A = pair.B.double(), pair.A.double()
+        whole += float(squared_norms(B, A))
+        if U is not None and V is not None:
+            U, V = U.double(), V.double()
+            core = least_squares(U) @ B @ (A @ least_squares(V).mT)
+            cores[name] = core.float()
+            B, A = torch.cat([B, -U @ core], 1), torch.cat([A, V.mT])
+        lost += float(squared_norms(B, A))
+    return Projected(cores, cluster, (lost / whole) ** 0.5 if whole else 0.0)

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
-from soppu.serve.api.responses import error_body
+from soppu.serve.api.responses import on_request_error
 from soppu.serve.bank.protocol import Served
 from soppu.serve.vllm_plugin.frontend.control import Control
 
@@ -37,7 +37,7 @@ def attach(app: Starlette, control: Callable[[], Control], *, token: str) -> Non
 
     api = AdminApi(cast(Served, _Late(control)), token=token)
     app.router.routes += [Route("/soppu/v1/info", info, methods=["GET"]), *api.routes()]
-    app.add_exception_handler(RequestError, _on_refusal)
+    app.add_exception_handler(RequestError, on_request_error)
 
 
 class _Late:
@@ -48,9 +48,3 @@ class _Late:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._make(), name)
-
-
-async def _on_refusal(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)

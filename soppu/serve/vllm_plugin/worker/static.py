@@ -1,8 +1,8 @@
 """StaticStep: what `step.Step` does, for engines that record a pass once and replay it, as CUDA graphs do.
 
 Nothing that a recorded pass reads may move, and it may not depend on who is in the batch. So the bases lie
-side by side in one tensor a layer, every request's cores are copied to a slot before the pass, and each token
-reads its slot and the place of its basis from buffers. The base model's tokens read the zero slot.
+side by side in one tensor a layer, every request's cores are copied before the pass, and each token reads the
+number of its copy and the place of its basis from buffers. The base model's tokens read copy 0, all zeros.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """V (i, bases, m, k); U of every part (bases, k, size); where the cores begin in a slot."""
+    """V (i, bases, m, k); U of every part (bases, k, size); where the cores begin in a copy."""
 
     V: Tensor
     U: tuple[Tensor, ...]
@@ -48,8 +48,8 @@ class StaticStep(Residents):
         self._limits = limits
         self._layers = [_layer(line, first, limits.bases) for line in linears]
         cores = first.cores
-        self._slots = cores.new_zeros(limits.requests + 1, cores.shape[1])
-        self._slot = torch.zeros(limits.tokens, dtype=torch.int64, device=cores.device)
+        self._copies = cores.new_zeros(limits.requests + 1, cores.shape[1])
+        self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=cores.device)
         self._base = torch.arange(limits.tokens, device=cores.device) * limits.bases
         self._places: dict[tuple[int, int], int] = {}  # (first row, cluster) -> place of the basis
         self.add(first)
@@ -81,19 +81,19 @@ class StaticStep(Residents):
     def clear(self) -> None:
         """Serve the base model until the next `begin`."""
         super().clear()
-        self._slot.zero_()
+        self._copy.zero_()
 
     def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Prepare a pass: copy cores to slots, and every token's slot and basis to the buffers. As `Step`."""
+        """Prepare a pass: copy cores, and write every token's copy and basis to the buffers. As `Step`."""
         if self._is_prepared(rows, counts):
             return
         users, which = np.unique(rows, return_inverse=True)
-        slots, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
+        copies, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
         for number, row in enumerate(users.tolist()):
             if row:
-                slots[number] = number + 1
+                copies[number] = number + 1
                 places[number] = self._fill(row, number + 1)
-        self._write(np.repeat(slots[which], self._counts), np.repeat(places[which], self._counts))
+        self._write(np.repeat(copies[which], self._counts), np.repeat(places[which], self._counts))
 
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
         """Add to `y` (T, o), in place, what the users change at layer `number` for the input `x` (T, i)."""
@@ -106,26 +106,26 @@ class StaticStep(Residents):
         _, bases, m, k = layer.V.shape
         where = self._base[span[0] : span[1]] - span[0] * bases
         t = (x @ layer.V.flatten(1)).view(-1, m, k).index_select(0, where)
-        cores = self._slots[:, layer.offset : layer.offset + m * k * k].index_select(
-            0, self._slot[span[0] : span[1]]
+        cores = self._copies[:, layer.offset : layer.offset + m * k * k].index_select(
+            0, self._copy[span[0] : span[1]]
         )
         s = torch.bmm(t.view(-1, 1, k), cores.view(-1, k, k)).view(-1, m * k)
         spread = s.new_zeros(len(x) * bases, m * k).index_copy_(0, where, s).view(-1, bases, m, k)
         for part, (at, U) in enumerate(zip(layer.at, layer.U, strict=True)):
             y[:, at : at + U.shape[2]].addmm_(spread[:, :, part].reshape(-1, bases * k), U.flatten(0, 1))
 
-    def _fill(self, row: int, slot: int) -> int:
-        """Copy a row's cores to a slot; the place of its basis."""
+    def _fill(self, row: int, copy: int) -> int:
+        """Copy a row's cores; the place of its basis."""
         for start, resident in self.residents.items():
             if start <= row < start + resident.rows:
-                self._slots[slot] = resident.cores[row - start]
+                self._copies[copy] = resident.cores[row - start]
                 return self._places[start, int(resident.cluster[row - start])]
         raise BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
 
-    def _write(self, slots: np.ndarray, places: np.ndarray) -> None:
-        tokens, bases = len(slots), self._limits.bases
-        self._slot[:tokens] = torch.from_numpy(slots).to(self._slot.device)
-        self._slot[tokens:] = 0  # a replayed pass may be longer than the batch
+    def _write(self, copies: np.ndarray, places: np.ndarray) -> None:
+        tokens, bases = len(copies), self._limits.bases
+        self._copy[:tokens] = torch.from_numpy(copies).to(self._copy.device)
+        self._copy[tokens:] = 0  # a replayed pass may be longer than the batch
         where = torch.from_numpy(np.arange(tokens) * bases + places)
         self._base[:tokens] = where.to(self._base.device)
 
