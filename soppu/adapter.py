@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from soppu import files
+from soppu import base_identity, files
+from soppu.base_identity import Base
 from soppu.errors import AdapterError
 from soppu.module_names import split_layer
 
@@ -77,6 +78,11 @@ class LoraAdapter:
     fan_in_fan_out: bool = False
     _hash: str = field(default="", init=False, repr=False)
 
+    @property
+    def base(self) -> Base:
+        """The base model, as far as the adapter knows it."""
+        return Base(self.base_model, self.base_hash)
+
     def content_hash(self) -> str:
         """SHA-256 over base hash, weight layout and every tensor (name, dtype, shape, bytes), by name."""
         if not self._hash:
@@ -101,21 +107,17 @@ class LoraAdapter:
         }
 
 
-def validate(adapter: LoraAdapter, *, who: str, base_hash: str = "") -> None:
+def validate(adapter: LoraAdapter, *, who: str) -> None:
     """Refuse an adapter that must not go further.
 
     Args:
         who: the user or folder named in the message.
-        base_hash: the base model it has to belong to; "" leaves that unchecked.
 
     Raises:
-        AdapterError: no tensors, shapes that do not fit together, NaN or Inf, or another base model.
+        AdapterError: no tensors, shapes that do not fit together, NaN or Inf.
     """
     if not adapter.pairs:
         raise AdapterError(f"{who}: the adapter holds no LoRA tensors")
-    if base_hash and adapter.base_hash != base_hash:
-        found = adapter.base_hash[:12] or f"unknown ({adapter.base_model or 'no name'})"
-        raise AdapterError(f"{who}: made for base model {found}, this is {base_hash[:12]}")
     for name, pair in adapter.pairs.items():
         if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
             raise AdapterError(
@@ -133,6 +135,12 @@ def check_shapes(adapter: LoraAdapter, expected: Mapping[str, tuple[int, int]], 
             raise AdapterError(f"{who}: {name}: the base model has no such module")
         if (o, i) != expected[name]:
             raise AdapterError(f"{who}: {name}: shape {(o, i)}, the base model has {expected[name]}")
+
+
+def stamped(adapter: LoraAdapter, base: Base, *, who: str) -> LoraAdapter:
+    """The adapter with the name and hash of `base`, whatever name it had. AdapterError for another hash."""
+    base_identity.check(Base(base.name, adapter.base_hash or base.hash), base, who=who, whose="--base is")
+    return replace(adapter, base_model=base.name, base_hash=base.hash)
 
 
 def write(adapter: LoraAdapter, folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
 
+from soppu.commands.base import BASE, reader
 from soppu.commands.describe import table
 from soppu.commands.folders import named_folders
 
@@ -34,9 +36,10 @@ _OUT = click.option(
     default=0,
     help="Bytes a new user may take at most; default: what the adapter has at 16 bits a number.",
 )
+@BASE
 @click.pass_context
 def project_command(
-    ctx: click.Context, bundle: Path, folders: tuple[str, ...], *, out: Path, max_error: float, max_bytes: int
+    ctx: click.Context, /, bundle: Path, folders: tuple[str, ...], *, out: Path, base: str, **limits: Any
 ) -> None:
     """Add new users to BUNDLE without touching anybody else's numbers, and write NEW.
 
@@ -50,13 +53,13 @@ def project_command(
     NEW is written with everybody who was added. Exit code 3 says that somebody was queued; their names are
     printed. The bases stay as they are, so after many new users a compression of all makes a smaller bundle.
     """  # noqa: D301
-    from soppu import adapter  # torch: not for `soppu --help`
-    from soppu.compress import Bundle, project
+    from soppu.compress import Bundle, project  # torch: not for `soppu --help`
     from soppu.compress.edit import QUEUED
 
     made, rows, queued = Bundle.load(bundle), [], []
+    read = reader(base)
     for user, folder in named_folders(folders).items():
-        found = project(made, user, adapter.read(folder), max_error=max_error, max_bytes=max_bytes)
+        found = project(made, user, read(folder), **limits)
         made = found.bundle
         rows.append((user, found.outcome, f"{found.error:.5f}", f"{found.added:,}"))
         queued += [user] if found.outcome == QUEUED else []

@@ -70,7 +70,7 @@ def run(options: ServeOptions) -> None:
         device = _device(options.device)
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
         model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
-        bank = AdapterBank(model, base_hash=base.hash)
+        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name)
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)

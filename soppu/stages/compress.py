@@ -73,5 +73,7 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
             progress=lambda done, total: tell(_said("calibrating", "texts", done, total)),
         )
         tokens = sum(len(block.ids) for block in blocks)
-        calibrate.save(found, path, base_hash=base.hash, examples=len(blocks), tokens=tokens)
-    return calibrate.load(path, base_hash=base.hash, modules=modules)
+        calibrate.save(
+            found, path, base_hash=base.hash, base_model=base.name, examples=len(blocks), tokens=tokens
+        )
+    return calibrate.load(path, base_hash=base.hash, base_model=base.name, modules=modules)

@@ -10,7 +10,7 @@ from typing import Any
 
 import soppu
 from soppu import adapter as adapters
-from soppu import files, models
+from soppu import base_identity, files, models
 from soppu.errors import FederationError, RegistryError
 from soppu.federation import emulator, simulation
 from soppu.federation.emulator import LayerPlan
@@ -74,8 +74,10 @@ def collect(run_folder: str, federation_id: str) -> str:
     current = registry.current_set()
     for user, adapter_id in result["adapters"].items():
         adapter = registry.get_adapter(adapter_id)
-        adapters.validate(adapter, who=f"user {user!r}", base_hash=base.hash)
-        adapters.check_shapes(adapter, shapes, who=f"user {user!r}")
+        who = f"user {user!r}"
+        adapters.validate(adapter, who=who)
+        base_identity.check(adapter.base, base.base, who=who, whose="this run is for")
+        adapters.check_shapes(adapter, shapes, who=who)
         if current.get(user) != adapter_id:  # a run of an earlier configuration, again
             registry.put_adapter(adapter, user=user, run=run.id)
     return freeze_current(run_folder)
@@ -90,7 +92,9 @@ def freeze_current(run_folder: str) -> str:
     run = open_run(run_folder)
     registry, base = run.registry(), run.base()
     current = registry.current_set()
-    fitting = {u: a for u, a in current.items() if registry.get_adapter(a).base_hash == base.hash}
+    fitting = {
+        u: a for u, a in current.items() if base_identity.same(registry.get_adapter(a).base, base.base)
+    }
     if not fitting:
         raise FederationError(
             f"{run.config.registry.root}: no user has an adapter for base model {run.config.base.model!r}"

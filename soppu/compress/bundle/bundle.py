@@ -16,6 +16,7 @@ from torch import Tensor
 
 from soppu import files
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.base_identity import Base
 from soppu.compress.bundle import container
 from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.codec import page
@@ -61,6 +62,11 @@ class Bundle:
     report: CompressionReport
     basis_saw: tuple[str, ...] = ()
     _last: dict[int, list[Components]] = field(default_factory=dict, repr=False)
+
+    @property
+    def base(self) -> Base:
+        """The base model, as far as the bundle knows it."""
+        return Base(self.base_model, self.base_hash)
 
     def index(self, user: str) -> int:
         """The user's place. Raises BundleError for a user the bundle does not hold."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from soppu import base_identity
 from soppu.adapter import LoraAdapter, validate
+from soppu.base_identity import Base
 from soppu.compress.fleet import heap
 from soppu.compress.linalg.tucker import LARGEST_NORM, SMALLEST_NORM
 from soppu.errors import AdapterError
@@ -135,13 +137,14 @@ def survey(
     if not adapters:
         raise AdapterError("no adapters to compress; at least one is needed")
     first: tuple[str, LoraAdapter] | None = None
+    base = Base()
     seen: dict[str, tuple[str, int, int]] = {}
     rows: list[dict[str, tuple[int, float]]] = []
     ids, parameters = [], 0
     for user, adapter in adapters.items():
         validate(adapter, who=user)
         first = first or (user, adapter)
-        _check_base(user, adapter, *first)
+        base = _joined(base, user, adapter, *first)
         rows.append({name: _look(user, name, adapter, seen) for name in adapter.pairs})
         ids.append(_id(user, adapter, adapter_ids))
         parameters += adapter.parameters()
@@ -155,8 +158,8 @@ def survey(
         ranks=torch.tensor([[rank for rank, _ in row] for row in table]),
         norms=torch.tensor([[norm for _, norm in row] for row in table], dtype=torch.float64),
         device=device,
-        base_model=like.base_model,
-        base_hash=like.base_hash,
+        base_model=base.name,
+        base_hash=base.hash,
         fan_in_fan_out=like.fan_in_fan_out,
         parameters=parameters,
     )
@@ -193,19 +196,15 @@ def delta_norm(B: Tensor, A: Tensor) -> float:
     return norm if norm > max(8 * _EPS * size, SMALLEST_NORM) else 0.0
 
 
-def _check_base(user: str, adapter: LoraAdapter, first_user: str, first: LoraAdapter) -> None:
-    if adapter.base_hash != first.base_hash:
-        found, expected = (base.base_hash[:12] or "an unknown hash" for base in (adapter, first))
-        raise AdapterError(f"base model: {user} was made for {found}, {first_user} for {expected}")
-    if not adapter.base_hash and adapter.base_model != first.base_model:
-        # Without a hash the name is all there is to tell base models apart.
-        raise AdapterError(
-            f"base model: {user} was made for {adapter.base_model!r}, {first_user} for {first.base_model!r}"
-        )
+def _joined(base: Base, user: str, adapter: LoraAdapter, first_user: str, first: LoraAdapter) -> Base:
+    """What is known of the base model once this adapter was seen, of whom `first` was the first."""
+    if adapter is not first:
+        base_identity.check(adapter.base, base, who=user, whose=f"{first_user} for")
     if adapter.fan_in_fan_out != first.fan_in_fan_out:
         raise AdapterError(
             f"fan_in_fan_out: {user} has {adapter.fan_in_fan_out}, {first_user} has {first.fan_in_fan_out}"
         )
+    return base.joined(adapter.base)
 
 
 def _id(user: str, adapter: LoraAdapter, given: Mapping[str, str] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soppu.compress.numbers.components import Components, grids
+from soppu.compress.numbers.components import Components, grids, ordinals
 
 
 def squared_errors(

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from soppu import base_identity
 from soppu.adapter import LoraAdapter, LoraPair, check_shapes, validate
+from soppu.base_identity import Base
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.serve.bank import from_bundle
@@ -55,8 +57,8 @@ class LoadedAdapter:
 class AdapterBank:
     """Loaded bundles and PEFT adapters of one model. Every method may be called from any thread."""
 
-    def __init__(self, model: PreTrainedModel, *, base_hash: str) -> None:
-        self.base_hash = base_hash
+    def __init__(self, model: PreTrainedModel, *, base_hash: str, base_model: str = "") -> None:
+        self.base = Base(base_model, base_hash)
         self.router = Router()
         self._model = model
         self._dtype = model.dtype
@@ -130,17 +132,19 @@ class AdapterBank:
     def add(self, name: str, adapter: LoraAdapter) -> None:
         """Load a PEFT adapter under `name`, or replace it; requests under way finish on the old one.
 
-        An adapter that states no base hash (made by another tool) is taken if its shapes fit, and logged.
+        An adapter that states no base hash (made by another tool) is taken if the name of its base model is
+        this model's and its shapes fit, and logged.
 
         Raises:
             AdapterError: another base model, a module or shape the model does not have, NaN, or a name that
                 a user of the active bundle has.
         """
-        validate(adapter, who=name, base_hash=self.base_hash if adapter.base_hash else "")
+        validate(adapter, who=name)
+        base_identity.check(adapter.base, self.base, who=name, whose="this server has")
         check_shapes(adapter, self._shapes, who=name)
-        verified = bool(self.base_hash) and adapter.base_hash == self.base_hash
+        verified = bool(self.base.hash) and adapter.base_hash == self.base.hash
         if not verified:
-            _LOG.warning("adapter %r states no base hash; its shapes fit, its origin is unknown", name)
+            _LOG.warning("adapter %r states no base hash; its name and its shapes fit", name)
         pairs = {
             module: LoraPair(self._cast(module, pair.A), self._cast(module, pair.B))
             for module, pair in adapter.pairs.items()
@@ -204,11 +208,7 @@ class AdapterBank:
 
     def _check(self, bundle: Bundle, bundle_id: str) -> None:
         who = f"bundle {bundle_id[:12]}"
-        if bundle.base_hash != self.base_hash:
-            raise BundleError(
-                f"{who}: made for base model {bundle.base_hash[:12]!r} ({bundle.base_model}),"
-                f" this server has {self.base_hash[:12]!r}"
-            )
+        base_identity.check(bundle.base, self.base, who=who, whose="this server has", error=BundleError)
         for name, shape in bundle.shapes.items():
             if name not in self._shapes:
                 raise BundleError(f"{who}: {name}: the base model has no such linear layer")

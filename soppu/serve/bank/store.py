@@ -167,7 +167,7 @@ class ServerState:
     def _write(self, *, without_bundle: str = "", without_adapter: str = "") -> None:
         content = {
             "format": 1,
-            "base_hash": self.bank.base_hash,
+            "base_hash": self.bank.base.hash,
             "active": self.bank.active,
             "bundles": sorted(self.bank.bundles().keys() - {without_bundle}),
             "adapters": {name: key for name, key in self._folders.items() if name != without_adapter},
@@ -179,10 +179,10 @@ class ServerState:
         if not path.exists():
             return
         content = _read(path)
-        if content["base_hash"] != self.bank.base_hash:
+        if content["base_hash"] != self.bank.base.hash:
             raise TargetError(
                 f"{self._root}: holds adapters of base model {content['base_hash'][:12]},"
-                f" this server has {self.bank.base_hash[:12]}; give it a state folder of its own"
+                f" this server has {self.bank.base.hash[:12]}; give it a state folder of its own"
             )
         for bundle_id in content["bundles"]:
             bundle = Bundle.load(self._bundle_path(bundle_id), expected_hash=bundle_id)

@@ -325,12 +325,29 @@ def test_adapters_of_two_base_models_are_refused(fleet):
     pairs = adapters["user1"].pairs
     adapters["user1"] = LoraAdapter(pairs, "tiny", "b" * 63 + "c")
     refused(adapters, "user0", "user1", "bbbb")
-    adapters["user1"] = LoraAdapter(pairs, "tiny", "")
-    refused(adapters, "user0", "user1", "unknown")
+    adapters["user1"] = LoraAdapter(pairs, "other", "")
+    refused(adapters, "user0", "user1", "unknown", "--base")
+    adapters["user1"] = LoraAdapter(pairs, "", "")
+    refused(adapters, "user0", "user1", "unknown", "no name", "--base")
     adapters = {user: LoraAdapter(pairs, name) for user, name in (("user0", "gpt2"), ("user1", "llama"))}
-    refused(adapters, "'gpt2'", "'llama'")
+    refused(adapters, "(gpt2)", "(llama)")
     adapters = {user: LoraAdapter(pairs, fan_in_fan_out=fan) for user, fan in (("x", True), ("y", False))}
     refused(adapters, "fan_in_fan_out", "x", "y")
+
+
+def test_a_bundle_keeps_the_hash_that_any_of_its_users_knows(fleet):
+    adapters = fleet((2, 2, 2))
+    known = adapters["user1"].base_hash
+    for user, name, base_hash in (
+        ("user0", "/models/Tiny/", ""),
+        ("user1", "org/tiny", known),
+        ("user2", "tiny", ""),
+    ):
+        adapters[user] = LoraAdapter(adapters[user].pairs, name, base_hash)
+    bundle = compress(adapters, CompressOptions(method="joint", rank=4))
+    assert (bundle.base_model, bundle.base_hash) == ("/models/Tiny/", known)
+    adapters["user3"] = LoraAdapter(adapters["user0"].pairs, "tiny", "c" * 64)  # not the one user1 knows
+    refused(adapters, "user3", "user0", "cccc", "bbbb")
 
 
 def test_modules_of_two_shapes_are_refused(fleet):

@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.torch import save
 
 from soppu import adapter as adapters
-from soppu import files
+from soppu import base_identity, files
+from soppu.base_identity import Base
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError
 from soppu.serve.vllm_plugin.frontend import projecting
@@ -50,31 +51,37 @@ class Control:
     """One server's bundles and adapters; one change at a time. Implements `soppu.serve.bank.protocol.Served`.
 
     Args:
-        base_hash: of the model that is served.
+        base_hash: of the model that is served; `base_model` is the name it was loaded by.
         reserved: names the base model is served under, which no user may have.
 
     Raises:
         BundleError: the bundle of the settings is damaged, or made for another base model.
     """
 
-    def __init__(self, settings: Settings, *, base_hash: str, reserved: Collection[str] = ()) -> None:
-        self.settings, self.base_hash, self._reserved = settings, base_hash, tuple(reserved)
+    def __init__(
+        self, settings: Settings, *, base_hash: str, base_model: str = "", reserved: Collection[str] = ()
+    ) -> None:
+        self.settings, self.base, self._reserved = settings, Base(base_model, base_hash), tuple(reserved)
         self.bank = Directory(spare=settings.spare_rows)
-        self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
         self._changing = threading.Lock()
         self._engine: Engine | None = None
         bundle, self.first_id = read_first(settings)
         self._check(bundle, self.first_id)
+        self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
         self.bank.stage(bundle, self.first_id, self.bank.reserve(bundle))
         self.bank.activate(self.first_id)
 
-    def connect(self, engine: Engine) -> None:
+    def connect(self, engine: Engine, *, reserved: Collection[str] = ()) -> None:
         """The engine that serves this; from now on changes are possible.
 
+        Args:
+            reserved: the names its base model is served under, where they differ from those given before.
+
         Raises:
-            BundleError: its workers hold another bundle than this process read.
+            BundleError: its workers hold another bundle than this process read, or a user has such a name.
         """
-        self._engine = engine
+        self._engine, self._reserved = engine, tuple(reserved) or self._reserved
+        self._check_names(self.bank.versions()[self.first_id].bundle, self.first_id)
         for held in engine.call("first"):
             if held != self.first_id:
                 raise BundleError(f"{self.settings.bundle}: changed while the server started; start it again")
@@ -115,9 +122,11 @@ class Control:
         """Serve a PEFT folder on the active bundle's basis, under `name`; one of that name is replaced.
 
         Raises:
-            AdapterError: malformed, above the error that is allowed, a user's name, or no spare row is left.
+            AdapterError: malformed, of another base model, above the error that is allowed, a user's name, or
+                no spare row is left.
         """
         adapter = adapters.read(folder)
+        base_identity.check(adapter.base, self.base, who=name, whose="this server has")
         with self._changing:
             active = self.bank.active
             if not active:
@@ -141,7 +150,7 @@ class Control:
             files.write_bytes(path, save({module: core.contiguous() for module, core in made.cores.items()}))
             self._call("put", version.start, row, made.cluster, str(path))
             rank = max(pair.rank for pair in adapter.pairs.values())
-            verified = bool(self.base_hash) and adapter.base_hash == self.base_hash
+            verified = bool(self.base.hash) and adapter.base_hash == self.base.hash
             self.bank.take(
                 name, Runtime(active, row, adapter.content_hash(), rank, verified=verified, error=made.error)
             )
@@ -169,11 +178,11 @@ class Control:
         return self._connected().call(method, *args)
 
     def _check(self, bundle: Bundle, bundle_id: str) -> None:
-        if self.base_hash and bundle.base_hash and bundle.base_hash != self.base_hash:
-            raise BundleError(
-                f"bundle {bundle_id[:12]}: made for base model {bundle.base_hash[:12]!r}"
-                f" ({bundle.base_model}), this server has {self.base_hash[:12]!r}"
-            )
+        who = f"bundle {bundle_id[:12]}"
+        base_identity.check(bundle.base, self.base, who=who, whose="this server has", error=BundleError)
+        self._check_names(bundle, bundle_id)
+
+    def _check_names(self, bundle: Bundle, bundle_id: str) -> None:
         if clash := sorted(set(self._reserved).intersection(bundle.users)):
             raise BundleError(
                 f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name the base model is served under;"

@@ -30,10 +30,10 @@ def project(adapter: LoraAdapter, bundle: Bundle, *, who: str, max_error: float)
     The core is the least-squares one, U^+ B A (V^+)^T, the bases orthonormal or not.
 
     Raises:
-        AdapterError: another base model, a module the bundle has no basis for, or an error above
+        AdapterError: a module the bundle has no basis for, or an error above
             `max_error`; the message names the adapter, its error and what is allowed.
     """
-    validate(adapter, who=who, base_hash=bundle.base_hash if adapter.base_hash else "")
+    validate(adapter, who=who)
     if missing := sorted(adapter.pairs.keys() - bundle.shapes.keys()):
         raise AdapterError(
             f"{who}: changes {missing[0]}, which the bundle has no basis for;"

@@ -29,7 +29,7 @@ def attach(app: Starlette, control: Callable[[], Control], *, token: str) -> Non
             {
                 "server": SERVER,
                 "version": __version__,
-                "base_hash": served.base_hash,
+                "base_hash": served.base.hash,
                 "model_id": served.model,
                 "active": served.bank.active,
             }
