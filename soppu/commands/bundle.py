@@ -149,6 +149,9 @@ def export_command(
     errors = loaded.report.relative_error
     rows = [(user, f"{errors[user]:.5f}", str(folder)) for user, folder in made.folders.items()]
     table(("user", "relative error", "folder"), rows)
+    lost = [user for user in loaded.report.lost_users if user in made.folders]
+    if lost:
+        click.echo(f"lost users   {', '.join(lost)}: not in the bundle, zeros are written", err=True)
     click.echo(f"rank         {made.rank}, {made.modules} modules over {made.layers} layers, {dtype}")
     click.echo(f"on disk      {made.bytes:,} bytes, the bundle has {bundle.stat().st_size:,}")
 

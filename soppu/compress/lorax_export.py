@@ -80,6 +80,10 @@ def export(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
     chosen = tuple(dict.fromkeys(users)) or bundle.users
+    for user in chosen:
+        bundle.index(user)
+    if chosen and set(chosen) <= set(bundle.report.lost_users):
+        raise BundleError(f"nothing of {', '.join(chosen[:5])} is in the bundle; compress with more bytes")
     rank = _rank(bundle, chosen)
     named = [parts[1] for name in bundle.shapes if (parts := split_layer(name))]
     layers = layers or 1 + max(named, default=-1)
@@ -148,6 +152,8 @@ def _tensors(
         if name in adapter.pairs:
             pair = adapter.pairs[name]
             A[: pair.rank], B[:, : pair.rank] = pair.A.to(dtype), pair.B.to(dtype)
+            if bool(pair.A.any() and pair.B.any()) and not bool(A.any() and B.any()):
+                raise BundleError(f"{who}: {name}: numbers too small for {dtype} become 0; use float32")
         if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
             raise BundleError(f"{who}: {name}: numbers beyond the range of {dtype}; bfloat16 has a wider one")
         made |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}

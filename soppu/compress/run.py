@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -14,12 +14,14 @@ from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.fleet import survey as fleets
 from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
-from soppu.compress.linalg.whitening import make
+from soppu.compress.linalg.whitening import Whitener, make
 from soppu.compress.methods import residual, shared_basis, ternary
 from soppu.compress.methods.fit import Fit, Question
-from soppu.compress.numbers.errors import relative_errors
+from soppu.compress.numbers.errors import LOST, relative_errors
 from soppu.compress.numbers.quantise import QUANTISERS
 from soppu.compress.options import SHARED_METHODS, CompressOptions
+from soppu.compress.target import ratio
+from soppu.errors import BundleError
 
 _FLOAT_WIDTHS = (16, 32)
 
@@ -48,18 +50,54 @@ def compress(
     Raises:
         AdapterError: no adapters, a malformed one, or two that do not belong together; both users are named.
         ConfigError: a device this machine does not have.
-        BundleError: the target cannot be met.
+        BundleError: the target cannot be met, nothing of anybody would be left, or moments fit no module.
     """
     started = time.perf_counter()
     tell = progress or (lambda what, done, total: None)
     fleet = fleets.survey(adapters, adapter_ids=adapter_ids, device=options.torch_device())
-    given = moments or {}
-    whiteners = {name: make(given[name], shrink=options.shrink) for name in fleet.shapes if name in given}
+    whiteners = _whiteners(fleet, moments or {}, options.shrink)
     build = _Builder(fleet, options, whitened=bool(whiteners))
-    found = _fit(Passes(fleet, whiteners), options, build=build, progress=tell)
+    passes = Passes(fleet, whiteners)
+    found = _fit(passes, options, build=build, progress=tell)
     bundle = build.bundle(found)
-    report = dataclasses.replace(bundle.report, seconds=time.perf_counter() - started)
-    return dataclasses.replace(bundle, report=report)
+    lost = bundle.report.lost_users
+    if lost and len(lost) == int((fleet.norm > 0).sum()):
+        raise BundleError(_nothing_left(passes, build, lost, size=len(bundle.to_bytes())))
+    report = replace(bundle.report, seconds=time.perf_counter() - started)
+    return replace(bundle, report=report)
+
+
+def _whiteners(fleet: Fleet, moments: Mapping[str, Tensor], shrink: float) -> dict[str, Whitener]:
+    for name, C in moments.items():
+        if name in fleet.shapes and C.shape[0] != fleet.shapes[name][1]:
+            found = f"moments of {C.shape[0]} features, the adapters have {fleet.shapes[name][1]}"
+            raise BundleError(f"{name}: {found}; calibrate on the base model of the adapters")
+    made = {name: make(moments[name], shrink=shrink) for name in fleet.shapes if name in moments}
+    if moments and not made:
+        raise BundleError(
+            f"moments name {next(iter(moments))!r} and {len(moments) - 1} more modules, none of those the"
+            f" adapters change, such as {next(iter(fleet.shapes))!r}; calibrate with these modules"
+        )
+    return made
+
+
+def _nothing_left(passes: Passes, build: _Builder, lost: tuple[str, ...], *, size: int) -> str:
+    """Why a bundle is refused, with the smallest size found at which something is kept: fits up to eight."""
+    options, parameters = build.options, passes.fleet.parameters
+    names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+    said = f"nothing of {names} would be left ({options.method}, target {options.target or 'none'})"
+    if not options.target:
+        return f"{said}; ask for more, by --density or --rank, or for --max-error"
+    for more in (int(size * 2.0**step) for step in range(-4, 4)):
+        try:
+            allowed = replace(options, ratio=0.0, max_error=0.0, max_bytes=size + more)
+            found = _fit(passes, allowed, build=replace(build, options=allowed), progress=lambda *_: None)
+        except BundleError:
+            continue
+        if bool((found.squared.sum(0) < (LOST * passes.fleet.norm).square()).any()):
+            times = int(100 * ratio(parameters, size + more)) / 100
+            return f"{said}; from {size + more} bytes, a ratio of {times:g}, on something is kept"
+    return f"{said}; the file takes {size} bytes even so; ask for --max-error"
 
 
 def _fit(passes: Passes, options: CompressOptions, *, build: _Builder, progress: Progress) -> Fit:
@@ -79,7 +117,7 @@ def _fit(passes: Passes, options: CompressOptions, *, build: _Builder, progress:
     return residual.fit(passes, question, progress=progress)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Builder:
     """Turns a fit into the bundle it is; a fit towards a number of bytes asks for its size on the way."""
 

@@ -40,7 +40,9 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
     report["bytes_before"] = sum(registry.adapter_bytes(adapter_id) for adapter_id in members.values())
     report["bytes_after"] = registry.bundle_bytes(bundle_id)
     run.write(f"compression-{bundle_id[:16]}.json", report)
-    tell({"note": f"compressed {len(members)} users", "share": 1.0})
+    lost = bundle.report.lost_users
+    said = f", nothing is left of {', '.join(lost)}" if lost else ""
+    tell({"note": f"compressed {len(members)} users{said}", "share": 1.0})
     return bundle_id
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from soppu.compress.linalg.certificate import Certificate
+from soppu.compress.numbers.errors import LOST
 
 # What a report says of the bundle as a whole, and as what; the rest is per user or per module.
 SETTINGS: Mapping[str, type] = MappingProxyType(
@@ -87,6 +88,17 @@ class CompressionReport:
         return max(self.relative_error.values())
 
     @property
+    def lost_users(self) -> tuple[str, ...]:
+        """Users of whose change nothing is in the bundle: they are served the base model."""
+        return tuple(user for user, error in self.relative_error.items() if error >= LOST)
+
+    @property
+    def lost_modules(self) -> tuple[str, ...]:
+        """Modules at which nothing is left of anybody's change."""
+        changed = {name: [e for e in errors.values() if e] for name, errors in self.module_error.items()}
+        return tuple(name for name, errors in changed.items() if errors and min(errors) >= LOST)
+
+    @property
     def overall(self) -> Certificate:
         """The certificates of all modules added up."""
         parts = [asdict(part) for part in self.certificates.values()]
@@ -101,6 +113,8 @@ class CompressionReport:
             "relative_error_rms": self.relative_error_rms,
             "relative_error_mean": self.relative_error_mean,
             "relative_error_max": self.relative_error_max,
+            "lost_users": list(self.lost_users),
+            "lost_modules": list(self.lost_modules),
             "overall": asdict(overall)
             | {
                 "relative_lower_bound": overall.relative_lower_bound,

@@ -24,6 +24,7 @@ from soppu.compress.methods.fit import Fit, Question
 from soppu.compress.methods.plan import ModulePlan, best, bisect, total_bits, user_errors
 from soppu.compress.methods.statistics import Known, learn
 from soppu.compress.numbers.coders import SideCoder
+from soppu.compress.target import ratio
 from soppu.errors import BundleError
 
 _SAMPLE = 48  # users the ranks are chosen on
@@ -84,7 +85,11 @@ def _to_bytes(known: Known, question: Question, progress: Progress) -> Fit:
         # components scale with the budget, the rest of the file does not
         budget = max(budget + (allowed * (1 - (1 - _CLOSE) / 2) - size) * budget / max(expected, 1.0), 0)
     if good is None:
-        raise BundleError(f"a bundle of {allowed} bytes was asked for, the smallest found has {min(fits)}")
+        times = int(100 * ratio(fleet.parameters, min(fits))) / 100
+        raise BundleError(
+            f"a bundle of {allowed} bytes was asked for, the smallest found has {min(fits)} (a ratio of"
+            f" {times:g}), and nothing or little of {len(fleet.users)} users in it; ask for more bytes"
+        )
     return good
 
 

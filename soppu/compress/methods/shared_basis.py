@@ -21,13 +21,13 @@ from soppu.compress.linalg import bounds, cluster, diagonal, range_finder
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.cluster import Clustering
 from soppu.compress.linalg.cores import Cores
-from soppu.compress.linalg.tucker import CoreFit
+from soppu.compress.linalg.tucker import CoreFit, core_energy
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.methods.coding import Coding
 from soppu.compress.methods.fit import Fit
-from soppu.compress.methods.plan import RANKS
 from soppu.compress.numbers.coders import CoreCoder, SideCoder
 from soppu.compress.options import CompressOptions
+from soppu.compress.target import ratio
 from soppu.errors import BundleError
 
 _SPARE = 32
@@ -118,11 +118,21 @@ def joint(known: Known, rank: int) -> Clustering:
     fits = {}
     for name, one in known.grown.items():
         least = options.tolerance * one.cores.total
-        k = min(rank, one.cores.left.shape[2], one.cores.right.shape[2], max(one.cores.columns, 1))
+        k = _most_rank(one.cores, rank)
         # without steps the closed form is what is asked for
         start = one.found if options.max_steps and k <= one.found.U.shape[1] else None
-        fits[name] = (one.cores.fit(k, max_steps=options.max_steps, least=least, start=start),)
+        fitted = one.cores.fit(k, max_steps=options.max_steps, least=least, start=start)
+        fits[name] = (_diagonal(one.cores, fitted, options) if options.method == "joint-diag" else fitted,)
     return Clustering(torch.zeros(len(known.passes.fleet.users), dtype=torch.int64), fits, ())
+
+
+def _diagonal(cores: Cores, found: CoreFit, options: CompressOptions) -> CoreFit:
+    """Bases for diagonal cores, which are what is stored, from those of full ones."""
+    left, right = cores.left.mT, cores.right
+    steps = max(options.max_steps, 1) * 4
+    made = diagonal.fit(left, right, (found.U, found.V), max_steps=steps, tolerance=options.tolerance)
+    energy = core_energy(left, right)
+    return CoreFit(made.U, made.V, tuple(energy - error for error in made.errors))
 
 
 def certificates(known: Known, grouped: Clustering) -> dict[str, Certificate]:
@@ -148,27 +158,47 @@ def _unbounded(cores: Cores, fits: tuple[CoreFit, ...]) -> Certificate:
 
 
 def _search(known: Known, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
-    """The largest rank within the bytes allowed, or the smallest within the error, by bisection."""
-    target = known.options.target
-    allowed = target.most_bytes(known.passes.fleet.parameters)
-    ranks = [k for k in sorted({*RANKS[1:], 1, known.options.rank}) if k <= known.options.rank]
-    low, high = 0, len(ranks) - 1
+    """The largest rank within the bytes allowed, or the smallest within the error.
+
+    Bytes grow nearly in proportion to the rank, so ranks are tried where a line through those known says; an
+    error halves what is left. A coding pass for each rank tried, about four for bytes.
+    """
+    target, fleet = known.options.target, known.passes.fleet
+    allowed = target.most_bytes(fleet.parameters)
+    most = max(_most_rank(one.cores, known.options.rank) for one in known.grown.values())
+    low, high, line = 0, most + 1, (0, 0.0)  # low is too few or fits, high too many or fits
     good: tuple[Fit, Clustering] | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        found, grouped = _at_rank(known, ranks[middle])
-        fits = size_of(found) <= allowed if allowed else _worst(found, known.passes.fleet) <= target.max_error
+    rank, tries = (most if allowed else (1 + most) // 2), 0
+    while high - low > 1:
+        found, grouped = _at_rank(known, rank)
+        size = float(size_of(found)) if allowed else 0.0
+        fits = size <= allowed if allowed else _worst(found, fleet) <= target.max_error
         good = (found, grouped) if fits else good
         if fits == bool(allowed):
-            low = middle + 1
+            low, line = rank, (rank, size)
         else:
-            high = middle - 1
+            high = rank
+        slope = (size - line[1]) / (rank - line[0]) if rank > line[0] else size / rank
+        tries += 1
+        guess = line[0] + int((allowed - line[1]) / slope) if allowed and tries % 3 else (low + high) // 2
+        rank = min(max(guess, low + 1), high - 1)
     if good is None:
         raise BundleError(
-            f"no shared rank from {ranks[0]} to {ranks[-1]} meets the target ({target});"
+            f"no shared rank from 1 to {most} meets the target ({target}): {_nearest(found, size, fleet)};"
             " the method residual has no such limit"
         )
     return good
+
+
+def _most_rank(cores: Cores, asked: int) -> int:
+    """The largest rank that makes a difference to a module."""
+    return min(asked, cores.left.shape[2], cores.right.shape[2], max(cores.columns, 1))
+
+
+def _nearest(found: Fit, size: float, fleet: Fleet) -> str:
+    if size:
+        return f"rank 1 takes {size:,.0f} bytes, {ratio(fleet.parameters, int(size)):.2f}x"
+    return f"the worst user's error is {_worst(found, fleet):.2g} at the largest"
 
 
 def _worst(found: Fit, fleet: Fleet) -> float:
@@ -181,10 +211,7 @@ def _at_rank(known: Known, rank: int) -> tuple[Fit, Clustering]:
     bases: dict[str, tuple[Bases, ...]] = {}
     coders: dict[str, tuple[CoreCoder, ...]] = {}
     for name, cores in known.cores.items():
-        pairs = [
-            _lifted(known, name, cores, fitted.U, fitted.V, grouped.cluster == c)
-            for c, fitted in enumerate(grouped.fits[name])
-        ]
+        pairs = [_lifted(known, name, cores, fitted.U, fitted.V) for fitted in grouped.fits[name]]
         bases[name] = tuple(pairs)
         coders[name] = tuple(_coder(pair, known.passes.whiteners.get(name), options) for pair in pairs)
     coding = Coding(bases, coders, grouped.cluster, fleet.norm)
@@ -204,15 +231,9 @@ def _at_rank(known: Known, rank: int) -> tuple[Fit, Clustering]:
     return made, grouped
 
 
-def _lifted(known: Known, name: str, cores: Cores, u: Tensor, v: Tensor, members: Tensor) -> Bases:
+def _lifted(known: Known, name: str, cores: Cores, u: Tensor, v: Tensor) -> Bases:
     """Bases in feature space, as stored, from their coordinates in core space."""
     options = known.options
-    if options.method == "joint-diag":
-        steps = max(options.max_steps, 1) * 4
-        made = diagonal.fit(
-            cores.left[members].mT, cores.right[members], (u, v), max_steps=steps, tolerance=options.tolerance
-        )
-        u, v = made.U, made.V
     out, inn = cores.basis_out @ u, cores.basis_in @ v
     whitener = known.passes.whiteners.get(name)
     if whitener is not None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from soppu.compress.numbers.components import Components, grids, ordinals
 
+LOST = 1 - 1e-6  # a relative error from here on says that nothing is left
+
 
 def squared_errors(
     B: Tensor, A: Tensor, parts: Components, bases: tuple[Tensor | None, Tensor | None], *, norm: Tensor
