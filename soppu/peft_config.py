@@ -119,7 +119,7 @@ def parse(config: Mapping[str, Any], *, who: str) -> LoraFields:
     if features := fields.more_than_plain():
         raise AdapterError(
             f"{who}: not a plain LoRA adapter: {', '.join(features)}; train without it (an initialisation"
-            " that changes the base: save with PEFT's path_initial_model_for_weight_conversion); a key of a newer"
+            " changing the base: save with PEFT's path_initial_model_for_weight_conversion); a key of a newer"
             " PEFT that only concerns training can be removed from the file"
         )
     return fields
