@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -41,12 +40,6 @@ class Engine:
     busy: Callable[[], Collection[int]]
 
 
-def read_first(settings: Settings) -> tuple[Bundle, str]:
-    """The bundle served from the start, and its id. Raises BundleError for a damaged one."""
-    data = settings.bundle.read_bytes()
-    return Bundle.from_bytes(data, source=str(settings.bundle)), hashlib.sha256(data).hexdigest()
-
-
 class Control:
     """One server's bundles and adapters; one change at a time. Implements `soppu.serve.bank.protocol.Served`.
 
@@ -65,7 +58,7 @@ class Control:
         self.bank = Directory(spare=settings.spare_rows)
         self._changing = threading.Lock()
         self._engine: Engine | None = None
-        bundle, self.first_id = read_first(settings)
+        bundle, self.first_id = settings.read_bundle()
         self._check(bundle, self.first_id)
         self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
         self.bank.stage(bundle, self.first_id, self.bank.reserve(bundle))
