@@ -20,8 +20,9 @@ from soppu.adapter import LoraAdapter, LoraPair, check_shapes, validate
 from soppu.base_identity import Base
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError, RequestError
+from soppu.models import linear_shapes
 from soppu.serve.bank import from_bundle
-from soppu.serve.layers.adapted_linear import Router, install, linear_shapes
+from soppu.serve.layers.adapted_linear import Router, install
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
 from soppu.serve.names import find_version
 from soppu.serve.refusals import failed

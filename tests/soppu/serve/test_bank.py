@@ -9,8 +9,8 @@ import torch
 
 from soppu.adapter import LoraPair
 from soppu.errors import AdapterError, BundleError, RequestError
+from soppu.models import linear_shapes
 from soppu.serve.bank.bank import AdapterBank
-from soppu.serve.layers.adapted_linear import linear_shapes
 from soppu.serve.layers.factors import BundleSlot, PairSlot
 from tests.soppu.serve import handmade, tiny
 
