@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from soppu.serve.bank.holdings import LoadedAdapter
-
-
-class Bank(Protocol):
-    """What is loaded."""
-
-    @property
-    def active(self) -> str:
-        """Id of the active bundle, "" if there is none."""
-
-    def bundles(self) -> dict[str, tuple[str, ...]]:
-        """Bundle id -> its users."""
-
-    def adapters(self) -> Mapping[str, LoadedAdapter]:
-        """Name -> adapter."""
+from soppu.serve.bank.holdings import Holder
 
 
 class Served(Protocol):
     """What may be changed. Methods block, and raise BundleError, AdapterError or StorageError."""
 
     @property
-    def bank(self) -> Bank:
+    def bank(self) -> Holder[Any, Any]:
         """What is loaded."""
 
     @property
