@@ -15,7 +15,7 @@ from soppu.serve.bank.holdings import Holder, LoadedAdapter
 
 
 @dataclass(frozen=True)
-class Found:
+class NamedRow:
     """What a name means now: `row` in the tables, `version` for caches, `label` to show."""
 
     label: str
@@ -108,13 +108,13 @@ class Directory(Holder[int, Runtime]):
         """Raise AdapterError where a user of the active bundle has the name."""
         self._held.check_name(name)
 
-    def resolve(self, name: str) -> Found | None:
+    def resolve(self, name: str) -> NamedRow | None:
         """What a name means now, see `Holdings.resolve`; None if nothing."""
         resolved = self._held.resolve(name)
         if isinstance(resolved, str):
             return None
         assert resolved.slot is not None
-        return Found(resolved.adapter_id, resolved.slot, resolved.version)
+        return NamedRow(resolved.adapter_id, resolved.slot, resolved.version)
 
     def is_current(self, row: int, version: str) -> bool:
         """Whether a row that was resolved earlier still means the same: False once it was dropped."""
