@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from soppu import files
 from soppu.base_identity import Base
@@ -112,6 +114,20 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Every module an adapter may sit on: full name -> (o, i)."""
+    modules = model.named_modules()
+    return {name: linear_shape(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(o, i) of an `nn.Linear` or a `Conv1D`."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:

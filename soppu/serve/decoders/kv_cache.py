@@ -46,6 +46,14 @@ class Step:
         ends = [row * width + count - 1 for row, count in enumerate(self.counts)]
         return torch.tensor(ends, device=self.ids.device)
 
+    @cached_property
+    def gaps(self) -> Tensor | None:
+        """(b,) int64 places of the rows in what `KVCache.read` gives; None where they are all of it."""
+        first, last = self.rows[0], self.rows[-1]
+        if last - first + 1 == len(self.rows):
+            return None
+        return torch.tensor([row - first for row in self.rows], device=self.ids.device)
+
     @property
     def seen(self) -> int:
         """Positions of the cache that some row of this step may look at."""
@@ -94,7 +102,7 @@ class KVCache:
     def read(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, heads, seen, d) of the rows from the step's first to its last.
 
-        No copy. Where rows in between are not the step's, they are there too; see `gaps`.
+        No copy. Where rows in between are not the step's, they are there too; see `Step.gaps`.
         """
         here = self.layers[layer][:, step.rows[0] : step.rows[-1] + 1, :, : step.seen]
         return here[0], here[1]
@@ -122,19 +130,11 @@ class KVCache:
         """(b T 2 heads,) row numbers in a layer laid out as rows of d, made once for all layers of a step."""
         if self._index is None or self._index[0] is not step:
             self._index = (step, {})
-        made = self._index[1]
-        if heads not in made:
+        places = self._index[1]
+        if heads not in places:
             device = step.ids.device
             rows = torch.tensor(step.rows, device=device)[:, None, None, None]
             pair = torch.arange(2, device=device)[:, None] * self.rows
             heads_of = (rows + pair) * heads + torch.arange(heads, device=device)
-            made[heads] = (heads_of * self.length + step.positions[:, :, None, None]).view(-1)
-        return made[heads]
-
-
-def gaps(step: Step) -> Tensor | None:
-    """(b,) int64 places of the step's rows in what `KVCache.read` gives; None where they are all of it."""
-    first, last = step.rows[0], step.rows[-1]
-    if last - first + 1 == len(step.rows):
-        return None
-    return torch.tensor([row - first for row in step.rows], device=step.ids.device)
+            places[heads] = (heads_of * self.length + step.positions[:, :, None, None]).view(-1)
+        return places[heads]

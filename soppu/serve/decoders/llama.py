@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from soppu.serve.decoders.kv_cache import KVCache, Step, gaps
+from soppu.serve.decoders.kv_cache import KVCache, Step
 from soppu.serve.layers.deltas import Layers
 from soppu.serve.layers.packed_linear import PackedLinear
 from soppu.serve.layers.routing import Routing
@@ -125,7 +125,6 @@ class _Attention:
         self._cos, self._sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         self._layer = 0
         if not step.fresh:
-            self._gaps = gaps(step)
             self._bias = self._seen_by(cos.dtype)
 
     def turn(self, qk: Tensor) -> Tensor:
@@ -156,11 +155,11 @@ class _Attention:
         group = heads.q // heads.kv
         q = q.view(b, T, heads.kv, group, heads.d).permute(0, 2, 3, 1, 4).reshape(b, heads.kv, -1, heads.d)
         keys, values = self._cache.read(self._layer, self._step)
-        if self._gaps is not None:
-            q = q.new_zeros(keys.shape[0], *q.shape[1:]).index_copy_(0, self._gaps, q)
+        if self._step.gaps is not None:
+            q = q.new_zeros(keys.shape[0], *q.shape[1:]).index_copy_(0, self._step.gaps, q)
         seen = self._weigh(q, keys, values)
-        if self._gaps is not None:
-            seen = seen.index_select(0, self._gaps)
+        if self._step.gaps is not None:
+            seen = seen.index_select(0, self._step.gaps)
         return seen.view(b, heads.kv, group, T, heads.d).permute(0, 3, 1, 2, 4)
 
     def _weigh(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ class _Attention:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._bias)
         # two small products are faster than torch's fused kernel here
         shape, bias = q.shape, self._bias.expand(-1, self._heads.kv, -1, -1).flatten(0, 1)
-        q, keys, values = (one.flatten(0, 1) for one in (q, keys, values))
+        q, keys, values = (rows.flatten(0, 1) for rows in (q, keys, values))
         weights = torch.baddbmm(bias, q, keys.mT, alpha=self._heads.d**-0.5).softmax(-1)
         return torch.bmm(weights, values).view(shape)
 
@@ -178,9 +177,9 @@ class _Attention:
         mask = self._step.mask(dtype)
         if mask.shape[1] > 1:
             mask = mask.repeat(1, self._heads.q // self._heads.kv, 1)
-        if self._gaps is not None:
+        if self._step.gaps is not None:
             rows = self._step.rows[-1] - self._step.rows[0] + 1
-            mask = mask.new_zeros(rows, *mask.shape[1:]).index_copy_(0, self._gaps, mask)
+            mask = mask.new_zeros(rows, *mask.shape[1:]).index_copy_(0, self._step.gaps, mask)
         return mask[:, None]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from soppu.errors import UnsupportedModel
-from soppu.serve.decoders.kv_cache import KVCache, Step, gaps
+from soppu.serve.decoders.kv_cache import KVCache, Step
 from soppu.serve.layers.adapted_linear import Router
 from soppu.serve.layers.routing import Routing
 
@@ -64,7 +64,6 @@ class _Slots(Cache):
         super().__init__(layers=[])
         self._store = store
         self._step = step
-        self._places = None if step.fresh else gaps(step)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -75,9 +74,9 @@ class _Slots(Cache):
         if self._step.fresh:
             return key_states, value_states
         keys, values = self._store.read(layer_idx, self._step)
-        if self._places is None:
+        if self._step.gaps is None:
             return keys, values
-        return keys.index_select(0, self._places), values.index_select(0, self._places)
+        return keys.index_select(0, self._step.gaps), values.index_select(0, self._step.gaps)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this forward, of the longest row."""

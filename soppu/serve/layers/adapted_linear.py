@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from soppu.errors import UnsupportedModel
+from soppu.models import linear_shape
 from soppu.serve.layers.deltas import Layers
 from soppu.serve.layers.routing import Routing
 
@@ -77,20 +77,6 @@ class AdaptedLinear(nn.Module):
             )
         routing.apply(self._layers, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
-
-
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Every module an adapter may sit on: full name -> (o, i)."""
-    modules = model.named_modules()
-    return {name: linear_shape(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(o, i) of an `nn.Linear` or a `Conv1D`."""
-    if isinstance(module, Conv1D):
-        return int(module.nf), int(module.nx)
-    assert isinstance(module, nn.Linear)
-    return module.out_features, module.in_features
 
 
 def install(model: nn.Module, names: Iterable[str], *, router: Router) -> None:

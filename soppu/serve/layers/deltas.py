@@ -9,7 +9,7 @@ from torch import Tensor
 
 from soppu.serve.layers.factors import Bases
 
-_SMALL = 1 << 15  # numbers; torch works on fewer in one thread, so products need no meeting of threads
+_SMALL = 1 << 15  # numbers; below this torch uses one thread, so threads need not be synchronised
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def _times(cores: Tensor, t: Tensor) -> Tensor:
     if t.shape[2] == 1 and cores.numel() <= _SMALL:
         return (cores * t).sum(-1)[:, :, None]
     m, M, a, b = cores.shape
-    made = torch.bmm(t.reshape(m * M, -1, b), cores.view(m * M, a, b).mT)
-    return made.view(m, M, -1, a)
+    return torch.bmm(t.reshape(m * M, -1, b), cores.view(m * M, a, b).mT).view(m, M, -1, a)
 
 
 def _pick(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:

@@ -30,7 +30,7 @@ class PackedLinear:
         weights = [layer.weight.detach() for layer in layers]  # type: ignore[operator]
         biases = [layer.bias for layer in layers]
         bias = None
-        if any(one is not None for one in biases):
+        if any(bias is not None for bias in biases):
             pairs = zip(biases, weights, strict=True)
             bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b.detach() for b, w in pairs])  # type: ignore[operator]
         return cls(weights[0] if len(weights) == 1 else torch.cat(weights), bias)

@@ -70,8 +70,7 @@ class StaticStep(Residents):
                 layer.V[:, place] = basis.V.view(layer.V[:, place].shape)
                 for held, (_, U) in zip(layer.U, basis.outputs(), strict=True):
                     held[place] = U
-        self.residents[resident.start] = resident
-        self.clear()
+        super().add(resident)
 
     def drop(self, start: int) -> None:
         """As `Residents.drop`; the places of its bases are free again."""
@@ -83,20 +82,18 @@ class StaticStep(Residents):
         super().clear()
         self._copy.zero_()
 
-    def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Prepare a pass: copy cores, and write every token's copy and basis to the buffers. As `Step`."""
-        if self._is_prepared(rows, counts):
-            return
+    def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Copy the users' cores, and write every token's copy and basis to the buffers."""
         users, which = np.unique(rows, return_inverse=True)
         copies, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
         for number, row in enumerate(users.tolist()):
             if row:
                 copies[number] = number + 1
                 places[number] = self._fill(row, number + 1)
-        self._write(np.repeat(copies[which], self._counts), np.repeat(places[which], self._counts))
+        self._write(np.repeat(copies[which], counts), np.repeat(places[which], counts))
 
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
-        """Add to `y` (T, o), in place, what the users change at layer `number` for the input `x` (T, i)."""
+        """See `Residents.apply`."""
         layer = self._layers[number]
         for begin in range(0, len(x), CHUNK):
             end = min(begin + CHUNK, len(x))
@@ -120,7 +117,7 @@ class StaticStep(Residents):
             if start <= row < start + resident.rows:
                 self._copies[copy] = resident.cores[row - start]
                 return self._places[start, int(resident.cluster[row - start])]
-        raise BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
+        raise self._unknown(row)
 
     def _write(self, copies: np.ndarray, places: np.ndarray) -> None:
         tokens, bases = len(copies), self._limits.bases
