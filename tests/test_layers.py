@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
 from flwr.cli.build import build_fab_from_files
 
@@ -191,6 +192,41 @@ def test_an_import_that_is_not_in_the_picture_would_be_found(
     status, said = lint_imports(copy)
     assert status == 1
     assert broken in said
+
+
+def rooms_on_the_map(prefix: str) -> dict[str, set[str]]:
+    """Room -> rooms it may import, of one table of docs/architecture.md, from the top down."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(rf"^\| `{prefix}/(\w+)(?:\.py|/)` \|[^|]+\|([^|]*)\|$", page, re.M)
+    names = [name for name, _ in rows]
+    below = {name: set(names[place + 1 :]) for place, name in enumerate(names)}
+    return {
+        name: below[name] - set(re.findall(r"not the (\w+)", may))
+        if "everything below" in may
+        else set(re.findall(r"`(\w+)`", may))
+        for name, may in rows
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "package"),
+    [("soppu", "soppu"), ("compress", "soppu.compress"), ("serve", "soppu.serve")],
+)
+def test_the_map_of_the_architecture_page_is_what_is_there(prefix: str, package: str) -> None:
+    graph = grimp.build_graph("soppu", cache_dir=None)
+    depth = package.count(".") + 1
+    actual: dict[str, set[str]] = {child.split(".")[-1]: set() for child in graph.find_children(package)}
+    for room, others in actual.items():
+        for module in {f"{package}.{room}"} | graph.find_descendants(f"{package}.{room}"):
+            for other in graph.find_modules_directly_imported_by(module):
+                if other.startswith(f"{package}."):
+                    others.add(other.split(".")[depth])
+        others.discard(room)
+    listed = rooms_on_the_map(prefix)
+    assert set(listed) == set(actual)
+    unlisted = {room: others - listed[room] for room, others in actual.items() if others - listed[room]}
+    assert not unlisted
+    assert all(others <= set(listed) for others in listed.values())
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_used(copy: Path) -> None:
