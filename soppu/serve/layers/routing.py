@@ -98,7 +98,9 @@ class Routing:
             yield self._shared_change(layers, here, numbered)
 
     def _clusters(self, factors: ModuleFactors, members: list[tuple[int, BundleSlot]]) -> dict[int, Places]:
-        """Cluster -> rows of the members served in shared form here; once for modules with the same places."""
+        """Cluster -> rows of the members served in shared form here; once for modules with the same
+        places.
+        """
         key = id(factors.place), id(members)
         if key not in self._places:
             places = factors.place[[slot.index for _, slot in members]].tolist()
