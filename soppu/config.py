@@ -94,13 +94,15 @@ class FederationConfig:
     wire: str = _key("float32", one_of=("float32", "ternary"))
     wire_density: float = _key(0.2, low=1e-6, high=1.0)
     wire_max_loss: float = _key(0.01, low=0.0)
+    max_update: float = _key(10.0, low=1.0)  # a user's change, over the median change of the round
     client_cpus: int = _key(1, low=1)
     min_users: int = _key(0, low=0)
+    hello_timeout_s: int = _key(120, low=1)  # how long those who are missing are waited for
     timeout_s: int = _key(3600, low=1)
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "min_users", "timeout_s"})
+OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "timeout_s"})
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.

@@ -94,6 +94,13 @@ def resolve(name: str, *, cache: Path) -> BaseModel:
     return _from_hub(name)
 
 
+def tokenizer_digest(base: BaseModel) -> str:
+    """Content hash of every small file beside the weights: the same text gives the same tokens."""
+    paths = [path for ending in ("json", "model", "txt") for path in base.path.glob(f"*.{ending}")]
+    parts = [f"{item.name} {files.sha256_file(item)}" for item in sorted(paths) if item.name != "config.json"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def load_model(base: BaseModel, *, dtype: str = "float32") -> PreTrainedModel:
     """Load the weights, frozen and in evaluation mode, on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], local_files_only=True)

@@ -58,6 +58,7 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
     texts = load_public(config.align.source, limit=config.compress.calibration_examples)
     parts = [
         base.hash,
+        models.tokenizer_digest(base),
         str(config.data.max_tokens),
         config.frozen_dtype,
         *modules,
