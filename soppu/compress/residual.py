@@ -22,10 +22,10 @@ from soppu.compress.fit import Fit, Progress
 from soppu.compress.fleet import Fleet
 from soppu.compress.leading import certify_leading
 from soppu.compress.metrics import Certificate
+from soppu.compress.options import Target
 from soppu.compress.passes import Passes
 from soppu.compress.plan import ModulePlan, best, bisect, total_bits, user_errors
 from soppu.compress.statistics import Known, learn
-from soppu.compress.target import Target
 from soppu.errors import BundleError
 
 _SAMPLE = 48  # users the ranks are chosen on

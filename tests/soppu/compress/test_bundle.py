@@ -21,8 +21,8 @@ from soppu import adapter
 from soppu.compress import Bundle, CompressOptions, compress, encoding, modes, schema
 from soppu.compress.components import unit
 from soppu.compress.metrics import Certificate
+from soppu.compress.options import ratio
 from soppu.compress.streams import LARGEST_FLOAT
-from soppu.compress.target import ratio
 from soppu.errors import BundleError
 
 TINY = {"q": (4, 3)}

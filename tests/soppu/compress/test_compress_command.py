@@ -12,8 +12,7 @@ from soppu.adapter import LoraAdapter
 from soppu.cli import main
 from soppu.commands.compress import compress_command
 from soppu.compress import Bundle, passes
-from soppu.compress.options import METHODS
-from soppu.compress.target import ratio
+from soppu.compress.options import METHODS, ratio
 
 SETTINGS = {
     "residual": ["--max-error", "0.2"],

@@ -17,7 +17,7 @@ from benchmarks.mutate import File
 from soppu.compress import Bundle, container, streams
 from soppu.compress.components import Components
 from soppu.compress.metrics import Certificate
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.errors import BundleError
 
 every_plan = pytest.mark.parametrize("plan", handmade.PLANS.values(), ids=handmade.PLANS.keys())
