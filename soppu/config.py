@@ -43,15 +43,6 @@ class DataConfig:
     min_examples: Count = 8
     max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192
 
-    @model_validator(mode="after")
-    def _enough_examples(self) -> Self:
-        if self.min_examples > self.train_examples:
-            raise ValueError(
-                f"data.min_examples = {self.min_examples}, allowed: at most data.train_examples"
-                f" = {self.train_examples}"
-            )
-        return self
-
 
 @settings("plan")
 class PlanConfig:
@@ -247,6 +238,16 @@ class Config:
     gate: GateConfig = GateConfig()
     serve: ServeConfig = ServeConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @field_validator("data")
+    @classmethod
+    def _enough_examples(cls, value: DataConfig) -> DataConfig:
+        if value.min_examples > value.train_examples:
+            raise ValueError(
+                f"data.min_examples = {value.min_examples}, allowed: at most data.train_examples"
+                f" = {value.train_examples}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _served_by_vllm(self) -> Self:
