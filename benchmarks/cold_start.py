@@ -26,7 +26,7 @@ from benchmarks.record import circumstances, store
 from soppu import adapter as peft
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle, CompressOptions, compress
-from soppu.serve.load import read
+from soppu.serve.bank.from_bundle import read
 
 SHAPES = {
     f"model.layers.{layer}.self_attn.{name}": (o, 576)

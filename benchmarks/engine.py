@@ -26,9 +26,9 @@ from benchmarks import served
 from benchmarks.record import circumstances, store
 from soppu.compress import Bundle
 from soppu.models import BaseModel, load_model, load_tokenizer
-from soppu.serve.bank import AdapterBank
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.generation import Event, GenerationRequest, TokenEvent
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.engine.generation import Event, GenerationRequest, TokenEvent
 
 DTYPES = ("float32", "bfloat16")
 CONCURRENT, NEW_TOKENS, PROMPT_WORDS = 16, 64, 28

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz_bundle --minutes 3 --seed 0
 
-Starts from small sound files of every kind, of both format versions, and changes them at every depth
+Starts from small sound files of every kind and changes them at every depth
 (`benchmarks.mutate`). What is read must be written, read again and reconstructed as well. Any other exception
 is a failure, and so is any input that takes far more memory than its size explains. Its bytes are saved; the
 counts go to benchmarks/results/fuzz.json.
@@ -30,7 +30,7 @@ from benchmarks import handmade, mutate, record
 from soppu.compress import Bundle
 from soppu.errors import BundleError
 
-FORMAT_ONE = record.ROOT / "tests" / "soppu" / "compress" / "format_1.json"
+STORED = record.ROOT / "tests" / "soppu" / "compress" / "data" / "format_2.json"
 _FREE_MEMORY = 64 << 20  # bytes a reader may take for any file, and for each byte of the file:
 _MEMORY_A_BYTE = 1000
 _SLOW = 5.0  # seconds for one input
@@ -50,8 +50,8 @@ class Tally:
 def seeds() -> dict[str, bytes]:
     """Sound files of every kind, by name."""
     made = {name: handmade.make(plan).to_bytes() for name, plan in handmade.PLANS.items()}
-    old = json.loads(FORMAT_ONE.read_text())
-    return made | {f"format 1, {name}": base64.b64decode(one["file"]) for name, one in old.items()}
+    stored = json.loads(STORED.read_text())
+    return made | {f"stored, {name}": base64.b64decode(one["file"]) for name, one in stored.items()}
 
 
 def attempt(data: bytes) -> str:

@@ -18,16 +18,17 @@ import click
 from tqdm import tqdm
 
 from benchmarks.record import ROOT, circumstances, store
-from soppu import emulator, models
+from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import CompressOptions, compress
 from soppu.compress.options import ratio
 from soppu.data import load_user, tokenize
 from soppu.errors import SoppuError
 from soppu.evaluate.losses import mean_loss
+from soppu.federation import emulator
+from soppu.federation.train import CachedBlock, cache_states
 from soppu.stages.federate import collect, federate
 from soppu.stages.run import Run, open_run, prepare
-from soppu.train import CachedBlock, cache_states
 
 RATIOS = (16.0, 32.0, 64.0)
 MORE = (24.0, 48.0, 8.0)  # of the default alone

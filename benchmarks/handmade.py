@@ -12,11 +12,12 @@ import torch
 from torch import Generator, Tensor
 
 from soppu.compress import Bundle
-from soppu.compress.basis import Basis
-from soppu.compress.components import Components, Side
-from soppu.compress.fit import Bases, PageWriter
-from soppu.compress.metrics import Certificate, CompressionReport
-from soppu.compress.quantise import AXIS, COORDS, FLOATS, QUANTISERS, TERNARY
+from soppu.compress.bundle.report import CompressionReport
+from soppu.compress.codec.basis import Bases, Basis
+from soppu.compress.codec.page import PageWriter
+from soppu.compress.linalg.certificate import Certificate
+from soppu.compress.numbers.components import Components, Side
+from soppu.compress.numbers.quantise import AXIS, COORDS, FLOATS, QUANTISERS, TERNARY
 
 Form = tuple[int, int, int, int]  # widths: coordinates and own numbers, output side then input side
 

@@ -11,7 +11,7 @@ Side by side in one run on the same fleet (4096 x 4096, rank 16, 1000 users, k =
                together and decomposed, a basis grown in a sample and in all, alternations, the certificate
     compress   `compress(method="joint")` from the same adapters to the bundle: survey, fit, coding, pages
 
-and, on a fleet small enough for it, what the fit loses against the exact method of `joint.fit`.
+and, on a fleet small enough for it, what the fit loses against the exact method of `dense_joint.fit`.
 
 Wall-clock seconds are medians over `--repeats`; processor seconds stand beside them, since other processes on
 the machine stretch the former only.
@@ -34,13 +34,16 @@ from torch import Tensor
 from benchmarks import fleets
 from benchmarks.record import circumstances, store
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import CompressOptions, bounds, compress, joint, large, shared_basis
-from soppu.compress.canonical import canonical
-from soppu.compress.fleet import Fleet, survey
-from soppu.compress.joint import CoreFit
-from soppu.compress.metrics import Certificate
-from soppu.compress.passes import Passes
-from soppu.compress.sketch import weights
+from soppu.compress import CompressOptions, compress
+from soppu.compress.fleet.passes import Passes
+from soppu.compress.fleet.survey import Fleet, survey
+from soppu.compress.linalg import bounds, range_finder
+from soppu.compress.linalg.canonical import canonical
+from soppu.compress.linalg.certificate import Certificate
+from soppu.compress.linalg.sketch import weights
+from soppu.compress.linalg.tucker import CoreFit
+from soppu.compress.methods import shared_basis
+from tests.soppu.compress import dense_joint, large_fit
 
 MODULE = "model.layers.0.self_attn.q_proj"
 REFERENCE_ITERATIONS = 100  # what the earlier code always made
@@ -120,7 +123,9 @@ def factored(outs: Tensor, ins: Tensor, k: int, *, iterations: int, seed: int) -
 def ours(fleet: Fleet, k: int, *, repeats: int, seed: int) -> dict[str, Any]:
     """The whole fit, and what its parts take."""
     options = CompressOptions(method="joint", rank=k, seed=seed, device="cpu")
-    made: list[tuple[large.Grown, CoreFit, Certificate]] = []  # without the deltas: they would fill memory
+    made: list[
+        tuple[range_finder.Grown, CoreFit, Certificate]
+    ] = []  # without the deltas: they would fill memory
     clocks: list[Clock] = []
 
     def fit() -> None:
@@ -197,11 +202,11 @@ def check(seed: int) -> list[dict[str, Any]]:
         outs, ins = load(CHECK["n"], CHECK["side"], CHECK["r"], seed, p_seed=p_seed)
         # the probabilistic bound is what is checked
         effort = bounds.Effort(probes=16, powers=2, exact_side=0)
-        k, settings = CHECK["k"], large.Search(every=2, bound=effort, seed=seed)
+        k, settings = CHECK["k"], large_fit.Search(every=2, bound=effort, seed=seed)
         began = time.perf_counter()
-        truth = joint.fit(list(outs), list(ins), rank=k, max_steps=50, tolerance=1e-7)
+        truth = dense_joint.fit(list(outs), list(ins), rank=k, max_steps=50, tolerance=1e-7)
         middle = time.perf_counter()
-        fit = large.fit_large(outs, ins, rank=k, search=settings)
+        fit = large_fit.fit_large(outs, ins, rank=k, search=settings)
         rows.append(
             {
                 "p_seed": p_seed,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from soppu.compress import modes
+from soppu.compress.codec import modes
 
 _SPELLING = {"U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _ITEM = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}

@@ -33,7 +33,7 @@ import requests
 from benchmarks import load, served
 from benchmarks.load import Endpoint, Traffic
 from benchmarks.record import ROOT, circumstances, store
-from soppu.simulation import free_port
+from soppu.federation.simulation import free_port
 from soppu.targets import process
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"

@@ -16,7 +16,7 @@ from benchmarks.record import ROOT
 from soppu import adapter, models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle
-from soppu.compress.quantise import AXIS
+from soppu.compress.numbers.quantise import AXIS
 
 LAYERS, RANK = 30, 16
 SHAPES = {

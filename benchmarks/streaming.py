@@ -26,7 +26,7 @@ from benchmarks.rivals import Folders
 from soppu.compress import CompressOptions, compress
 from soppu.compress.options import ratio
 
-# 500 users have more than is kept between passes (`soppu.compress.passes.ROOM`)
+# 500 users have more than is kept between passes (`soppu.compress.fleet.passes.ROOM`)
 SHAPES = {f"layers.0.{name}": (4096, 4096) for name in ("k_proj", "o_proj", "q_proj")}
 SIZES = (500, 2000)
 METHODS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from benchmarks import record
 from soppu import adapter as adapters
-from soppu.compress import golomb, ternary
+from soppu.compress.codec import golomb
+from soppu.compress.numbers import ternary
+from tests.soppu.compress import ternary_measures as measures
 
 RESULT = record.RESULTS / "ternary.json"
 PACKAGES = ("numpy", "torch", "zstandard")
@@ -44,7 +46,7 @@ def coder() -> list[dict[str, Any]]:
         values = _draw(density)
         ours = _measured(golomb.encode, lambda data: golomb.decode(data, size=VALUES, source="bench"), values)
         theirs = _measured(compress, lambda data: np.frombuffer(decompress(data), np.int8), values)
-        entropy = golomb.entropy(np.count_nonzero(values) / VALUES)
+        entropy = measures.entropy(np.count_nonzero(values) / VALUES)
         rows.append(
             {
                 "density": density,
@@ -68,7 +70,7 @@ def errors(folder: Path) -> list[dict[str, Any]]:
     for density in DENSITIES:
         released = ternary.faithful(given, density=density, alpha=1.0)
         left = {
-            alpha: ternary.relative_error(given, {name: p.scaled(alpha**2) for name, p in released.items()})
+            alpha: measures.relative_error(given, {name: p.scaled(alpha**2) for name, p in released.items()})
             for alpha in ALPHAS
         }
         best = min(ALPHAS, key=lambda alpha: left[alpha])
@@ -76,7 +78,7 @@ def errors(folder: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "density": density,
-                "fixed": ternary.relative_error(given, made),
+                "fixed": measures.relative_error(given, made),
                 "faithful": left[best],
                 "alpha": best,
                 "faithful_share_of_B_kept": _share_of_b(released),

@@ -18,13 +18,13 @@ from flwr.clientapp import ClientApp
 from clients.packing import Parcel, pack
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
-from soppu import wire
 from soppu.config import Config
 from soppu.data import list_users, load_user
-from soppu.emulator import LayerPlan
 from soppu.errors import FederationError
 from soppu.evaluate.losses import mean_loss
-from soppu.train import TrainOptions, TrainResult, fit
+from soppu.federation import wire
+from soppu.federation.emulator import LayerPlan
+from soppu.federation.train import TrainOptions, TrainResult, fit
 
 app = ClientApp()
 

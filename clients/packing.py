@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from clients.workbench import UserStates, Workbench
-from soppu import wire, wire_ternary
 from soppu.adapter import LoraAdapter
 from soppu.evaluate.losses import mean_loss
+from soppu.federation import wire, wire_ternary
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from soppu import emulator, models
+from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.data import UserData, load_user, tokenize
-from soppu.emulator import LayerPlan, TopModel
 from soppu.errors import FederationError
-from soppu.train import CachedBlock, cache_states
+from soppu.federation import emulator
+from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.train import CachedBlock, cache_states
 
 _KEEP_STATES = 4
 

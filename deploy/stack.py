@@ -20,7 +20,7 @@ import click
 import requests
 
 from soppu.errors import PortTaken, SoppuError, TargetError
-from soppu.simulation import end_processes
+from soppu.federation.simulation import end_processes
 from soppu.targets import process
 from soppu.targets.http import unreachable
 

@@ -1,4 +1,4 @@
-"""Second moments of layer inputs: what `soppu.compress.whitening` has to know of a base model, and its file.
+"""Second moments of layer inputs: what `linalg.whitening` has to know of a base model, and its file.
 
 They are taken once a base model, on public text, without any adapter, and serve all users. The file is a
 working file of whoever compresses; no bundle and no server needs it.
@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from soppu import files
-from soppu.compress import whitening
+from soppu.base_identity import Base, check
+from soppu.compress.linalg import whitening
 from soppu.data import Block
 from soppu.errors import BundleError, ConfigError, ModelError, UnsupportedModel
 
@@ -164,6 +165,7 @@ def save(
     path: Path,
     *,
     base_hash: str,
+    base_model: str = "",
     examples: int,
     tokens: int,
     centred: bool = True,
@@ -173,7 +175,7 @@ def save(
     That is 2 i (i + 1) bytes for each different input; float16 as a square takes as much and loses digits.
 
     Args:
-        base_hash: hash of the base model's files; `load` asks for it.
+        base_hash: hash of the base model's files, and `base_model` its name; `load` compares them.
         examples: how many texts were seen, for whoever reads the file.
         tokens: and how many tokens.
         centred: and whether the moments are about the mean.
@@ -187,6 +189,7 @@ def save(
     facts = {
         "format": FORMAT,
         "base_hash": base_hash,
+        "base_model": base_model,
         "examples": examples,
         "tokens": tokens,
         "centred": centred,
@@ -197,11 +200,13 @@ def save(
     )
 
 
-def load(path: Path, *, base_hash: str, modules: Sequence[str] = ()) -> dict[str, Tensor]:
+def load(
+    path: Path, *, base_hash: str, base_model: str = "", modules: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Read and check what `save` wrote. O(i^3) for each different input.
 
     Args:
-        base_hash: the base model the moments must be of.
+        base_hash: of the base model the moments must be of; `base_model` is its name. "" where unknown.
         modules: those that must be there; only they are returned. All, if none is named.
 
     Returns:
@@ -213,9 +218,8 @@ def load(path: Path, *, base_hash: str, modules: Sequence[str] = ()) -> dict[str
         ModelError: another base model.
     """
     facts, tensors = _read(path)
-    if facts["base_hash"] != base_hash:
-        found, wanted = (value[:12] or "an unknown model" for value in (facts["base_hash"], base_hash))
-        raise ModelError(f"{path}: second moments of base model {found}, expected {wanted}")
+    held = Base(facts.get("base_model", ""), facts["base_hash"])
+    check(held, Base(base_model, base_hash), who=str(path), whose="expected", error=ModelError)
     keys: Mapping[str, str] = facts["modules"]
     if missing := [name for name in modules if name not in keys]:
         raise BundleError(f"{path}: no second moments of {missing[0]}; it holds {len(keys)} other modules")
@@ -224,15 +228,6 @@ def load(path: Path, *, base_hash: str, modules: Sequence[str] = ()) -> dict[str
         key: _square(tensors.get(key), f"{path}: {key}") for key in {keys[name] for name in wanted_names}
     }
     return {name: squares[keys[name]] for name in wanted_names}
-
-
-def base_of(path: Path) -> str:
-    """Hash of the base model that a file's moments are of, for adapters that do not name theirs.
-
-    Raises:
-        BundleError: as `load` does for a file that is not one of moments.
-    """
-    return str(_read(path)[0]["base_hash"])
 
 
 def _layers(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:

@@ -90,13 +90,15 @@ class FederationConfig:
     wire: Literal["float32", "ternary"] = "float32"
     wire_density: Annotated[Real, Field(ge=1e-6, le=1.0)] = 0.2
     wire_max_loss: Amount = 0.01
+    max_update: Annotated[Real, Field(ge=1.0)] = 10.0  # a user's change, over the median change of the round
     client_cpus: Count = 1
     min_users: Natural = 0
+    hello_timeout_s: Count = 120  # how long those who are missing are waited for
     timeout_s: Count = 3600
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "min_users", "timeout_s"})
+OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "timeout_s"})
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from soppu import files
+from soppu.base_identity import Base
 from soppu.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,6 +46,11 @@ class BaseModel:
     name: str
     path: Path
     hash: str
+
+    @property
+    def base(self) -> Base:
+        """What adapters and bundles for it are held against."""
+        return Base(self.name, self.hash)
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,24 @@ def resolve(name: str, *, cache: Path) -> BaseModel:
     return _from_hub(name)
 
 
+def tokenizer_digest(base: BaseModel) -> str:
+    """Content hash of every small file beside the weights: the same text gives the same tokens."""
+    paths = [path for ending in ("json", "model", "txt") for path in base.path.glob(f"*.{ending}")]
+    parts = [f"{item.name} {files.sha256_file(item)}" for item in sorted(paths) if item.name != "config.json"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def load_model(base: BaseModel, *, dtype: str = "float32") -> PreTrainedModel:
     """Load the weights, frozen and in evaluation mode, on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], local_files_only=True)
     return model.eval().requires_grad_(False)
+
+
+def skeleton(base: BaseModel) -> PreTrainedModel:
+    """The model without its weights, for names and shapes: no memory, whatever its size."""
+    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:

@@ -23,12 +23,13 @@ _HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, 
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Cache key: the stage, its inputs, and the run folder and registry those inputs live in.
+    """Cache key: the stage, its parameters, and everything else that its result follows from.
 
-    Inputs are content hashes, so equal inputs mean equal work. A run folder or registry that was wiped, or
-    from which a user was forgotten, has another identity, and nothing old is taken from the cache.
+    Parameters are content hashes, so equal ones mean equal work, once what they do not name is equal too:
+    text, settings, base model, and the run folder and registry, whose identity changes when they are wiped
+    or a user is forgotten.
     """
-    values = [context.task.name, open_run(parameters["run"]).identity, parameters]
+    values = [context.task.name, open_run(parameters["run"]).inputs(context.task.name), parameters]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -192,5 +192,5 @@ def test_flowers_run_configuration_is_what_the_server_reads() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     source = (ROOT / "server" / "app.py").read_text() + (ROOT / "clients" / "app.py").read_text()
     assert set(re.findall(r"run_config\[\"([^\"]+)\"\]", source)) == set(listed)
-    started = (ROOT / "soppu" / "simulation.py").read_text()
+    started = (ROOT / "soppu" / "federation" / "simulation.py").read_text()
     assert all(f'"{key}": str(' in started for key in listed)

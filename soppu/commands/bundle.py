@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
 
+from soppu.commands.base import BASE, reader
 from soppu.commands.describe import table
 from soppu.commands.folders import named_folders
 
@@ -34,9 +36,10 @@ _OUT = click.option(
     default=0,
     help="Bytes a new user may take at most; default: what the adapter has at 16 bits a number.",
 )
+@BASE
 @click.pass_context
 def project_command(
-    ctx: click.Context, bundle: Path, folders: tuple[str, ...], *, out: Path, max_error: float, max_bytes: int
+    ctx: click.Context, /, bundle: Path, folders: tuple[str, ...], *, out: Path, base: str, **limits: Any
 ) -> None:
     """Add new users to BUNDLE without touching anybody else's numbers, and write NEW.
 
@@ -50,13 +53,13 @@ def project_command(
     NEW is written with everybody who was added. Exit code 3 says that somebody was queued; their names are
     printed. The bases stay as they are, so after many new users a compression of all makes a smaller bundle.
     """  # noqa: D301
-    from soppu import adapter  # torch: not for `soppu --help`
-    from soppu.compress import Bundle, project
+    from soppu.compress import Bundle, project  # torch: not for `soppu --help`
     from soppu.compress.edit import QUEUED
 
     made, rows, queued = Bundle.load(bundle), [], []
+    read = reader(base)
     for user, folder in named_folders(folders).items():
-        found = project(made, user, adapter.read(folder), max_error=max_error, max_bytes=max_bytes)
+        found = project(made, user, read(folder), **limits)
         made = found.bundle
         rows.append((user, found.outcome, f"{found.error:.5f}", f"{found.added:,}"))
         queued += [user] if found.outcome == QUEUED else []
@@ -130,7 +133,7 @@ def export_command(
     they are larger than the adapters they came from. All folders are written, or none.
     """
     from soppu.compress import Bundle  # torch: not for `soppu --help`
-    from soppu.compress.export import export
+    from soppu.compress.lorax_export import export
 
     loaded = Bundle.load(bundle)
     layers = layers or _layers_of(loaded.base_model)
@@ -146,6 +149,9 @@ def export_command(
     errors = loaded.report.relative_error
     rows = [(user, f"{errors[user]:.5f}", str(folder)) for user, folder in made.folders.items()]
     table(("user", "relative error", "folder"), rows)
+    lost = [user for user in loaded.report.lost_users if user in made.folders]
+    if lost:
+        click.echo(f"lost users   {', '.join(lost)}: not in the bundle, zeros are written", err=True)
     click.echo(f"rank         {made.rank}, {made.modules} modules over {made.layers} layers, {dtype}")
     click.echo(f"on disk      {made.bytes:,} bytes, the bundle has {bundle.stat().st_size:,}")
 

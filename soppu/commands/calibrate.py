@@ -92,7 +92,15 @@ def calibrate_command(
         moments = calibrate.second_moments(
             network, blocks, chosen, centred=centred, progress=lambda done, _: bar.update(done - bar.n)
         )
-    calibrate.save(moments, out, base_hash=base.hash, examples=len(blocks), tokens=tokens, centred=centred)
+    calibrate.save(
+        moments,
+        out,
+        base_hash=base.hash,
+        base_model=base.name,
+        examples=len(blocks),
+        tokens=tokens,
+        centred=centred,
+    )
     _table(moments)
     click.echo(f"text         {len(blocks)} examples, {tokens:,} tokens of {source}")
     click.echo(f"base model   {base.name} {base.hash[:12]}")
@@ -100,7 +108,7 @@ def calibrate_command(
 
 
 def _table(moments: dict[str, Tensor]) -> None:
-    from soppu.compress import whitening
+    from soppu.compress.linalg import whitening
 
     groups: dict[int, list[str]] = {}
     for name, C in moments.items():

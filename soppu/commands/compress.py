@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from tqdm import tqdm
 
+from soppu.commands.base import BASE, reader
 from soppu.commands.describe import summary, table
 from soppu.commands.folders import named_folders
 from soppu.config import METHODS, TARGETS, CompressSettings
@@ -50,9 +51,12 @@ def _settings(*names: str) -> Callable[[_Command], _Command]:
     type=click.Path(dir_okay=False, path_type=Path),
     help="File of `soppu calibrate`: weigh errors by what they do to the output.",
 )
+@BASE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sketches and cluster starts.")
 @_settings("device")
-def compress_command(folders: tuple[str, ...], *, out: Path, moments: Path | None, **settings: Any) -> None:
+def compress_command(
+    folders: tuple[str, ...], *, out: Path, moments: Path | None, base: str, **settings: Any
+) -> None:
     """Compress the PEFT adapters in DIR... into one bundle.
 
     Every folder is one user's adapter, named after the folder; USER=DIR gives another name. A folder that is
@@ -88,7 +92,7 @@ def compress_command(folders: tuple[str, ...], *, out: Path, moments: Path | Non
     options = CompressOptions(**settings)
     options.torch_device()
     named = named_folders(folders)
-    adapters = AdaptersOnDemand(named, adapter.read)
+    adapters = AdaptersOnDemand(named, reader(base))
     weighed = _moments(moments, adapters) if moments else None
     with tqdm(desc="reading", total=len(named), unit="user", disable=None) as bar:
 
@@ -107,23 +111,28 @@ def compress_command(folders: tuple[str, ...], *, out: Path, moments: Path | Non
     summary(bundle, after)
     click.echo(f"on disk      {total:,} -> {after:,} bytes ({total / after:.2f}x)")
     click.echo(f"bundle       {out}\nid           {bundle_id}")
+    if not bundle.base_hash:
+        named_as = f"by the name {bundle.base_model!r} alone" if bundle.base_model else "not at all"
+        click.echo(f"base model   known {named_as}; --base MODEL writes its hash", err=True)
 
 
 def _moments(path: Path, adapters: Mapping[str, LoraAdapter]) -> dict[str, Tensor]:
     """Second moments of every module that somebody adapts, of the base model that the adapters name."""
     from soppu import calibrate
+    from soppu.base_identity import Base
     from soppu.errors import BundleError
 
     widths: dict[str, int] = {}
-    base_hash = ""
+    base = Base()
     for adapter in adapters.values():
-        base_hash = base_hash or adapter.base_hash
+        base = base.joined(adapter.base)
         widths |= {name: int(pair.A.shape[1]) for name, pair in adapter.pairs.items()}
-    if not base_hash:
+    found = calibrate.load(path, base_hash=base.hash, base_model=base.name, modules=sorted(widths))
+    if not base.hash:
         click.echo(
-            f"{path}: the folders do not say which base model they are for; widths are checked", err=True
+            f"{path}: the folders do not say which base model they are for but by name; names and widths fit",
+            err=True,
         )
-    found = calibrate.load(path, base_hash=base_hash or calibrate.base_of(path), modules=sorted(widths))
     for name, i in widths.items():
         if found[name].shape[0] != i:
             raise BundleError(

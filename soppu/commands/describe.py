@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from soppu.compress import Bundle
+    from soppu.compress.bundle.report import CompressionReport
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -33,9 +34,23 @@ def summary(bundle: Bundle, size: int) -> None:
         f"error        root mean square {report.relative_error_rms:.5f},"
         f" mean {report.relative_error_mean:.5f}, worst {report.relative_error_max:.5f}"
     )
+    for line in losses(bundle.report):
+        click.echo(line)
     click.echo(f"certificate  {certificate(bundle)}")
     click.echo(f"numbers      {report.parameters_before:,} -> {report.parameters_after:,}")
     click.echo(f"ratio        {ratio(report.parameters_before, size):.2f}x against 16 bits a number")
+
+
+def losses(report: CompressionReport) -> list[str]:
+    """A line each for users and for modules of whom nothing is in the bundle."""
+    lines = []
+    if report.lost_users:
+        count = f"{len(report.lost_users)} of {len(report.relative_error)}"
+        lines.append(f"lost users   {count}, served as the base model: {', '.join(report.lost_users)}")
+    if report.lost_modules:
+        count = f"{len(report.lost_modules)} of {len(report.module_error)}"
+        lines.append(f"lost modules {count}, nothing kept of anybody: {', '.join(report.lost_modules)}")
+    return lines
 
 
 def certificate(bundle: Bundle) -> str:

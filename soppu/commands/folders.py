@@ -18,7 +18,9 @@ def named_folders(texts: Sequence[str]) -> dict[str, Path]:
             if not user:
                 raise click.BadParameter(f"{text!r} names no user; expected DIR or USER=DIR")
             if user in named:
-                raise click.BadParameter(f"user {user!r} is given twice; tell them apart with USER=DIR")
+                raise click.BadParameter(
+                    f"user {user!r} is given twice, {named[user]} and {folder}; tell them apart with USER=DIR"
+                )
             named[user] = folder
     return named
 
@@ -31,7 +33,17 @@ def _found(text: str) -> Iterator[tuple[str, Path]]:
     folder = Path(text)
     # names with a leading dot are those of folders that somebody is still writing
     inside = sorted(child.parent for child in folder.glob(f"*/{_CONFIG}") if child.parent.name[0] != ".")
-    if inside and not (folder / _CONFIG).exists():
-        yield from ((child.name, child) for child in inside)
-    else:
+    if not inside:
         yield folder.resolve().name, folder
+    elif (folder / _CONFIG).exists():
+        _say_skipped(inside, f"{folder} is an adapter itself")
+        yield folder.resolve().name, folder
+    else:
+        rest = sorted({child for child in folder.iterdir() if child.is_dir()} - set(inside))
+        _say_skipped(rest, f"no {_CONFIG}, or a name with a leading dot")
+        yield from ((child.name, child) for child in inside)
+
+
+def _say_skipped(folders: Sequence[Path], why: str) -> None:
+    if folders:
+        click.echo(f"skipped      {', '.join(map(str, folders))}: {why}", err=True)

@@ -13,7 +13,7 @@ from soppu.commands.describe import summary, table
 
 if TYPE_CHECKING:
     from soppu.compress import Bundle
-    from soppu.compress.components import Components
+    from soppu.compress.numbers.components import Components
 
 _KINDS = ("shared", "mixed", "own")
 
@@ -160,10 +160,8 @@ def _bytes_by_part(path: Path) -> dict[str, int]:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     found = {"bases": 0, "pages": 0}
     for name, entry in header.items():
-        leaf = name.rpartition(".")[2]
-        # U, V, P, Q: the tensors of files of format 1
-        part = "bases" if leaf in ("bases", "U", "V") else "pages"
-        if part == "bases" or name.startswith("page.") or leaf in ("P", "Q"):
+        part = "bases" if name == "bases" else "pages"
+        if part == "bases" or name.startswith("page."):
             start, end = entry["data_offsets"]
             found[part] += end - start
     return found | {"metadata": path.stat().st_size - sum(found.values())}

@@ -13,21 +13,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from soppu import base_identity
 from soppu.adapter import LoraAdapter
-from soppu.compress import fleet as fleets
-from soppu.compress import page
-from soppu.compress.allocate import choose
-from soppu.compress.bundle import Bundle
-from soppu.compress.coder import SideCoder
-from soppu.compress.coding import ModuleCoder
-from soppu.compress.components import Components
-from soppu.compress.costs import Costs
-from soppu.compress.factors import decompose
-from soppu.compress.fit import Page, numbers
-from soppu.compress.fleet import Fleet
-from soppu.compress.metrics import relative_errors, squared_errors
-from soppu.compress.plan import ModulePlan, Setting
-from soppu.compress.quantise import FLOATS, QUANTISERS
+from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.codec import page
+from soppu.compress.codec.page import Page, numbers
+from soppu.compress.fleet import survey as fleets
+from soppu.compress.fleet.survey import Fleet
+from soppu.compress.linalg.canonical import decompose
+from soppu.compress.methods.coding import ModuleCoder
+from soppu.compress.methods.plan import ModulePlan, Setting
+from soppu.compress.numbers.allocate import choose
+from soppu.compress.numbers.coders import SideCoder
+from soppu.compress.numbers.components import Components
+from soppu.compress.numbers.costs import Costs
+from soppu.compress.numbers.errors import relative_errors, squared_errors
+from soppu.compress.numbers.quantise import FLOATS, QUANTISERS
 from soppu.errors import AdapterError, BundleError
 
 BASIS, RESIDUAL, QUEUED = "basis", "residual", "queued"
@@ -106,9 +107,11 @@ def _newcomer(bundle: Bundle, user: str, adapter: LoraAdapter, adapter_id: str) 
     """The user as a fleet of one that has the bundle's modules."""
     ids = {user: adapter_id} if adapter_id else None
     alone = fleets.survey({user: adapter}, adapter_ids=ids, device=torch.device("cpu"))
-    if adapter.base_hash != bundle.base_hash or adapter.fan_in_fan_out != bundle.fan_in_fan_out:
-        found, expected = (made.base_hash[:12] or "an unknown hash" for made in (adapter, bundle))
-        raise AdapterError(f"{user}: made for base model {found}, the bundle is for {expected}")
+    base_identity.check(adapter.base, bundle.base, who=user, whose="the bundle is for")
+    if adapter.fan_in_fan_out != bundle.fan_in_fan_out:
+        layouts = f"{adapter.fan_in_fan_out}, the bundle has {bundle.fan_in_fan_out}"
+        raise AdapterError(f"{user}: fan_in_fan_out is {layouts}: one base model stores weights one way")
+    known = bundle.base.joined(adapter.base)
     for name, shape in alone.shapes.items():
         if bundle.shapes.get(name) != shape:
             raise AdapterError(f"{user}: {name}: shape {shape}, the bundle has {bundle.shapes.get(name)}")
@@ -117,6 +120,8 @@ def _newcomer(bundle: Bundle, user: str, adapter: LoraAdapter, adapter_id: str) 
     has = (place >= 0)[:, None]
     return replace(
         alone,
+        base_model=known.name,
+        base_hash=known.hash,
         shapes=bundle.shapes,
         ranks=torch.where(has, alone.ranks[place], 0),
         norms=torch.where(has, alone.norms[place], 0.0),
@@ -193,6 +198,8 @@ def _extended(bundle: Bundle, newcomer: Fleet, coded: _Coded, data: bytes) -> Bu
     return replace(
         bundle,
         users=(*bundle.users, user),
+        base_model=newcomer.base_model,
+        base_hash=newcomer.base_hash,
         adapter_ids=(*bundle.adapter_ids, newcomer.adapter_ids[0]),
         ranks=torch.cat([bundle.ranks, newcomer.ranks], 1),
         cluster=torch.cat([bundle.cluster, torch.tensor([coded.cluster])]),

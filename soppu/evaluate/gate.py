@@ -1,6 +1,6 @@
 """The gate: whether a bundle may be published, judged from losses and reconstruction errors.
 
-It only judges; measuring is done in `soppu.evaluate.losses` and `soppu.compress.metrics`.
+It only judges; measuring is done in `soppu.evaluate.losses` and `soppu.compress.numbers.errors`.
 """
 
 from __future__ import annotations

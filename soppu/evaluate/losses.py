@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from soppu import emulator
 from soppu.adapter import LoraAdapter
-from soppu.attach import attached
-from soppu.emulator import LayerPlan, TopModel
-from soppu.train import CachedBlock, batch_loss
+from soppu.federation import emulator
+from soppu.federation.attach import attached
+from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.train import CachedBlock, batch_loss
 
 
 @dataclass(frozen=True)

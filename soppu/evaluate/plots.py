@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from soppu.evaluate.wording import duration, printable, ratio, size
+from soppu.module_names import split_layer
 
 FEW = 24
 """Up to this many users are drawn one by one, more as distributions."""
@@ -41,7 +42,6 @@ _WIDTH = 9.0  # inches; the page scales it
 _BARS = 40  # modules above which the panels of errors stand below each other
 _LABEL = 16  # characters of a name beside a bar
 _FONT = "DejaVu Sans"  # comes with matplotlib; what texts are measured with
-_LAYER = re.compile(r"\.(\d+)(?=\.|$)")
 _STYLE: dict[str, Any] = {
     "font.family": [_FONT],
     "font.size": 9,
@@ -244,11 +244,10 @@ def _sorted_gains(axes: Axes, personal: Sequence[float], compressed: Sequence[fl
 
 def _place(module: str) -> tuple[str, str, int]:
     """Panel, kind of module within a layer, and layer (-1 without one) of a full module name."""
-    leaf, layer = module.rsplit(".", 1)[-1], _LAYER.search(module)
+    leaf, (_, layer, kind) = module.rsplit(".", 1)[-1], split_layer(module) or ("", -1, module)
     if leaf in ("q_proj", "v_proj"):
-        return leaf, leaf, int(layer[1]) if layer else -1
-    kind = module[layer.end() + 1 :] if layer else ""
-    return "the rest", kind or module, int(layer[1]) if layer else -1
+        return leaf, leaf, layer
+    return "the rest", kind.removeprefix("."), layer
 
 
 def _error_panel(axes: Axes, kinds: Mapping[str, Mapping[int, Sequence[float]]], *, points: float) -> None:

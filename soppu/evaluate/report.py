@@ -21,7 +21,7 @@ from soppu.evaluate import html, schema
 from soppu.evaluate.schema import FORMAT
 
 if TYPE_CHECKING:  # these bring torch along; re-rendering a report needs none of it
-    from soppu.compress.metrics import CompressionReport
+    from soppu.compress.bundle.report import CompressionReport
     from soppu.config import Config
     from soppu.evaluate.gate import Verdict
     from soppu.evaluate.losses import UserLosses

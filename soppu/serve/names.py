@@ -1,8 +1,9 @@
-"""Adapter names on the wire: which are refused, and how they look in a header."""
+"""Adapter names on the wire: which are refused, what "alice@0f3c" asks for, and how they look in a header."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from string import punctuation
 from urllib.parse import quote
 
@@ -19,6 +20,18 @@ def check_name(name: str, *, what: str) -> None:
             raise invalid(f"`{what}` holds the control character U+{ord(character):04X} at {position}")
     if len(name) > _MAX_LENGTH:
         raise invalid(f"`{what}` must have at most {_MAX_LENGTH} characters. Given: {len(name)}")
+
+
+def split_version(name: str) -> tuple[str, str]:
+    """User and beginning of a bundle id: "alice@0f3c" is ("alice", "0f3c"), "alice" is ("alice", "")."""
+    user, at, prefix = name.rpartition("@")
+    return (user, prefix) if at and prefix else (name, "")
+
+
+def find_version(name: str, bundle_ids: Iterable[str]) -> tuple[str, str, list[str]]:
+    """The two parts of `name`, and the bundles it may mean; it means one only where there is just one."""
+    user, prefix = split_version(name)
+    return user, prefix, [bundle_id for bundle_id in bundle_ids if prefix and bundle_id.startswith(prefix)]
 
 
 def header_value(text: str) -> str:

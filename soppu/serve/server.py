@@ -13,11 +13,11 @@ import uvicorn
 from soppu import files
 from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
-from soppu.serve.bank import AdapterBank
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.http import ServerInfo, create_app
-from soppu.serve.precision import fastest_dtype
-from soppu.serve.state import ServerState
+from soppu.serve.api.http import ServerInfo, create_app
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.store import ServerState
+from soppu.serve.decoders.dtype import fastest_dtype
+from soppu.serve.engine.engine import Engine, EngineOptions
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -33,7 +33,7 @@ class ServeOptions:
         state: folder that remembers what was served.
         bundle: a bundle file to stage and activate before the first request.
         adapters: (name, PEFT folder) pairs to load before the first request.
-        dtype: of the weights; "auto" takes the faster one, see `soppu.serve.precision`.
+        dtype: of the weights; "auto" takes the faster one, see `soppu.serve.decoders.dtype`.
         device: "auto" is cuda if there is one, else cpu.
         threads: torch threads; 0 leaves torch's default.
         admin_token: "" leaves the admin routes open.
@@ -70,7 +70,7 @@ def run(options: ServeOptions) -> None:
         device = _device(options.device)
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
         model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
-        bank = AdapterBank(model, base_hash=base.hash)
+        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name)
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)

@@ -40,7 +40,9 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
     report["bytes_before"] = sum(registry.adapter_bytes(adapter_id) for adapter_id in members.values())
     report["bytes_after"] = registry.bundle_bytes(bundle_id)
     run.write(f"compression-{bundle_id[:16]}.json", report)
-    tell({"note": f"compressed {len(members)} users", "share": 1.0})
+    lost = bundle.report.lost_users
+    said = f", nothing is left of {', '.join(lost)}" if lost else ""
+    tell({"note": f"compressed {len(members)} users{said}", "share": 1.0})
     return bundle_id
 
 
@@ -56,6 +58,7 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
     texts = load_public(config.align.source, limit=config.compress.calibration_examples)
     parts = [
         base.hash,
+        models.tokenizer_digest(base),
         str(config.data.max_tokens),
         config.frozen_dtype,
         *modules,
@@ -73,5 +76,7 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
             progress=lambda done, total: tell(_said("calibrating", "texts", done, total)),
         )
         tokens = sum(len(block.ids) for block in blocks)
-        calibrate.save(found, path, base_hash=base.hash, examples=len(blocks), tokens=tokens)
-    return calibrate.load(path, base_hash=base.hash, modules=modules)
+        calibrate.save(
+            found, path, base_hash=base.hash, base_model=base.name, examples=len(blocks), tokens=tokens
+        )
+    return calibrate.load(path, base_hash=base.hash, base_model=base.name, modules=modules)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from soppu import emulator, models
+from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.config import Config
@@ -20,8 +20,10 @@ from soppu.data import Example, list_users, load_user, tokenize
 from soppu.errors import DataError
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import UserLosses, mean_loss
+from soppu.federation import emulator
+from soppu.federation.train import cache_states
+from soppu.module_names import split_layer
 from soppu.stages.run import Run, open_run
-from soppu.train import cache_states
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ def evaluate(
 ) -> str:
     """Measure, judge, and write both down; returns the name of the file in the run folder."""
     run = open_run(run_folder)
+    # named before text is read: were it changed meanwhile, the name would belong to the text before
+    name = f"evaluation-{bundle_id[:16]}-{run.inputs('evaluate')}.json"
     registry = run.registry()
     members = registry.get_set(set_id)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
@@ -47,7 +51,6 @@ def evaluate(
         if on_progress:
             on_progress({"note": f"evaluating {user}", "share": number / len(measured)})
     verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
-    name = f"evaluation-{bundle_id[:16]}.json"
     run.write(
         name,
         {
@@ -105,5 +108,4 @@ def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Exampl
 
 def _lowest_layer(bundle: Bundle) -> int:
     """The lowest full-model layer any module of the bundle sits in."""
-    numbers = [int(part) for name in bundle.shapes for part in name.split(".") if part.isdigit()]
-    return min(numbers)
+    return min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))

@@ -6,13 +6,12 @@ import dataclasses
 import os
 from pathlib import Path
 
-from soppu import files
 from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.report import Serving
 from soppu.registry import Registry
-from soppu.serve.load import unchanged
+from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.run import Run, open_run
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from soppu.targets.http import HttpTarget
@@ -35,7 +34,7 @@ def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
     """
     run = open_run(run_folder)
     Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
-    with files.exclusive(Path(run.config.serve.state) / "publish.lock"):
+    with run.registry().publishing(run.config.serve.url):
         return _publish(run, bundle_id)
 
 

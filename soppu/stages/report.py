@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from soppu.compress.metrics import CompressionReport
+from soppu.compress.bundle.report import CompressionReport
 from soppu.evaluate import report as reports
 from soppu.evaluate import summary
 from soppu.evaluate.gate import Verdict

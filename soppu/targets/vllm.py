@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import requests
 
 from soppu.errors import TargetError
-from soppu.serve.names import header_value
+from soppu.serve.names import header_value, split_version
 from soppu.targets import process
 from soppu.targets.canary import Answered, Trace
 from soppu.targets.http import HttpTarget, body, refusal, request
@@ -113,7 +113,7 @@ class VllmTarget(HttpTarget):
         if response.status_code != 200:
             return Answered(refusal=refusal(response), adapter_id="", version="", trace=())
         name = str(body(response).get("model", ""))
-        return Answered("", header_value(name), name.rpartition("@")[2], _trace(response))
+        return Answered("", header_value(name), split_version(name)[1], _trace(response))
 
     def _text(self, response: requests.Response) -> str:
         return str(response.json()["choices"][0]["text"])

@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks import fleets
 from benchmarks.fleets import FleetSpec
 from soppu import adapter as peft
-from soppu.compress import joint
 from soppu.errors import AdapterError, ConfigError
+from tests.soppu.compress import dense_joint
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 SMALL = FleetSpec(40, r=4, shapes={Q: (96, 80), V: (32, 80)}, seed=3)
@@ -97,7 +97,7 @@ def test_one_basis_leaves_the_errors_of_the_calibration() -> None:
     for p_seed, expected in ((1.0, 0.71), (0.0, 0.81)):
         spec = FleetSpec(40, shapes={Q: (512, 512)}, p_seed=p_seed)
         made = [fleets.user(spec, index).pairs[Q] for index in range(spec.n)]
-        fitted = joint.fit([pair.B for pair in made], [pair.A for pair in made], rank=16, max_steps=3)
+        fitted = dense_joint.fit([pair.B for pair in made], [pair.A for pair in made], rank=16, max_steps=3)
         assert fitted.achieved / fitted.total == pytest.approx(expected, abs=0.03)
 
 

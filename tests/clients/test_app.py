@@ -19,15 +19,17 @@ from transformers import PreTrainedModel
 from clients.app import app
 from clients.workbench import workbench
 from soppu import config as configuration
-from soppu import data, emulator, models, wire, wire_ternary
+from soppu import data, models
 from soppu.adapter import LoraAdapter
-from soppu.attach import initial_pairs
-from soppu.compress import ternary
+from soppu.compress.numbers import ternary
 from soppu.config import Config, LoraSettings
-from soppu.emulator import LayerPlan, TopModel
 from soppu.errors import ConfigError, DataError, FederationError
 from soppu.evaluate.losses import mean_loss
-from soppu.train import TrainOptions, cache_states, fit
+from soppu.federation import emulator, wire, wire_ternary
+from soppu.federation.attach import initial_pairs
+from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.train import TrainOptions, cache_states, fit
+from tests.soppu.compress import ternary_measures as measures
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
@@ -262,7 +264,7 @@ def test_a_personal_adapter_within_its_budget_comes_as_signs_and_gains(setup: Se
     assert (plain.content["who"]["form"], sent.content["who"]["form"]) == ("float32", "ternary")
     assert list(sent.content.array_records) == ["arrays"]
     trained = received(setup, plain)
-    wanted = ternary.applied(trained, ternary.fixed(trained, density=0.5))
+    wanted = measures.applied(trained, ternary.fixed(trained, density=0.5))
     assert received(setup, sent).content_hash() == wanted.content_hash()
     # the two losses are those of the adapter before and of what the server decodes
     metrics = sent.content["metrics"]

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from clients import workbench as benches
 from clients.workbench import Workbench
 from soppu import config as configuration
-from soppu import data, emulator, models
+from soppu import data, models
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.attach import attached
 from soppu.config import Config
-from soppu.emulator import LayerPlan
 from soppu.errors import AdapterError, FederationError
-from soppu.train import cache_states
+from soppu.federation import emulator
+from soppu.federation.attach import attached
+from soppu.federation.emulator import LayerPlan
+from soppu.federation.train import cache_states
 
 USERS = {"alice": 12, "bob": 9, "carol": 8, "dave": 8, "erin": 8}
 

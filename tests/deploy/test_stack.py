@@ -13,7 +13,7 @@ import requests
 
 from deploy.stack import Stack, down, healthy, up
 from soppu.errors import PortTaken, TargetError
-from soppu.simulation import free_port
+from soppu.federation.simulation import free_port
 from tests.latecomer import latecomer
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.stack import ROOT, Stack, down, up
-from soppu.simulation import free_port
+from soppu.federation.simulation import free_port
 from soppu.targets import process
 from tests.flows.driver import Pipeline
 

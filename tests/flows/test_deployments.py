@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.stack import POOL, ROOT, Stack, down, up, workers
-from soppu.simulation import free_port
+from soppu.federation.simulation import free_port
 from tests.flows.driver import Pipeline, until
 
 pytestmark = pytest.mark.slow

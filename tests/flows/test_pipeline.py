@@ -10,8 +10,8 @@ import pytest
 import requests
 
 from deploy.stack import up
+from soppu.federation.simulation import end_processes, mark_of
 from soppu.registry import Registry
-from soppu.simulation import end_processes, mark_of
 from tests.flows.driver import Pipeline, until
 
 pytestmark = pytest.mark.slow

@@ -21,11 +21,12 @@ from clients.workbench import workbench
 from server import checkpoint as checkpoints
 from server.app import CLIENT_SECTIONS, Federation, main
 from soppu import config as configuration
-from soppu import data, files, models, wire, wire_ternary
+from soppu import data, files, models
 from soppu.adapter import LoraAdapter
-from soppu.attach import attached
 from soppu.config import Config
 from soppu.errors import FederationError
+from soppu.federation import wire, wire_ternary
+from soppu.federation.attach import attached
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid, context
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from server.agreement import METRICS, Agreement
 from server.strategy import FedBiOT
-from soppu import wire, wire_ternary
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import ternary
-from soppu.wire_ternary import GAINS, SIGNS
+from soppu.compress.numbers import ternary
+from soppu.federation import wire, wire_ternary
+from soppu.federation.wire_ternary import GAINS, SIGNS
+from tests.soppu.compress import ternary_measures as measures
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
@@ -216,7 +217,7 @@ def test_the_personal_round_keeps_what_the_clients_compressed() -> None:
     assert (arrays, log.refused) == (None, {})
     for user, adapter in server.kept.items():
         own = make_adapter(SEEDS[user])
-        wanted = own if user == "bob" else ternary.applied(own, ternary.fixed(own, density=0.5))
+        wanted = own if user == "bob" else measures.applied(own, ternary.fixed(own, density=0.5))
         assert adapter.content_hash() == wanted.content_hash()
         assert (adapter.base_model, adapter.base_hash, adapter.fan_in_fan_out) == ("tiny", "b" * 64, True)
     told = {user: (one.form, one.loss_float32, one.loss_ternary) for user, one in log.received.items()}

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from soppu import adapter as adapters
-from soppu import emulator
+from soppu import base_identity
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.attach import attached
+from soppu.base_identity import Base
 from soppu.errors import AdapterError
+from soppu.federation import emulator
+from soppu.federation.attach import attached
 
 BASE = "b" * 64
 IDS = torch.tensor([[5, 17, 200, 9, 33, 34, 35]])
@@ -281,12 +283,25 @@ def test_no_tensors_at_all_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_base_model_is_refused_by_name() -> None:
-    adapters.validate(small(), who="alice", base_hash=BASE)
-    with pytest.raises(AdapterError, match=r"alice: made for base model bbbbbbbbbbbb, this is cccccccccccc"):
-        adapters.validate(small(), who="alice", base_hash="c" * 64)
+    base_identity.check(small().base, Base("", BASE), who="alice", whose="this is")
+    with pytest.raises(
+        AdapterError, match=r"alice: made for base model bbbbbbbbbbbb .*, this is cccccccccccc"
+    ):
+        base_identity.check(small().base, Base("", "c" * 64), who="alice", whose="this is")
     foreign = LoraAdapter(small().pairs, base_model="some/hub-model")
     with pytest.raises(AdapterError, match=r"unknown \(some/hub-model\)"):
-        adapters.validate(foreign, who="alice", base_hash=BASE)
+        base_identity.check(foreign.base, Base("", BASE), who="alice", whose="this is")
+
+
+def test_a_stamp_gives_name_and_hash_and_never_contradicts_a_hash() -> None:
+    plain = LoraAdapter(small().pairs, base_model="C:\\elsewhere")
+    made = adapters.stamped(plain, Base("org/Name", BASE), who="alice")
+    assert made.base == Base("org/Name", BASE) and made.content_hash() != plain.content_hash()
+    assert adapters.stamped(small(), Base("org/Name", BASE), who="alice").base == Base("org/Name", BASE)
+    with pytest.raises(
+        AdapterError, match=r"alice: made for base model bbbbbbbbbbbb .*--base is cccccccccccc"
+    ):
+        adapters.stamped(small(), Base("org/Name", "c" * 64), who="alice")
 
 
 def test_check_shapes_names_the_first_module_that_differs() -> None:
@@ -376,7 +391,8 @@ def test_an_identity_left_over_from_other_tensors_is_not_believed(tmp_path: Path
 def test_a_scale_that_cannot_be_read_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
     adapters.write(small(), tmp_path)
     edit_config(tmp_path, **changes)
-    with pytest.raises(AdapterError, match=r"adapter_config\.json: lora_alpha or alpha_pattern"):
+    (name,) = changes
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: {name} .*mend the value"):
         adapters.read(tmp_path)
 
 

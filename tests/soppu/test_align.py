@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from soppu import emulator
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.align import Aligner, AlignLoss
-from soppu.attach import attached
 from soppu.config import AlignConfig
 from soppu.data import Block
+from soppu.federation import emulator
+from soppu.federation.align import Aligner, AlignLoss
+from soppu.federation.attach import attached
 
 OPTIONS = AlignConfig(batch_size=2, rank=4, learning_rate=3e-3, kl_weight=0.05)
 

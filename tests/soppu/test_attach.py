@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from soppu import adapter as adapters
-from soppu import emulator
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.attach import attached, initial_pairs
 from soppu.errors import AdapterError
+from soppu.federation import emulator
+from soppu.federation.attach import attached, initial_pairs
 
 IDS = torch.tensor([[5, 17, 200, 9, 33]])
 

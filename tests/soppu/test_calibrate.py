@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from soppu import calibrate, data
 from soppu.data import Block
-from soppu.emulator import SUPPORTED
 from soppu.errors import BundleError, ConfigError, ModelError, StorageError, UnsupportedModel
+from soppu.federation.emulator import SUPPORTED
 
 HASH = "b" * 64
 Q, K, DOWN = (
@@ -277,8 +277,19 @@ def test_only_the_modules_asked_for_come_back(moments: dict[str, Tensor], tmp_pa
 
 @pytest.mark.parametrize("other", ["c" * 64, ""])
 def test_another_base_model_is_refused(moments: dict[str, Tensor], tmp_path: Path, other: str) -> None:
-    with pytest.raises(ModelError, match="of base model bbbbbbbbbbbb, expected"):
+    with pytest.raises(ModelError, match="base model bbbbbbbbbbbb .no name., expected"):
         calibrate.load(save(moments, tmp_path / "m"), base_hash=other)
+
+
+def test_moments_without_a_hash_to_compare_are_known_by_name(
+    moments: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "m"
+    calibrate.save(moments, path, base_hash=HASH, base_model="org/Tiny", examples=2, tokens=13)
+    assert set(calibrate.load(path, base_hash="", base_model="/models/tiny/")) == set(moments)
+    for name, base_hash in (("org/other", ""), ("", ""), ("org/Tiny", "c" * 64)):
+        with pytest.raises(ModelError, match=r"base model bbbbbbbbbbbb \(org/Tiny\), expected"):
+            calibrate.load(path, base_hash=base_hash, base_model=name)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
-from soppu.catalogue import Catalogue, Holding, SchemaRow, User, check_user_id, insert_if_absent, now
 from soppu.errors import RegistryError, StorageError
+from soppu.registry.catalogue import Catalogue, Holding, SchemaRow, User, check_user_id, insert_if_absent, now
 
 ALPHABET = string.ascii_letters + string.digits + "._-"
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soppu import config as configuration
-from soppu import wire
+from soppu.compress.numbers.quantise import COORDS, FLOATS, QUANTISERS
 from soppu.compress.options import BASIS_BITS, CORE_BITS, DEFAULT_RATIO, METHODS, CompressOptions
-from soppu.compress.quantise import COORDS, FLOATS, QUANTISERS
 from soppu.config import OPERATIONAL, CompressConfig, Config, FederationConfig, LoraSettings
 from soppu.errors import ConfigError
+from soppu.federation import wire
 
 
 def write(tmp_path: Path, text: str) -> Path:

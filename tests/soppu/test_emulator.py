@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from soppu import adapter as adapters
-from soppu import emulator, wire
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.attach import attached
 from soppu.data import Block
-from soppu.emulator import LayerPlan, TopModel
 from soppu.errors import AdapterError, UnsupportedModel
 from soppu.evaluate.losses import mean_loss
-from soppu.train import TrainOptions, cache_states, fit
+from soppu.federation import emulator, wire
+from soppu.federation.attach import attached
+from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.train import TrainOptions, cache_states, fit
 
 BASE = "b" * 64
 IDS = torch.tensor([[5, 17, 200, 9, 33, 34, 35, 2, 3], [8, 7, 6, 5, 4, 1, 1, 1, 1]])

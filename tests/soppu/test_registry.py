@@ -19,10 +19,10 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.blobs import LocalBlobs
-from soppu.catalogue import Base, Catalogue, Holding, User, now
 from soppu.errors import AdapterError, RegistryError, StorageError
 from soppu.registry import Registry
+from soppu.registry.blobs import LocalBlobs
+from soppu.registry.catalogue import Base, Catalogue, Holding, User, now
 from tests.share import share
 
 BASE = "b" * 64
@@ -71,7 +71,7 @@ def local(tmp_path: Path) -> Registry:
 def processes(count: int) -> ProcessPoolExecutor:
     """Real processes that share nothing; the server they come from imports torch once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["soppu.registry", "transformers"])
+    context.set_forkserver_preload(["soppu.registry.registry", "transformers"])
     return ProcessPoolExecutor(count, mp_context=context)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from soppu import simulation
-from soppu.simulation import Simulation
+from soppu.federation import simulation
+from soppu.federation.simulation import Simulation
 
 MARK = simulation._MARK
 Spawn = Callable[..., subprocess.Popen[bytes]]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from soppu import emulator, train
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.attach import attached
 from soppu.data import IGNORE, Block, collate
-from soppu.emulator import LayerPlan, TopModel
-from soppu.train import CachedBlock, TrainOptions
+from soppu.federation import emulator, train
+from soppu.federation.attach import attached
+from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.train import CachedBlock, TrainOptions
 
 PAD = 1
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu import wire
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.errors import AdapterError
+from soppu.federation import wire
 
 SHAPES = {"model.layers.6.q_proj": (6, 5), "model.layers.7.down_proj": (3, 8)}
 KEY = "model.layers.7.down_proj.lora_A.weight"

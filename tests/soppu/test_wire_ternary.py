@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu import wire, wire_ternary
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import golomb, ternary
+from soppu.compress.codec import golomb
+from soppu.compress.numbers import ternary
 from soppu.errors import AdapterError, ConfigError
-from soppu.wire_ternary import GAINS, SIGNS
+from soppu.federation import wire, wire_ternary
+from soppu.federation.wire_ternary import GAINS, SIGNS
+from tests.soppu.compress import ternary_measures as measures
 
 # in another order than that of names, and one module with fewer outputs than the rank
 SHAPES = {"model.layers.7.down_proj": (3, 8), "model.layers.6.q_proj": (6, 5)}
@@ -68,7 +70,7 @@ def test_there_and_back_is_the_compressed_adapter_exactly(
 ) -> None:
     adapter = make(shapes, rank=rank, seed=seed)
     back = receive(wire_ternary.to_ternary(adapter, density=density), shapes, rank)
-    wanted = ternary.applied(adapter, ternary.fixed(adapter, density=density))
+    wanted = measures.applied(adapter, ternary.fixed(adapter, density=density))
     assert back.content_hash() == wanted.content_hash()
     assert list(back.pairs) == list(shapes)
     assert (back.base_model, back.base_hash, back.fan_in_fan_out) == ("tiny", "b" * 64, True)

@@ -23,7 +23,12 @@ def register() -> None:
     """
     if not os.environ.get(BUNDLE_VARIABLE):
         return
-    from soppu.serve.vllm_plugin import hooks, settings, versions  # an idle plugin costs vLLM no import
+    from soppu.serve.vllm_plugin import refusal, settings, versions  # an idle plugin costs vLLM no import
 
-    versions.check()
-    hooks.install(settings.read(os.environ))
+    refusal.prepare()
+    with refusal.noted():
+        versions.check()
+        found = settings.read(os.environ)
+    from soppu.serve.vllm_plugin import hooks
+
+    hooks.install(found)

@@ -1,11 +1,13 @@
 """All contact with vLLM's internals, for the versions in `versions`. What is hung in here is made elsewhere.
 
     process      where it hangs in                               what for
+    API server   EngineArgs.create_engine_config             what is refused before an engine starts
     API server   OpenAIServingModels, attach_endpoint_plugins    names, adapter routes, admin routes
     API server   InputProcessor._validate_lora                   a user's marker passes without --enable-lora
     worker       ModelRunner.load_model, VllmConfig.compute_hash wrapping the adapted layers
     worker       ModelRunner._prepare_inputs, _dummy_run         which rows the tokens of a pass use
     worker       Worker.soppu_call                               changes asked for by the API server
+    engine       Executor.__init__                               a worker's refusal ends the engine in silence
 
 A user travels as vLLM's own LoRARequest: `lora_int_id` is the row, `lora_path` names the version, so the
 prefix cache, which is keyed by name and path, never mixes two users or two versions.
@@ -26,16 +28,18 @@ from typing import Any
 import torch
 
 from soppu import models
-from soppu.compress.bundle import Bundle
-from soppu.errors import AdapterError, BundleError, ConfigError, SoppuError
-from soppu.serve.vllm_plugin import kernels, op, routes
-from soppu.serve.vllm_plugin.control import Control, Engine, read_first
-from soppu.serve.vllm_plugin.directory import Directory
-from soppu.serve.vllm_plugin.layout import Linear, Part
-from soppu.serve.vllm_plugin.resident import Form
+from soppu.compress.bundle.bundle import Bundle
+from soppu.errors import AdapterError, BundleError, SoppuError
+from soppu.serve.vllm_plugin import refusal, unsupported
+from soppu.serve.vllm_plugin.frontend import routes
+from soppu.serve.vllm_plugin.frontend.control import Control, Engine, read_first
+from soppu.serve.vllm_plugin.frontend.directory import Directory
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.vllm_plugin.static import Limits
-from soppu.serve.vllm_plugin.worker import Worker
+from soppu.serve.vllm_plugin.worker import kernels, op
+from soppu.serve.vllm_plugin.worker.layout import Linear, Part
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.static import Limits
+from soppu.serve.vllm_plugin.worker.worker import Worker
 
 _MARK = "soppu:"
 _ABSORBED = (
@@ -55,6 +59,7 @@ def install(settings: Settings) -> None:
 
 def _install_worker(settings: Settings) -> None:
     from vllm.config import VllmConfig
+    from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker as EngineWorker
 
@@ -72,20 +77,30 @@ def _install_worker(settings: Settings) -> None:
     GPUModelRunner._dummy_run = _dummy_run(GPUModelRunner._dummy_run)
     EngineWorker.soppu_call = _call
     VllmConfig.compute_hash = _compute_hash(VllmConfig.compute_hash)
+    Executor.__init__ = _start_workers(Executor.__init__)
+
+
+def _start_workers(original: Any) -> Any:
+    @functools.wraps(original)
+    def start(self: Any, *args: Any, **kwargs: Any) -> None:
+        with refusal.followed():
+            original(self, *args, **kwargs)
+
+    return start
 
 
 def _load_model(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.soppu = _attach(self, settings)
+        with refusal.noted():
+            self.soppu = _attach(self, settings)
 
     return load_model
 
 
 def _attach(runner: Any, settings: Settings) -> Worker:
     config = runner.vllm_config
-    _refuse(config)
     form = Form(dtype=config.model_config.dtype, device=runner.device, spare=settings.spare_rows)
     layers = dict(_linears(runner.model))
     bundle, bundle_id = read_first(settings)
@@ -119,27 +134,6 @@ def _limits(config: Any, bundle: Bundle) -> Limits:
         requests=scheduler.max_num_seqs,
         bases=2 * clusters,
     )
-
-
-def _refuse(config: Any) -> None:
-    if config.lora_config is not None:
-        raise ConfigError(
-            "--enable-lora and SOPPU_BUNDLE exclude each other: a bundle needs no --enable-lora"
-        )
-    if config.parallel_config.pipeline_parallel_size > 1:
-        size = config.parallel_config.pipeline_parallel_size
-        raise ConfigError(
-            f"--pipeline-parallel-size {size}: the SOPPU plugin supports 1; tensor parallel is allowed"
-        )
-    if config.parallel_config._api_process_count > 1:
-        count = config.parallel_config._api_process_count
-        raise ConfigError(
-            f"--api-server-count {count}: the SOPPU plugin keeps its names in one, start with 1"
-        )
-    if config.parallel_config.enable_dbo:
-        raise ConfigError("--enable-dbo: the SOPPU plugin needs whole batches; start without it")
-    if config.use_v2_model_runner:
-        raise ConfigError("the SOPPU plugin supports model runner V1; start with VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:
@@ -236,11 +230,13 @@ def _compute_hash(original: Any) -> Any:
 
 
 def _install_frontend(settings: Settings) -> None:
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers import app as launcher
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.v1.engine.input_processor import InputProcessor
 
-    OpenAIServingModels.init_static_loras = _init_models(OpenAIServingModels.init_static_loras, settings)
+    EngineArgs.create_engine_config = _create_config(EngineArgs.create_engine_config, settings)
+    OpenAIServingModels.init_static_loras = _init_models(OpenAIServingModels.init_static_loras)
     for name, replaced in (
         ("show_available_models", _show_available_models),
         ("load_lora_adapter", _load_lora_adapter),
@@ -283,18 +279,31 @@ class _Names(dict[str, Any]):
         return LoRARequest(found.label, found.row, lora_path=f"{_MARK}{found.version}")
 
 
-def _init_models(original: Any, settings: Settings) -> Any:
+def _create_config(original: Any, settings: Settings) -> Any:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """What can be refused before processes start and weights are read is refused here."""
+        config = original(self, *args, **kwargs)
+        unsupported.refuse(config)
+        served = self.served_model_name or self.model
+        names = [served] if isinstance(served, str) else served
+        base = models.resolve(config.model_config.model, cache=Path())
+        control = Control(settings, base_hash=base.hash, base_model=base.name, reserved=names)
+        atexit.register(control.close)
+        _Frontend.control = control
+        return config
+
+    return create_engine_config
+
+
+def _init_models(original: Any) -> Any:
     @functools.wraps(original)
     async def init_static_loras(self: Any) -> None:
         await original(self)
-        base = models.resolve(self.model_config.model, cache=Path())
+        control, loop = _control(), asyncio.get_running_loop()
         names = [path.name for path in self.base_model_paths]
-        control = await asyncio.to_thread(Control, settings, base_hash=base.hash, reserved=names)
-        loop = asyncio.get_running_loop()
-        await asyncio.to_thread(control.connect, _engine(self.engine_client, loop))
+        await asyncio.to_thread(control.connect, _engine(self.engine_client, loop), reserved=names)
         self.lora_requests = _Names(control.bank)
-        atexit.register(control.close)
-        _Frontend.control = control
 
     return init_static_loras
 

@@ -6,10 +6,18 @@ from functools import partial
 import pytest
 import torch
 
-from soppu.compress.allocate import Sides, choose, coords_rate, menu
-from soppu.compress.costs import Costs, measure
-from soppu.compress.plan import ModulePlan, ModuleStats, Setting, best, bisect, total_bits, user_errors
-from soppu.compress.quantise import QUANTISERS
+from soppu.compress.methods.plan import (
+    ModulePlan,
+    ModuleStats,
+    Setting,
+    best,
+    bisect,
+    total_bits,
+    user_errors,
+)
+from soppu.compress.numbers.allocate import Sides, choose, coords_rate, menu
+from soppu.compress.numbers.costs import Costs, measure
+from soppu.compress.numbers.quantise import QUANTISERS
 
 WIDTHS = tuple(QUANTISERS)
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soppu.compress import basis, streams
-from soppu.compress.basis import Basis
-from soppu.compress.quantise import FLOATS, QUANTISERS
+from soppu.compress.codec import basis, streams
+from soppu.compress.codec.basis import Basis
+from soppu.compress.numbers.quantise import FLOATS, QUANTISERS
 from soppu.errors import BundleError
 
 WIDTHS = (*QUANTISERS, *FLOATS)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress import cluster, diagonal
-from soppu.compress.cores import Cores
+from soppu.compress.linalg import cluster, diagonal
+from soppu.compress.linalg.cores import Cores
 
 
 def cores(left: Tensor, right: Tensor) -> Cores:

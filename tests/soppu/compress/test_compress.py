@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import Bundle, CompressOptions, compress, shared_basis
+from soppu.compress import Bundle, CompressOptions, compress
+from soppu.compress.methods import shared_basis
 from soppu.errors import AdapterError, BundleError
 
 EXACT = CompressOptions(method="joint", rank=64, basis_bits=32, core_bits=32)
@@ -167,7 +169,7 @@ def test_duplicates_come_back_equal(fleet, options):
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_adapters_of_any_float_type(fleet, options, dtype):
-    adapters = fleet((2, 2), shapes=RICH, dtype=dtype)
+    adapters = fleet((3, 3, 3, 3), shapes=RICH, dtype=dtype)
     bundle = compress(adapters, options)
     assert error(adapters["user0"], bundle.reconstruct("user0")) == pytest.approx(
         bundle.report.relative_error["user0"], rel=1e-2, abs=1e-5
@@ -189,6 +191,49 @@ def test_a_joint_fit_as_stored_is_no_better_than_the_certificate_allows(fleet):
         stored = sum(value**2 for value in report.module_error[name].values())
         assert part.lower_bound <= stored * (1 + 1e-3) + 1e-9
         assert stored == pytest.approx(part.achieved, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "joint"}, {"method": "joint-diag"}, {"method": "cluster", "clusters": 2}],
+    ids=lambda options: options["method"],
+)
+@pytest.mark.parametrize("rank", [2, 5])
+def test_what_the_certificate_says_was_achieved_is_what_32_bits_store(fleet, options, rank):
+    adapters = fleet((3, 2, 3, 3, 1, 3), shapes=RICH)
+    stored = CompressOptions(rank=rank, basis_bits=32, core_bits=32, **options)
+    report = compress(adapters, stored).report
+    coarse = compress(adapters, replace(stored, basis_bits=4, core_bits=4)).report
+    for name, part in report.certificates.items():
+        mean = sum(value**2 for value in report.module_error[name].values()) / part.total
+        assert mean == pytest.approx(part.achieved / part.total, abs=1e-4)
+        rounded = sum(value**2 for value in coarse.module_error[name].values())
+        assert coarse.certificates[name].achieved <= rounded + 1e-6
+
+
+@pytest.mark.parametrize("allowed", [16_000, 30_000])
+@pytest.mark.parametrize("method", ["joint", "joint-diag", "cluster"])
+def test_the_largest_rank_that_fits_is_found(fleet, method, allowed):
+    adapters = fleet((8,) * 6, shapes={"q": (256, 320)}, seed=5)
+    options = CompressOptions(method=method, clusters=2 if method == "cluster" else 1, max_bytes=allowed)
+    found = compress(adapters, options)
+    rank = max(found.report.k_used.values())
+    sizes = [
+        len(compress(adapters, replace(options, rank=k, max_bytes=0)).to_bytes()) for k in (rank, rank + 1)
+    ]
+    assert len(found.to_bytes()) <= allowed
+    if rank < max(min(48, options.rank), 1):
+        assert sizes[1] > allowed
+    if sizes[1] - sizes[0] < 0.05 * allowed and sizes[1] > allowed:
+        assert len(found.to_bytes()) > 0.95 * allowed
+
+
+def test_the_smallest_rank_within_an_error_is_found(fleet):
+    adapters = fleet((4,) * 6, shapes={"q": (60, 50)}, seed=5)
+    options = CompressOptions(method="joint", max_error=0.5)
+    rank = max(compress(adapters, options).report.k_used.values())
+    below = compress(adapters, replace(options, max_error=0.0, rank=rank - 1)).report
+    assert below.relative_error_max > 0.5
 
 
 def test_full_rank_is_exact(fleet):
@@ -295,7 +340,7 @@ def test_adapters_are_asked_for_a_batch_at_a_time_and_not_kept(fleet):
 
     made = fleet((1,) * 130, shapes={"q": (12, 10)})
     lazy = Lazy(made)
-    first, second = compress(made, CompressOptions(ratio=1.2)), compress(lazy, CompressOptions(ratio=1.2))
+    first, second = compress(made, CompressOptions(ratio=0.8)), compress(lazy, CompressOptions(ratio=0.8))
     assert first.to_bytes() == second.to_bytes()
 
 
@@ -324,12 +369,29 @@ def test_adapters_of_two_base_models_are_refused(fleet):
     pairs = adapters["user1"].pairs
     adapters["user1"] = LoraAdapter(pairs, "tiny", "b" * 63 + "c")
     refused(adapters, "user0", "user1", "bbbb")
-    adapters["user1"] = LoraAdapter(pairs, "tiny", "")
-    refused(adapters, "user0", "user1", "unknown")
+    adapters["user1"] = LoraAdapter(pairs, "other", "")
+    refused(adapters, "user0", "user1", "unknown", "--base")
+    adapters["user1"] = LoraAdapter(pairs, "", "")
+    refused(adapters, "user0", "user1", "unknown", "no name", "--base")
     adapters = {user: LoraAdapter(pairs, name) for user, name in (("user0", "gpt2"), ("user1", "llama"))}
-    refused(adapters, "'gpt2'", "'llama'")
+    refused(adapters, "(gpt2)", "(llama)")
     adapters = {user: LoraAdapter(pairs, fan_in_fan_out=fan) for user, fan in (("x", True), ("y", False))}
     refused(adapters, "fan_in_fan_out", "x", "y")
+
+
+def test_a_bundle_keeps_the_hash_that_any_of_its_users_knows(fleet):
+    adapters = fleet((2, 2, 2))
+    known = adapters["user1"].base_hash
+    for user, name, base_hash in (
+        ("user0", "/models/Tiny/", ""),
+        ("user1", "org/tiny", known),
+        ("user2", "tiny", ""),
+    ):
+        adapters[user] = LoraAdapter(adapters[user].pairs, name, base_hash)
+    bundle = compress(adapters, CompressOptions(method="joint", rank=4))
+    assert (bundle.base_model, bundle.base_hash) == ("/models/Tiny/", known)
+    adapters["user3"] = LoraAdapter(adapters["user0"].pairs, "tiny", "c" * 64)  # not the one user1 knows
+    refused(adapters, "user3", "user0", "cccc", "bbbb")
 
 
 def test_modules_of_two_shapes_are_refused(fleet):

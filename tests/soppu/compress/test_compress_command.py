@@ -11,7 +11,8 @@ from soppu import adapter, calibrate
 from soppu.adapter import LoraAdapter
 from soppu.cli import main
 from soppu.commands.compress import compress_command
-from soppu.compress import Bundle, passes
+from soppu.compress import Bundle
+from soppu.compress.fleet import passes
 from soppu.compress.options import METHODS, ratio
 
 SETTINGS = {
@@ -148,14 +149,14 @@ def test_a_folder_without_an_adapter_is_an_error(tmp_path: Path):
     assert result.exit_code == 1 and "adapter_config.json: no such file" in result.output
 
 
-def moments(made: LoraAdapter, path: Path, *, base_hash: str, wider: int = 0) -> Path:
+def moments(made: LoraAdapter, path: Path, *, base_hash: str, base_model: str = "", wider: int = 0) -> Path:
     """A file of second moments in which the first two inputs of a layer matter most."""
     found = {}
     for name, pair in made.pairs.items():
         scale = torch.ones(pair.A.shape[1] + wider)
         scale[:2] = 100.0
         found[name] = torch.diag(scale)
-    calibrate.save(found, path, base_hash=base_hash, examples=1, tokens=1)
+    calibrate.save(found, path, base_hash=base_hash, base_model=base_model, examples=1, tokens=1)
     return path
 
 
@@ -191,12 +192,19 @@ def test_moments_of_another_base_model_or_width_are_refused(fleet, folders, tmp_
     assert not (tmp_path / "b").exists()
 
 
-def test_folders_that_do_not_name_their_base_model_take_moments_on_trust(fleet, folders, tmp_path: Path):
+def test_folders_without_a_hash_take_moments_of_the_base_model_of_their_name(fleet, folders, tmp_path: Path):
     for folder in folders:
         (Path(folder) / adapter.IDENTITY_FILE).unlink()
-    path = moments(fleet((2,))["user0"], tmp_path / "m", base_hash="c" * 64)
+    made = fleet((2,))["user0"]
+    path = moments(made, tmp_path / "m", base_hash="c" * 64, base_model="org/Tiny")
     result = run(*folders, "--max-error", 0.2, "--moments", path, "--out", tmp_path / "b")
     assert result.exit_code == 0, result.output
     assert "do not say which base model" in result.stderr
+    assert "known by the name 'tiny' alone; --base MODEL writes its hash" in result.stderr
     assert Bundle.load(tmp_path / "b").report.whitened
     assert json.dumps(Bundle.load(tmp_path / "b").report.to_dict())
+    for name in ("org/other", ""):
+        path = moments(made, tmp_path / "m", base_hash="c" * 64, base_model=name)
+        result = run(*folders, "--moments", path, "--out", tmp_path / "none")
+        assert result.exit_code == 1 and "--base MODEL" in result.output
+    assert not (tmp_path / "none").exists()

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from benchmarks import handmade, mutate
 from benchmarks.mutate import File
-from soppu.compress import Bundle, container, streams
-from soppu.compress.components import Components
-from soppu.compress.metrics import Certificate
+from soppu.compress import Bundle
+from soppu.compress.bundle import container
+from soppu.compress.codec import streams
+from soppu.compress.linalg.certificate import Certificate
+from soppu.compress.numbers.components import Components
 from soppu.compress.options import ratio
 from soppu.errors import BundleError
 
@@ -37,7 +39,7 @@ def changed(data: bytes, change: Callable[[Any], object]) -> bytes:
 
 def refused(data: bytes, *words: str) -> str:
     with pytest.raises(BundleError) as caught:
-        container.decode(data, source="some.file")
+        Bundle.from_bytes(data, source="some.file")
     message = str(caught.value)
     assert message.startswith("some.file: ") and all(word in message for word in words), message
     return message
@@ -57,7 +59,7 @@ def tensors_of(bundle: Bundle) -> list[torch.Tensor]:
 def test_what_is_read_is_what_was_written_and_is_written_alike(plan):
     bundle = handmade.make(plan)
     data = container.encode(bundle)
-    again = container.decode(data, source="x")
+    again = Bundle.from_bytes(data, source="x")
     for name in (
         "users",
         "adapter_ids",
@@ -80,7 +82,7 @@ def test_what_is_read_is_what_was_written_and_is_written_alike(plan):
 @every_plan
 def test_the_report_comes_back(plan):
     bundle = handmade.make(plan)
-    again = container.decode(container.encode(bundle), source="x").report
+    again = Bundle.from_bytes(container.encode(bundle), source="x").report
     assert again.settings() == bundle.report.settings()
     assert again.relative_error == bundle.report.relative_error  # 0.25 and 0.5 are floats of 16 bits
     assert again.module_error == bundle.report.module_error
@@ -97,12 +99,12 @@ def test_certificates_come_back_as_32_bit_floats(rows):
         for place, (name, row) in enumerate(zip(bundle.shapes, rows, strict=True))
     }
     changed = replace(bundle, report=replace(bundle.report, certificates=table))
-    assert container.decode(container.encode(changed), source="x").report.certificates == table
+    assert Bundle.from_bytes(container.encode(changed), source="x").report.certificates == table
 
 
 def test_users_taken_out_are_remembered():
     bundle = replace(handmade.make(handmade.PLANS["own"]), basis_saw=("a-gone", "a-too"))
-    assert container.decode(container.encode(bundle), source="x").basis_saw == ("a-gone", "a-too")
+    assert Bundle.from_bytes(container.encode(bundle), source="x").basis_saw == ("a-gone", "a-too")
 
 
 def test_bytes_reported_are_bytes_on_disk(tmp_path):
@@ -144,7 +146,7 @@ def test_more_components_than_the_rank_allows_are_refused():
         if allowed == 1:
             refused(data, "page 0: q: 2 components of 'user0', allowed: 1")
         else:  # the bases allow three
-            assert container.decode(data, source="x").users == bundle.users
+            assert Bundle.from_bytes(data, source="x").users == bundle.users
 
 
 def test_components_where_the_rank_is_0_are_refused():
@@ -186,7 +188,7 @@ def test_a_key_that_is_there_twice_is_refused(data):
 def test_half_a_character_is_refused(data):
     refused(changed(data, lambda m: m.update(base_model="\ud800")), "not JSON")
     assert (
-        container.decode(changed(data, lambda m: m.update(base_model="\U0001f600")), source="x").base_model
+        Bundle.from_bytes(changed(data, lambda m: m.update(base_model="\U0001f600")), source="x").base_model
         == "😀"
     )
 
@@ -201,7 +203,7 @@ def test_deep_nesting_is_refused_with_a_short_message(data, depth):
         assert len(refused(made)) < 200
     unknown = File.open(data).close(retext=lambda t: f'{{"new":{nested},{t[1:]}')
     if depth == 50:
-        assert container.decode(unknown, source="x").users == ("user0", "user1")
+        assert Bundle.from_bytes(unknown, source="x").users == ("user0", "user1")
     elif depth == 100_000:
         refused(unknown, "not JSON")
 
@@ -263,7 +265,7 @@ def test_keys_that_are_not_known_are_ignored(data):
         for held in (meta, meta["modules"][0], meta["report"]):
             held["new"] = {"any": [1, "thing"]}
 
-    assert container.encode(container.decode(changed(data, more), source="x")) == data
+    assert container.encode(Bundle.from_bytes(changed(data, more), source="x")) == data
 
 
 SEEDS = {name: handmade.make(plan).to_bytes() for name, plan in handmade.PLANS.items()}
@@ -274,11 +276,11 @@ SEEDS = {name: handmade.make(plan).to_bytes() for name, plan in handmade.PLANS.i
 def test_changed_files_are_bundles_or_refused(name, kind, rng):
     data = mutate.KINDS[kind](SEEDS[name], rng)
     try:
-        bundle = container.decode(data, source="x")
+        bundle = Bundle.from_bytes(data, source="x")
     except BundleError as error:
         assert str(error).startswith("x: ") and len(str(error)) < 1000
         return
-    assert container.decode(container.encode(bundle), source="x").users == bundle.users
+    assert Bundle.from_bytes(container.encode(bundle), source="x").users == bundle.users
 
 
 @settings(max_examples=200)

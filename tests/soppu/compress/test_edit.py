@@ -81,6 +81,8 @@ def test_newcomers_that_do_not_belong_are_refused(adapters):
         project(bundle, "user0", new, max_error=0.5)
     with pytest.raises(AdapterError, match="base model"):
         project(bundle, "x", LoraAdapter(new.pairs, "tiny", "c" * 64), max_error=0.5)
+    with pytest.raises(AdapterError, match=r"x: made for base model unknown \(other\), the bundle .*--base"):
+        project(bundle, "x", LoraAdapter(new.pairs, "other"), max_error=0.5)
     other = {"layers.9.k": new.pairs["layers.0.q"]}
     with pytest.raises(AdapterError, match=r"layers\.9\.k.*None"):
         project(bundle, "x", LoraAdapter(other, "tiny", "b" * 64), max_error=0.5)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from soppu import adapter, models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress
-from soppu.compress.export import RANKS, export, spread
+from soppu.compress.lorax_export import RANKS, export, spread
 from soppu.errors import BundleError, ConfigError, StorageError
 from tests.conftest import LAYERS
 

@@ -9,7 +9,7 @@ import pytest
 _MEASURE = """
 from pathlib import Path
 import torch
-from soppu.compress import heap
+from soppu.compress.fleet import heap
 
 BLOCKS, SIZE = 800, 1 << 16  # bytes: below what is ever a mapping of its own
 

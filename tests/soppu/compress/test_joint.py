@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu.compress import joint
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.compress import Bundle, CompressOptions, compress
+from soppu.compress.numbers.quantise import AXIS
 from soppu.errors import AdapterError
+from tests.soppu.compress import dense_joint as joint
 
 
 def dense_hooi(deltas: Tensor, k: int, steps: int) -> tuple[list[float], Tensor, Tensor]:
@@ -252,18 +255,24 @@ def test_the_sign_of_every_column_is_fixed(factors):
 @pytest.mark.parametrize(("k", "thin"), [(6, False), (7, True), (9, True)])
 def test_thin_cores_add_no_error(factors, k, thin):
     outs, ins = factors((3, 1, 3, 2), 25, 22)
-    fit = joint.fit(outs, ins, rank=k)
-    p, q = joint.split_cores(fit, [3, 1, 3, 2])
-    assert (q is not None) is thin
-    cores = p if q is None else p @ q
-    torch.testing.assert_close(cores, fit.left @ fit.right, rtol=0, atol=1e-13)
-    if q is not None:
-        assert p.shape == (4, k, 3) and q.shape == (4, 3, k)
-        assert not p[1, :, 1:].any() and not q[1, 1:].any()
+    bundle = compressed(outs, ins, k)
+    (part,) = bundle.components(0)
+    assert bool((part.left.coords_width > AXIS).all()) is thin
+    left = bundle.report.certificates["q"].achieved
+    assert sum(e**2 for e in bundle.report.relative_error.values()) == pytest.approx(left, rel=1e-4, abs=1e-6)
+    assert part.user.bincount().tolist() == ([3, 1, 3, 2] if thin else [k] * 4)
 
 
 def test_a_zero_adapter_of_large_rank_does_not_widen_thin_cores(factors):
     outs, ins = factors((2, 2, 2), 25, 22)
-    outs, ins = [*outs, torch.zeros(25, 9).double()], [*ins, torch.ones(9, 22).double()]
-    p, q = joint.split_cores(joint.fit(outs, ins, rank=6), [2, 2, 2, 9])
-    assert q is not None and p.shape == (4, 6, 2) and not p[3].any()
+    bundle = compressed([*outs, torch.zeros(25, 9).double()], [*ins, torch.ones(9, 22).double()], 6)
+    (part,) = bundle.components(0)
+    assert bool((part.left.coords_width > AXIS).all())
+    assert part.user.bincount(minlength=4).tolist() == [2, 2, 2, 0]
+
+
+def compressed(outs: list[Tensor], ins: list[Tensor], k: int) -> Bundle:
+    """All users of one module as the method that ships keeps them, in 32 bits."""
+    pairs = zip(outs, ins, strict=True)
+    fleet = {f"user{n}": LoraAdapter({"q": LoraPair(A=a, B=b)}, "tiny") for n, (b, a) in enumerate(pairs)}
+    return compress(fleet, CompressOptions(method="joint", rank=k, basis_bits=32, core_bits=32))

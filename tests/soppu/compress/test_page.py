@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.handmade import Form, components
-from soppu.compress import golomb, page, streams
-from soppu.compress.components import Components, concatenate
-from soppu.compress.page import ModuleShape
-from soppu.compress.quantise import AXIS, TERNARY
+from soppu.compress.codec import golomb, page, streams
+from soppu.compress.codec.page import ModuleShape
+from soppu.compress.numbers.components import Components, concatenate
+from soppu.compress.numbers.quantise import AXIS, TERNARY
 from soppu.errors import BundleError
 
 COORDS = (4, 6, 8, 16, 32)

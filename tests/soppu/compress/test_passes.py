@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from soppu.adapter import LoraAdapter
-from soppu.compress import CompressOptions, compress, passes
-from soppu.compress import fleet as fleets
-from soppu.compress.canonical import Canonical
-from soppu.compress.passes import Passes
-from soppu.compress.steps import Steps, alone
+from soppu.compress import CompressOptions, compress
+from soppu.compress.fleet import passes
+from soppu.compress.fleet import survey as fleets
+from soppu.compress.fleet.passes import Passes
+from soppu.compress.linalg.canonical import Canonical
+from soppu.compress.linalg.steps import Steps
+from tests.soppu.compress.large_fit import alone
 
 Make = Callable[..., dict[str, LoraAdapter]]
 SHAPES = {"q": (20, 16), "v": (12, 30)}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu.compress.quantise import COORDS, FLOATS, QUANTISERS, quantise, quantise_coords, scale_of
+from soppu.compress.numbers.quantise import COORDS, FLOATS, QUANTISERS, quantise, quantise_coords, scale_of
 
 every_width = pytest.mark.parametrize("width", QUANTISERS)
 

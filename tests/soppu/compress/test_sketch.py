@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress import bounds, joint
-from soppu.compress.canonical import Canonical, canonical
-from soppu.compress.cores import Cores
-from soppu.compress.large import LargeFit, Search, Sizes, fit_batches, fit_large, grow
-from soppu.compress.sketch import CorePass, GrowthPass, PowerPass, RangePass, Ranges, rows
-from soppu.compress.steps import alone
+from soppu.compress.linalg import bounds
+from soppu.compress.linalg.canonical import Canonical, canonical
+from soppu.compress.linalg.cores import Cores
+from soppu.compress.linalg.range_finder import Sizes, grow
+from soppu.compress.linalg.sketch import CorePass, GrowthPass, PowerPass, RangePass, Ranges, rows
 from soppu.errors import AdapterError
+from tests.soppu.compress import dense_joint as joint
+from tests.soppu.compress.large_fit import LargeFit, Search, alone, fit_batches, fit_large, outside
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -261,9 +262,9 @@ def test_cores_are_projections_and_what_they_miss_is_known():
     inside = cores.left.double().mT @ cores.right.double()
     torch.testing.assert_close(inside, cores.basis_out.mT @ made @ cores.basis_in, rtol=0, atol=1e-6)
     missed = made - projector(cores.basis_out) @ made @ projector(cores.basis_in)
-    torch.testing.assert_close(cores.outside(), missed.square().sum((1, 2)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(outside(cores), missed.square().sum((1, 2)), rtol=0, atol=1e-6)
     torch.testing.assert_close(cores.norm, torch.linalg.matrix_norm(dense(outs, ins)), rtol=1e-6, atol=0)
-    assert cores.norm[4] == 0 and cores.outside()[4] == 0 and cores.total == 9
+    assert cores.norm[4] == 0 and outside(cores)[4] == 0 and cores.total == 9
     for (values, _), gram, basis in zip(
         cores.ritz(), covariances(outs, ins), (cores.basis_out, cores.basis_in), strict=True
     ):

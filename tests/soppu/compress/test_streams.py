@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from soppu.compress import streams
+from soppu.compress.codec import streams
 from soppu.errors import BundleError
 
 LIMITS = (1, 2, 7, 31, 127)

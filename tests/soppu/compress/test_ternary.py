@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import golomb, ternary
-from soppu.compress.ternary import Cell, SweepResult, Ternary
+from soppu.compress.codec import golomb
+from soppu.compress.numbers import ternary
+from soppu.compress.numbers.ternary import Ternary
 from soppu.errors import AdapterError, ConfigError
+from tests.soppu.compress import ternary_measures as measures
+from tests.soppu.compress.ternary_measures import Cell, SweepResult
 
 PUBLISHED = {0.01: 0.0911, 0.02: 0.162, 0.05: 0.339, 0.1: 0.576, 0.2: 0.939, 0.3: 1.188, 0.5: 1.5}
 SHAPES = {"model.layers.0.q": (20, 16), "model.layers.1.down": (12, 30), "model.layers.0.q2": (9, 11)}
@@ -196,7 +199,7 @@ def test_fixed_goes_with_the_scale_of_the_adapter() -> None:
 def test_fixed_keeps_the_share_asked_for(density: float) -> None:
     made = ternary.fixed(gaussian(rank=5), density=density)
     total = flat(made).size
-    assert ternary.kept(made) == pytest.approx(density, abs=8 / total)
+    assert measures.kept(made) == pytest.approx(density, abs=8 / total)
 
 
 def test_more_density_never_hurts_and_ends_near_half() -> None:
@@ -204,7 +207,7 @@ def test_more_density_never_hurts_and_ends_near_half() -> None:
     made = [ternary.fixed(adapter, density=d) for d in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)]
     errors = [error(adapter, part) for part in made]
     assert all(later <= earlier + 0.01 for earlier, later in zip(errors, errors[1:], strict=False)), errors
-    assert 0.4 < ternary.kept(made[-1]) < 0.7
+    assert 0.4 < measures.kept(made[-1]) < 0.7
 
 
 def test_gains_are_the_best_there_are() -> None:
@@ -225,7 +228,7 @@ def test_signs_that_are_orthogonal_come_back_exactly() -> None:
     A = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1]]) * torch.tensor([[3.0], [0.5]])
     adapter = LoraAdapter({"m": LoraPair(A=A, B=B)})
     made = ternary.fixed(adapter, density=1.0)
-    assert ternary.kept(made) == 1.0
+    assert measures.kept(made) == 1.0
     torch.testing.assert_close(dense(made)["m"].float(), B @ A)
 
 
@@ -233,8 +236,8 @@ def test_full_density_beats_full_signs() -> None:
     """Signs of everything keep 2 / pi of the energy of a normal vector, the best threshold 0.81."""
     adapter = LoraAdapter({"m": LoraPair(A=draw(1, 4000), B=draw(4000, 1, seed=1))})
     made = ternary.fixed(adapter, density=1.0)
-    assert ternary.relative_error(adapter, made) == pytest.approx(math.sqrt(1 - 0.81**2), abs=0.02)
-    assert ternary.kept(made) == pytest.approx(0.54, abs=0.03)
+    assert measures.relative_error(adapter, made) == pytest.approx(math.sqrt(1 - 0.81**2), abs=0.02)
+    assert measures.kept(made) == pytest.approx(0.54, abs=0.03)
 
 
 def test_energy_decides_where_the_signs_go() -> None:
@@ -256,7 +259,7 @@ def test_an_adapter_that_changes_nothing_stays_so(mode: str) -> None:
         else ternary.faithful(adapter, density=0.3, alpha=1.0)
     )
     assert all(not delta.any() for delta in dense(made).values())
-    assert ternary.relative_error(adapter, made) == 0
+    assert measures.relative_error(adapter, made) == 0
 
 
 def test_deltas_of_lower_rank_than_their_factors() -> None:
@@ -303,7 +306,7 @@ def test_the_relative_error_is_that_of_the_dense_matrices(mode: str) -> None:
         if mode == "fixed"
         else ternary.faithful(adapter, density=0.6, alpha=0.7)
     )
-    assert ternary.relative_error(adapter, made) == pytest.approx(error(adapter, made), rel=1e-6)
+    assert measures.relative_error(adapter, made) == pytest.approx(error(adapter, made), rel=1e-6)
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.01, 5, math.nan])
@@ -338,7 +341,7 @@ def distance(adapter: LoraAdapter) -> Callable[[LoraAdapter], float]:
 @pytest.mark.parametrize("mode", ["faithful", "fixed"])
 def test_a_sweep_tries_every_cell_and_finds_the_best(mode: str) -> None:
     adapter, told = gaussian(), []
-    found = ternary.sweep(
+    found = measures.sweep(
         adapter,
         densities=[0.05, 0.2],
         alphas=[0.5, 1.0, 2.0],
@@ -357,21 +360,21 @@ def test_a_sweep_tries_every_cell_and_finds_the_best(mode: str) -> None:
             made = {
                 n: part.scaled(cell.alpha) for n, part in ternary.fixed(adapter, density=cell.density).items()
             }
-        assert cell.loss == pytest.approx(distance(adapter)(ternary.applied(adapter, made)), rel=1e-5)
-        assert cell.kept == ternary.kept(made)
+        assert cell.loss == pytest.approx(distance(adapter)(measures.applied(adapter, made)), rel=1e-5)
+        assert cell.kept == measures.kept(made)
     assert found.best == min(found.cells, key=lambda cell: cell.loss)
 
 
 def test_least_squares_gains_want_an_alpha_of_one() -> None:
     adapter = gaussian()
-    found = ternary.sweep(
+    found = measures.sweep(
         adapter, densities=[0.2], alphas=[0.5, 1.0, 2.0], loss=distance(adapter), mode="fixed"
     )
     assert found.best.alpha == 1.0
 
 
 def test_ties_go_to_the_smaller_density() -> None:
-    found = ternary.sweep(
+    found = measures.sweep(
         gaussian(), densities=[0.5, 0.1, 0.3], alphas=[2.0, 1.0], loss=lambda tried: 1.0, mode="fixed"
     )
     assert (found.best.density, found.best.alpha) == (0.1, 1.0)
@@ -386,7 +389,7 @@ def test_a_loss_that_is_not_finite_is_shown_and_never_the_best() -> None:
     assert [cell["loss"] for cell in written["cells"]] == [None, 3.25, None]
     assert written["best"] == {"density": 0.1, "alpha": 2.0, "kept": 0.1, "loss": 3.25}
     with pytest.raises(AdapterError, match="finite"):
-        ternary.sweep(gaussian(), densities=[0.1], alphas=[1.0], loss=lambda tried: math.nan, mode="fixed")
+        measures.sweep(gaussian(), densities=[0.1], alphas=[1.0], loss=lambda tried: math.nan, mode="fixed")
 
 
 def test_a_sweep_prints_as_a_table_with_the_best_cell_marked() -> None:
@@ -406,4 +409,4 @@ def test_a_sweep_prints_as_a_table_with_the_best_cell_marked() -> None:
 def test_a_sweep_that_cannot_start(change: dict[str, object], named: str) -> None:
     settings = {"densities": [0.1], "alphas": [1.0], "mode": "fixed", "loss": lambda tried: 1.0}
     with pytest.raises(ConfigError, match=named):
-        ternary.sweep(gaussian(), **{**settings, **change})  # type: ignore[arg-type]
+        measures.sweep(gaussian(), **{**settings, **change})  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu.compress import whitening
+from soppu.compress.linalg import whitening
 from soppu.errors import ConfigError, ModelError
 
 TINY = 1e-9  # a shrink that keeps the roots finite and changes nothing a test could see

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from soppu.compress.metrics import Certificate, CompressionReport
+from soppu.compress.bundle.report import CompressionReport
+from soppu.compress.linalg.certificate import Certificate
 from soppu.config import Config
 from soppu.evaluate import report
 from soppu.evaluate.gate import check

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from soppu import emulator
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.attach import attached
 from soppu.data import IGNORE, Block
-from soppu.emulator import TopModel
 from soppu.errors import AdapterError
 from soppu.evaluate.losses import UserLosses, mean_loss
-from soppu.train import cache_states
+from soppu.federation import emulator
+from soppu.federation.attach import attached
+from soppu.federation.emulator import TopModel
+from soppu.federation.train import cache_states
 
 
 def make_blocks() -> list[Block]:

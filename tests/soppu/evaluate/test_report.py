@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from server.strategy import Received, RoundLog
-from soppu.compress.metrics import CompressionReport
+from soppu.compress.bundle.report import CompressionReport
 from soppu.errors import ReportError, SoppuError, StorageError
 from soppu.evaluate import report, schema
 from soppu.evaluate.losses import UserLosses

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soppu.compress.basis import Basis
-from soppu.compress.bundle import Bundle
-from soppu.compress.components import Components, Side
-from soppu.compress.fit import Page, PageWriter
-from soppu.compress.metrics import Certificate, CompressionReport
-from soppu.compress.quantise import AXIS, quantise, quantise_coords
-from soppu.serve.slots import BundleSlot, ModuleFactors, PairSlot, Slot
+from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.report import CompressionReport
+from soppu.compress.codec.basis import Basis
+from soppu.compress.codec.page import Page, PageWriter
+from soppu.compress.linalg.certificate import Certificate
+from soppu.compress.numbers.components import Components, Side
+from soppu.compress.numbers.quantise import AXIS, quantise, quantise_coords
+from soppu.serve.layers.factors import BundleSlot, ModuleFactors, PairSlot, Slot
 from tests.soppu.serve import tiny
 
 # What either side of a component is made of.

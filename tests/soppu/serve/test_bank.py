@@ -9,9 +9,9 @@ import torch
 
 from soppu.adapter import LoraPair
 from soppu.errors import AdapterError, BundleError, RequestError
-from soppu.serve.bank import AdapterBank
-from soppu.serve.layers import linear_shapes
-from soppu.serve.slots import BundleSlot, PairSlot
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.layers.adapted_linear import linear_shapes
+from soppu.serve.layers.factors import BundleSlot, PairSlot
 from tests.soppu.serve import handmade, tiny
 
 A, B = "a" * 64, "ab" * 32
@@ -19,7 +19,7 @@ A, B = "a" * 64, "ab" * 32
 
 @pytest.fixture
 def bank() -> AdapterBank:
-    return AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH)
+    return AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH, base_model="org/Tiny")
 
 
 def bundle(*users: str, seed: int = 0, rank: int = 8):  # type: ignore[no-untyped-def]
@@ -98,12 +98,17 @@ def test_staging_again_changes_nothing_and_the_active_bundle_cannot_be_dropped(b
 
 
 def test_a_bundle_of_another_base_is_refused_by_name(bank: AdapterBank) -> None:
-    for wrong in ("c" * 64, ""):
-        with pytest.raises(
-            BundleError, match=f"made for base model {wrong[:12]!r} .*this server has 'bbbbbbbbbbbb'"
-        ):
-            bank.stage(replace(bundle("alice"), base_hash=wrong), bundle_id=A)
+    for wrong, name in (("c" * 64, "tiny"), ("", "other"), ("", "else/Tiny"), ("", "")):
+        said = wrong[:12] or "unknown"
+        with pytest.raises(BundleError, match=f"made for base model {said} .*this server has bbbbbbbbbbbb"):
+            bank.stage(replace(bundle("alice"), base_hash=wrong, base_model=name), bundle_id=A)
     assert bank.bundles() == {}
+
+
+@pytest.mark.parametrize("name", ["tiny", "/models/tiny/", "~/hub/models--org--Tiny/snapshots/0123"])
+def test_a_bundle_without_a_hash_is_served_on_the_base_of_its_name(bank: AdapterBank, name: str) -> None:
+    bank.stage(replace(bundle("alice"), base_hash="", base_model=name), bundle_id=A)
+    assert bank.resolve(f"alice@{A}").version == A
 
 
 def test_a_bundle_whose_modules_do_not_fit_is_refused_by_module(bank: AdapterBank) -> None:
@@ -165,6 +170,9 @@ def test_an_adapter_of_another_base_or_shape_is_refused(
     bank.add("other-tool", tiny.lora(model, seed=1, base_hash=""))
     assert not bank.adapters()["other-tool"].verified
     assert "'other-tool' states no base hash" in caplog.text
+    for name in ("", "org/other"):
+        with pytest.raises(AdapterError, match=r"nobody: made for base model unknown .*--base"):
+            bank.add("nobody", replace(tiny.lora(model, seed=1, base_hash=""), base_model=name))
 
 
 def test_a_name_cannot_mean_two_things(bank: AdapterBank) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from soppu.emulator import SUPPORTED
 from soppu.errors import RequestError
-from soppu.serve.bank import AdapterBank
-from soppu.serve.detokenize import Detokenizer
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.generation import GenerationRequest, TokenEvent
-from soppu.serve.sampling import Sampler, Sampling, penalise, warp
+from soppu.federation.emulator import SUPPORTED
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.engine.detokenizer import Detokenizer
+from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.engine.generation import GenerationRequest, TokenEvent
+from soppu.serve.engine.sampling import Sampler, Sampling, processors
 from tests.soppu.serve import tiny
 
 PROMPTS = ["def main():", "the quick", "a", "日本語 and a rather longer prompt than the others"]
@@ -399,18 +400,47 @@ def test_deltas_keep_the_spaces_of_a_tokenizer_that_strips_the_first(ids: list[i
     assert shown == tokenizer.decode(ids)
 
 
-def test_warping_keeps_what_top_k_and_top_p_promise() -> None:
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
-    kept = warp(logits, Sampling(do_sample=True, top_k=2)).softmax(-1)
-    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
-    kept = warp(logits, Sampling(do_sample=True, top_p=0.65)).softmax(-1)
-    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
-    kept = warp(logits, Sampling(do_sample=True, top_p=1e-6)).softmax(-1)
-    torch.testing.assert_close(kept, torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    torch.testing.assert_close(warp(logits, Sampling(temperature=0.5)), 2 * logits)
-    torch.testing.assert_close(
-        penalise(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], penalty=2.0), torch.tensor([1.0, -4.0, 1.0])
+@settings(max_examples=150)
+@given(st.lists(st.integers(0, 258), max_size=14), st.text(max_size=6))
+def test_byte_tokens_that_are_no_characters_never_break_a_text(ids: list[int], value: str) -> None:
+    vocabulary = {"<unk>": 0, "\u2581": 1, "a": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+    def deltas(ids: list[int]) -> str:
+        detokenizer = Detokenizer(tokenizer)
+        return "".join([detokenizer.push(token_id) for token_id in ids]) + detokenizer.flush()
+
+    assert deltas([2, *(3 + byte for byte in value.encode())]) == "a" + value
+    assert deltas([2, *ids, 2]).startswith("a") and deltas([2, *ids, 2]).endswith("a")
+
+
+def test_warping_keeps_what_top_k_and_top_p_promise() -> None:
+    def scores(logits: torch.Tensor, ids: Sequence[int] = (0,), **sampling: Any) -> torch.Tensor:
+        return processors(Sampling(**sampling))(torch.tensor([ids]), logits[None])[0]
+
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    kept = scores(logits, do_sample=True, top_k=2).softmax(-1)
+    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
+    kept = scores(logits, do_sample=True, top_p=0.65).softmax(-1)
+    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
+    kept = scores(logits, do_sample=True, top_p=1e-6).softmax(-1)
+    torch.testing.assert_close(kept, torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    torch.testing.assert_close(scores(logits, do_sample=True, temperature=0.5), 2 * logits)
+    torch.testing.assert_close(
+        scores(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], repetition_penalty=2.0),
+        torch.tensor([1.0, -4.0, 1.0]),
+    )
+    kept = scores(logits, do_sample=True, top_k=2**63, top_p=1.0)
+    torch.testing.assert_close(kept, logits)  # more than there are keeps all
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -15,14 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import CompressOptions, compress
-from soppu.compress.bundle import Bundle
-from soppu.serve.bank import AdapterBank
-from soppu.serve.cache import Step
-from soppu.serve.decoder import CacheSize, make_decoder
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.generation import GenerationRequest
-from soppu.serve.layers import linear_shapes
-from soppu.serve.routing import Routing
+from soppu.compress.bundle.bundle import Bundle
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.decoders.decoder import CacheSize, make_decoder
+from soppu.serve.decoders.kv_cache import Step
+from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.engine.generation import GenerationRequest
+from soppu.serve.layers.adapted_linear import linear_shapes
+from soppu.serve.layers.routing import Routing
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.handmade import Plan, Sizes
 
@@ -82,7 +82,7 @@ def served_logits(
 ) -> Tensor:
     """Logits (adapters, v) after `ids`, one row for each adapter, in one batch."""
     b = len(adapters)
-    decoder = make_decoder(model, bank.router, CacheSize(slots=b, limit=len(ids)))
+    decoder = make_decoder(model, bank.router, CacheSize(rows=b, limit=len(ids)))
     step = Step(torch.tensor([ids] * b), range(b), starts=[0] * b, counts=[len(ids)] * b)
     return decoder.forward(step, Routing([bank.resolve(adapter).slot for adapter in adapters]))
 

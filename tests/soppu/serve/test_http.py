@@ -24,13 +24,13 @@ from transformers import PreTrainedModel
 from soppu import adapter as adapters
 from soppu import files
 from soppu.adapter import LoraAdapter
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError, StorageError, TargetError
-from soppu.serve.admin import unpack_adapter
-from soppu.serve.bank import AdapterBank
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.http import ServerInfo, create_app
-from soppu.serve.state import ServerState
+from soppu.serve.api.admin import unpack_adapter
+from soppu.serve.api.http import ServerInfo, create_app
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.store import ServerState
+from soppu.serve.engine.engine import Engine, EngineOptions
 from tests.soppu.serve import tiny
 
 PROMPT = "the quick"
@@ -311,7 +311,7 @@ def test_a_bundle_of_another_base_is_refused(start: Start, shared: Bundle) -> No
     server = start(base_hash="c" * 64)
     data = shared.to_bytes()
     refused = server.client.put(f"/soppu/v1/bundles/{sha256(data)}", content=data)
-    assert refused.status_code == 422 and "made for base model 'bbbbbbbbbbbb'" in refused.json()["error"]
+    assert refused.status_code == 422 and "made for base model bbbbbbbbbbbb " in refused.json()["error"]
 
 
 def test_a_restart_serves_what_was_active(
@@ -454,7 +454,7 @@ def test_a_sparse_member_or_too_much_of_it_is_refused(
     with pytest.raises(AdapterError, match=r"'adapter_config.json': expected one plain file"):
         unpack_adapter(archive, tmp_path / "folder")
     archive.write_bytes(tar(members["alice"]))
-    monkeypatch.setattr("soppu.serve.admin._MAX_UPLOAD", 1000)
+    monkeypatch.setattr("soppu.serve.api.admin._MAX_UPLOAD", 1000)
     with pytest.raises(AdapterError, match=r"the tar holds \d+ bytes, at most 1000 are taken"):
         unpack_adapter(archive, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
@@ -526,7 +526,7 @@ def test_a_client_that_goes_away_leaves_the_batch_to_the_others(tmp_path: Path) 
 
 
 def test_a_silent_stream_is_kept_alive_with_comments(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soppu.serve.http._KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("soppu.serve.api.http._KEEP_ALIVE_SECONDS", 0.05)
     server = start()
     server.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.2))
     text = server.post("/generate_stream", max_new_tokens=2).text

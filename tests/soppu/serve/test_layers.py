@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from soppu.adapter import LoraPair
 from soppu.errors import UnsupportedModel
-from soppu.serve.changes import Layers
-from soppu.serve.layers import AdaptedLinear, Router, install, linear_shapes
-from soppu.serve.routing import Routing
-from soppu.serve.slots import BundleSlot, ModuleFactors, OwnRows, PairSlot, SharedFactors, Slot
+from soppu.serve.layers.adapted_linear import AdaptedLinear, Router, install, linear_shapes
+from soppu.serve.layers.deltas import Layers
+from soppu.serve.layers.factors import BundleSlot, ModuleFactors, OwnRows, PairSlot, SharedFactors, Slot
+from soppu.serve.layers.routing import Routing
 from tests.soppu.serve.handmade import dense
 
 I, O, N = 7, 5, 4  # noqa: E741

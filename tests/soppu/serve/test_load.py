@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soppu.compress import bundle as bundles
-from soppu.compress import legacy
-from soppu.compress.bundle import Bundle
-from soppu.serve import load
-from soppu.serve.slots import BundleSlot, ModuleFactors
+from soppu.compress.bundle import bundle as bundles
+from soppu.compress.bundle.bundle import Bundle
+from soppu.serve.bank import from_bundle
+from soppu.serve.layers.factors import BundleSlot, ModuleFactors
+from tests.soppu.compress import stored
 from tests.soppu.serve import handmade
 from tests.soppu.serve.handmade import KINDS, Sizes
 
@@ -30,7 +30,7 @@ MIXED = {
 
 
 def read(made: Bundle) -> dict[str, ModuleFactors]:
-    return load.read(made, cast=lambda _, tensor: tensor)
+    return from_bundle.read(made, cast=lambda _, tensor: tensor)
 
 
 def assert_served_as_meant(made: Bundle) -> None:
@@ -92,7 +92,7 @@ def test_bases_are_held_once_for_a_module_and_cluster_and_pages_are_read_once(
     monkeypatch.setattr(bundles.page, "decode", counted)
     monkeypatch.setattr(Bundle, "reconstruct", None)
     cast: list[tuple[str, Tensor]] = []
-    load.read(made, cast=lambda name, tensor: (cast.append((name, tensor)), tensor)[1])
+    from_bundle.read(made, cast=lambda name, tensor: (cast.append((name, tensor)), tensor)[1])
     assert read_pages == [page.data for page in made.pages] and len(read_pages) == 3
     for name in SHAPES:
         for cluster in (0, 1):
@@ -143,9 +143,9 @@ def test_who_changes_nothing_is_known() -> None:
         "fay": [["left"]],
     }
     made = handmade.bundle(SHAPES, users, clusters=[0, 1, 0, 1, 0, 1])
-    assert load.unchanged(made) == {"carol"}
+    assert from_bundle.unchanged(made) == {"carol"}
     some = replace(made, norm=made.norm * torch.tensor([1.0, 1, 1, 0, 0, 1]))
-    assert load.unchanged(some) == {"carol", "dora", "emil"}
+    assert from_bundle.unchanged(some) == {"carol", "dora", "emil"}
 
 
 def test_a_component_of_zero_numbers_changes_nothing() -> None:
@@ -154,51 +154,22 @@ def test_a_component_of_zero_numbers_changes_nothing() -> None:
     )
     (part,) = made.components(0)
     part.left.own.zero_()
-    assert load.unchanged(made) == {"alice"}
+    assert from_bundle.unchanged(made) == {"alice"}
     part.right.coords.zero_()
-    assert load.unchanged(made) == {"alice", "bob"}
+    assert from_bundle.unchanged(made) == {"alice", "bob"}
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_a_bundle_of_the_first_format_is_served_in_its_bases(full: bool) -> None:
-    g = torch.Generator().manual_seed(0)
-    n, o, i, k = 3, 9, 7, 4
-    tensors = {
-        "only.U": torch.linalg.qr(torch.randn(o, k, generator=g))[0],
-        "only.V": torch.linalg.qr(torch.randn(i, k, generator=g))[0],
-        "only.P": torch.randn(n, k, k if full else 2, generator=g),
-        "only.norm": torch.tensor([2.0, 0.0, 5.0]),
-    }
-    if not full:
-        tensors["only.Q"] = torch.randn(n, 2, k, generator=g)
-    users = ("alice", "bob", "carol")
-    certificate = dict.fromkeys(("lower_bound", "achieved", "upper_bound", "total"), 0.0)
-    meta = {
-        "users": list(users),
-        "adapter_ids": ["1", "2", "3"],
-        "base_model": "tiny",
-        "base_hash": "",
-        "fan_in_fan_out": False,
-        "dtype": "float32",
-        "modules": {"only": {"out": o, "in": i, "k": k, "c": None if full else 2, "ranks": [2, 2, 2]}},
-        "report": {
-            **dict.fromkeys(("k", "seed", "parameters_before", "parameters_after"), 1),
-            "method": "joint",
-            "device": "cpu",
-            "dtype": "float32",
-            "k_used": {"only": k},
-            "steps": {"only": 1},
-            "relative_error": dict.fromkeys(users, 0.0),
-            "module_error": {"only": dict.fromkeys(users, 0.0)},
-            "certificates": {"only": certificate},
-        },
-    }
-    made = legacy.assemble(meta, tensors, "old")
-    factors = read(made)["only"]
-    assert (factors.own is None, factors.shared[0].Q is None) == (True, full)
-    assert factors.place.tolist() == [0, -1, 1]
-    for index in range(n):
-        core = tensors["only.P"][index] if full else tensors["only.P"][index] @ tensors["only.Q"][index]
-        expected = tensors["only.norm"][index] * tensors["only.U"] @ core @ tensors["only.V"].T
-        found = handmade.dense(BundleSlot({"only": factors}, index), "only", (o, i))
+@pytest.mark.parametrize(
+    ("kind", "name", "places"),
+    [("joint", "layers.0.v", [0, -1, 1]), ("joint, thin, float32", "layers.0.q", [0, 1, 2])],
+)
+def test_a_stored_joint_bundle_is_served_in_its_bases(kind: str, name: str, places: list[int]) -> None:
+    made = stored.bundle(kind)
+    factors = read(made)[name]
+    assert (factors.own is None, factors.shared[0].Q is None) == (True, "thin" not in kind)
+    assert factors.place.tolist() == places
+    for index, user in enumerate(made.users):
+        pair = made.reconstruct(user).pairs.get(name)
+        expected = torch.zeros(made.shapes[name]) if pair is None else pair.delta()
+        found = handmade.dense(BundleSlot({name: factors}, index), name, made.shapes[name])
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)

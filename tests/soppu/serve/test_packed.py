@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from soppu.models import DTYPES
-from soppu.serve.packed import PackedLinear, can_pack
-from soppu.serve.precision import fastest_dtype
+from soppu.serve.decoders.dtype import fastest_dtype
+from soppu.serve.layers.packed_linear import PackedLinear, can_pack
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -14,15 +14,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.errors import ConfigError
-from soppu.serve import decoder as decoders
-from soppu.serve.bank import AdapterBank
-from soppu.serve.batch import Batch, BatchSize
-from soppu.serve.cache import KVCache
-from soppu.serve.decoder import CacheSize, make_decoder
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.general import GeneralDecoder
-from soppu.serve.generation import Generation, GenerationRequest, Job, Vocabulary
-from soppu.serve.llama import LlamaDecoder
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.decoders import decoder as decoders
+from soppu.serve.decoders.decoder import CacheSize, make_decoder
+from soppu.serve.decoders.kv_cache import KVCache
+from soppu.serve.decoders.llama import LlamaDecoder
+from soppu.serve.decoders.transformers_decoder import GeneralDecoder
+from soppu.serve.engine.batch import Batch, BatchSize
+from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Vocabulary
 from tests.soppu.serve import tiny
 
 SMOLLM2 = Path(__file__).parents[3] / ".soppu" / "models" / "smollm2-135m"
@@ -77,7 +77,7 @@ class House:
 
 
 def make(house: House, kind: str, size: CacheSize) -> LlamaDecoder | GeneralDecoder:
-    cache = KVCache(size.slots, size.limit)
+    cache = KVCache(size.rows, size.limit)
     if kind == "general":
         return GeneralDecoder(house.model, house.bank.router, cache)
     return LlamaDecoder(house.model, cache)
@@ -92,7 +92,7 @@ CASES = [("lean", family) for family in ("llama", "mistral", "qwen2", "qwen3")] 
 def test_any_schedule_gives_every_row_its_own_greedy_tokens(
     kind: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("soppu.serve.cache._FIRST_LENGTH", 8)  # so that the cache grows under way
+    monkeypatch.setattr("soppu.serve.decoders.kv_cache._FIRST_LENGTH", 8)  # so that the cache grows under way
     house = House.of(family)
     for seed in range(6):
         chance = random.Random(seed)

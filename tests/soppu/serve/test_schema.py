@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soppu.errors import RequestError
+from soppu.serve.api.requests import parse_json, parse_request
+from soppu.serve.engine.sampling import Sampling
 from soppu.serve.names import header_value
-from soppu.serve.sampling import Sampling
-from soppu.serve.schema import parse_json, parse_request
 
 
 def parse(parameters: dict[str, Any] | None = None, **top: Any) -> Any:
@@ -191,6 +191,38 @@ def test_when_a_request_samples(parameters: dict[str, Any], samples: bool) -> No
 def test_a_body_that_is_not_json_is_a_400(body: bytes) -> None:
     error = _error(lambda: parse_json(body))
     assert error.status == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs": "\\ud800"}',
+        '{"inputs": "x"}'.encode("utf-16"),
+        b'{"inputs": "x"} {}',
+        b'{"a":' * 300 + b"1",
+    ],
+)
+def test_json_that_lorax_cannot_read_is_a_400_too(body: bytes) -> None:
+    error = _error(lambda: parse_json(body))
+    assert (error.status, error.error_type) == (400, "bad_request")
+    assert str(error).startswith("Failed to parse the request body as JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"seed": True}, "`parameters.seed` must be a whole number between 0 and 2^64 - 1. Given: true"),
+        ({"top_p": "1"}, '`parameters.top_p` must be a number. Given: "1"'),
+        ({"temperature": 1e31}, "`parameters.temperature` must be a number. Given: 1e+31"),
+        ({"stop": ["a", 1]}, '`parameters.stop` must be a list of strings. Given: ["a", 1]'),
+        ({"details": None}, "`parameters.details` must be true or false. Given: null"),
+        ({"adapter_id": ["a"]}, '`parameters.adapter_id` must be a string of valid Unicode. Given: ["a"]'),
+        ({"top_k": 0}, "`top_k` must be strictly positive"),
+        ({"temperature": -1}, "`temperature` must be non-negative. Given: -1.0"),
+    ],
+)
+def test_the_words_of_a_refusal(parameters: dict[str, Any], message: str) -> None:
+    assert str(refused(parameters)) == f"Input validation error: {message}"
 
 
 def test_a_body_that_is_no_object_is_a_422() -> None:

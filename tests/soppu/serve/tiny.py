@@ -28,15 +28,15 @@ from transformers.pytorch_utils import Conv1D
 from soppu import adapter as adapters
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import compress
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
-from soppu.emulator import SUPPORTED
-from soppu.serve.bank import AdapterBank
-from soppu.serve.engine import Engine, EngineOptions
-from soppu.serve.http import ServerInfo, create_app
-from soppu.serve.layers import linear_shapes
+from soppu.federation.emulator import SUPPORTED
+from soppu.serve.api.http import ServerInfo, create_app
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.store import ServerState
+from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.layers.adapted_linear import linear_shapes
 from soppu.serve.server import claim_port
-from soppu.serve.state import ServerState
 
 BASE_HASH = "b" * 64
 _TEXT = [

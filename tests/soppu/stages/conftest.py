@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from soppu import emulator, models
+from soppu import models
 from soppu.adapter import LoraAdapter
-from soppu.attach import initial_pairs
 from soppu.compress import Bundle
 from soppu.data import load_user, tokenize
-from soppu.simulation import free_port
+from soppu.federation import emulator
+from soppu.federation.attach import initial_pairs
+from soppu.federation.simulation import free_port
+from soppu.federation.train import TrainOptions, cache_states, fit
 from soppu.stages.run import Run, open_run, prepare
 from soppu.targets import process
-from soppu.train import TrainOptions, cache_states, fit
 
 USERS = ("ann", "bob", "cleo")
 

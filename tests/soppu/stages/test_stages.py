@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from soppu import calibrate, emulator, models
+from soppu import calibrate, models
 from soppu.cli import main
 from soppu.errors import FederationError, GateError, RegistryError, TargetError
+from soppu.federation import emulator
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate

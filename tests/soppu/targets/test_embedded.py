@@ -20,12 +20,12 @@ import torch
 from click.testing import CliRunner
 
 from soppu.cli import main
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import PortTaken, TargetError
+from soppu.federation.simulation import free_port
 from soppu.models import resolve
-from soppu.serve.http import ServerInfo
+from soppu.serve.api.http import ServerInfo
 from soppu.serve.server import claim_port
-from soppu.simulation import free_port
 from soppu.targets import http, kinds, process
 from soppu.targets.canary import Answered, Asked, fault, is_close
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch

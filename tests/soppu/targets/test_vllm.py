@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from soppu import adapter as adapters
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import TargetError
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 from tests.soppu.serve.vllm_plugin import live

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from soppu.compress.bundle import Bundle
-from soppu.serve.vllm_plugin.layout import Linear, Part
+from soppu.compress.bundle.bundle import Bundle
+from soppu.serve.vllm_plugin.worker.layout import Linear, Part
 from tests.soppu.serve import handmade
 
 SHAPES: Mapping[str, tuple[int, int]] = {

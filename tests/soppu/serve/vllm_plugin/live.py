@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from soppu import models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import compress
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
-from soppu.simulation import free_port
+from soppu.federation.simulation import free_port
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 
 ROOT = Path(__file__).parents[4]

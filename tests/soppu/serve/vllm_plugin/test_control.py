@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from torch import Tensor
 from soppu import adapter as adapters
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import compress
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
 from soppu.errors import AdapterError, BundleError
-from soppu.serve.vllm_plugin import kernels, projecting
-from soppu.serve.vllm_plugin.control import Control, Engine
-from soppu.serve.vllm_plugin.resident import Form
+from soppu.serve.vllm_plugin.frontend import projecting
+from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.vllm_plugin.worker import Worker
+from soppu.serve.vllm_plugin.worker import kernels
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.worker import Worker
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.vllm_plugin import engine
 
@@ -164,10 +165,25 @@ def test_a_bundle_for_more_modules_than_prepared_asks_for_a_restart(tmp_path: Pa
 def test_a_bundle_of_another_base_model_or_with_the_base_models_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "first.soppu"
     handmade.bundle(engine.SHAPES, {"base": [SHARED]}).save(path)
-    with pytest.raises(BundleError, match="made for base model 'bbbbbbbbbbbb'"):
+    with pytest.raises(BundleError, match="made for base model bbbbbbbbbbbb "):
         Control(Settings(path), base_hash="c" * 64)
     with pytest.raises(BundleError, match="user 'base' has the name the base model is served under"):
         Control(Settings(path), base_hash=tiny.BASE_HASH, reserved=["base"])
+
+
+def test_without_a_hash_the_names_decide_for_bundles_and_adapters(tmp_path: Path) -> None:
+    path = tmp_path / "first.soppu"
+    bundle = replace(handmade.bundle(engine.SHAPES, {"ann": [SHARED]}), base_hash="", base_model="org/Tiny")
+    bundle.save(path)
+    control = Control(Settings(path), base_hash=tiny.BASE_HASH, base_model="/models/tiny/")
+    for other in ("/models/other", ""):
+        with pytest.raises(BundleError, match=r"made for base model unknown \(org/Tiny\), .*--base"):
+            Control(Settings(path), base_hash=tiny.BASE_HASH, base_model=other)
+    foreign = replace(_adapter(bundle, "ann"), base_hash="", base_model="org/other")
+    adapters.write(foreign, tmp_path / "foreign")
+    with pytest.raises(AdapterError, match=r"dee: made for base model unknown \(org/other\), .*--base"):
+        control.add_adapter("dee", tmp_path / "foreign")
+    control.close()
 
 
 def _adapter(bundle: Bundle, user: str, *, noise: float = 0.0, seed: int = 0) -> LoraAdapter:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.serve.vllm_plugin import build, kernels
-from soppu.serve.vllm_plugin.resident import Basis
+from soppu.serve.vllm_plugin.worker import build, kernels
+from soppu.serve.vllm_plugin.worker.resident import Basis
 
 USERS = 5
 # Columns of two parts: every width of panel, and a rest that fills none.

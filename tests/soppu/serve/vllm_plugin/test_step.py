@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress.bundle import Bundle
+from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin import build, kernels, layout, resident
-from soppu.serve.vllm_plugin.kernels import Kernel
-from soppu.serve.vllm_plugin.resident import Form
-from soppu.serve.vllm_plugin.static import Limits, StaticStep
-from soppu.serve.vllm_plugin.step import Step
+from soppu.serve.vllm_plugin.worker import build, kernels, layout, resident
+from soppu.serve.vllm_plugin.worker.kernels import Kernel
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
+from soppu.serve.vllm_plugin.worker.step import Step
 from tests.soppu.serve import handmade
 from tests.soppu.serve.vllm_plugin import engine
 
@@ -231,14 +231,14 @@ def test_a_recorded_pass_serves_whoever_is_in_the_batch_when_it_is_replayed() ->
     bundle = _bundle(clusters=[0, 1, 0, 1])
     step = _step(bundle, _static())
     assert isinstance(step, StaticStep)
-    read = [step._slots.data_ptr(), step._slot.data_ptr(), step._base.data_ptr()]
+    read = [step._copies.data_ptr(), step._copy.data_ptr(), step._base.data_ptr()]
     read += [layer.V.data_ptr() for layer in step._layers]
     for tokens in (["ann", "bob"], [None, "cem", "ann", "dot", "bob"], ["cem"], [None, None, None]):
         padded = [*tokens, *[None] * (8 - len(tokens))]  # a recorded pass is longer than the batch
         step.begin(_rows(bundle, tokens), np.ones(len(tokens), dtype=np.int64))
         x = torch.randn(8, 20)
         _close(_run(step, "block.qkv_proj", x), engine.expected(bundle, padded, "block.qkv_proj", x))
-    now = [step._slots.data_ptr(), step._slot.data_ptr(), step._base.data_ptr()]
+    now = [step._copies.data_ptr(), step._copy.data_ptr(), step._base.data_ptr()]
     assert read == now + [layer.V.data_ptr() for layer in step._layers]
 
 

@@ -1,0 +1,45 @@
+"""`--base MODEL`: adapters whose folders do not say well enough which base model they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from soppu.adapter import LoraAdapter
+
+_CACHE = Path(".soppu/models")
+
+BASE = click.option(
+    "--base",
+    metavar="MODEL",
+    default="",
+    help="Base model of every DIR: folder, hub id or alias. Writes its name and hash; shapes must fit.",
+)
+
+
+def reader(base: str) -> Callable[[Path], LoraAdapter]:
+    """What reads a PEFT folder; with `base`, as an adapter of that model, which has to fit it.
+
+    Raises:
+        ModelError: there is no such model. What it returns raises AdapterError: another hash, or shapes that
+            the model does not have.
+    """
+    from soppu import adapter, models  # torch: not for `soppu --help`
+
+    if not base:
+        return adapter.read
+    from soppu.serve.layers.adapted_linear import linear_shapes
+
+    found = models.resolve(base, cache=_CACHE)
+    shapes = linear_shapes(models.skeleton(found))
+
+    def read(folder: Path) -> LoraAdapter:
+        made = adapter.stamped(adapter.read(folder), found.base, who=str(folder))
+        adapter.check_shapes(made, shapes, who=str(folder))
+        return made
+
+    return read

@@ -1,0 +1,269 @@
+"""A page: the components of some consecutive users as bytes, and back. Not for what the numbers mean.
+
+Numbers of one width form one stream over the whole page: module by module, output side before input side,
+component by component. docs/format.md describes the streams for readers in other languages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from soppu.compress.codec import golomb, modes, streams
+from soppu.compress.codec.basis import Bases
+from soppu.compress.codec.modes import NUMBERS, Counts, Modes, SideModes
+from soppu.compress.codec.streams import Floats
+from soppu.compress.numbers.components import Components, Side, concatenate
+from soppu.compress.numbers.quantise import AXIS, COORDS, FLOATS, QUANTISERS, TERNARY
+from soppu.errors import BundleError
+
+MOST_COMPONENTS = (1 << 16) - 1  # of a user at a module
+_STREAMS = 4 + len(NUMBERS)
+_FREE_TERNARY = 1 << 20  # numbers of any stream; from there on it has to have bytes for them
+_MOST_TERNARY = 512  # numbers for one byte
+_PAGE_NUMBERS = 1 << 22  # a page is read as a whole: small enough for one user, large enough for its tables
+
+
+@dataclass(frozen=True)
+class Page:
+    """The bytes of some consecutive users' components."""
+
+    first: int
+    users: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """What a page has to know of a module: its features and the rank of its basis on each side, 0 = none."""
+
+    out: int
+    inn: int
+    k_out: int
+    k_in: int
+
+
+def page_shapes(
+    shapes: Mapping[str, tuple[int, int]], bases: Mapping[str, Sequence[Bases]]
+) -> list[ModuleShape]:
+    """What pages need to know of every module."""
+    return [ModuleShape(o, i, bases[name][0][0].k, bases[name][0][1].k) for name, (o, i) in shapes.items()]
+
+
+def encode(parts: Sequence[Components], *, users: int) -> bytes:
+    """Bytes of a page: one entry of `parts` for every module, their users numbered 0 to users - 1. O(size).
+
+    Gains and betas are rounded to the width they are kept in.
+
+    Raises:
+        BundleError: components that a page cannot hold.
+    """
+    sides = [side for part in parts for side in (part.left, part.right)]
+    counts = np.stack([np.bincount(part.user.numpy(), minlength=users) for part in parts])
+    for part, here in zip(parts, counts, strict=True):
+        _check(part, here)
+    codes = np.concatenate([modes.encode(part) for part in parts])
+    gains = np.concatenate([part.gain.numpy() for part in parts])
+    betas = np.concatenate([side.beta.numpy()[_has_beta(side)] for side in sides])
+    made = [
+        streams.deflate(counts.astype("<u2").tobytes()),
+        streams.deflate(codes.tobytes()),
+        streams.pack_floats(gains, modes.gain_width(codes)),
+        streams.pack_floats(betas, 16),
+    ]
+    for field, width in NUMBERS:
+        rows = [_rows(side, field, width).reshape(-1) for side in sides]
+        made.append(_pack(np.concatenate(rows), field, width))
+    return streams.join(made)
+
+
+def decode(
+    data: bytes, shapes: Sequence[ModuleShape], *, users: int, first: int, source: str
+) -> list[Components]:
+    """The components of a page, one entry for every module; users are numbered from `first` on. O(size).
+
+    Raises:
+        BundleError: the bytes are not a page of these users and modules.
+    """
+    reader = _Reader(data, source)
+    counts = reader.counts(len(shapes), users)
+    ends = np.cumsum(counts.sum(1))
+    found, gains = reader.components(int(ends[-1]))
+    codes = []
+    for shape, here, part in zip(shapes, counts, np.split(found, ends[:-1]), strict=True):
+        codes.append(SideModes(part[:, 0], here, features=shape.out, k=shape.k_out))
+        codes.append(SideModes(part[:, 1], here, features=shape.inn, k=shape.k_in))
+    for code in codes:
+        code.check(source)
+    sides = reader.sides(codes)
+    numbers = np.arange(first, first + users)
+    return [
+        Components(torch.from_numpy(np.repeat(numbers, here)), torch.from_numpy(gain), left, right)
+        for here, gain, left, right in zip(
+            counts, np.split(gains, ends[:-1]), sides[::2], sides[1::2], strict=True
+        )
+    ]
+
+
+class _Reader:
+    """The streams of one page. Each is held against the bytes it has before room is made for what it says."""
+
+    def __init__(self, data: bytes, source: str) -> None:
+        self.source = source
+        self._parts = iter(streams.split(data, count=_STREAMS, source=source))
+
+    def counts(self, modules: int, users: int) -> Counts:
+        raw = streams.inflate(next(self._parts), size=2 * modules * users, source=self.source)
+        return np.frombuffer(raw, "<u2").reshape(modules, users).astype(np.int64)
+
+    def components(self, count: int) -> tuple[Modes, Floats]:
+        """(count, 2) modes and (count,) gains; modes may be one byte for a thousand, so gains come first."""
+        packed, gains = next(self._parts), next(self._parts)
+        if len(gains) not in (2 * count, 4 * count):
+            raise BundleError(f"{self.source}: {len(gains)} bytes for the gains of {count} components")
+        raw = streams.inflate(packed, size=2 * count, source=self.source)
+        found = np.frombuffer(raw, np.uint8).reshape(count, 2)
+        modes.check(found, self.source)
+        width = modes.gain_width(found)
+        return found, streams.unpack_floats(gains, count=count, width=width, source=self.source)
+
+    def sides(self, codes: Sequence[SideModes]) -> list[Side]:
+        """The sides of all modules, in order."""
+        betas = self._betas(codes)
+        pieces: list[dict[tuple[str, int], Floats]] = [{} for _ in codes]
+        held: dict[tuple[str, int], list[tuple[int, int]]] = {numbers: [] for numbers in NUMBERS}
+        for place, code in enumerate(codes):
+            for numbers, size in code.sizes().items():
+                held[numbers].append((place, size))
+        for (field, width), wanted in held.items():
+            total = sum(size for _, size in wanted)
+            flat, at = _unpack(next(self._parts), total, field, width, source=self.source), 0
+            for place, size in wanted:
+                pieces[place][field, width], at = flat[at : at + size], at + size
+        return [_side(*one) for one in zip(codes, pieces, betas, strict=True)]
+
+    def _betas(self, codes: Sequence[SideModes]) -> list[Floats]:
+        ends = np.cumsum([int(code.has_beta.sum()) for code in codes])
+        flat = streams.unpack_floats(next(self._parts), count=int(ends[-1]), width=16, source=self.source)
+        return np.split(flat, ends[:-1])
+
+
+def _side(code: SideModes, pieces: dict[tuple[str, int], Floats], betas: Floats) -> Side:
+    beta = (code.own_width > 0).astype(np.float32)
+    beta[code.has_beta] = betas
+    return Side(
+        coords_width=torch.from_numpy(code.coords_width),
+        own_width=torch.from_numpy(code.own_width),
+        axis=torch.from_numpy(code.axis),
+        coords=_joined(code, "coords", pieces),
+        own=_joined(code, "own", pieces),
+        beta=torch.from_numpy(beta),
+    )
+
+
+def _joined(code: SideModes, field: str, pieces: dict[tuple[str, int], Floats]) -> torch.Tensor:
+    """(components with numbers of this field, columns), from the numbers of every width."""
+    widths, columns = code.widths(field), code.columns[field]
+    made = np.zeros((len(widths), columns), np.float32)
+    for (kind, width), piece in pieces.items():
+        if kind == field:
+            made[widths == width] = piece.reshape(-1, columns)
+    return torch.from_numpy(made)
+
+
+def _check(part: Components, counts: Counts) -> None:
+    """What the streams leave out has to follow from what they hold. Raises BundleError."""
+    if counts.max() > MOST_COMPONENTS:
+        raise BundleError(f"{counts.max()} components of a user at a module, allowed: {MOST_COMPONENTS}")
+    if bool((part.user[1:] < part.user[:-1]).any()):
+        raise BundleError("components that are not in the order of their users")
+    place = modes.places(counts.astype(np.int64))
+    for side in (part.left, part.right):
+        if (side.axis.numpy() != np.where(side.coords_width.numpy() == AXIS, place, 0)).any():
+            raise BundleError("an axis that is not the place of the component among those of its user")
+
+
+def _has_beta(side: Side) -> NDArray[np.bool_]:
+    return ((side.coords_width > 0) & (side.own_width > 0)).numpy()
+
+
+def _rows(side: Side, field: str, width: int) -> Floats:
+    if field == "own":
+        return side.own[side.own_width[side.own_width > 0] == width].numpy()
+    rows: Floats = side.coords[side.coords_width[side.coords_width > AXIS] == width].numpy()
+    return rows * np.float32(COORDS.get(width, 1))
+
+
+def _pack(numbers: Floats, field: str, width: int) -> bytes:
+    if width in FLOATS:
+        return streams.pack_floats(numbers, width)
+    integers = np.rint(numbers)
+    if field == "coords" or width != TERNARY or not integers.size:
+        return streams.pack(integers, _limit(field, width))
+    data = golomb.encode(integers.astype(np.int8))
+    if integers.size > _most_ternary(data):
+        raise BundleError(f"{integers.size} ternary numbers in {len(data)} bytes: too few of them are not 0")
+    return data
+
+
+def _unpack(data: bytes, count: int, field: str, width: int, *, source: str) -> Floats:
+    if width in FLOATS:
+        return streams.unpack_floats(data, count=count, width=width, source=source)
+    if field == "coords":
+        steps = streams.unpack(data, count=count, limit=_limit(field, width), source=source)
+        return steps.astype(np.float32) / np.float32(COORDS[width])
+    if width != TERNARY or not count:
+        limit = _limit(field, width)
+        return streams.unpack(data, count=count, limit=limit, source=source).astype(np.float32)
+    if count > _most_ternary(data):
+        raise BundleError(f"{source}: {count} ternary numbers announced, {len(data)} bytes cannot hold them")
+    return golomb.decode(data, size=count, source=source).astype(np.float32)
+
+
+def _most_ternary(data: bytes) -> int:
+    return max(_FREE_TERNARY, _MOST_TERNARY * len(data))
+
+
+def _limit(field: str, width: int) -> int:
+    if field == "coords":
+        return COORDS[width]
+    return 1 if width == TERNARY else QUANTISERS[width].limit
+
+
+class PageWriter:
+    """Collects coded users, batch after batch, and closes a page when it is full."""
+
+    def __init__(self) -> None:
+        self.pages: list[Page] = []
+        self._held: list[list[Components]] = []
+        self._first = self._users = self._numbers = 0
+        self.numbers = 0
+
+    def add(self, parts: list[Components], *, users: int) -> None:
+        """The components of the next `users` users, numbered from 0: one entry for every module."""
+        shift = torch.arange(self._users, self._users + users)
+        self._held.append([part.renumbered(shift) for part in parts])
+        self._users += users
+        size = sum(numbers(part) for part in parts)
+        self._numbers += size
+        self.numbers += size + sum(len(part) for part in parts)
+        if self._numbers >= _PAGE_NUMBERS:
+            self.close()
+
+    def close(self) -> tuple[Page, ...]:
+        """All pages; what is held becomes the last one."""
+        if self._users:
+            parts = [concatenate(column) for column in zip(*self._held, strict=True)]
+            self.pages.append(Page(self._first, self._users, encode(parts, users=self._users)))
+            self._first += self._users
+            self._held, self._users, self._numbers = [], 0, 0
+        return tuple(self.pages)
+
+
+def numbers(part: Components) -> int:
+    """How many coordinates and own numbers components hold."""
+    return sum(t.numel() for side in (part.left, part.right) for t in (side.coords, side.own))

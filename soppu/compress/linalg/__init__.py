@@ -1,0 +1,1 @@
+"""Tensor mathematics of joint compression: no files, no logging, no choice of device."""

@@ -1,0 +1,1 @@
+"""FedBiOT without the framework: emulator, alignment, training, and what travels."""

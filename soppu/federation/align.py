@@ -1,0 +1,121 @@
+"""The server's side of FedBiOT: keep the emulator close to the layers it stands for.
+
+The teacher is the full bottom on public text. Below the adapter nothing changes, so its states are
+computed once and kept; each step runs only the emulator, with a LoRA of its own as the thing trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.config import AlignConfig
+from soppu.data import Block, collate
+from soppu.federation import emulator
+from soppu.federation.attach import attached, initial_pairs
+from soppu.federation.train import CachedBlock, cache_states
+
+
+@dataclass(frozen=True)
+class AlignLoss:
+    """One measurement: l2 = ||h_T - h_S||^2 / ||h_T||^2 over real tokens, kl in nats a token."""
+
+    l2: float
+    kl: float
+
+
+class Aligner:
+    """Distils the full bottom into the emulator's LoRA; one AdamW lives across all rounds."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: emulator.LayerPlan,
+        *,
+        options: AlignConfig,
+        pad_id: int,
+        seed: int,
+    ) -> None:
+        self.plan = plan
+        self.options = options
+        self.pad_id = pad_id
+        self.top = emulator.TopModel(model, plan)
+        self._student = emulator.with_layers(model, plan.kept)
+        self._teacher = emulator.with_layers(model, plan.bottom)
+        shapes = emulator.target_shapes(model, plan, plan.kept)
+        self.pairs = initial_pairs(shapes, rank=options.rank, seed=seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._blocks: list[Block] = []
+        self._states: list[CachedBlock] = []
+        self._optimizer: torch.optim.AdamW | None = None
+
+    def observe(self, blocks: Sequence[Block]) -> None:
+        """Cache the teacher's states for the public blocks. Cost: one forward pass of the full bottom."""
+        self._blocks = list(blocks)
+        self._states = cache_states(self._teacher, blocks, pad_id=self.pad_id)
+
+    def adapter(self) -> LoraAdapter:
+        """A copy of the emulator's LoRA as it is now, full-model names."""
+        pairs = {name: LoraPair(p.A.detach().clone(), p.B.detach().clone()) for name, p in self.pairs.items()}
+        return LoraAdapter(pairs, base_hash=self.plan.base_hash)
+
+    def load(self, adapter: LoraAdapter) -> None:
+        """Continue from an earlier adapter; the optimiser starts afresh."""
+        self.pairs = {name: LoraPair(p.A.clone(), p.B.clone()) for name, p in adapter.pairs.items()}
+        self._optimizer = None
+
+    def steps(self, count: int, *, user_adapter: LoraAdapter | None = None) -> Iterable[AlignLoss]:
+        """Take `count` steps, giving each step's losses as it goes.
+
+        Args:
+            user_adapter: the shared adapter at present; both sides of the KL term carry it.
+        """
+        optimizer = self._ready()
+        own = emulator.to_own(self._trainable(), self.plan, self.plan.kept)
+        top_adapter = emulator.to_own(user_adapter, self.plan, self.plan.adapter) if user_adapter else None
+        for _ in range(count):
+            chosen = torch.randint(len(self._blocks), (self.options.batch_size,), generator=self._generator)
+            with attached(self._student, own), attached(self.top.model, top_adapter):
+                l2, kl = self._losses(chosen.tolist())
+            optimizer.zero_grad(set_to_none=True)
+            (l2 + self.options.kl_weight * kl).backward()
+            optimizer.step()
+            yield AlignLoss(float(l2.detach()), float(kl.detach()))
+
+    @torch.no_grad()
+    def measure(self, *, limit: int = 8) -> AlignLoss:
+        """Losses on the first `limit` public blocks, without training on them."""
+        own = emulator.to_own(self.adapter(), self.plan, self.plan.kept)
+        with attached(self._student, own):
+            l2, kl = self._losses(list(range(min(limit, len(self._blocks)))))
+        return AlignLoss(float(l2), float(kl))
+
+    def _ready(self) -> torch.optim.AdamW:
+        if self._optimizer is None:
+            params = [side.requires_grad_() for pair in self.pairs.values() for side in (pair.A, pair.B)]
+            self._optimizer = torch.optim.AdamW(params, lr=self.options.learning_rate, weight_decay=0.0)
+        return self._optimizer
+
+    def _trainable(self) -> LoraAdapter:
+        return LoraAdapter(self.pairs, base_hash=self.plan.base_hash)
+
+    def _losses(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        ids, mask, _ = collate([self._blocks[index] for index in chosen], pad_id=self.pad_id)
+        student = emulator.bottom_states(self._student, ids, mask).float()
+        teacher = nn.utils.rnn.pad_sequence(
+            [self._states[index].states for index in chosen], batch_first=True
+        )
+        real = mask.bool()
+        l2 = (student - teacher)[real].square().sum() / teacher[real].square().sum()
+        if not self.options.kl_weight:
+            return l2, torch.zeros(())
+        with torch.no_grad():
+            wanted = self.top.logits(self.top.hidden(teacher, mask)[real]).float().log_softmax(-1)
+        given = self.top.logits(self.top.hidden(student, mask)[real]).float().log_softmax(-1)
+        kl = nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
+        return l2, kl

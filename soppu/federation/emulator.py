@@ -1,0 +1,309 @@
+"""The FedBiOT split of a decoder, and the one place where layer numbers are translated.
+
+A decoder of L layers is cut into a bottom of L - a layers and the adapter, its last a layers. The emulator
+is the bottom thinned uniformly (first and last always kept). Full-model numbers are used everywhere
+outside this file; a model that holds only some layers has numbers of its own, and `LayerPlan` maps them.
+
+Source: FedBiOT (Wu et al., KDD 2024), section 3; uniform layer drop as in Offsite-Tuning (arXiv 2302.04870).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.errors import AdapterError, UnsupportedModel
+from soppu.module_names import split_layer
+
+# model_type -> path of the decoder layers, and the projections a LoRA adapts by default.
+SUPPORTED: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "llama": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
+    "mistral": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
+    "qwen2": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
+    "qwen3": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
+    "gpt_neox": ("gpt_neox.layers", ("query_key_value", "dense", "dense_4h_to_h")),
+    "opt": ("model.decoder.layers", ("q_proj", "v_proj", "out_proj", "fc2")),
+    "gpt2": ("transformer.h", ("c_attn", "c_proj")),
+}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which layers are whose. The contract between server, clients and registry.
+
+    Attributes:
+        model_type: family of the base model, a key of `SUPPORTED`.
+        base_hash: hash of the base model's files.
+        layers: L, decoder layers of the full model.
+        adapter_layers: a, the last layers, which users train.
+        kept: full-model numbers of the bottom layers the emulator keeps, ascending.
+        target_modules: names of the projections that carry LoRA factors.
+    """
+
+    model_type: str
+    base_hash: str
+    layers: int
+    adapter_layers: int
+    kept: tuple[int, ...]
+    target_modules: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """Where the decoder layers live in the model, `model.layers` for a Llama."""
+        return SUPPORTED[self.model_type][0]
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the family stores weights as (i, o)."""
+        return self.model_type == "gpt2"
+
+    @property
+    def adapter(self) -> tuple[int, ...]:
+        """Full-model numbers of the adapter layers."""
+        return tuple(range(self.layers - self.adapter_layers, self.layers))
+
+    @property
+    def bottom(self) -> tuple[int, ...]:
+        """Full-model numbers of everything below the adapter."""
+        return tuple(range(self.layers - self.adapter_layers))
+
+    @property
+    def emulator(self) -> tuple[int, ...]:
+        """Full-model numbers of what a client holds: the kept layers, then the adapter."""
+        return self.kept + self.adapter
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the plan, 64 hex: clients refuse to train on another one."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as it travels to clients."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerPlan:
+        """Read what `to_json` wrote."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+        }
+        return cls(**values)
+
+
+def make_plan(
+    model: PreTrainedModel,
+    *,
+    base_hash: str,
+    adapter_layers: int,
+    drop_ratio: float,
+    target_modules: Sequence[str] = (),
+) -> LayerPlan:
+    """Cut a model's decoder.
+
+    Args:
+        model: the full model; only its configuration and module names are read.
+        base_hash: hash of its files.
+        adapter_layers: a, counted from the top.
+        drop_ratio: share of the bottom layers the emulator drops; 0 keeps the model whole.
+        target_modules: projections to adapt; empty takes the family's default.
+
+    Raises:
+        UnsupportedModel: another family, more adapter layers than the decoder can spare, or target
+            modules that the layers do not have.
+    """
+    family = model.config.model_type
+    layers = len(decoder_layers(model))
+    bottom = layers - adapter_layers
+    if bottom < 2:
+        raise UnsupportedModel(
+            f"plan.adapter_layers: found {adapter_layers}, at most {layers - 2} of {layers} layers"
+        )
+    keep = min(bottom, max(2, round(bottom * (1 - drop_ratio))))
+    stride = (bottom - 1) / (keep - 1)
+    plan = LayerPlan(
+        model_type=family,
+        base_hash=base_hash,
+        layers=layers,
+        adapter_layers=adapter_layers,
+        kept=tuple(int(index * stride + 1e-9) for index in range(keep)),
+        target_modules=tuple(target_modules) or SUPPORTED[family][1],
+    )
+    target_shapes(model, plan)
+    return plan
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers. UnsupportedModel for families whose layers we cannot split."""
+    family = model.config.model_type
+    if family not in SUPPORTED:
+        raise UnsupportedModel(f"model type {family!r} cannot be split; supported: {', '.join(SUPPORTED)}")
+    found = model.get_submodule(SUPPORTED[family][0])
+    expected = model.config.num_hidden_layers
+    if not isinstance(found, nn.ModuleList) or len(found) != expected:
+        raise UnsupportedModel(f"{family}: {SUPPORTED[family][0]} does not hold {expected} layers")
+    return found
+
+
+def target_shapes(
+    model: PreTrainedModel, plan: LayerPlan, numbers: Sequence[int] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Full-model name -> (o, i) of every LoRA target in some layers, read off the full model.
+
+    Args:
+        numbers: full-model layer numbers; the adapter layers if left out.
+
+    Raises:
+        UnsupportedModel: a target module is not there, or has no weight matrix.
+    """
+    shapes = {}
+    for index in plan.adapter if numbers is None else numbers:
+        layer = model.get_submodule(f"{plan.path}.{index}")
+        for name, module in layer.named_modules():
+            weight = getattr(module, "weight", None)
+            if name.rsplit(".", 1)[-1] in plan.target_modules and weight is not None and weight.ndim == 2:
+                o, i = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
+                shapes[f"{plan.path}.{index}.{name}"] = (int(o), int(i))
+    missing = sorted(set(plan.target_modules) - {name.rsplit(".", 1)[-1] for name in shapes})
+    if missing:
+        raise UnsupportedModel(f"lora.target_modules: no {', '.join(missing)} in {plan.model_type} layers")
+    return shapes
+
+
+def with_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
+    """A model of some of the layers, sharing every tensor with `model`.
+
+    The modules are copies, because a layer knows its own number (the KV cache is indexed by it); parameters
+    and buffers are the same tensors. Numbers baked into GPT-2's attention scale are left as they were.
+    Cost: O(modules), no weights are copied.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    clone: PreTrainedModel = copy.deepcopy(model, shared)
+    layers = decoder_layers(clone)
+    parent = clone.get_submodule(SUPPORTED[model.config.model_type][0].rsplit(".", 1)[0])
+    setattr(
+        parent,
+        SUPPORTED[model.config.model_type][0].rsplit(".", 1)[1],
+        nn.ModuleList(layers[n] for n in numbers),
+    )
+    for own, number in enumerate(numbers):
+        for module in layers[number].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = own  # type: ignore[assignment]
+    _renumber_config(clone.config, numbers)
+    return clone
+
+
+def _renumber_config(config: Any, numbers: Sequence[int]) -> None:
+    whole = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == whole and name in ("layer_types", "attention_layers"):
+            setattr(config, name, [value[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
+
+
+def renumber(
+    adapter: LoraAdapter, path: str, mapping: Mapping[int, int], *, who: str = "adapter"
+) -> LoraAdapter:
+    """Translate layer numbers: `path.<n>.…` becomes `path.<mapping[n]>.…`.
+
+    Raises:
+        AdapterError: a module is not under `path`, or its number is not in `mapping`. This is how keys
+            with an emulator's numbers fail loudly at the full model instead of landing on a wrong layer.
+    """
+    pairs: dict[str, LoraPair] = {}
+    for name, pair in adapter.pairs.items():
+        parts = split_layer(name)
+        if parts is None or parts[0] != f"{path}." or parts[1] not in mapping:
+            raise AdapterError(f"{who}: {name}: not one of {path}.{{{', '.join(map(str, mapping))}}}")
+        pairs[f"{path}.{mapping[parts[1]]}{parts[2]}"] = pair
+    return LoraAdapter(pairs, adapter.base_model, adapter.base_hash, adapter.fan_in_fan_out)
+
+
+def to_own(
+    adapter: LoraAdapter, plan: LayerPlan, numbers: Sequence[int], *, who: str = "adapter"
+) -> LoraAdapter:
+    """Full-model numbers -> the numbers inside a model made by `with_layers(model, numbers)`."""
+    return renumber(adapter, plan.path, {number: own for own, number in enumerate(numbers)}, who=who)
+
+
+def to_full(
+    adapter: LoraAdapter, plan: LayerPlan, numbers: Sequence[int], *, who: str = "adapter"
+) -> LoraAdapter:
+    """The numbers inside a model made by `with_layers(model, numbers)` -> full-model numbers."""
+    return renumber(adapter, plan.path, dict(enumerate(numbers)), who=who)
+
+
+def merge(model: PreTrainedModel, adapter: LoraAdapter) -> None:
+    """Add an adapter's change to a model's own weights, in place, copying the tensors it changes.
+
+    `adapter` is numbered as `model` is. A tensor shared with another model is replaced, not written to.
+    """
+    with torch.no_grad():
+        for name, pair in adapter.pairs.items():
+            module = model.get_submodule(name)
+            delta = pair.delta()
+            delta = delta if isinstance(module, nn.Linear) else delta.T
+            weight: Any = module.weight
+            changed = (weight.float() + delta).to(weight.dtype)
+            module.weight = nn.Parameter(changed, requires_grad=False)
+
+
+class TopModel:
+    """The adapter layers, the final norm and the head, fed with cached hidden states.
+
+    Works for every family: the hidden states replace the first argument of the first layer, so that
+    embeddings and learned positions are not applied a second time. Computes in float32.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: LayerPlan) -> None:
+        top = with_layers(model, plan.adapter)
+        exact = all(p.dtype == torch.float32 for p in top.parameters())
+        # .float() would widen the tensors in place, and they are the full model's too
+        self.model: PreTrainedModel = top if exact else copy.deepcopy(top).float()
+        self.numbers = plan.adapter
+
+    def hidden(self, below: Tensor, mask: Tensor) -> Tensor:
+        """Final-norm output (b, t, d) from the bottom's output `below` (b, t, d) and the mask (b, t)."""
+        decoder = self.model.get_decoder()
+        first = decoder_layers(self.model)[0]
+
+        def feed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (below, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": below}
+
+        hook = first.register_forward_pre_hook(feed, with_kwargs=True)
+        try:
+            # Token ids only give the shape here: what the embedding makes of them is replaced.
+            ids = torch.zeros(below.shape[:2], dtype=torch.long, device=below.device)
+            return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        finally:
+            hook.remove()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (..., v) of final-norm outputs (..., d)."""
+        return self.model.get_output_embeddings()(hidden)
+
+
+def bottom_states(bottom: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Output (b, t, d) of the last bottom layer, before any final norm."""
+    captured: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = decoder_layers(bottom)[-1].register_forward_hook(keep)
+    try:
+        bottom.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
+    return captured[0]

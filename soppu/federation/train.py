@@ -1,0 +1,174 @@
+"""The one training loop: a LoRA on the top layers, fed with cached states of the frozen part.
+
+Nothing runs backward through the emulator: its output is computed once per example, without gradients,
+and the adapter layers start from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.data import IGNORE, Block, collate
+from soppu.federation import emulator
+from soppu.federation.attach import attached
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How one call of `fit` trains.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples a step.
+        learning_rate: AdamW step size of A; B's is `b_ratio` times as large.
+        b_ratio: alpha / r. Under Adam the LoRA scale is a step size for B, and this is where it enters.
+        prox_weight: weight of the squared product-space distance to the start.
+        seed: order of the examples.
+    """
+
+    steps: int
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    b_ratio: float = 2.0
+    prox_weight: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class CachedBlock:
+    """A token block with the frozen part's output: states (t, d), labels (t,)."""
+
+    states: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What `fit` gives back: the adapter (full-model names), and the loss at its first and last steps."""
+
+    adapter: LoraAdapter
+    first_loss: float
+    last_loss: float
+    steps: int
+
+
+def cache_states(
+    bottom: PreTrainedModel, blocks: Sequence[Block], *, pad_id: int, batch_size: int = 8
+) -> list[CachedBlock]:
+    """Run the frozen layers once over every block, longest together. Cost: one forward pass."""
+    order = sorted(range(len(blocks)), key=lambda index: len(blocks[index].ids))
+    cached: list[CachedBlock | None] = [None] * len(blocks)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask, _ = collate([blocks[index] for index in chosen], pad_id=pad_id)
+        with torch.no_grad():
+            states = emulator.bottom_states(bottom, ids, mask).float()
+        for row, index in enumerate(chosen):
+            block = blocks[index]
+            cached[index] = CachedBlock(states[row, : len(block.ids)].clone(), block.labels)
+    return [block for block in cached if block is not None]
+
+
+def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[Tensor, int]:
+    """Summed next-token cross-entropy over the unmasked labels (nats), and how many there are.
+
+    The head runs only where a label counts: O(labels x v) instead of O(tokens x v).
+    """
+    pad = nn.utils.rnn.pad_sequence
+    states = pad([block.states for block in blocks], batch_first=True)
+    labels = pad([block.labels for block in blocks], batch_first=True, padding_value=IGNORE)
+    lengths = torch.tensor([len(block.labels) for block in blocks])
+    mask = (torch.arange(states.shape[1])[None, :] < lengths[:, None]).long()
+    hidden = top.hidden(states, mask)[:, :-1]
+    target = labels[:, 1:]
+    counted = target != IGNORE
+    logits = top.logits(hidden[counted]).float()
+    return nn.functional.cross_entropy(logits, target[counted], reduction="sum"), int(counted.sum())
+
+
+def proximal(pairs: dict[str, LoraPair], start: dict[str, LoraPair]) -> Tensor:
+    """Sum over modules of ||B A - B0 A0||_F^2, from r x r Grams, differentiable in A and B.
+
+    Cost: O(r^2 (i + o)) a module; no o x i matrix. FedBiOT's client term (eq. 3), in product space, with a
+    gradient: the published code reads detached weights and so adds none.
+    """
+    total = torch.zeros(())
+    for name, pair in pairs.items():
+        old = start[name]
+        total = total + _inner(pair, pair) - 2 * _inner(pair, old) + _inner(old, old)
+    return total
+
+
+def fit(
+    top: emulator.TopModel,
+    plan: emulator.LayerPlan,
+    blocks: Sequence[CachedBlock],
+    *,
+    start: LoraAdapter,
+    options: TrainOptions,
+) -> TrainResult:
+    """Train an adapter from `start` on cached blocks.
+
+    Args:
+        start: full-model names; its factors are copied, not changed.
+
+    Returns:
+        The trained adapter with full-model names, float32.
+    """
+    own = emulator.to_own(start, plan, plan.adapter)
+    origin = {name: LoraPair(pair.A.float(), pair.B.float()) for name, pair in own.pairs.items()}
+    pairs = {
+        name: LoraPair(pair.A.clone().requires_grad_(), pair.B.clone().requires_grad_())
+        for name, pair in origin.items()
+    }
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [pair.A for pair in pairs.values()], "lr": options.learning_rate},
+            {"params": [p.B for p in pairs.values()], "lr": options.learning_rate * options.b_ratio},
+        ],
+        weight_decay=0.0,
+    )
+    losses = []
+    trained = LoraAdapter(pairs, start.base_model, start.base_hash, start.fan_in_fan_out)
+    with attached(top.model, trained):
+        for chosen in _batches(len(blocks), options):
+            summed, count = batch_loss(top, [blocks[index] for index in chosen])
+            loss = summed / max(count, 1)
+            losses.append(float(loss.detach()))
+            if options.prox_weight:
+                loss = loss + options.prox_weight * proximal(pairs, origin)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    result = LoraAdapter(
+        {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in pairs.items()},
+        start.base_model,
+        start.base_hash,
+        start.fan_in_fan_out,
+    )
+    return TrainResult(emulator.to_full(result, plan, plan.adapter), losses[0], losses[-1], len(losses))
+
+
+def _inner(left: LoraPair, right: LoraPair) -> Tensor:
+    """<B A, B' A'>_F = tr((B^T B') (A' A^T))."""
+    return ((left.B.T @ right.B) * (left.A @ right.A.T)).sum()
+
+
+def _batches(n: int, options: TrainOptions) -> list[list[int]]:
+    """Index lists, every example once before any comes again, in an order fixed by the seed."""
+    generator = torch.Generator().manual_seed(options.seed)
+    size = min(options.batch_size, n)
+    queue: list[int] = []
+    batches = []
+    for _ in range(options.steps):
+        while len(queue) < size:
+            queue += torch.randperm(n, generator=generator).tolist()
+        batches.append(queue[:size])
+        queue = queue[size:]
+    return batches

@@ -1,0 +1,332 @@
+"""Immutable files and folders under one root, local or any that fsspec reaches.
+
+A blob appears whole or not at all and is never overwritten. What a blob must hold is the caller's business:
+every `put` and `fetch` is given a `check` that reads it and raises RegistryError if it is something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from soppu import files
+from soppu.adapter import IDENTITY_FILE
+from soppu.errors import RegistryError, StorageError
+
+T = TypeVar("T")
+Check = Callable[[Path], T]
+_PASSWORD = re.compile(r"(://[^/:@]*):[^/@]*@")
+
+
+class Blobs(ABC):
+    """A store of blobs. A key is a path below the root: "bundles/x.safetensors", or a folder "adapters/a-0".
+
+    A folder counts as stored when it holds `soppu.json`, which is written last.
+    """
+
+    name: str
+    here: Path  # a folder on this machine: the root itself, or the cache of a remote one
+
+    @abstractmethod
+    def has(self, key: str) -> bool:
+        """True if the blob is there, whole."""
+
+    @abstractmethod
+    def put(self, key: str, fill: Callable[[Path], None], check: Check[Any]) -> None:
+        """Store what `fill` writes at the path it is given; a blob that is there already is only checked.
+
+        Raises:
+            StorageError: the write was refused; nothing of it can be seen.
+            RegistryError: `check` refused the new blob, or the one that was there.
+        """
+
+    @abstractmethod
+    def fetch(self, key: str, check: Check[T]) -> T:
+        """Hand a local path of the blob to `check` and return its answer.
+
+        Raises:
+            RegistryError: the blob is absent, cannot be read, or `check` refused it.
+        """
+
+    @abstractmethod
+    def size(self, key: str) -> int:
+        """Bytes of one file. RegistryError if it is absent."""
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Delete a blob and whatever an interrupted write of it left. StorageError if that is refused."""
+
+
+def open_blobs(root: str | Path, *, cache: str | Path = "") -> Blobs:
+    """The store at `root`, a path or an fsspec URL.
+
+    memory:// is for one thread only: all who read one of its files share one position in it (fsspec 2026.9).
+
+    Args:
+        cache: folder for local copies of a remote root; "" is one under the user's cache folder
+            (XDG_CACHE_HOME), always the same for the same root. A local root has no copies.
+
+    Raises:
+        RegistryError: no fsspec backend for this URL.
+    """
+    name = _PASSWORD.sub(r"\1:***@", str(root))
+    try:
+        system, path = fsspec.url_to_fs(str(root))
+    except (ImportError, ValueError) as error:
+        raise RegistryError(f"registry {name}: {error}") from error
+    if isinstance(system, LocalFileSystem):
+        return LocalBlobs(Path(path))
+    return RemoteBlobs(system, path, name=name, cache=Path(cache) if cache else _cache_of(str(root)))
+
+
+class LocalBlobs(Blobs):
+    """Blobs in a folder: written beside their place, synced to disk, then renamed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = self.here = root
+        self.name = str(root)
+
+    def has(self, key: str) -> bool:
+        """A file, or a folder with its last file written."""
+        path = self.root / key
+        return path.is_file() or (path / IDENTITY_FILE).is_file()
+
+    def put(self, key: str, fill: Callable[[Path], None], check: Check[Any]) -> None:
+        """Write beside the place, sync, rename: see `Blobs.put`."""
+        path = self.root / key
+        if path.exists():
+            self.fetch(key, check)
+            return
+        with _refused(f"{self.name}: {key} was not written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _beside(path) as temporary:
+                fill(temporary)
+                check(temporary)
+                _seal(temporary)
+                moved = _move(temporary, path)
+            files.sync(path.parent)
+        if not moved:
+            self.fetch(key, check)
+
+    def fetch(self, key: str, check: Check[T]) -> T:
+        """Check the blob where it lies."""
+        path = self.root / key
+        if not path.exists():
+            raise RegistryError(f"{self.name}: {key} is not in the store")
+        with _unreadable(f"{self.name}: {key}"):
+            return check(path)
+
+    def size(self, key: str) -> int:
+        """Bytes of one file."""
+        with _unreadable(f"{self.name}: {key}"):
+            return (self.root / key).stat().st_size
+
+    def remove(self, key: str) -> None:
+        """Rename away, then delete: a folder half deleted is never found under its own name."""
+        path = self.root / key
+        with _refused(f"{self.name}: {key} was not removed"):
+            for left in [path, *path.parent.glob(f".{path.name}.*")]:
+                _take_away(left, _temporary(path))
+
+    def drop(self, key: str) -> None:
+        """Delete a blob, but not what others may be writing in its place now. StorageError if refused."""
+        path = self.root / key
+        with _refused(f"{self.name}: {key} was not removed"):
+            _take_away(path, _temporary(path))
+
+
+class RemoteBlobs(Blobs):
+    """Blobs behind an fsspec file system, read through a local cache that is checked on every use."""
+
+    def __init__(self, system: Any, root: str, *, name: str, cache: Path) -> None:
+        self._system = system
+        self._root = root.rstrip("/")
+        self._cache = LocalBlobs(cache)
+        self.here = cache
+        self.name = name
+
+    def has(self, key: str) -> bool:
+        """A file, or a folder whose last file was uploaded."""
+        with self._failures(RegistryError, f"{key} cannot be looked up"):
+            self._system.invalidate_cache()  # other machines write here too
+            path = self._path(key)
+            return bool(self._system.isfile(path) or self._system.isfile(f"{path}/{IDENTITY_FILE}"))
+
+    def put(self, key: str, fill: Callable[[Path], None], check: Check[Any]) -> None:
+        """Write and check in a temporary folder, then upload file by file, `soppu.json` last."""
+        if self.has(key):
+            self.fetch(key, check)
+            return
+        with _refused(f"{self.name}: {key} was not written"), tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / Path(key).name
+            fill(made)
+            check(made)
+            with self._failures(StorageError, f"{key} was not written"):
+                for file, target in _files_of(made, self._path(key)):
+                    self._upload(file, target)
+
+    def fetch(self, key: str, check: Check[T]) -> T:
+        """Check the local copy, which is downloaded if it is missing or damaged."""
+        if self._cache.has(key):
+            try:
+                return self._cache.fetch(key, check)
+            except RegistryError:
+                self._cache.drop(key)  # a copy only: the root decides what is true
+        if not self.has(key):
+            raise RegistryError(f"{self.name}: {key} is not in the store")
+        self._cache.put(key, lambda path: self._download(key, path), check)
+        return self._cache.fetch(key, check)
+
+    def size(self, key: str) -> int:
+        """Bytes of one file at the root."""
+        with self._failures(RegistryError, f"{key} cannot be read"):
+            return int(self._system.size(self._path(key)))
+
+    def remove(self, key: str) -> None:
+        """Delete at the root and in the cache of this machine; copies on others are never read again."""
+        path = self._path(key)
+        with self._failures(StorageError, f"{key} was not removed"):
+            self._system.invalidate_cache()
+            self._rm_file(f"{path}/{IDENTITY_FILE}")  # from here on the folder is not a blob any more
+            for found in self._system.find(path):
+                self._rm_file(found)
+            if self._system.isdir(path):
+                with suppress(OSError):  # somebody writes into it again; an empty folder is no blob
+                    self._system.rmdir(path)
+        self._cache.remove(key)
+
+    def _rm_file(self, file: str) -> None:
+        with suppress(FileNotFoundError):  # gone already is what was asked for
+            self._system.rm_file(file)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def _upload(self, file: Path, target: str) -> None:
+        folder, name = target.rsplit("/", 1)
+        staged = f"{folder}/.{name}.{uuid4().hex}.tmp"
+        self._system.makedirs(folder, exist_ok=True)
+        try:
+            self._system.put_file(str(file), staged)
+            self._system.mv(staged, target)
+        finally:
+            if self._system.exists(staged):
+                self._system.rm(staged)
+
+    def _download(self, key: str, path: Path) -> None:
+        source = self._path(key)
+        with self._failures(RegistryError, f"{key} cannot be fetched"):
+            if self._system.isfile(source):
+                self._system.get_file(source, str(path))
+                return
+            path.mkdir()
+            for found in self._system.ls(source, detail=False):
+                name = found.rstrip("/").rsplit("/", 1)[-1]
+                if not name.startswith("."):
+                    self._system.get_file(found, str(path / name))
+
+    @contextmanager
+    def _failures(self, error: type[RegistryError], what: str) -> Iterator[None]:
+        try:
+            yield
+        except RegistryError:
+            raise
+        # fsspec's backends share no base exception: botocore, gcsfs, paramiko and others pass through.
+        except Exception as cause:
+            raise error(f"{self.name}: {what}: {cause}") from cause
+
+
+def _cache_of(root: str) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "soppu" / "registry" / hashlib.sha256(root.encode()).hexdigest()[:16]
+
+
+def _files_of(made: Path, target: str) -> list[tuple[Path, str]]:
+    if made.is_file():
+        return [(made, target)]
+    inside = sorted(made.iterdir(), key=lambda file: (file.name == IDENTITY_FILE, file.name))
+    return [(file, f"{target}/{file.name}") for file in inside]
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RegistryError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{what}: {error}") from error
+
+
+@contextmanager
+def _unreadable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RegistryError:
+        raise
+    except FileNotFoundError:
+        raise RegistryError(f"{what} is not in the store") from None
+    except OSError as error:
+        raise RegistryError(f"{what} cannot be read: {error}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    temporary = _temporary(path)
+    try:
+        yield temporary
+    finally:
+        _delete(temporary)
+
+
+def _take_away(path: Path, aside: Path) -> None:
+    with suppress(FileNotFoundError):  # gone already is what was asked for
+        path.rename(aside)
+    _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, onerror=_unless_gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unless_gone(_: object, __: str, failure: Any) -> None:
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
+
+
+def _seal(path: Path) -> None:
+    """Read-only and on the disk; temporary files are born readable by their owner alone."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        file.chmod(0o444)
+        files.sync(file)
+    files.sync(path)
+
+
+def _move(temporary: Path, path: Path) -> bool:
+    """Rename into place; False if somebody was faster. Files of one name hold the same bytes (checked)."""
+    try:
+        temporary.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+        return False
+    return True

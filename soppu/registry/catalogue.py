@@ -1,0 +1,313 @@
+"""The registry's catalogue: which user held which adapter when, and what was made from it.
+
+Tables, the engine and its transactions live here; `ledger` asks and writes the rows. Bytes of adapters
+and bundles do not belong here (`blobs`). Every time is a UTC ISO string of one width: it sorts as text.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from soppu.errors import RegistryError, StorageError
+
+SCHEMA_VERSION = 1
+_BUSY_SECONDS = 30.0
+_USER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+def _name(length: int) -> sa.types.TypeEngine[str]:
+    """A string compared byte by byte; MySQL alone would take 'Alice' and 'alice' for one user."""
+    exact = mysql.VARCHAR(length, collation="utf8mb4_bin")
+    return sa.String(length).with_variant(exact, "mysql", "mariadb")
+
+
+class Base(DeclarativeBase):
+    """The declarative base of every table of the catalogue."""
+
+
+class SchemaRow(Base):
+    """The one row that says which version of these tables a database holds, and tells it from any other."""
+
+    __tablename__ = "soppu_schema"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    version: Mapped[int]
+    birth: Mapped[str] = mapped_column(sa.String(32))
+
+
+class User(Base):
+    """A user; `holding_id` is the newest row of `Holding`, None once the user is forgotten."""
+
+    __tablename__ = "soppu_users"
+    id: Mapped[str] = mapped_column(_name(128), primary_key=True)
+    holding_id: Mapped[int | None]
+    created_at: Mapped[str] = mapped_column(sa.String(32))
+    forgotten_at: Mapped[str | None] = mapped_column(sa.String(32))
+
+
+class Adapter(Base):
+    """A stored adapter; its blob may be deleted only under a lock on this row.
+
+    `kind` is "lora". `state` is "stored", "removing" (nobody holds it, the blob is still there) or "removed".
+    `removals` counts deletions of the blob: a writer that finds it changed has to write again.
+    """
+
+    __tablename__ = "soppu_adapters"
+    id: Mapped[str] = mapped_column(_name(18), primary_key=True)
+    kind: Mapped[str] = mapped_column(sa.String(16))
+    content: Mapped[str] = mapped_column(sa.String(64))
+    base_model: Mapped[str] = mapped_column(sa.Text)
+    base_hash: Mapped[str] = mapped_column(sa.String(64))
+    state: Mapped[str] = mapped_column(sa.String(16))
+    removals: Mapped[int]
+    created_at: Mapped[str] = mapped_column(sa.String(32))
+
+
+class Holding(Base):
+    """The history: from `at` on this adapter was the user's current one, until the user's next row."""
+
+    __tablename__ = "soppu_holdings"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_users.id"), index=True)
+    adapter_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_adapters.id"), index=True)
+    run: Mapped[str] = mapped_column(sa.Text)
+    metrics: Mapped[dict[str, float]] = mapped_column(sa.JSON)
+    at: Mapped[str] = mapped_column(sa.String(32))
+
+
+class AdapterSet(Base):
+    """A frozen choice of one adapter for each of its users."""
+
+    __tablename__ = "soppu_sets"
+    id: Mapped[str] = mapped_column(_name(18), primary_key=True)
+    contains_forgotten: Mapped[bool]
+    created_at: Mapped[str] = mapped_column(sa.String(32))
+
+
+class SetMember(Base):
+    """One user's adapter in one set."""
+
+    __tablename__ = "soppu_set_members"
+    set_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_sets.id"), primary_key=True)
+    user_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_users.id"), primary_key=True, index=True)
+    adapter_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_adapters.id"), index=True)
+
+
+class BundleRecord(Base):
+    """A stored bundle and the set it was compressed from."""
+
+    __tablename__ = "soppu_bundles"
+    id: Mapped[str] = mapped_column(_name(64), primary_key=True)
+    set_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_sets.id"), index=True)
+    run: Mapped[str] = mapped_column(sa.Text)
+    contains_forgotten: Mapped[bool]
+    created_at: Mapped[str] = mapped_column(sa.String(32))
+
+
+class PublicationRecord(Base):
+    """One switch of one serving target to a bundle; the newest row of a target and URL is in force."""
+
+    __tablename__ = "soppu_publications"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    target: Mapped[str] = mapped_column(_name(255), index=True)
+    url: Mapped[str] = mapped_column(sa.Text)
+    bundle_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_bundles.id"))
+    at: Mapped[str] = mapped_column(sa.String(32))
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def check_user_id(user: str) -> str:
+    """Give `user` back if it can be a user id.
+
+    "@" is left out because serving reads "user@version"; a leading dot because ids may become file names.
+
+    Raises:
+        RegistryError: anything but 1 to 128 ASCII letters, digits, ".", "_" or "-", or a leading dot.
+    """
+    if not _USER_ID.fullmatch(user):
+        shown = user if len(user) <= 140 else f"{user[:140]}..."
+        raise RegistryError(
+            f"user id {shown!r} is not valid: 1 to 128 of the letters A-Z a-z, digits 0-9, '.', '_' and '-', "
+            "not beginning with '.'"
+        )
+    return user
+
+
+def insert_if_absent(session: Session, table: type[Base], **values: Any) -> bool:
+    """Insert a row unless its key is taken; True if this call inserted it.
+
+    A savepoint and the database's own uniqueness check: the one form of upsert that every database has.
+    """
+    try:
+        with session.begin_nested():
+            session.execute(sa.insert(table).values(**values))
+    except IntegrityError:
+        if session.get(table, _key(table, values), with_for_update=True) is None:
+            raise
+        return False
+    return True
+
+
+class Catalogue:
+    """A database with the tables above. `read()` and `write()` give a session each, one transaction long."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        # Only SQLite looks at this option: a transaction that will write takes the write lock first.
+        self._writer = engine.execution_options(soppu_immediate=True)
+        self.name = engine.url.render_as_string(hide_password=True)
+
+    @classmethod
+    def open(cls, url: str | sa.URL, *, create: bool = True) -> Catalogue:
+        """Connect, create the tables where there are none, and check their version.
+
+        Args:
+            url: a SQLAlchemy URL. SQLite runs in WAL mode with a 30 s busy timeout, so that processes on one
+                machine can share the file; across machines use a database server.
+            create: False refuses a database that holds no catalogue.
+
+        Raises:
+            RegistryError: no driver, no connection, no catalogue, or one of a newer SOPPU.
+        """
+        try:
+            parsed = sa.make_url(url)
+            if not create and _missing_file(parsed):
+                raise RegistryError(f"catalogue {parsed.database}: there is no registry")
+            catalogue = cls(_engine(parsed))
+        except (SQLAlchemyError, ImportError) as error:
+            # Without the URL, which may hold a password.
+            raise RegistryError(f"catalogue URL cannot be used: {error}") from error
+        if catalogue._version() is None:
+            if not create:
+                raise RegistryError(f"catalogue {catalogue.name}: holds no SOPPU registry")
+            catalogue._create()
+        if (found := catalogue._version()) != SCHEMA_VERSION:
+            raise RegistryError(
+                f"catalogue {catalogue.name}: schema version {found}, this SOPPU knows {SCHEMA_VERSION}: "
+                "use the SOPPU that wrote it, or a newer one"
+            )
+        return catalogue
+
+    def close(self) -> None:
+        """Let go of every connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session to read in. RegistryError if the database fails, StorageError if it is for the disk."""
+        try:
+            with Session(self._engine) as session:
+                yield session
+        except SQLAlchemyError as error:
+            kind = StorageError if _disk_refused(error) else RegistryError
+            raise kind(f"catalogue {self.name}: {_reason(error)}") from error
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that commits at the end, or leaves everything as it was. StorageError if it cannot."""
+        try:
+            with Session(self._writer) as session, session.begin():
+                yield session
+        except SQLAlchemyError as error:
+            raise StorageError(f"catalogue {self.name}: nothing was changed: {_reason(error)}") from error
+
+    def scrub(self) -> None:
+        """Take what was deleted out of SQLite's write-ahead log too, unless a reader still needs it."""
+        if self._engine.dialect.name == "sqlite":
+            with self.read() as session:
+                session.connection().exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _version(self) -> int | None:
+        with self.read() as session:
+            if not sa.inspect(session.connection()).has_table(SchemaRow.__tablename__):
+                return None
+            return session.scalar(sa.select(SchemaRow.version))
+
+    def _create(self) -> None:
+        try:
+            with self.write() as session:
+                Base.metadata.create_all(session.connection())
+                insert_if_absent(session, SchemaRow, id=1, version=SCHEMA_VERSION, birth=uuid.uuid4().hex)
+        except StorageError:
+            # Two processes may create the tables at once; the slower one fails and finds them there.
+            if self._version() is None:
+                raise
+
+
+def _key(table: type[Base], values: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(values.get(column.name) for column in sa.inspect(table).primary_key)
+
+
+def _reason(error: SQLAlchemyError) -> str:
+    return str(getattr(error, "orig", None) or error)
+
+
+def _disk_refused(error: SQLAlchemyError) -> bool:
+    # Even a reader has to write a little, next to a SQLite file that nobody has open.
+    name = getattr(error.orig, "sqlite_errorname", "") if isinstance(error, DBAPIError) else ""
+    return str(name).startswith(("SQLITE_IOERR", "SQLITE_FULL"))
+
+
+def _missing_file(url: sa.URL) -> bool:
+    # Connecting would create it.
+    return url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    if url.get_backend_name() != "sqlite":
+        return sa.create_engine(url, pool_pre_ping=True)
+    if url.database in (None, "", ":memory:"):
+        raise RegistryError(f"catalogue {url}: lives in memory only; name a file (sqlite:///folder/file.db)")
+    # Idle connections are kept: the last one to close takes SQLite's shared memory file away, and a full disk
+    # would then refuse even to read.
+    engine = sa.create_engine(url, max_overflow=-1, connect_args={"timeout": _BUSY_SECONDS})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "checkout", _refuse_inherited)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
+    record.info["pid"] = os.getpid()
+    connection.isolation_level = None  # the driver begins nothing by itself: _begin_sqlite does
+    connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute("PRAGMA secure_delete=ON")  # what a user asked to forget is overwritten, not unlinked
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            # SQLite's busy timeout does not cover this switch, which every process may try at first.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _refuse_inherited(_: object, record: Any, proxy: Any) -> None:
+    # SQLite forbids the use of a connection across a fork; this makes the pool open another.
+    if record.info["pid"] != os.getpid():
+        record.dbapi_connection = proxy.dbapi_connection = None
+        raise sa.exc.DisconnectionError(f"opened by process {record.info['pid']}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # A deferred transaction that reads first and writes later fails at once if another one wrote between.
+    immediate = connection.get_execution_options().get("soppu_immediate", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")

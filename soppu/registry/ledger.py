@@ -1,0 +1,346 @@
+"""What the registry asks of its catalogue, and the rows it answers with.
+
+Every function works inside the session it is given and commits nothing. Rows are locked in one order
+everywhere (user, adapters, sets, bundles), so that two transactions never wait for each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from soppu.adapter import LoraAdapter
+from soppu.errors import RegistryError
+from soppu.registry.catalogue import (
+    Adapter,
+    AdapterSet,
+    BundleRecord,
+    Holding,
+    PublicationRecord,
+    SchemaRow,
+    SetMember,
+    User,
+    insert_if_absent,
+    now,
+)
+
+_CHUNK = 500  # users in one statement; databases limit how many parameters it may have
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One switch of a serving target to a bundle.
+
+    Attributes:
+        target: the kind of target, "embedded" for one.
+        url: where it listens, "" if it has no address.
+        bundle_id: the bundle served from then on.
+        at: UTC ISO time of the switch.
+    """
+
+    target: str
+    url: str
+    bundle_id: str
+    at: str
+
+    @property
+    def place(self) -> str:
+        """Target and URL in one string, for people."""
+        return f"{self.target} {self.url}".strip()
+
+
+@dataclass(frozen=True)
+class UserRow:
+    """A user and their current adapter.
+
+    Attributes:
+        at: UTC ISO time at which the adapter became current; `run` and `metrics` came with it.
+        versions: how many rows the user's history has.
+        published: place (`Publication.place`) -> the adapter of this user that is served there now.
+    """
+
+    user: str
+    adapter_id: str
+    at: str
+    run: str
+    metrics: Mapping[str, float]
+    versions: int
+    published: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One adapter that was a user's current one from `at` on.
+
+    Attributes:
+        current: True on the user's newest row.
+        published: the places (`Publication.place`) that serve this version now.
+    """
+
+    adapter_id: str
+    at: str
+    run: str
+    metrics: Mapping[str, float]
+    current: bool
+    published: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BundleRow:
+    """A stored bundle. `contains_forgotten` says that one of its users has been forgotten since."""
+
+    bundle_id: str
+    set_id: str
+    run: str
+    at: str
+    contains_forgotten: bool
+
+
+@dataclass(frozen=True)
+class ForgetReport:
+    """What forgetting a user did, and what it could not do.
+
+    Attributes:
+        adapters_removed: adapters deleted now, because nobody holds them any more.
+        sets_touched: sets that contain the user, now marked so.
+        bundles_touched: bundles made from those sets, now marked so.
+        publications_still_serving: targets whose bundle holds a core of the user, until they get another one.
+    """
+
+    user: str
+    adapters_removed: tuple[str, ...]
+    sets_touched: tuple[str, ...]
+    bundles_touched: tuple[str, ...]
+    publications_still_serving: tuple[Publication, ...]
+
+
+def find_user(session: Session, user: str, *, lock: bool = False) -> User:
+    """The user's row, forgotten or not. RegistryError if there is none."""
+    row = session.get(User, user, with_for_update=lock or None)
+    if row is None:
+        known = session.scalar(sa.select(sa.func.count(User.holding_id)))
+        raise RegistryError(f"unknown user {user!r}; the registry holds {known} users")
+    return row
+
+
+def claim_user(session: Session, user: str) -> User:
+    """The user's row, locked, made if there is none."""
+    insert_if_absent(session, User, id=user, holding_id=None, created_at=now(), forgotten_at=None)
+    return find_user(session, user, lock=True)
+
+
+def claim_adapter(session: Session, adapter_id: str, adapter: LoraAdapter) -> Adapter:
+    """The adapter's row, locked, made if there is none.
+
+    Raises:
+        RegistryError: the row belongs to another content with the same first 16 digits.
+    """
+    insert_if_absent(
+        session,
+        Adapter,
+        id=adapter_id,
+        kind="lora",
+        content=adapter.content_hash(),
+        base_model=adapter.base_model,
+        base_hash=adapter.base_hash,
+        state="stored",
+        removals=0,
+        created_at=now(),
+    )
+    row = session.get_one(Adapter, adapter_id, with_for_update=True)
+    if row.content != adapter.content_hash():
+        raise RegistryError(f"adapter {adapter_id}: taken by other content ({row.content})")
+    return row
+
+
+def identity(session: Session) -> str:
+    """The database's birth mark, and how much was deleted since."""
+    birth = session.scalar(sa.select(SchemaRow.birth))
+    deleted = session.scalar(sa.select(sa.func.coalesce(sa.func.sum(Adapter.removals), 0)))
+    return f"{birth}-{deleted}"
+
+
+def removals(session: Session, adapter_id: str, *, lock: bool = False) -> int:
+    """How often the adapter's blob was deleted; with `lock`, once any deletion under way has ended."""
+    row = session.get(Adapter, adapter_id, with_for_update=lock or None)
+    return 0 if row is None else row.removals
+
+
+def hold(session: Session, owner: User, holding: Holding) -> None:
+    """Make the holding the owner's newest; the same adapter under the same run only gains metrics."""
+    newest = session.get(Holding, owner.holding_id) if owner.holding_id is not None else None
+    if newest is not None and (newest.adapter_id, newest.run) == (holding.adapter_id, holding.run):
+        newest.metrics = {**newest.metrics, **holding.metrics}
+        return
+    session.add(holding)
+    session.flush()  # gives the holding its number
+    owner.holding_id = holding.id
+    owner.forgotten_at = None
+
+
+def check_held(session: Session, pairs: list[tuple[str, str]]) -> None:
+    """RegistryError naming the first user who does not hold the adapter beside them. Locks the users."""
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        users = [user for user, _ in chunk]
+        lock = sa.select(User.id).where(User.id.in_(users)).order_by(User.id).with_for_update()
+        session.execute(lock)
+        query = sa.select(Holding.user_id, Holding.adapter_id).where(Holding.user_id.in_(users)).distinct()
+        held = {(user, adapter_id) for user, adapter_id in session.execute(query)}
+        for user, adapter_id in chunk:
+            if (user, adapter_id) not in held:
+                raise RegistryError(f"user {user!r} does not hold adapter {adapter_id!r}")
+
+
+def current_set(session: Session, *, base_hash: str = "") -> dict[str, str]:
+    """User -> current adapter id, sorted, of everybody not forgotten; `base_hash` leaves other bases out."""
+    query = sa.select(User.id, Holding.adapter_id).join(Holding, User.holding_id == Holding.id)
+    if base_hash:
+        query = query.join(Adapter, Adapter.id == Holding.adapter_id).where(Adapter.base_hash == base_hash)
+    return dict(sorted((user, adapter_id) for user, adapter_id in session.execute(query)))
+
+
+def freeze_current(session: Session, base_hash: str, *, chosen: Mapping[str, str], run: str) -> str:
+    """Make `chosen` current, then freeze everybody's current adapter of one base; raises as `freeze` does."""
+    # every user, in the order of ids: nobody's adapter changes before the transaction ends
+    session.execute(sa.select(User.id).order_by(User.id).with_for_update())
+    check_held(session, sorted(chosen.items()))
+    before = current_set(session)
+    for user, adapter_id in chosen.items():
+        if before[user] != adapter_id:  # a run of an earlier configuration, again; or one that was overtaken
+            new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics={}, at=now())
+            hold(session, find_user(session, user), new)
+    return freeze(session, current_set(session, base_hash=base_hash))
+
+
+def freeze(session: Session, adapter_ids: Mapping[str, str]) -> str:
+    """Fix user -> adapter id as a set; its id. RegistryError: no users, or one who does not hold theirs."""
+    pairs = sorted(adapter_ids.items())
+    if not pairs:
+        raise RegistryError("a set needs at least one user, got none")
+    check_held(session, pairs)
+    set_id = f"s-{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]}"
+    if insert_if_absent(session, AdapterSet, id=set_id, contains_forgotten=False, created_at=now()):
+        rows = [{"set_id": set_id, "user_id": user, "adapter_id": held} for user, held in pairs]
+        session.execute(sa.insert(SetMember), rows)
+    # Every user holds their adapter now: one who was forgotten has come back with it.
+    session.get_one(AdapterSet, set_id, with_for_update=True).contains_forgotten = False
+    return set_id
+
+
+def drop_holdings(session: Session, user: str) -> None:
+    """Delete the user's history; adapters nobody holds any more become "removing"."""
+    row = find_user(session, user, lock=True)
+    held = session.scalars(sa.select(Holding.adapter_id).where(Holding.user_id == user).distinct()).all()
+    session.execute(sa.delete(Holding).where(Holding.user_id == user))
+    row.holding_id = None
+    row.forgotten_at = row.forgotten_at or now()
+    for adapter_id in sorted(held):
+        adapter = session.get_one(Adapter, adapter_id, with_for_update=True)
+        if session.scalar(sa.select(Holding.id).where(Holding.adapter_id == adapter_id).limit(1)) is None:
+            adapter.state = "removing"
+
+
+def mark_forgotten(session: Session, user: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mark every set and bundle that contains the user; the ids of both, sorted."""
+    sets = sa.select(SetMember.set_id).where(SetMember.user_id == user)
+    bundles = sa.select(BundleRecord.id).where(BundleRecord.set_id.in_(sets))
+    touched = tuple(sorted(session.scalars(sets))), tuple(sorted(session.scalars(bundles)))
+    session.execute(sa.update(AdapterSet).where(AdapterSet.id.in_(sets)).values(contains_forgotten=True))
+    session.execute(
+        sa.update(BundleRecord).where(BundleRecord.set_id.in_(sets)).values(contains_forgotten=True)
+    )
+    return touched
+
+
+def publications(target: str | None = None) -> sa.Select[tuple[PublicationRecord]]:
+    """The query of every publication, or of one target's, newest first."""
+    query = sa.select(PublicationRecord).order_by(PublicationRecord.id.desc())
+    return query if target is None else query.where(PublicationRecord.target == target)
+
+
+def publication(row: PublicationRecord) -> Publication:
+    """The row as it leaves the registry."""
+    return Publication(row.target, row.url, row.bundle_id, row.at)
+
+
+def serving(session: Session, user: str | None = None) -> list[tuple[Publication, str, str]]:
+    """(publication in force, user, adapter served there) of every user or of one. O(users x targets)."""
+    newest = sa.select(sa.func.max(PublicationRecord.id)).group_by(
+        PublicationRecord.target, PublicationRecord.url
+    )
+    query = (
+        sa.select(PublicationRecord, SetMember.user_id, SetMember.adapter_id)
+        .join(BundleRecord, BundleRecord.id == PublicationRecord.bundle_id)
+        .join(SetMember, SetMember.set_id == BundleRecord.set_id)
+        .where(PublicationRecord.id.in_(newest))
+        .order_by(PublicationRecord.target, PublicationRecord.url)
+    )
+    if user is not None:
+        query = query.where(SetMember.user_id == user)
+    return [(publication(row), member, adapter_id) for row, member, adapter_id in session.execute(query)]
+
+
+def current_adapter(session: Session, user: str) -> str:
+    """The user's current adapter. RegistryError if the user is unknown or forgotten."""
+    query = sa.select(Holding.adapter_id).join(User, User.holding_id == Holding.id).where(User.id == user)
+    adapter_id = session.scalar(query)
+    if adapter_id is None:
+        raise RegistryError(f"user {user!r} was forgotten at {find_user(session, user).forgotten_at}")
+    return adapter_id
+
+
+def user_rows(session: Session) -> list[UserRow]:
+    """Every user who is not forgotten, sorted."""
+    published: dict[str, dict[str, str]] = {}
+    for one, user, adapter_id in serving(session):
+        published.setdefault(user, {})[one.place] = adapter_id
+    counts = (
+        sa.select(Holding.user_id, sa.func.count().label("versions")).group_by(Holding.user_id).subquery()
+    )
+    query = (
+        sa.select(Holding, counts.c.versions)
+        .join(User, User.holding_id == Holding.id)
+        .join(counts, counts.c.user_id == Holding.user_id)
+    )
+    rows = [
+        UserRow(
+            user=row.user_id,
+            adapter_id=row.adapter_id,
+            at=row.at,
+            run=row.run,
+            metrics=dict(row.metrics),
+            versions=versions,
+            published=published.get(row.user_id, {}),
+        )
+        for row, versions in session.execute(query)
+    ]
+    return sorted(rows, key=lambda row: row.user)
+
+
+def history_rows(session: Session, user: str) -> list[HistoryRow]:
+    """The user's history, oldest first; empty for a forgotten user. RegistryError if unknown."""
+    find_user(session, user)
+    places = [(one.place, adapter_id) for one, _, adapter_id in serving(session, user)]
+    query = (
+        sa.select(Holding, User.holding_id)
+        .join(User, User.id == Holding.user_id)
+        .where(Holding.user_id == user)
+        .order_by(Holding.id)
+    )
+    return [
+        HistoryRow(
+            adapter_id=row.adapter_id,
+            at=row.at,
+            run=row.run,
+            metrics=dict(row.metrics),
+            current=row.id == newest,
+            published=tuple(place for place, adapter_id in places if adapter_id == row.adapter_id),
+        )
+        for row, newest in session.execute(query)
+    ]

@@ -1,0 +1,392 @@
+"""The registry: every user's adapters, the bundles made from them, and what is served where.
+
+Adapters and bundles are immutable and named by their content; the catalogue says which user holds which. How
+adapters are trained and what a bundle means is not known here: a bundle is bytes and their SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from soppu import adapter as peft_folder
+from soppu import files
+from soppu.adapter import LoraAdapter
+from soppu.errors import AdapterError, RegistryError, StorageError
+from soppu.registry import ledger
+from soppu.registry.blobs import Blobs, LocalBlobs, open_blobs
+from soppu.registry.catalogue import (
+    Adapter,
+    AdapterSet,
+    BundleRecord,
+    Catalogue,
+    Holding,
+    PublicationRecord,
+    SetMember,
+    check_user_id,
+    insert_if_absent,
+    now,
+)
+from soppu.registry.ledger import BundleRow, ForgetReport, HistoryRow, Publication, UserRow
+
+T = TypeVar("T")
+
+
+class Registry:
+    """A store of blobs and its catalogue, for any number of threads and processes at once."""
+
+    def __init__(self, blobs: Blobs, catalogue: Catalogue) -> None:
+        self._blobs = blobs
+        self._catalogue = catalogue
+
+    @classmethod
+    def open(
+        cls, root: str | Path, *, catalogue: str = "", cache: str | Path = "", create: bool = True
+    ) -> Registry:
+        """Open the registry at `root`, a folder or any fsspec URL.
+
+        Args:
+            catalogue: SQLAlchemy URL; "" is a SQLite file inside a local root.
+            cache: folder for local copies of a remote root; "" is one under the user's cache folder.
+            create: False refuses a registry that is not there yet.
+
+        Raises:
+            RegistryError: no such registry, a newer one, or a remote root without a catalogue.
+        """
+        blobs = open_blobs(root, cache=cache)
+        url = catalogue or _catalogue_inside(blobs, create=create)
+        return cls(blobs, Catalogue.open(url, create=create))
+
+    def close(self) -> None:
+        """Let go of database connections. A closed registry opens them again when it is used."""
+        self._catalogue.close()
+
+    def put_adapter(
+        self, adapter: LoraAdapter, *, user: str, run: str = "", metrics: Mapping[str, float] | None = None
+    ) -> str:
+        """Store an adapter and make it the user's current one. Idempotent.
+
+        Putting the current adapter again under the same run adds no history; `metrics` join those of its row.
+
+        Returns:
+            "a-" and the first 16 hex digits of the content hash.
+
+        Raises:
+            AdapterError: the adapter is malformed or not finite.
+            RegistryError: the user id or a metric is not valid, or the stored copy of this id is damaged.
+            StorageError: a write was refused; files and catalogue are what they were.
+        """
+        check_user_id(user)
+        measured = _checked_metrics(metrics or {}, user)
+        fresh = replace(adapter)  # a hash kept from before would miss a change made to the tensors since
+        peft_folder.validate(fresh, who=f"user {user!r}")
+        adapter_id = f"a-{fresh.content_hash()[:16]}"
+        put = partial(
+            self._blobs.put,
+            _adapter_key(adapter_id),
+            partial(peft_folder.write, fresh),
+            partial(_read_adapter, adapter_id, fresh.content_hash()),
+        )
+        removals = self._put_unlocked(adapter_id, put)
+        with self._catalogue.write() as session:
+            owner = ledger.claim_user(session, user)
+            row = ledger.claim_adapter(session, adapter_id, fresh)
+            if row.state != "stored" and row.removals != removals:
+                # A deletion crossed the write above. None can while the row is locked: clear and write again.
+                self._blobs.remove(_adapter_key(adapter_id))
+                row.removals += 1
+            if not self._blobs.has(_adapter_key(adapter_id)):
+                put()
+            row.state = "stored"
+            new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics=measured, at=now())
+            ledger.hold(session, owner, new)
+        return adapter_id
+
+    def get_adapter(self, adapter_id: str) -> LoraAdapter:
+        """Read an adapter. RegistryError if it is unknown, forgotten, or not what its id says."""
+        return self._fetch_adapter(adapter_id, lambda adapter, _: adapter)
+
+    def adapter_folder(self, adapter_id: str) -> Path:
+        """The adapter's PEFT folder on this machine, verified; read only. Raises as `get_adapter` does."""
+        return self._fetch_adapter(adapter_id, lambda _, folder: folder)
+
+    def adapter_bytes(self, adapter_id: str) -> int:
+        """Bytes of the adapter's safetensors file. RegistryError if it is unknown or forgotten."""
+        self._content(adapter_id)
+        return self._blobs.size(f"{_adapter_key(adapter_id)}/{peft_folder.WEIGHTS_FILE}")
+
+    def owner(self, adapter_id: str) -> tuple[str, ...]:
+        """The users whose history holds the adapter, sorted. RegistryError if it is unknown or forgotten."""
+        self._content(adapter_id)
+        query = sa.select(Holding.user_id).where(Holding.adapter_id == adapter_id).distinct()
+        with self._catalogue.read() as session:
+            return tuple(sorted(session.scalars(query)))
+
+    def freeze_set(self, adapter_ids: Mapping[str, str]) -> str:
+        """Fix a choice of one adapter for each user (user -> adapter id). Idempotent.
+
+        Returns "s-" and 16 hex digits of the SHA-256 of the sorted pairs. RegistryError: no users, or one
+        that does not hold the adapter named.
+        """
+        with self._catalogue.write() as session:
+            return ledger.freeze(session, adapter_ids)
+
+    def freeze_current(
+        self, base_hash: str, *, chosen: Mapping[str, str] | None = None, run: str = ""
+    ) -> str:
+        """Fix the current adapter of every user of one base model, as they all are at one instant.
+
+        `chosen` (user -> adapter id) become current for their users under `run`, and are frozen, in the same
+        transaction, whatever others put meanwhile. Reads the catalogue alone, no tensors. Returns and raises
+        as `freeze_set` does.
+        """
+        with self._catalogue.write() as session:
+            return ledger.freeze_current(session, base_hash, chosen=chosen or {}, run=run)
+
+    def get_set(self, set_id: str) -> dict[str, str]:
+        """User -> adapter id of a frozen set, sorted; forgotten users too. RegistryError if it is unknown."""
+        query = sa.select(SetMember.user_id, SetMember.adapter_id).where(SetMember.set_id == set_id)
+        with self._catalogue.read() as session:
+            members = sorted((user, adapter_id) for user, adapter_id in session.execute(query))
+        if not members:
+            raise RegistryError(f"unknown set {set_id!r}")
+        return dict(members)
+
+    def put_bundle(self, path_or_bytes: Path | bytes, *, set_id: str, run: str = "") -> str:
+        """Store a bundle compressed from a set. Idempotent. Returns the SHA-256 of the file, 64 hex digits.
+
+        Raises:
+            RegistryError: unknown set, no such file, or the bundle is stored for another set already.
+            StorageError: a write was refused; files and catalogue are what they were.
+        """
+        self.get_set(set_id)
+        bundle_id = _sha256(path_or_bytes)
+        fill = partial(_write_bundle, path_or_bytes)
+        self._blobs.put(_bundle_key(bundle_id), fill, partial(_check_bundle, bundle_id))
+        with self._catalogue.write() as session:
+            frozen = session.get_one(AdapterSet, set_id, with_for_update=True)
+            values = {"set_id": set_id, "run": run, "contains_forgotten": False, "created_at": now()}
+            insert_if_absent(session, BundleRecord, id=bundle_id, **values)
+            row = session.get_one(BundleRecord, bundle_id, with_for_update=True)
+            if row.set_id != set_id:
+                raise RegistryError(f"bundle {bundle_id[:12]} is stored for set {row.set_id}, not {set_id}")
+            row.contains_forgotten = frozen.contains_forgotten
+        return bundle_id
+
+    def bundle(self, bundle_id: str) -> BundleRow:
+        """What the catalogue says of a bundle. RegistryError if it is unknown."""
+        with self._catalogue.read() as session:
+            row = session.get(BundleRecord, bundle_id)
+            if row is None:
+                raise RegistryError(f"unknown bundle {bundle_id!r}")
+            return BundleRow(row.id, row.set_id, row.run, row.created_at, row.contains_forgotten)
+
+    def bundle_path(self, bundle_id: str) -> Path:
+        """The bundle's file on this machine. RegistryError if it is unknown or has another hash. O(size)."""
+        self.bundle(bundle_id)
+        return self._blobs.fetch(_bundle_key(bundle_id), partial(_check_bundle, bundle_id))
+
+    def bundle_bytes(self, bundle_id: str) -> int:
+        """Bytes of the bundle's file. RegistryError if it is unknown."""
+        self.bundle(bundle_id)
+        return self._blobs.size(_bundle_key(bundle_id))
+
+    def current(self, user: str) -> str:
+        """The id of the user's current adapter. RegistryError if the user is unknown or forgotten."""
+        with self._catalogue.read() as session:
+            return ledger.current_adapter(session, user)
+
+    def current_set(self, *, base_hash: str = "") -> dict[str, str]:
+        """User -> current adapter id, sorted, of every user who is not forgotten; of one base model if
+        given.
+        """
+        with self._catalogue.read() as session:
+            return ledger.current_set(session, base_hash=base_hash)
+
+    def users(self) -> list[UserRow]:
+        """Every user who is not forgotten, sorted."""
+        with self._catalogue.read() as session:
+            return ledger.user_rows(session)
+
+    def history(self, user: str) -> list[HistoryRow]:
+        """Every adapter the user held, oldest first; empty for a forgotten user. RegistryError if unknown."""
+        with self._catalogue.read() as session:
+            return ledger.history_rows(session, user)
+
+    def publishing(self, url: str) -> AbstractContextManager[None]:
+        """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
+        name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+        return files.exclusive(self._blobs.here / "locks" / name)
+
+    def record_publication(self, *, target: str, url: str, bundle_id: str) -> None:
+        """Note that a target serves a bundle from now on; a rollback is a publication of the older one.
+
+        A target that serves the bundle already gets no second row. RegistryError if the bundle is unknown.
+        """
+        self.bundle(bundle_id)
+        query = ledger.publications(target).where(PublicationRecord.url == url).limit(1)
+        with self._catalogue.write() as session:
+            newest = session.scalar(query)
+            if newest is None or newest.bundle_id != bundle_id:
+                session.add(PublicationRecord(target=target, url=url, bundle_id=bundle_id, at=now()))
+
+    def published(self, target: str, url: str = "") -> Publication | None:
+        """What a target serves, None if nothing was published there; `url` "" is the newest of any URL."""
+        query = ledger.publications(target).limit(1)
+        with self._catalogue.read() as session:
+            row = session.scalar(query.where(PublicationRecord.url == url) if url else query)
+            return None if row is None else ledger.publication(row)
+
+    def publications(self) -> list[Publication]:
+        """Every publication ever recorded, newest first."""
+        with self._catalogue.read() as session:
+            return [ledger.publication(row) for row in session.scalars(ledger.publications())]
+
+    def identity(self) -> str:
+        """Names this registry; another name once it is made anew or an adapter is deleted from it.
+
+        What was concluded from a registry (a cached result that holds ids) is void when this changes.
+        """
+        with self._catalogue.read() as session:
+            return ledger.identity(session)
+
+    def forget(self, user: str) -> ForgetReport:
+        """Delete a user's history and metrics, and every adapter that nobody else holds.
+
+        Sets and bundles that contain the user stay, marked: a bundle's basis is everybody's. A published one
+        serves the user's core until a bundle without it takes its place. The id stays in the sets. Forgetting
+        again finishes what was interrupted; a user may come back with `put_adapter`.
+
+        Raises:
+            RegistryError: unknown user.
+            StorageError: the catalogue refused (nothing was changed), or a file could not be deleted (the
+                user is out of `current_set` already; forget again).
+        """
+        with self._catalogue.write() as session:
+            ledger.drop_holdings(session, user)
+            sets, bundles = ledger.mark_forgotten(session, user)
+            still = tuple(one for one, _, _ in ledger.serving(session, user))
+        removed = self._remove_unheld()
+        self._catalogue.scrub()
+        return ForgetReport(user, removed, sets, bundles, publications_still_serving=still)
+
+    def _put_unlocked(self, adapter_id: str, put: Callable[[], None]) -> int:
+        """Write an adapter's blob, the slow part, without a lock; how often it was deleted before."""
+        with self._catalogue.read() as session:
+            before = ledger.removals(session, adapter_id)
+        try:
+            put()
+        except RegistryError:
+            with self._catalogue.write() as session:
+                if ledger.removals(session, adapter_id, lock=True) == before:
+                    raise
+            # It failed because somebody forgot this very adapter meanwhile: the count tells the caller.
+        return before
+
+    def _remove(self, adapter_id: str) -> bool:
+        """Delete the blob of an adapter that nobody holds; True if that was due."""
+        with self._catalogue.write() as session:
+            row = session.get(Adapter, adapter_id, with_for_update=True)
+            if row is None or row.state == "stored":  # somebody has put it meanwhile
+                return False
+            self._blobs.remove(_adapter_key(adapter_id))
+            due = row.state == "removing"
+            row.state, row.removals = "removed", row.removals + 1
+            return due
+
+    def _remove_unheld(self) -> tuple[str, ...]:
+        query = sa.select(Adapter.id).where(Adapter.state == "removing").order_by(Adapter.id)
+        with self._catalogue.read() as session:
+            waiting = session.scalars(query).all()
+        return tuple(adapter_id for adapter_id in waiting if self._remove(adapter_id))
+
+    def _content(self, adapter_id: str) -> str:
+        with self._catalogue.read() as session:
+            row = session.get(Adapter, adapter_id)
+            if row is None:
+                raise RegistryError(f"unknown adapter {adapter_id!r}")
+            if row.state != "stored":
+                raise RegistryError(f"adapter {adapter_id} was forgotten with its user")
+            return row.content
+
+    def _fetch_adapter(self, adapter_id: str, choose: Callable[[LoraAdapter, Path], T]) -> T:
+        content = self._content(adapter_id)
+
+        def check(folder: Path) -> T:
+            return choose(_read_adapter(adapter_id, content, folder), folder)
+
+        return self._blobs.fetch(_adapter_key(adapter_id), check)
+
+
+def _adapter_key(adapter_id: str) -> str:
+    return f"adapters/{adapter_id}"
+
+
+def _bundle_key(bundle_id: str) -> str:
+    return f"bundles/{bundle_id}.safetensors"
+
+
+def _catalogue_inside(blobs: Blobs, *, create: bool) -> sa.URL:
+    if not isinstance(blobs, LocalBlobs):
+        raise RegistryError(
+            f"registry {blobs.name}: a remote root needs a catalogue of its own, a SQLAlchemy URL "
+            "(postgresql://..., sqlite:///file.db)"
+        )
+    if create:
+        try:
+            blobs.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"registry {blobs.name}: cannot be created: {error}") from error
+    return sa.URL.create("sqlite", database=str(blobs.root / "catalogue.db"))
+
+
+def _checked_metrics(metrics: Mapping[str, float], user: str) -> dict[str, float]:
+    checked = {name: float(value) for name, value in metrics.items()}
+    for name, value in checked.items():
+        if not math.isfinite(value):
+            raise RegistryError(f"user {user!r}: metric {name!r} is {value}, it must be finite")
+    return checked
+
+
+def _read_adapter(adapter_id: str, content: str, folder: Path) -> LoraAdapter:
+    try:
+        adapter = peft_folder.read(folder)
+    except AdapterError as error:
+        raise RegistryError(f"adapter {adapter_id}: its stored copy is damaged: {error}") from error
+    if adapter.content_hash() != content:
+        raise RegistryError(
+            f"adapter {adapter_id}: its stored copy is damaged: content {adapter.content_hash()[:16]}"
+        )
+    return adapter
+
+
+def _check_bundle(bundle_id: str, path: Path) -> Path:
+    if (found := files.sha256_file(path)) != bundle_id:
+        raise RegistryError(f"bundle {bundle_id}: its stored copy is damaged: sha256 {found}")
+    return path
+
+
+def _sha256(path_or_bytes: Path | bytes) -> str:
+    if isinstance(path_or_bytes, bytes):
+        return hashlib.sha256(path_or_bytes).hexdigest()
+    try:
+        return files.sha256_file(path_or_bytes)
+    except OSError as error:
+        raise RegistryError(f"bundle {path_or_bytes}: cannot be read: {error}") from error
+
+
+def _write_bundle(path_or_bytes: Path | bytes, path: Path) -> None:
+    if isinstance(path_or_bytes, bytes):
+        files.write_bytes(path, path_or_bytes)
+        return
+    with files.atomic_path(path) as temporary:
+        shutil.copyfile(path_or_bytes, temporary)

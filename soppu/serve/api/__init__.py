@@ -1,0 +1,1 @@
+"""HTTP: LoRAX's generation routes, health, and the admin routes."""

@@ -1,0 +1,253 @@
+"""Admin routes under /soppu/v1: put, activate, delete bundles and adapters. Not part of LoRAX's API."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, ParamSpec, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from soppu import files
+from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
+from soppu.errors import AdapterError, BundleError, RequestError, StorageError
+from soppu.serve.bank.protocol import Served
+from soppu.serve.names import check_name
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_BUNDLE_ID = re.compile(r"[0-9a-f]{64}")
+_EXPECTED = (CONFIG_FILE, WEIGHTS_FILE, IDENTITY_FILE)
+_IGNORED = ("README.md", ".gitattributes")  # what PEFT and the hub put beside an adapter
+_MAX_UPLOAD = 8 << 30
+
+
+class AdminApi:
+    """Routes that change what a server serves."""
+
+    def __init__(self, state: Served, *, token: str = "") -> None:
+        self._state = state
+        self._token = token
+
+    def routes(self) -> list[Route]:
+        """The route table; every route asks for the token, if there is one."""
+        table: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+            ("GET", "/soppu/v1/bundles", self.list_bundles),
+            ("PUT", "/soppu/v1/bundles/{bundle_id}", self.put_bundle),
+            ("POST", "/soppu/v1/bundles/{bundle_id}/activate", self.activate),
+            ("DELETE", "/soppu/v1/bundles/{bundle_id}", self.delete_bundle),
+            ("POST", "/soppu/v1/deactivate", self.deactivate),
+            ("GET", "/soppu/v1/adapters", self.list_adapters),
+            ("PUT", "/soppu/v1/adapters/{name:path}", self.put_adapter),
+            ("DELETE", "/soppu/v1/adapters/{name:path}", self.delete_adapter),
+        ]
+        return [Route(path, self._guarded(handler), methods=[method]) for method, path, handler in table]
+
+    async def list_bundles(self, _: Request) -> Response:
+        """Every loaded bundle with its users; which one is active."""
+        bank = self._state.bank
+        active = bank.active
+        bundles = [
+            {"bundle_id": bundle_id, "active": bundle_id == active, "users": list(users)}
+            for bundle_id, users in bank.bundles().items()
+        ]
+        return JSONResponse({"active": active, "bundles": bundles})
+
+    async def put_bundle(self, request: Request) -> Response:
+        """Store and stage a bundle; the body is the file. 201 new, 200 already there, 422 another content."""
+        bundle_id = _bundle_id(request)
+        async with self._upload(request) as (path, digest):
+            if digest != bundle_id:
+                raise RequestError(
+                    f"the body has SHA-256 {digest}, the bundle id says {bundle_id}",
+                    status=422,
+                    error_type="validation",
+                )
+            new = await _call(self._state.add_bundle, path, bundle_id=bundle_id)
+        return JSONResponse({"bundle_id": bundle_id, "new": new}, status_code=201 if new else 200)
+
+    async def activate(self, request: Request) -> Response:
+        """Serve plain user names from this bundle from now on."""
+        bundle_id = self._loaded(request)
+        previous = await _call(self._state.activate, bundle_id)
+        return JSONResponse({"active": bundle_id, "previous": previous})
+
+    async def deactivate(self, _: Request) -> Response:
+        """Serve plain user names from no bundle."""
+        previous = await _call(self._state.activate, "")
+        return JSONResponse({"active": "", "previous": previous})
+
+    async def delete_bundle(self, request: Request) -> Response:
+        """Forget a bundle and its file. 409 while it is active."""
+        bundle_id = self._loaded(request)
+        if bundle_id == self._state.bank.active:
+            raise RequestError(
+                f"bundle {bundle_id} is active; activate another one first", status=409, error_type="conflict"
+            )
+        await _call(self._state.drop_bundle, bundle_id)
+        return JSONResponse({"deleted": bundle_id})
+
+    async def list_adapters(self, _: Request) -> Response:
+        """Every loaded PEFT adapter. `base_verified` says whether it states this server's base hash."""
+        return JSONResponse(
+            {
+                "adapters": [
+                    {
+                        "name": name,
+                        "content_hash": loaded.content_hash,
+                        "rank": loaded.rank,
+                        "base_verified": loaded.verified,
+                    }
+                    for name, loaded in self._state.bank.adapters().items()
+                ]
+            }
+        )
+
+    async def put_adapter(self, request: Request) -> Response:
+        """Load a PEFT adapter, or replace one; the body is an uncompressed tar of its folder."""
+        name = request.path_params["name"]
+        check_name(name, what="name")
+        async with self._upload(request) as (path, _):
+            folder = path.with_suffix(".folder")
+            try:
+                await _call(unpack_adapter, path, folder)
+                await _call(self._state.add_adapter, name, folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        return JSONResponse({"name": name}, status_code=201)
+
+    async def delete_adapter(self, request: Request) -> Response:
+        """Forget a PEFT adapter and its copy."""
+        name = request.path_params["name"]
+        if name not in self._state.bank.adapters():
+            raise _not_found(f"no adapter {name!r} is loaded")
+        await _call(self._state.drop_adapter, name)
+        return JSONResponse({"deleted": name})
+
+    def _guarded(
+        self, handler: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            given = request.headers.get("authorization", "")
+            if self._token and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+                raise RequestError("an admin token is needed", status=401, error_type="unauthorized")
+            return await handler(request)
+
+        return endpoint
+
+    def _loaded(self, request: Request) -> str:
+        bundle_id = _bundle_id(request)
+        if bundle_id not in self._state.bank.bundles():
+            raise _not_found(f"bundle {bundle_id} is not loaded; there are {len(self._state.bank.bundles())}")
+        return bundle_id
+
+    def _temporary(self) -> IO[bytes]:
+        # Unbuffered: closing a buffer that a full disk refused would raise a second time.
+        try:
+            return tempfile.NamedTemporaryFile(dir=self._state.incoming, buffering=0)
+        except OSError as error:
+            raise _not_stored(error) from error
+
+    @asynccontextmanager
+    async def _upload(self, request: Request) -> AsyncIterator[tuple[Path, str]]:
+        """The body in a temporary file, with its SHA-256; the file is gone afterwards."""
+        digest, size = hashlib.sha256(), 0
+        with self._temporary() as stream:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > _MAX_UPLOAD:
+                    raise RequestError(
+                        f"the body must have at most {_MAX_UPLOAD} bytes",
+                        status=413,
+                        error_type="bad_request",
+                    )
+                digest.update(chunk)
+                await run_in_threadpool(_write_all, stream, chunk)
+            yield Path(stream.name), digest.hexdigest()
+
+
+def unpack_adapter(archive: Path, folder: Path) -> None:
+    """Take the files of a PEFT folder out of an uncompressed tar; no path of the archive is ever used.
+
+    Raises:
+        AdapterError: not a tar, a member that is not a plain file (a sparse one is not), an unexpected or
+            repeated name, more bytes than an upload may have, or the configuration or the weights missing.
+    """
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            members = [member for member in tar if not member.isdir()]
+            chosen: dict[str, tarfile.TarInfo] = {}
+            for member in members:
+                name = member.name.removeprefix("./")
+                if name in _IGNORED:
+                    continue
+                if name not in _EXPECTED or not _is_plain(member) or name in chosen:
+                    raise AdapterError(
+                        f"tar member {member.name!r}: expected one plain file each of {_EXPECTED}"
+                    )
+                chosen[name] = member
+            if (size := sum(member.size for member in chosen.values())) > _MAX_UPLOAD:
+                raise AdapterError(f"the tar holds {size} bytes, at most {_MAX_UPLOAD} are taken")
+            if missing := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in chosen]:
+                raise AdapterError(f"the tar lacks {missing[0]}")
+            for name, member in chosen.items():
+                stream = tar.extractfile(member)
+                assert stream is not None
+                with files.atomic_path(folder / name) as temporary, temporary.open("wb") as out:
+                    shutil.copyfileobj(stream, out)
+    except tarfile.TarError as error:
+        raise AdapterError(f"the body is not an uncompressed tar: {error}") from None
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    # A sparse member of some bytes may unpack to any size.
+    return member.isreg() and not member.issparse()
+
+
+def _write_all(stream: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[stream.write(view) :]
+    except OSError as error:
+        raise _not_stored(error) from error
+
+
+def _not_stored(error: OSError) -> RequestError:
+    return RequestError(f"the upload cannot be stored: {error}", status=507, error_type="storage")
+
+
+async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a blocking change off the event loop; what it refuses becomes a status."""
+    try:
+        return await run_in_threadpool(function, *args, **kwargs)
+    except (BundleError, AdapterError) as error:
+        kind = "bundle" if isinstance(error, BundleError) else "adapter"
+        raise RequestError(str(error), status=422, error_type=kind) from error
+    except StorageError as error:
+        raise RequestError(str(error), status=507, error_type="storage") from error
+
+
+def _bundle_id(request: Request) -> str:
+    bundle_id: str = request.path_params["bundle_id"]
+    if not _BUNDLE_ID.fullmatch(bundle_id):
+        raise RequestError(
+            f"a bundle id is a SHA-256 in 64 hex digits. Given: {bundle_id[:80]!r}",
+            status=422,
+            error_type="validation",
+        )
+    return bundle_id
+
+
+def _not_found(message: str) -> RequestError:
+    return RequestError(message, status=404, error_type="not_found")

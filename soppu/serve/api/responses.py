@@ -1,0 +1,71 @@
+"""LoRAX's response JSON, with the fields of every LoRAX client. Requests are read in `api.requests`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from soppu.errors import RequestError
+from soppu.serve.api.requests import Json, ParsedRequest
+from soppu.serve.engine.generation import Finish, TokenEvent
+
+
+def token_body(token: TokenEvent) -> Json:
+    """One token, with the fields of every LoRAX client."""
+    return {
+        "id": token.id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "special": token.special,
+        "skipped": False,
+    }
+
+
+def answer_body(parsed: ParsedRequest, tokens: Sequence[TokenEvent], finish: Finish) -> Json:
+    """The answer of `/generate`; `details` only where they were asked for."""
+    body: Json = {"generated_text": _shown(parsed, finish)}
+    if parsed.details:
+        body["details"] = {
+            **_details(finish),
+            "skipped_tokens": 0,
+            "prefill": [],
+            "tokens": [token_body(token) for token in tokens],
+        }
+    return body
+
+
+def stream_body(parsed: ParsedRequest, token: TokenEvent) -> Json:
+    """One event of `/generate_stream`; text and details of the whole come with the last."""
+    finish = token.finish
+    return {
+        "token": token_body(token),
+        "generated_text": _shown(parsed, finish) if finish else None,
+        "details": _details(finish) if finish and parsed.details else None,
+    }
+
+
+def error_body(error: RequestError) -> Json:
+    """LoRAX's error object."""
+    return {"error": str(error), "error_type": error.error_type}
+
+
+async def on_request_error(_: Request, error: Exception) -> Response:
+    """The answer to a refused request, as an exception handler of starlette."""
+    assert isinstance(error, RequestError)
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def _details(finish: Finish) -> Json:
+    return {
+        "finish_reason": finish.reason,
+        "prompt_tokens": finish.prompt_tokens,
+        "generated_tokens": finish.generated_tokens,
+        "seed": finish.seed,
+    }
+
+
+def _shown(parsed: ParsedRequest, finish: Finish) -> str:
+    return parsed.generation.inputs + finish.text if parsed.full_text else finish.text

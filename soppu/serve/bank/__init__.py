@@ -1,0 +1,1 @@
+"""The adapters a server holds, in memory and on disk."""

@@ -1,0 +1,213 @@
+"""ServerState: what one server holds, in memory and on disk in step, so that a restart serves the same.
+
+    <root>/state.json                       base hash, active bundle, bundles, adapters
+    <root>/bundles/<bundle id>.safetensors
+    <root>/adapters/<name hash>-<content hash>/      a PEFT folder
+    <root>/incoming/                        uploads under way
+    <root>/lock                             held while a server runs
+
+Which request gets which adapter is decided in `soppu.serve.bank.bank`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, TextIO
+
+from soppu import adapter as adapters
+from soppu import files
+from soppu.compress.bundle.bundle import Bundle
+from soppu.errors import AdapterError, BundleError, StorageError, TargetError
+from soppu.serve.bank.bank import AdapterBank
+
+
+class ServerState:
+    """What one server holds. Every change reaches the disk before it is answered; one change at a time."""
+
+    def __init__(self, root: Path, bank: AdapterBank, *, lock: TextIO) -> None:
+        self.bank = bank
+        self.incoming = root / "incoming"
+        self._root = root
+        self._held = lock
+        self._folders: dict[str, str] = {}
+        self._changing = threading.Lock()
+
+    @classmethod
+    def open(cls, root: Path, bank: AdapterBank) -> ServerState:
+        """Take the folder for this process and load what it remembers into `bank`.
+
+        Raises:
+            TargetError: another server uses the folder, or it belongs to another base model.
+            BundleError: a stored bundle is damaged.
+            AdapterError: a stored adapter is damaged.
+        """
+        root.mkdir(parents=True, exist_ok=True)
+        state = cls(root, bank, lock=_take(root / "lock"))
+        try:
+            shutil.rmtree(state.incoming, ignore_errors=True)
+            state.incoming.mkdir()
+            state._restore()
+        except BaseException:
+            state.close()
+            raise
+        return state
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._held.close()
+
+    def add_bundle(self, source: Path, *, bundle_id: str) -> bool:
+        """Copy a bundle file in and stage it. False if it was there already.
+
+        Raises:
+            BundleError: the file is not what `bundle_id` names, is damaged, or does not fit the model.
+            StorageError: the disk refused it. Nothing is staged then.
+        """
+        with self._changing:
+            if bundle_id in self.bank.bundles():
+                return False
+            path = self._bundle_path(bundle_id)
+            with files.atomic_path(path) as temporary:
+                shutil.copyfile(source, temporary)
+            try:
+                self.bank.stage(Bundle.load(path, expected_hash=bundle_id), bundle_id=bundle_id)
+                self._write()
+            except (BundleError, StorageError):
+                if bundle_id in self.bank.bundles():
+                    self.bank.drop(bundle_id)
+                path.unlink(missing_ok=True)
+                raise
+            return True
+
+    def activate(self, bundle_id: str) -> str:
+        """Make a staged bundle active ("" for none); return the one that was. BundleError, StorageError."""
+        with self._changing:
+            previous = self.bank.active
+            self.bank.activate(bundle_id)
+            try:
+                self._write()
+            except StorageError:
+                self.bank.activate(previous)
+                raise
+            return previous
+
+    def drop_bundle(self, bundle_id: str) -> None:
+        """Forget a bundle and delete its file.
+
+        Raises:
+            BundleError: it is active, or not there.
+            StorageError: the disk refused it. The bundle is still served then.
+        """
+        with self._changing:
+            self.bank.check_drop(bundle_id)
+            self._write(without_bundle=bundle_id)
+            self.bank.drop(bundle_id)
+            self._bundle_path(bundle_id).unlink(missing_ok=True)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load a PEFT folder under `name` and keep a copy; one of that name is replaced.
+
+        Raises:
+            AdapterError: the folder is malformed, or does not fit the model.
+            StorageError: the disk refused it.
+        """
+        adapter = adapters.read(folder)
+        key = f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{adapter.content_hash()[:16]}"
+        with self._changing:
+            old = self._folders.get(name, "")
+            if key == old:
+                return
+            try:
+                adapters.write(adapter, self._adapter_path(key))
+                self.bank.add(name, adapter)
+                self._folders[name] = key
+                self._write()
+            except (AdapterError, StorageError):
+                self._undo_adapter(name, old)
+                shutil.rmtree(self._adapter_path(key), ignore_errors=True)
+                raise
+            if old:
+                shutil.rmtree(self._adapter_path(old))
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter and delete its copy.
+
+        Raises:
+            AdapterError: there is none of that name.
+            StorageError: the disk refused it. The adapter is still served then.
+        """
+        with self._changing:
+            self.bank.check_remove(name)
+            self._write(without_adapter=name)
+            self.bank.remove(name)
+            key = self._folders.pop(name)
+            shutil.rmtree(self._adapter_path(key))
+
+    def _undo_adapter(self, name: str, old: str) -> None:
+        if self._folders.get(name, "") == old:
+            return
+        if old:
+            self._folders[name] = old
+            self.bank.add(name, adapters.read(self._adapter_path(old)))
+        else:
+            del self._folders[name]
+            self.bank.remove(name)
+
+    def _bundle_path(self, bundle_id: str) -> Path:
+        return self._root / "bundles" / f"{bundle_id}.safetensors"
+
+    def _adapter_path(self, key: str) -> Path:
+        return self._root / "adapters" / key
+
+    def _write(self, *, without_bundle: str = "", without_adapter: str = "") -> None:
+        content = {
+            "format": 1,
+            "base_hash": self.bank.base.hash,
+            "active": self.bank.active,
+            "bundles": sorted(self.bank.bundles().keys() - {without_bundle}),
+            "adapters": {name: key for name, key in self._folders.items() if name != without_adapter},
+        }
+        files.write_text(self._root / "state.json", json.dumps(content, indent=2, sort_keys=True))
+
+    def _restore(self) -> None:
+        path = self._root / "state.json"
+        if not path.exists():
+            return
+        content = _read(path)
+        if content["base_hash"] != self.bank.base.hash:
+            raise TargetError(
+                f"{self._root}: holds adapters of base model {content['base_hash'][:12]},"
+                f" this server has {self.bank.base.hash[:12]}; give it a state folder of its own"
+            )
+        for bundle_id in content["bundles"]:
+            bundle = Bundle.load(self._bundle_path(bundle_id), expected_hash=bundle_id)
+            self.bank.stage(bundle, bundle_id=bundle_id)
+        self.bank.activate(content["active"])
+        for name, key in content["adapters"].items():
+            self.bank.add(name, adapters.read(self._adapter_path(key)))
+            self._folders[name] = key
+
+
+def _take(path: Path) -> TextIO:
+    stream = path.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise TargetError(f"{path.parent}: another server uses this state folder") from None
+    return stream
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] == 1 and {"base_hash", "active", "bundles", "adapters"} <= content.keys():
+            return dict(content)
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise TargetError(f"{path}: not a server state of format 1; move it away to start empty")

@@ -1,0 +1,1 @@
+"""One forward pass of the base model with an adapter a row."""

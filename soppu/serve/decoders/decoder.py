@@ -1,0 +1,54 @@
+"""Decoder: one forward of the base model with every row's adapter over a `KVCache`. Two ways to run it.
+
+`LlamaDecoder` is written for the families built like Llama and is several times faster on a CPU;
+`GeneralDecoder` runs transformers' own code, for whatever else transformers can run. Both keep one contract
+and choose the same greedy tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from soppu.serve.decoders.kv_cache import KVCache, Step
+from soppu.serve.decoders.llama import LlamaDecoder, obstacle
+from soppu.serve.decoders.transformers_decoder import GeneralDecoder
+from soppu.serve.layers.adapted_linear import Router
+from soppu.serve.layers.routing import Routing
+
+_LOG = logging.getLogger(__name__)
+
+
+class Decoder(Protocol):
+    """What the batch runs. `cache` holds the rows' keys and values between forwards."""
+
+    cache: KVCache
+
+    def forward(self, step: Step, routing: Routing) -> Tensor:
+        """Logits (b, v), fp32, after every row's last own token in `step`; `routing` is of these rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Rows a decoder may hold at once, and the longest one."""
+
+    rows: int
+    limit: int
+
+
+def make_decoder(model: PreTrainedModel, router: Router, size: CacheSize) -> Decoder:
+    """The fastest decoder this model can have; which one is told in the log.
+
+    Raises:
+        UnsupportedModel: neither can run it.
+    """
+    why = obstacle(model, limit=size.limit)
+    if not why:
+        return LlamaDecoder(model, KVCache(size.rows, size.limit))
+    _LOG.info("transformers' own forward is used, which is slower: %s", why)
+    return GeneralDecoder(model, router, KVCache(size.rows, size.limit))

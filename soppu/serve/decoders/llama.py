@@ -1,0 +1,219 @@
+"""LlamaDecoder: the forward of the families built like Llama, written for few rows and many steps on a CPU.
+
+Projections that share an input are one product in oneDNN's layout; keys and values are written where they
+stay, and a query head looks at its group's keys without repeating them. Adapters are added to the products'
+outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from soppu.serve.decoders.kv_cache import KVCache, Step, gaps
+from soppu.serve.layers.deltas import Layers
+from soppu.serve.layers.packed_linear import PackedLinear
+from soppu.serve.layers.routing import Routing
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_ROTARY = ("default", "linear", "llama3", "yarn")  # the kinds whose angles do not depend on the text's length
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def obstacle(model: PreTrainedModel, *, limit: int) -> str:
+    """Why `LlamaDecoder` cannot run this model on rows of up to `limit` tokens; "" where it can."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"model type {config.model_type!r}, not one of {', '.join(FAMILIES)}"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act!r}, not 'silu'"
+    kind = model.model.rotary_emb.rope_type
+    if kind not in _ROTARY:
+        return f"rotary embedding {kind!r}, not one of {', '.join(_ROTARY)}"
+    window = getattr(config, "sliding_window", None) or limit
+    if window < limit:
+        return f"a sliding window of {window}, below the {limit} tokens of a row"
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.endswith(("_proj", "lm_head")) and not (
+            isinstance(weight, Tensor) and weight.is_floating_point()
+        ):
+            return f"{name} has no plain weight"
+    return ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Heads:
+    """Query heads, key heads, and the size of each."""
+
+    q: int
+    kv: int
+    d: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Projection:
+    """Linear layers of one input as one product, and what adapters know them by."""
+
+    layers: Layers
+    linear: PackedLinear
+
+    @classmethod
+    def of(cls, parent: nn.Module, prefix: str, leaves: tuple[str, ...]) -> _Projection:
+        modules: list[Any] = [parent.get_submodule(leaf) for leaf in leaves]
+        widths = tuple(module.weight.shape[0] for module in modules)
+        return cls(Layers(tuple(f"{prefix}{leaf}" for leaf in leaves), widths), PackedLinear.of(modules))
+
+    def __call__(self, x: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
+        """(m, i) -> (m, o), with the change of every row's adapter, and the residual where there is one."""
+        y = self.linear(x) if residual is None else self.linear.plus(x, residual)
+        routing.apply(self.layers, x, y)
+        return y
+
+
+class _Block:
+    """One decoder layer."""
+
+    def __init__(self, layer: Any, name: str, heads: _Heads) -> None:
+        attention, self._heads = layer.self_attn, heads
+        self._qkv = _Projection.of(attention, f"{name}.self_attn.", _QKV)
+        self._o = _Projection.of(attention, f"{name}.self_attn.", ("o_proj",))
+        self._gate_up = _Projection.of(layer.mlp, f"{name}.mlp.", _GATE_UP)
+        self._down = _Projection.of(layer.mlp, f"{name}.mlp.", ("down_proj",))
+        self._norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self._head_norms: tuple[_Norm, _Norm] | None = None
+        if hasattr(attention, "q_norm"):
+            self._head_norms = _Norm(attention.q_norm), _Norm(attention.k_norm)
+
+    def forward(self, h: Tensor, attention: _Attention, routing: Routing) -> Tensor:
+        """(m, d) -> (m, d)."""
+        heads = self._heads
+        qkv = self._qkv(self._norms[0](h), routing).view(-1, heads.q + 2 * heads.kv, heads.d)
+        qk, v = qkv[:, : heads.q + heads.kv], qkv[:, heads.q + heads.kv :]
+        if self._head_norms is not None:
+            q_norm, k_norm = self._head_norms
+            qk = torch.cat((q_norm(qk[:, : heads.q]), k_norm(qk[:, heads.q :])), dim=1)
+        seen = attention(attention.turn(qk), v)
+        h = self._o(seen, routing, residual=h)
+        gate, up = self._gate_up(self._norms[1](h), routing).chunk(2, dim=1)
+        return self._down(F.silu(gate).mul_(up), routing, residual=h)
+
+
+class _Norm:
+    """RMSNorm over the last dimension."""
+
+    def __init__(self, norm: Any) -> None:
+        self._weight = norm.weight.detach()
+        self._eps = float(norm.variance_epsilon)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+class _Attention:
+    """What all layers of one step have in common: angles, places in the cache, and who may see whom."""
+
+    def __init__(self, step: Step, cache: KVCache, heads: _Heads, angles: tuple[Tensor, Tensor]) -> None:
+        self._step, self._cache, self._heads = step, cache, heads
+        cos, sin = (angle.view(-1, 1, heads.d) for angle in angles)
+        half = heads.d // 2
+        self._cos, self._sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        self._layer = 0
+        if not step.fresh:
+            self._gaps = gaps(step)
+            self._bias = self._seen_by(cos.dtype)
+
+    def turn(self, qk: Tensor) -> Tensor:
+        """Rotary positions for queries and keys (m, heads, d) at once: q cos + rotate_half(q) sin."""
+        swapped = qk.roll(self._heads.d // 2, -1)  # its halves change places; the sign is in the sines
+        return torch.addcmul(qk * self._cos, swapped, self._sin)
+
+    def __call__(self, qk: Tensor, v: Tensor) -> Tensor:
+        """Queries and keys (m, q + kv, d), values (m, kv, d) of the next layer -> (m, q d)."""
+        heads, (b, T) = self._heads, self._step.ids.shape
+        kv = torch.stack((qk[:, heads.q :], v), dim=1).view(b, T, 2, heads.kv, heads.d)
+        self._cache.write(self._layer, self._step, kv)
+        q = qk[:, : heads.q].reshape(b, T, heads.q, heads.d)
+        seen = self._among_themselves(q, kv) if self._step.fresh else self._over_cache(q)
+        self._layer += 1
+        return seen.reshape(b * T, -1)
+
+    def _among_themselves(self, q: Tensor, kv: Tensor) -> Tensor:
+        """(b, T, q, d) of rows that begin here."""
+        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        gqa = self._heads.q != self._heads.kv
+        seen = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=gqa)
+        return seen.transpose(1, 2)
+
+    def _over_cache(self, q: Tensor) -> Tensor:
+        """(b, T, q, d): the queries of a group are laid side by side over the group's keys."""
+        heads, (b, T) = self._heads, q.shape[:2]
+        group = heads.q // heads.kv
+        q = q.view(b, T, heads.kv, group, heads.d).permute(0, 2, 3, 1, 4).reshape(b, heads.kv, -1, heads.d)
+        keys, values = self._cache.read(self._layer, self._step)
+        if self._gaps is not None:
+            q = q.new_zeros(keys.shape[0], *q.shape[1:]).index_copy_(0, self._gaps, q)
+        seen = self._weigh(q, keys, values)
+        if self._gaps is not None:
+            seen = seen.index_select(0, self._gaps)
+        return seen.view(b, heads.kv, group, T, heads.d).permute(0, 3, 1, 2, 4)
+
+    def _weigh(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """(r, kv, queries, d) each: softmax(q k^T / sqrt(d) + bias) v."""
+        if q.dtype != torch.float32 or q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._bias)
+        # two small products are faster than torch's fused kernel here
+        shape, bias = q.shape, self._bias.expand(-1, self._heads.kv, -1, -1).flatten(0, 1)
+        q, keys, values = (one.flatten(0, 1) for one in (q, keys, values))
+        weights = torch.baddbmm(bias, q, keys.mT, alpha=self._heads.d**-0.5).softmax(-1)
+        return torch.bmm(weights, values).view(shape)
+
+    def _seen_by(self, dtype: torch.dtype) -> Tensor:
+        """(r, 1, 1 or group T, seen); the rows in a gap see everything, and nobody asks what."""
+        mask = self._step.mask(dtype)
+        if mask.shape[1] > 1:
+            mask = mask.repeat(1, self._heads.q // self._heads.kv, 1)
+        if self._gaps is not None:
+            rows = self._step.rows[-1] - self._step.rows[0] + 1
+            mask = mask.new_zeros(rows, *mask.shape[1:]).index_copy_(0, self._gaps, mask)
+        return mask[:, None]
+
+
+class LlamaDecoder:
+    """See `decoders.decoder.Decoder`. Holds a packed copy of the linear weights: twice their memory."""
+
+    def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
+        self.cache = cache
+        self._model: Any = model
+        attention = model.model.layers[0].self_attn
+        config = model.config
+        self._heads = _Heads(config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
+        layers = enumerate(model.model.layers)
+        self._blocks = [_Block(layer, f"model.layers.{n}", self._heads) for n, layer in layers]
+        self._norm = _Norm(model.model.norm)
+        self._head = _Projection.of(model, "", ("lm_head",))
+
+    @torch.inference_mode()
+    def forward(self, step: Step, routing: Routing) -> Tensor:
+        """Logits (b, v), fp32."""
+        h = F.embedding(step.ids.view(-1), self._model.model.embed_tokens.weight)
+        angles = self._model.model.rotary_emb(h, step.positions)
+        attention = _Attention(step, self.cache, self._heads, angles)
+        for block in self._blocks:
+            h = block.forward(h, attention, routing)
+        if step.ids.shape[1] > 1:
+            h = h.index_select(0, step.last)
+        return self._logits(self._norm(h), routing).float()
+
+    def _logits(self, x: Tensor, routing: Routing) -> Tensor:
+        head = self._model.lm_head
+        if head._forward_hooks:  # somebody listens there, as one may with transformers' own forward
+            logits: Tensor = head(x)
+            routing.apply(self._head.layers, x, logits)
+            return logits
+        return self._head(x, routing)

@@ -1,0 +1,97 @@
+"""GeneralDecoder: any decoder-only model of transformers, by its own code, over the rows of a `KVCache`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from soppu.errors import UnsupportedModel
+from soppu.serve.decoders.kv_cache import KVCache, Step, gaps
+from soppu.serve.layers.adapted_linear import Router
+from soppu.serve.layers.routing import Routing
+
+_LAYERS = ("full_attention", "sliding_attention")
+
+
+class GeneralDecoder:
+    """See `soppu.serve.decoders.decoder.Decoder`. The model's adapted layers listen to `router`.
+
+    Raises:
+        UnsupportedModel: layers that keep something else than keys and values of all tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, router: Router, cache: KVCache) -> None:
+        check(model)
+        self.cache = cache
+        self._model = model
+        self._router = router
+
+    @torch.inference_mode()
+    def forward(self, step: Step, routing: Routing) -> Tensor:
+        """Logits (b, v), fp32."""
+        last = step.last % step.ids.shape[1]
+        padded = len(set(step.counts)) > 1
+        with self._router.using(routing):
+            output = self._model(
+                input_ids=step.ids,
+                attention_mask=self._masks(step),
+                position_ids=step.positions,
+                past_key_values=_Slots(self.cache, step),
+                use_cache=True,
+                logits_to_keep=0 if padded else 1,
+            )
+        logits = output.logits[torch.arange(len(last)), last] if padded else output.logits[:, -1]
+        return logits.float()
+
+    def _masks(self, step: Step) -> Tensor | dict[str, Tensor]:
+        """4D masks, which transformers takes as they are; one for each kind of layer where it wants that."""
+        config, dtype = self._model.config, self._model.dtype
+        window = getattr(config, "sliding_window", None) or 0
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if "sliding_attention" not in kinds:
+            return step.mask(dtype, window=0 if kinds else window)[:, None]
+        windows = {"full_attention": 0, "sliding_attention": window}
+        return {kind: step.mask(dtype, window=windows[kind])[:, None] for kind in kinds}
+
+
+class _Slots(Cache):
+    """The cache as transformers sees it in one forward."""
+
+    def __init__(self, store: KVCache, step: Step) -> None:
+        super().__init__(layers=[])
+        self._store = store
+        self._step = step
+        self._places = None if step.fresh else gaps(step)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write (b, heads, T, d) of one layer; what its queries look at, (b, heads, seen, d)."""
+        kv = torch.stack((key_states, value_states), dim=1).permute(0, 3, 1, 2, 4)
+        self._store.write(layer_idx, self._step, kv)
+        if self._step.fresh:
+            return key_states, value_states
+        keys, values = self._store.read(layer_idx, self._step)
+        if self._places is None:
+            return keys, values
+        return keys.index_select(0, self._places), values.index_select(0, self._places)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before this forward, of the longest row."""
+        return max(self._step.starts)
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel where keys and values are not all that a layer keeps of a row."""
+    config = model.config
+    if odd := sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYERS)):
+        raise UnsupportedModel(
+            f"{config.model_type}: layers of type {odd[0]}; served are {', '.join(_LAYERS)}"
+        )
+    if not model._can_compile_fullgraph or getattr(config, "alibi", False) or config.model_type == "bloom":
+        raise UnsupportedModel(
+            f"{config.model_type}: it does not run over a static cache with positions row by row"
+        )

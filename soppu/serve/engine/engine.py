@@ -1,0 +1,219 @@
+"""Engine: a queue, and a background thread that steps one batch of many users' requests for ever.
+
+What waits joins the running batch at its next step, as soon as a row is free. Not for HTTP, nor for what a
+step does: that is `soppu.serve.engine.batch`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from soppu.errors import ConfigError
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.decoders.decoder import CacheSize, make_decoder
+from soppu.serve.engine.batch import Batch, BatchSize
+from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
+from soppu.serve.refusals import incomplete, invalid, overloaded
+
+_UNHEALTHY_AFTER = 3
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits of an engine.
+
+    Attributes:
+        max_batch: rows decoded together.
+        max_queue: requests that may wait; one more is refused with 429.
+        max_input_tokens: longest prompt; the model's own limit may be lower.
+        max_total_tokens: prompt and answer together; the model's own limit may be lower.
+        prefill_tokens: prompt tokens read in one step; rows that decode wait no longer than that takes.
+        gather_seconds: how long a request that finds the engine idle waits for company.
+    """
+
+    max_batch: int = 32
+    max_queue: int = 128
+    max_input_tokens: int = 1024
+    max_total_tokens: int = 2048
+    prefill_tokens: int = 256
+    gather_seconds: float = 0.002
+
+    def __post_init__(self) -> None:
+        """Refuse what could never answer. Raises ConfigError."""
+        for name in ("max_batch", "max_input_tokens", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)}, allowed: 1 and more")
+
+
+class Engine:
+    """Generates text with the adapters of a bank. `start` it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        bank: AdapterBank,
+        options: EngineOptions | None = None,
+    ) -> None:
+        options = options or EngineOptions()
+        positions = getattr(model.config, "max_position_embeddings", None) or options.max_total_tokens
+        self.bank = bank
+        self.options = options
+        self.max_total_tokens = min(options.max_total_tokens, positions)
+        self.max_input_tokens = min(options.max_input_tokens, self.max_total_tokens - 1)
+        self._vocabulary = vocabulary(model, tokenizer)
+        decoder = make_decoder(model, bank.router, CacheSize(options.max_batch, self.max_total_tokens))
+        size = BatchSize(options.max_batch, options.prefill_tokens)
+        self._batch = Batch(decoder, size, device=model.device)
+        self._waiting: deque[Generation] = deque()
+        self._condition = threading.Condition()
+        self._tokenizing = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="soppu-engine", daemon=True)
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """True while requests are being answered."""
+        return self._thread.is_alive() and not self._closed
+
+    @property
+    def healthy(self) -> bool:
+        """`alive`, and not three steps in a row have failed as a whole."""
+        return self.alive and self._batch.failures < _UNHEALTHY_AFTER
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row of the batch."""
+        return len(self._batch)
+
+    def start(self) -> None:
+        """Start the thread; once started, it stays."""
+        if not self._thread.is_alive() and not self._closed:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the step under way; whatever is not finished fails with `incomplete_generation`."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._refuse_waiting()
+
+    def submit(self, request: GenerationRequest, *, sink: Sink | None = None) -> Generation:
+        """Queue a request; its adapter is resolved now.
+
+        Args:
+            sink: called from the engine's thread with every token, or with the error; by default the events
+                wait in the returned generation.
+
+        Raises:
+            RequestError: 422 prompt too long, 424 adapter not served, 429 queue full, 500 engine closed.
+        """
+        resolved = self.bank.resolve(request.adapter_id)
+        prompt, limit = self._prompt(request)
+        generation = Generation(Job(request, resolved, prompt, limit), self._vocabulary, sink=sink)
+        with self._condition:
+            if self._closed:
+                raise incomplete()
+            if len(self._waiting) >= self.options.max_queue:
+                self._purge()
+            if len(self._waiting) >= self.options.max_queue:
+                raise overloaded()
+            self._waiting.append(generation)
+            self._condition.notify_all()
+        return generation
+
+    def _prompt(self, request: GenerationRequest) -> tuple[tuple[int, ...], int]:
+        if request.truncate is not None and request.truncate > self.max_input_tokens:
+            raise invalid(
+                f"`truncate` must be strictly positive and less than {self.max_input_tokens}."
+                f" Given: {request.truncate}"
+            )
+        with self._tokenizing:
+            ids = self._vocabulary.tokenizer(request.inputs)["input_ids"]
+        if request.truncate is not None:
+            ids = ids[-request.truncate :]
+        count, new = len(ids), request.max_new_tokens
+        if count == 0:
+            raise invalid("`inputs` cannot be empty")
+        if new is not None and count + new > self.max_total_tokens:
+            raise invalid(
+                f"`inputs` tokens + `max_new_tokens` must be <= {self.max_total_tokens}."
+                f" Given: {count} `inputs` tokens and {new} `max_new_tokens`"
+            )
+        if count > self.max_input_tokens:
+            raise invalid(f"`inputs` must have less than {self.max_input_tokens} tokens. Given: {count}")
+        return tuple(ids), self.max_total_tokens - count if new is None else new
+
+    def _loop(self) -> None:
+        try:
+            while self._admit():
+                self._batch.step()
+        finally:  # whatever ends the thread, nobody is left waiting for it
+            with self._condition:
+                self._closed = True
+            self._batch.fail(incomplete())
+            self._refuse_waiting()
+
+    def _admit(self) -> bool:
+        """Give free rows to what waits; with nothing under way, wait for it. False once closed."""
+        with self._condition:
+            while not self._closed:
+                if not len(self._batch):
+                    self._idle()
+                self._purge()
+                while self._waiting and self._batch.free:
+                    row = self._waiting.popleft()
+                    row.start()
+                    self._batch.join(row)
+                if len(self._batch):  # all that waited may have been cancelled
+                    break
+            return not self._closed
+
+    def _idle(self) -> None:
+        """Wait for a request, then a moment for company. The condition is held."""
+        self._condition.wait_for(lambda: self._closed or self._waiting)
+        self._condition.wait_for(
+            lambda: self._closed or len(self._waiting) >= self.options.max_batch,
+            timeout=self.options.gather_seconds,
+        )
+
+    def _refuse_waiting(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().fail(incomplete())
+
+    def _purge(self) -> None:
+        """Drop what was cancelled while it waited. The condition is held."""
+        if any(row.done for row in self._waiting):
+            self._waiting = deque(row for row in self._waiting if not row.done)
+
+
+def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """The ids that end a text, from the generation config first as `generate` does, and the special ones."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    eos = configured if isinstance(configured, (list, tuple)) else [configured]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return Vocabulary(
+        tokenizer,
+        eos=frozenset(int(index) for index in eos if index is not None),
+        special=frozenset(special | set(tokenizer.all_special_ids)),
+    )

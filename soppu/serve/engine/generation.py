@@ -1,0 +1,207 @@
+"""One request on its way through the engine: what was asked, what has been generated, when it is finished.
+
+Not for choosing tokens (`engine.sampling`) nor for running the model (`engine.batch`).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from soppu.errors import RequestError
+from soppu.serve.bank.bank import Resolved
+from soppu.serve.engine.detokenizer import Detokenizer
+from soppu.serve.engine.sampling import Sampler, Sampling
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to generate.
+
+    Attributes:
+        inputs: the prompt, not empty.
+        adapter_id: see `AdapterBank.resolve`; "" is the base model.
+        max_new_tokens: None generates up to the server's limit.
+        stop: the text ends with the first of these that appears in it.
+        truncate: keep only the last so many tokens of the prompt; None keeps all.
+        ignore_eos: go on after the end-of-text token.
+    """
+
+    inputs: str
+    adapter_id: str = ""
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    truncate: int | None = None
+    ignore_eos: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer with the ids the engine has to know: which end a text, which are not text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos: frozenset[int]
+    special: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a generation. Times are seconds; `first` and `total` count from the submission.
+
+    `reason` is "eos_token", "stop_sequence" or "length". `seed` is None where nothing was drawn.
+    """
+
+    reason: str
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+    seed: int | None
+    queued: float
+    first: float
+    total: float
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token.
+
+    Attributes:
+        text: what this token adds to the text; a special token's own spelling, which is not part of the text.
+        logprob: natural logarithm of the model's own probability, before penalty, temperature and cuts.
+        finish: set on the last token only.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+    finish: Finish | None = None
+
+
+Event = TokenEvent | RequestError
+Sink = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request made ready: prompt as ids, what its adapter id meant, and how many tokens it may have."""
+
+    request: GenerationRequest
+    resolved: Resolved
+    prompt: tuple[int, ...]
+    limit: int
+
+
+class Generation:
+    """A submitted request. The engine pushes tokens; the caller iterates, or gives a `sink` of its own."""
+
+    def __init__(self, job: Job, vocabulary: Vocabulary, *, sink: Sink | None = None) -> None:
+        self.job = job
+        self.ids = list(job.prompt)
+        self.sampler = Sampler(job.request.sampling)
+        self.done = False
+        self._vocabulary = vocabulary
+        self._detokenizer = Detokenizer(vocabulary.tokenizer)
+        self._text = ""
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._sink = sink or self._events.put
+        self._submitted = time.perf_counter()
+        self._started = self._first = 0.0
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        """Tokens as they come, until the last. Only without a sink. Raises RequestError where it failed."""
+        while True:
+            event = self._events.get()
+            if isinstance(event, RequestError):
+                raise event
+            yield event
+            if event.finish is not None:
+                return
+
+    def result(self) -> tuple[list[TokenEvent], Finish]:
+        """Wait for the end: every token, and how it ended. Raises RequestError."""
+        tokens = list(self)
+        finish = tokens[-1].finish
+        assert finish is not None
+        return tokens, finish
+
+    def cancel(self) -> None:
+        """Nobody waits for this any more: it leaves its batch at the next step, without an event."""
+        self.done = True
+
+    def start(self) -> None:
+        """Called by the engine when the request leaves the queue."""
+        self._started = time.perf_counter()
+
+    def push(self, token_id: int, logprob: float) -> None:
+        """Called by the engine with the next token."""
+        self._first = self._first or time.perf_counter()
+        self.ids.append(token_id)
+        delta = self._detokenizer.push(token_id)
+        reason = self._reason(token_id, delta)
+        if reason in ("eos_token", "length"):
+            delta += self._detokenizer.flush()
+        if reason == "stop_sequence":
+            delta = self._cut(delta)
+        self._text += delta
+        special = token_id in self._vocabulary.special
+        text = self._vocabulary.tokenizer.decode([token_id]) if special else delta
+        if reason:  # never set back: the caller may cancel at any moment
+            self.done = True
+        finish = self._finish(reason) if reason else None
+        self._emit(TokenEvent(token_id, str(text), logprob, special, finish))
+
+    def fail(self, error: RequestError) -> None:
+        """Called by the engine when this request cannot go on."""
+        if not self.done:
+            self.done = True
+            self._emit(error)
+
+    def _emit(self, event: Event) -> None:
+        try:
+            self._sink(event)
+        except Exception:  # the listener is gone, and must not take the other rows of the batch with it
+            _LOG.exception("a listener failed; its request is cancelled")
+            self.done = True
+
+    def _reason(self, token_id: int, delta: str) -> str:
+        request = self.job.request
+        if token_id in self._vocabulary.eos and not request.ignore_eos:
+            return "eos_token"
+        if self._stop_end(delta) is not None:
+            return "stop_sequence"
+        return "length" if len(self.ids) - len(self.job.prompt) >= self.job.limit else ""
+
+    def _stop_end(self, delta: str) -> int | None:
+        """Where the first stop sequence that `delta` completes ends, in the text with `delta`."""
+        text = self._text + delta
+        ends = []
+        for stop in self.job.request.stop:
+            start = text.find(stop, max(0, len(self._text) - len(stop) + 1))
+            if start >= 0:
+                ends.append(start + len(stop))
+        return min(ends, default=None)
+
+    def _cut(self, delta: str) -> str:
+        end = self._stop_end(delta)
+        return delta[: end - len(self._text)] if end is not None else delta
+
+    def _finish(self, reason: str) -> Finish:
+        return Finish(
+            reason=reason,
+            text=self._text,
+            prompt_tokens=len(self.job.prompt),
+            generated_tokens=len(self.ids) - len(self.job.prompt),
+            seed=self.sampler.seed,
+            queued=self._started - self._submitted,
+            first=self._first - self._submitted,
+            total=time.perf_counter() - self._submitted,
+        )

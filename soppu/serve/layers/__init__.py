@@ -1,0 +1,1 @@
+"""Linear layers that add every row's own change."""

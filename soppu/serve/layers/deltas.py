@@ -1,0 +1,111 @@
+"""What rows of a batch add to the outputs of layers with one input. Who they are: `layers.routing`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soppu.serve.layers.factors import Bases
+
+_SMALL = 1 << 15  # numbers; torch works on fewer in one thread, so products need no meeting of threads
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Linear layers with one input: full-model names, and out-features. Their outputs lie side by side."""
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    def columns(self, number: int) -> slice:
+        """Where the outputs of one of them are."""
+        start = sum(self.widths[:number])
+        return slice(start, start + self.widths[number])
+
+
+@dataclass(frozen=True, eq=False)
+class SharedChange:
+    """What m rows of one cluster of one bundle add at M modules that share an input.
+
+    Attributes:
+        rows: (m,) their places in the batch; None where they are all of it.
+        bases: of the modules.
+        P: (m, M, k_out, c) cores of the rows, or their left factors; contiguous.
+        Q: (m, M, c, k_in) right factors or None.
+    """
+
+    rows: Tensor | None
+    bases: Bases
+    P: Tensor
+    Q: Tensor | None
+
+    def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
+        """Add x V Q^T P^T U^T to the outputs.
+
+        O(m tokens (i k_in + c (k_in + k_out) + o k_out)) a module.
+
+        Args:
+            x: (b tokens, i) input of the layers.
+            y: (b tokens, o) outputs of all of them, changed in place.
+            tokens: of every row.
+        """
+        t = self.bases.V(_pick(x, self.rows, tokens))
+        m, M = self.P.shape[:2]
+        t = t.view(m, tokens, M, -1).transpose(1, 2)
+        if self.Q is not None:
+            t = _times(self.Q, t)
+        t = _times(self.P, t)
+        change = self.bases.U(t.transpose(1, 2).reshape(m * tokens, -1))
+        _put(change, y, self.rows, tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class PairChange:
+    """What m rows of LoRA pairs add at one module: A (m, R, i), B (m, o, R), padded with zeros to rank R.
+
+    `columns` are where the module's outputs are; `rows` as in `SharedChange`.
+    """
+
+    rows: Tensor | None
+    columns: slice
+    A: Tensor
+    B: Tensor
+
+    def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
+        """Add x A^T B^T to one module's output; arguments as in `SharedChange.add`. O(m tokens R (i + o))."""
+        x = _pick(x, self.rows, tokens).view(-1, tokens, x.shape[1])
+        change = torch.bmm(torch.bmm(x, self.A.mT), self.B.mT).view(-1, self.B.shape[1])
+        _put(change, y[:, self.columns], self.rows, tokens)
+
+
+Change = SharedChange | PairChange
+
+
+def _times(cores: Tensor, t: Tensor) -> Tensor:
+    """(m, M, a, b), (m, M, tokens, b) -> (m, M, tokens, a): every row's own cores."""
+    if t.shape[2] == 1 and cores.numel() <= _SMALL:
+        return (cores * t).sum(-1)[:, :, None]
+    m, M, a, b = cores.shape
+    made = torch.bmm(t.reshape(m * M, -1, b), cores.view(m * M, a, b).mT)
+    return made.view(m, M, -1, a)
+
+
+def _pick(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
+    """The tokens (m tokens, i) of some rows of x (b tokens, i)."""
+    if rows is None:
+        return x
+    if tokens == 1:
+        return x.index_select(0, rows)
+    return x.unflatten(0, (-1, tokens)).index_select(0, rows).flatten(0, 1)
+
+
+def _put(change: Tensor, y: Tensor, rows: Tensor | None, tokens: int) -> None:
+    """Add the change (m tokens, o) of some rows to y (b tokens, o)."""
+    if rows is None:
+        y.add_(change)
+    elif tokens == 1:
+        y.index_add_(0, rows, change)
+    else:
+        y.unflatten(0, (-1, tokens)).index_add_(0, rows, change.unflatten(0, (-1, tokens)))

@@ -1,0 +1,120 @@
+"""Slots: where the layers of one model find a user's tensors. Made from bundles in `bank.from_bundle`.
+
+A bundle's users share one mapping of modules; a user's slot is a place in it. At each module a user is served
+through the bases of the user's cluster, or by a LoRA pair of their own, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from soppu.adapter import LoraPair
+from soppu.serve.layers.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The cores of m users at M modules in one tensor, so that a batch's are gathered once for all of them.
+
+    The modules have cores of one shape, and their users are in the same places.
+
+    Attributes:
+        P: (M, m, k_out, c), see `SharedFactors`.
+        Q: (M, m, c, k_in) or None.
+        bases: of modules of this stack that share an input, as they are asked for.
+    """
+
+    P: Tensor
+    Q: Tensor | None
+    bases: dict[tuple[object, ...], Bases] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """The bases of M modules that share an input, as two products.
+
+    Attributes:
+        V: input (m, i) -> (m, M k_in).
+        U: (m, M k_out) -> (m, o) outputs of all layers of that input, 0 where no module is theirs.
+    """
+
+    V: PackedLinear
+    U: PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class SharedFactors:
+    """What m users of one cluster change at one module: D = U P_m Q_m V^T, norms and gains folded into P.
+
+    Attributes:
+        U: (o, k_out) output basis of the cluster.
+        V: (i, k_in) input basis of the cluster.
+        P: (m, k_out, c) left core factors; the full cores (m, k_out, k_in) where Q is None.
+        Q: (m, c, k_in) right core factors, or None.
+        stack: what P and Q are a part of; None where they stand alone.
+        number: their place in it.
+    """
+
+    U: Tensor
+    V: Tensor
+    P: Tensor
+    Q: Tensor | None
+    stack: Stack | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class OwnRows:
+    """The LoRA pairs of a bundle's users at one module, all ranks laid end to end.
+
+    Attributes:
+        A: (w, i) rows of all A.
+        B: (w, o) columns of all B, as rows.
+        starts: (n + 1,) int64; user n has the rows from starts[n] up to, not including, starts[n + 1].
+    """
+
+    A: Tensor
+    B: Tensor
+    starts: Tensor
+
+    def pair(self, index: int) -> LoraPair | None:
+        """One user's pair, without a copy; None where the user has none here."""
+        start, end = self.starts[index : index + 2].tolist()
+        return LoraPair(A=self.A[start:end], B=self.B[start:end].mT) if end > start else None
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleFactors:
+    """Everything the n users of a bundle change at one module.
+
+    Attributes:
+        shared: cluster -> its bases and cores, for the clusters that serve a user here.
+        place: (n,) int64 place of every user in the cores of the user's cluster; -1 where there is none.
+        own: pairs of the users who have numbers of their own here; None where nobody has.
+    """
+
+    shared: Mapping[int, SharedFactors]
+    place: Tensor
+    own: OwnRows | None
+
+
+@dataclass(frozen=True, eq=False)
+class BundleSlot:
+    """One user of one loaded bundle. Holding the slot keeps that version's tensors alive."""
+
+    modules: Mapping[str, ModuleFactors]
+    index: int
+    cluster: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PairSlot:
+    """One loaded LoRA adapter: module name -> (A, B) on the model's device, in its dtype."""
+
+    pairs: Mapping[str, LoraPair]
+
+
+Slot = BundleSlot | PairSlot

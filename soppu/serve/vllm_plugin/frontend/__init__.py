@@ -1,0 +1,1 @@
+"""The plugin in vLLM's API server: names, versions, routes."""

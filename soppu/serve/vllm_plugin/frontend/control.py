@@ -1,0 +1,190 @@
+"""Control: what the admin routes and vLLM's adapter routes change, in the directory and on the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from soppu import adapter as adapters
+from soppu import base_identity, files
+from soppu.base_identity import Base
+from soppu.compress.bundle.bundle import Bundle
+from soppu.errors import AdapterError, BundleError
+from soppu.serve.vllm_plugin.frontend import projecting
+from soppu.serve.vllm_plugin.frontend.directory import Directory, Runtime, Version
+from soppu.serve.vllm_plugin.settings import Settings
+
+_LOG = logging.getLogger(__name__)
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The running engine, as far as it is needed here.
+
+    Attributes:
+        call: (method of `worker.Worker`, its arguments), on every worker; blocks. Raises BundleError.
+        busy: the rows that requests are on.
+    """
+
+    call: Callable[..., Any]
+    busy: Callable[[], Collection[int]]
+
+
+def read_first(settings: Settings) -> tuple[Bundle, str]:
+    """The bundle served from the start, and its id. Raises BundleError for a damaged one."""
+    data = settings.bundle.read_bytes()
+    return Bundle.from_bytes(data, source=str(settings.bundle)), hashlib.sha256(data).hexdigest()
+
+
+class Control:
+    """One server's bundles and adapters; one change at a time. Implements `soppu.serve.bank.protocol.Served`.
+
+    Args:
+        base_hash: of the model that is served; `base_model` is the name it was loaded by.
+        reserved: names the base model is served under, which no user may have.
+
+    Raises:
+        BundleError: the bundle of the settings is damaged, or made for another base model.
+    """
+
+    def __init__(
+        self, settings: Settings, *, base_hash: str, base_model: str = "", reserved: Collection[str] = ()
+    ) -> None:
+        self.settings, self.base, self._reserved = settings, Base(base_model, base_hash), tuple(reserved)
+        self.bank = Directory(spare=settings.spare_rows)
+        self._changing = threading.Lock()
+        self._engine: Engine | None = None
+        bundle, self.first_id = read_first(settings)
+        self._check(bundle, self.first_id)
+        self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
+        self.bank.stage(bundle, self.first_id, self.bank.reserve(bundle))
+        self.bank.activate(self.first_id)
+
+    def connect(self, engine: Engine, *, reserved: Collection[str] = ()) -> None:
+        """The engine that serves this; from now on changes are possible.
+
+        Args:
+            reserved: the names its base model is served under, where they differ from those given before.
+
+        Raises:
+            BundleError: its workers hold another bundle than this process read, or a user has such a name.
+        """
+        self._engine, self._reserved = engine, tuple(reserved) or self._reserved
+        self._check_names(self.bank.versions()[self.first_id].bundle, self.first_id)
+        for held in engine.call("first"):
+            if held != self.first_id:
+                raise BundleError(f"{self.settings.bundle}: changed while the server started; start it again")
+
+    @property
+    def model(self) -> str:
+        """The name the base model is served under."""
+        return self._reserved[0] if self._reserved else ""
+
+    def close(self) -> None:
+        """Remove what uploads left."""
+        shutil.rmtree(self.incoming, ignore_errors=True)
+
+    def add_bundle(self, source: Path, *, bundle_id: str) -> bool:
+        """Load a bundle beside the others. False if it was there. BundleError if it does not fit."""
+        with self._changing:
+            if bundle_id in self.bank.bundles():
+                return False
+            bundle = Bundle.load(source, expected_hash=bundle_id)
+            self._check(bundle, bundle_id)
+            start = self.bank.reserve(bundle)
+            self._call("stage", str(source), bundle_id, start)
+            self.bank.stage(bundle, bundle_id, start)
+            return True
+
+    def activate(self, bundle_id: str) -> str:
+        """Switch plain names over; requests under way finish where they are. The one active before."""
+        with self._changing:
+            return self.bank.activate(bundle_id)
+
+    def drop_bundle(self, bundle_id: str) -> None:
+        """Forget a bundle at once; its memory is freed when the last request on it has finished."""
+        with self._changing:
+            version = self.bank.retire(bundle_id)
+        threading.Thread(target=self._free, args=(bundle_id, version), daemon=True).start()
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Serve a PEFT folder on the active bundle's basis, under `name`; one of that name is replaced.
+
+        Raises:
+            AdapterError: malformed, of another base model, above the error that is allowed, a user's name, or
+                no spare row is left.
+        """
+        adapter = adapters.read(folder)
+        base_identity.check(adapter.base, self.base, who=name, whose="this server has")
+        with self._changing:
+            active = self.bank.active
+            if not active:
+                raise AdapterError(f"{name}: no bundle is active, so there is no basis to serve it on")
+            version = self.bank.versions()[active]
+            if name in version.bundle.users:
+                raise AdapterError(f"{name}: the active bundle {active[:12]} has a user of that name")
+            made = projecting.project(
+                adapter,
+                version.bundle,
+                who=name,
+                max_error=projecting.budget(version.bundle, self.settings.max_error),
+            )
+            row = version.free(self._connected().busy())
+            if not row:
+                raise AdapterError(
+                    f"{name}: all {version.spare} spare rows are taken; unload an adapter, or start the"
+                    " server with a larger SOPPU_SPARE_ROWS"
+                )
+            path = self.incoming / "cores.safetensors"
+            files.write_bytes(path, save({module: core.contiguous() for module, core in made.cores.items()}))
+            self._call("put", version.start, row, made.cluster, str(path))
+            rank = max(pair.rank for pair in adapter.pairs.values())
+            verified = bool(self.base.hash) and adapter.base_hash == self.base.hash
+            self.bank.take(
+                name, Runtime(active, row, adapter.content_hash(), rank, verified=verified, error=made.error)
+            )
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget a runtime adapter. AdapterError if there is none of that name."""
+        with self._changing:
+            self.bank.remove(name)
+
+    def _free(self, bundle_id: str, version: Version) -> None:
+        rows = range(version.start, version.end)
+        while True:
+            time.sleep(_POLL_SECONDS)  # before looking: a request may be on its way into the engine
+            if not any(row in rows for row in self._connected().busy()):
+                break
+        self._call("drop", version.start)
+        _LOG.info("bundle %s: freed", bundle_id[:12])
+
+    def _connected(self) -> Engine:
+        if self._engine is None:
+            raise BundleError("the engine is not up yet")
+        return self._engine
+
+    def _call(self, method: str, *args: str | int) -> Any:
+        return self._connected().call(method, *args)
+
+    def _check(self, bundle: Bundle, bundle_id: str) -> None:
+        who = f"bundle {bundle_id[:12]}"
+        base_identity.check(bundle.base, self.base, who=who, whose="this server has", error=BundleError)
+        self._check_names(bundle, bundle_id)
+
+    def _check_names(self, bundle: Bundle, bundle_id: str) -> None:
+        if clash := sorted(set(self._reserved).intersection(bundle.users)):
+            raise BundleError(
+                f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name the base model is served under;"
+                " choose another one with --served-model-name"
+            )

@@ -1,0 +1,81 @@
+"""A refusal of ours at a start is the last line of vLLM's output, and no page of tracebacks comes before it.
+
+vLLM's processes start one another, and what a worker raises reaches the first only as "see root cause above".
+So the first owns a file, whose name the others inherit with the environment; who refuses writes it there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from soppu.errors import SoppuError
+
+_VARIABLE = "SOPPU_REFUSAL_FILE"
+
+
+def prepare() -> None:
+    """In vLLM's first process: have its last words be ours where one of its processes refuses. Once."""
+    if multiprocessing.parent_process() is not None or sys.excepthook is _last_words:
+        return
+    descriptor, name = tempfile.mkstemp(prefix="soppu-")
+    os.close(descriptor)
+    os.environ[_VARIABLE] = name
+    sys.excepthook = _last_words
+    atexit.register(_end, Path(name))  # early, so late: what other parts of vLLM say at the end comes before
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Note a SoppuError raised inside; a process that vLLM has started then ends, without a traceback."""
+    try:
+        yield
+    except SoppuError as error:
+        if multiprocessing.parent_process() is None:
+            raise  # to whoever called: a program that runs the engine inside itself may go on
+        _note(error)
+        raise SystemExit(1) from error
+
+
+@contextmanager
+def followed() -> Iterator[None]:
+    """End this process, without a traceback, if what failed inside is that another process has refused."""
+    try:
+        yield
+    except Exception as error:
+        if multiprocessing.parent_process() is None or not _said():
+            raise
+        raise SystemExit(1) from error
+
+
+def _last_words(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, SoppuError):
+        _note(error)
+    if not _said():
+        sys.__excepthook__(kind, error, trace)
+
+
+def _note(error: SoppuError) -> None:
+    if name := os.environ.get(_VARIABLE):
+        Path(name).write_text(str(error))
+
+
+def _said() -> str:
+    path = Path(os.environ.get(_VARIABLE, ""))
+    return path.read_text() if path.is_file() else ""
+
+
+def _end(path: Path) -> None:
+    said = path.read_text() if path.is_file() else ""
+    path.unlink(missing_ok=True)
+    if said:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.write(2, f"Error: {said}\n".encode())  # past the stream: vLLM prefixes its lines

@@ -1,0 +1,140 @@
+"""StaticStep: what `step.Step` does, for engines that record a pass once and replay it, as CUDA graphs do.
+
+Nothing that a recorded pass reads may move, and it may not depend on who is in the batch. So the bases lie
+side by side in one tensor a layer, every request's cores are copied before the pass, and each token reads the
+number of its copy and the place of its basis from buffers. The base model's tokens read copy 0, all zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soppu.errors import BundleError
+from soppu.serve.vllm_plugin.worker.kernels import CHUNK
+from soppu.serve.vllm_plugin.worker.layout import Linear
+from soppu.serve.vllm_plugin.worker.resident import Resident
+from soppu.serve.vllm_plugin.worker.residents import Residents
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of the buffers: tokens and requests in one pass, bases of all bundles together."""
+
+    tokens: int
+    requests: int
+    bases: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """V (i, bases, m, k); U of every part (bases, k, size); where the cores begin in a copy."""
+
+    V: Tensor
+    U: tuple[Tensor, ...]
+    at: tuple[int, ...]
+    offset: int
+
+
+class StaticStep(Residents):
+    """Same methods as `Step`. Bundles are built with the ranks of the first: see `resident.Form.ranks`."""
+
+    def __init__(self, linears: Sequence[Linear], first: Resident, limits: Limits) -> None:
+        super().__init__(linears)
+        self._limits = limits
+        self._layers = [_layer(line, first, limits.bases) for line in linears]
+        cores = first.cores
+        self._copies = cores.new_zeros(limits.requests + 1, cores.shape[1])
+        self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=cores.device)
+        self._base = torch.arange(limits.tokens, device=cores.device) * limits.bases
+        self._places: dict[tuple[int, int], int] = {}  # (first row, cluster) -> place of the basis
+        self.add(first)
+
+    def add(self, resident: Resident) -> None:
+        """Serve this bundle's rows from the next pass on. BundleError where its bases find no place."""
+        clusters = len(next(iter(resident.bases.values()))) if resident.bases else 0
+        free = sorted(set(range(self._limits.bases)) - set(self._places.values()))
+        if clusters > len(free):
+            raise BundleError(
+                f"{clusters} bases are needed, {len(free)} of {self._limits.bases} are free;"
+                " drop a bundle first"
+            )
+        for cluster, place in zip(range(clusters), free, strict=False):
+            self._places[resident.start, cluster] = place
+            for linear, layer in zip(self.linears, self._layers, strict=True):
+                basis = resident.bases[linear.name][cluster]
+                layer.V[:, place] = basis.V.view(layer.V[:, place].shape)
+                for held, (_, U) in zip(layer.U, basis.outputs(), strict=True):
+                    held[place] = U
+        self.residents[resident.start] = resident
+        self.clear()
+
+    def drop(self, start: int) -> None:
+        """As `Residents.drop`; the places of its bases are free again."""
+        super().drop(start)
+        self._places = {key: place for key, place in self._places.items() if key[0] != start}
+
+    def clear(self) -> None:
+        """Serve the base model until the next `begin`."""
+        super().clear()
+        self._copy.zero_()
+
+    def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Prepare a pass: copy cores, and write every token's copy and basis to the buffers. As `Step`."""
+        if self._is_prepared(rows, counts):
+            return
+        users, which = np.unique(rows, return_inverse=True)
+        copies, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
+        for number, row in enumerate(users.tolist()):
+            if row:
+                copies[number] = number + 1
+                places[number] = self._fill(row, number + 1)
+        self._write(np.repeat(copies[which], self._counts), np.repeat(places[which], self._counts))
+
+    def apply(self, x: Tensor, y: Tensor, number: int) -> None:
+        """Add to `y` (T, o), in place, what the users change at layer `number` for the input `x` (T, i)."""
+        layer = self._layers[number]
+        for begin in range(0, len(x), CHUNK):
+            end = min(begin + CHUNK, len(x))
+            self._add(layer, x[begin:end], y[begin:end], (begin, end))
+
+    def _add(self, layer: _Layer, x: Tensor, y: Tensor, span: tuple[int, int]) -> None:
+        _, bases, m, k = layer.V.shape
+        where = self._base[span[0] : span[1]] - span[0] * bases
+        t = (x @ layer.V.flatten(1)).view(-1, m, k).index_select(0, where)
+        cores = self._copies[:, layer.offset : layer.offset + m * k * k].index_select(
+            0, self._copy[span[0] : span[1]]
+        )
+        s = torch.bmm(t.view(-1, 1, k), cores.view(-1, k, k)).view(-1, m * k)
+        spread = s.new_zeros(len(x) * bases, m * k).index_copy_(0, where, s).view(-1, bases, m, k)
+        for part, (at, U) in enumerate(zip(layer.at, layer.U, strict=True)):
+            y[:, at : at + U.shape[2]].addmm_(spread[:, :, part].reshape(-1, bases * k), U.flatten(0, 1))
+
+    def _fill(self, row: int, copy: int) -> int:
+        """Copy a row's cores; the place of its basis."""
+        for start, resident in self.residents.items():
+            if start <= row < start + resident.rows:
+                self._copies[copy] = resident.cores[row - start]
+                return self._places[start, int(resident.cluster[row - start])]
+        raise BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
+
+    def _write(self, copies: np.ndarray, places: np.ndarray) -> None:
+        tokens, bases = len(copies), self._limits.bases
+        self._copy[:tokens] = torch.from_numpy(copies).to(self._copy.device)
+        self._copy[tokens:] = 0  # a replayed pass may be longer than the batch
+        where = torch.from_numpy(np.arange(tokens) * bases + places)
+        self._base[:tokens] = where.to(self._base.device)
+
+
+def _layer(linear: Linear, first: Resident, bases: int) -> _Layer:
+    basis, m = first.bases[linear.name][0], len(linear.parts)
+    return _Layer(
+        V=basis.V.new_zeros(linear.size, bases, m, basis.k),
+        U=tuple(basis.U.new_zeros(bases, basis.k, part.size) for part in linear.parts),
+        at=tuple(part.at for part in linear.parts),
+        offset=basis.offset,
+    )

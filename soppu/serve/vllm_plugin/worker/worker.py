@@ -1,0 +1,85 @@
+"""What the frontend may ask of a worker, by name; all of it runs between two forward passes.
+
+Arguments are strings and numbers: tensors go through files, which every worker of a server can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from soppu.compress.bundle.bundle import Bundle
+from soppu.serve.vllm_plugin.worker import layout, op, resident
+from soppu.serve.vllm_plugin.worker.kernels import Kernel
+from soppu.serve.vllm_plugin.worker.layout import Linear
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
+from soppu.serve.vllm_plugin.worker.step import Step
+
+
+class Worker:
+    """The bundles of one worker process. The layers prepared are those that the first bundle adapts.
+
+    Args:
+        linears: every linear layer of the engine.
+        how: the kernel, or the sizes of the buffers of an engine that records its passes and replays them.
+        bundle: the bundle served from the start, under `bundle_id`.
+
+    Raises:
+        BundleError: a module that the engine does not have, or users with own numbers.
+    """
+
+    def __init__(
+        self, linears: Sequence[Linear], how: Kernel | Limits, form: Form, *, bundle: Bundle, bundle_id: str
+    ) -> None:
+        self._form, self.first_id = form, bundle_id
+        factors = resident.read(bundle, bundle_id)
+        shapes = {name: bundle.shapes[name] for name in factors}
+        chosen = layout.adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
+        first = resident.build(bundle, factors, chosen, form)
+        self.step: Step | StaticStep
+        if isinstance(how, Limits):
+            self._form = replace(form, ranks={name: bases[0].k for name, bases in first.bases.items()})
+            self.step = StaticStep(chosen, first, how)
+        else:
+            self.step = Step(chosen, how)
+            self.step.add(first)
+        op.serve(self.step)
+
+    @property
+    def fingerprint(self) -> str:
+        """What of this worker shows in a compiled graph: which layers call the operator."""
+        return " ".join(linear.name for linear in self.step.linears)
+
+    def stage(self, path: str, bundle_id: str, start: int) -> int:
+        """Load a bundle file beside what is there; the number of its rows.
+
+        Raises:
+            BundleError: another file than the id names, users with own numbers, modules not prepared for.
+        """
+        bundle, who = Bundle.load(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
+        factors = resident.read(bundle, bundle_id)
+        layout.check_within(factors, self.step.linears, who=who)
+        layout.adapted(self.step.linears, {name: bundle.shapes[name] for name in factors}, who=who)
+        made = resident.build(bundle, factors, self.step.linears, replace(self._form, start=start))
+        self.step.add(made)
+        return made.rows
+
+    def drop(self, start: int) -> int:
+        """Free the bundle whose first row is `start`; no request may be on it. How many bundles stay."""
+        self.step.drop(start)
+        return len(self.step.residents)
+
+    def put(self, start: int, row: int, cluster: int, path: str) -> int:
+        """Write the cores of a runtime adapter, module -> (k_out, k_in) in a safetensors file, to a row."""
+        made = self.step.at(start)
+        made.put(row - start, load_file(path), self.step.linears, cluster=cluster)
+        self.step.clear()  # the row's cluster may be another one now
+        return row
+
+    def first(self) -> str:
+        """Id of the bundle that was there from the start."""
+        return self.first_id
