@@ -6,7 +6,7 @@ import dataclasses
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -77,7 +77,8 @@ def test_every_choice_is_named_where_it_is_made() -> None:
         fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else [section_field]
         prefix = f"{section_field.name}." if dataclasses.is_dataclass(owner) else ""
         for field in fields:
-            for value in map(str, field.metadata.get("one_of", ())):
+            kind = get_type_hints(type(owner) if prefix else Config)[field.name]
+            for value in map(str, get_args(kind) if get_origin(kind) is Literal else ()):
                 assert value in lines[prefix + field.name], f"{prefix}{field.name}: {value} is not mentioned"
                 checked += 1
     assert checked >= 6

@@ -23,7 +23,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def summary(bundle: Bundle, size: int) -> None:
     """Print what a bundle of `size` bytes holds, how good it is, and how much smaller."""
-    from soppu.compress.target import ratio  # torch: not for `soppu --help`
+    from soppu.compress.options import ratio  # torch: not for `soppu --help`
 
     report = bundle.report
     asked = f"target {report.target}" if report.target else "no target"

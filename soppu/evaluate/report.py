@@ -230,7 +230,7 @@ def _forms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _compression(inputs: ReportInputs) -> dict[str, Any]:
-    from soppu.compress.target import ratio  # torch, which whoever holds a CompressionReport has already
+    from soppu.compress.options import ratio  # torch, which whoever holds a CompressionReport has already
 
     made = inputs.compression
     overall = made.overall

@@ -24,7 +24,7 @@ from soppu.compress.methods.fit import Fit, Question
 from soppu.compress.methods.plan import ModulePlan, best, bisect, total_bits, user_errors
 from soppu.compress.methods.statistics import Known, learn
 from soppu.compress.numbers.coders import SideCoder
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.errors import BundleError
 
 _SAMPLE = 48  # users the ranks are chosen on

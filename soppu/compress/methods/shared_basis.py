@@ -26,8 +26,7 @@ from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.methods.coding import Coding
 from soppu.compress.methods.fit import Fit
 from soppu.compress.numbers.coders import CoreCoder, SideCoder
-from soppu.compress.options import CompressOptions
-from soppu.compress.target import ratio
+from soppu.compress.options import CompressOptions, ratio
 from soppu.errors import BundleError
 
 _SPARE = 32

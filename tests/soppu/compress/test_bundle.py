@@ -22,7 +22,7 @@ from soppu.compress.codec import modes
 from soppu.compress.codec.streams import LARGEST_FLOAT
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import unit
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.errors import BundleError
 from tests.soppu.compress import handmade
 from tests.soppu.compress.mutate import File

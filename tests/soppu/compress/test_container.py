@@ -17,7 +17,7 @@ from soppu.compress.bundle import container
 from soppu.compress.codec import streams
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.errors import BundleError
 from tests.soppu.compress import handmade, mutate
 from tests.soppu.compress.mutate import File
