@@ -12,16 +12,13 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Count, Flag, Natural, Real, Texts, Whole, allowed, build, settings
-
-if TYPE_CHECKING:
-    from soppu.compress.options import CompressOptions
 
 
 @settings("base")
@@ -180,13 +177,6 @@ class CompressConfig(CompressSettings):
         if not isinstance(given, Mapping) or "ratio" in given or not any(map(given.get, TARGETS)):
             return values
         return {**given, "ratio": 0.0}
-
-    def options(self, *, seed: int = 0) -> CompressOptions:
-        """The same for the library."""
-        from soppu.compress.options import CompressOptions  # torch: a command's defaults do without
-
-        values = {name: value for name, value in vars(self).items() if name not in CALIBRATION}
-        return CompressOptions(**values, seed=seed)
 
 
 @settings("gate")

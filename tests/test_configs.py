@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from soppu import config as configuration
+from soppu.compress.options import CompressOptions
 from soppu.config import Config
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -85,5 +86,5 @@ def test_every_choice_is_named_where_it_is_made() -> None:
 
 
 def test_the_targets_of_the_shipped_files_are_those_their_comments_speak_of() -> None:
-    targets = {path.stem: str(configuration.load(path).compress.options().target) for path in FILES}
+    targets = {path.stem: str(CompressOptions.of(configuration.load(path).compress).target) for path in FILES}
     assert targets == {"default": "16x", "demo": "16x", "nightly": "16x", "tiny": "4x"}

@@ -5,14 +5,21 @@ Methods, ranges and defaults are those of `soppu.config.CompressSettings`. Not f
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated, Self, get_args
 
 import torch
 from pydantic import Field, field_validator
 
+from soppu.config import (
+    CALIBRATION,
+    BasisBits,
+    CompressConfig,
+    CompressSettings,
+    CoreBits,
+    one_target,
+)
 from soppu.config import METHODS as METHODS
 from soppu.config import SHARED_METHODS as SHARED_METHODS
-from soppu.config import BasisBits, CompressSettings, CoreBits, one_target
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Natural, settings
 
@@ -77,6 +84,13 @@ class CompressOptions(CompressSettings):
     """
 
     seed: Natural = 0
+
+    @classmethod
+    def of(cls, config: CompressConfig, *, seed: int = 0) -> Self:
+        """What a run's configuration asks for."""
+        return cls(
+            **{name: value for name, value in vars(config).items() if name not in CALIBRATION}, seed=seed
+        )
 
     @property
     def target(self) -> Target:

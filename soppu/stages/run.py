@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from soppu import config as configuration
 from soppu import files, models
+from soppu.compress.options import CompressOptions
 from soppu.config import Config
 from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user, source_digest
 from soppu.errors import ConfigError
@@ -112,7 +113,7 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
-    config.compress.options(seed=config.seed).torch_device()
+    CompressOptions.of(config.compress, seed=config.seed).torch_device()
     texts = ""
     if text:
         config = _with_users(config)

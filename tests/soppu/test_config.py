@@ -154,7 +154,9 @@ def test_compress_has_the_keys_and_values_of_the_library() -> None:
     for name, words in {"method": METHODS, "basis_bits": BASIS_BITS, "core_bits": CORE_BITS}.items():
         with pytest.raises(ConfigError, match=f"{name} = 0, allowed: {', '.join(map(str, words))}$"):
             configuration.from_dict({"compress": {name: 0}})
-    assert CompressConfig(rank=5).options(seed=7) == CompressOptions(rank=5, ratio=DEFAULT_RATIO, seed=7)
+    assert CompressOptions.of(CompressConfig(rank=5), seed=7) == CompressOptions(
+        rank=5, ratio=DEFAULT_RATIO, seed=7
+    )
 
 
 def test_the_forms_on_the_wire_are_those_the_library_knows() -> None:

@@ -27,6 +27,7 @@ from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
 Resolved = holdings.Resolved[Slot]
+_Commit = Commit[Slot, LoadedAdapter]
 
 
 class AdapterBank(Holder[Slot, LoadedAdapter]):
@@ -40,9 +41,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         self._dtype = model.dtype
         self._shapes = linear_shapes(model)
 
-    def stage(
-        self, bundle: Bundle, *, bundle_id: str, commit: Commit[Slot, LoadedAdapter] = holdings.at_once
-    ) -> None:
+    def stage(self, bundle: Bundle, *, bundle_id: str, commit: _Commit = holdings.at_once) -> None:
         """Load a bundle so that "user@<bundle id>" is served. Loading it again changes nothing.
 
         Raises:
@@ -59,14 +58,12 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
             install(self._model, factors, router=self.router)
             self._become(self._held.stage(bundle_id, users), commit)
 
-    def drop(self, bundle_id: str, *, commit: Commit[Slot, LoadedAdapter] = holdings.at_once) -> None:
+    def drop(self, bundle_id: str, *, commit: _Commit = holdings.at_once) -> None:
         """Forget a bundle. Requests under way finish on it. BundleError if it is active or not loaded."""
         with self._changing:
             self._become(self._held.drop(bundle_id), commit)
 
-    def add(
-        self, name: str, adapter: LoraAdapter, *, commit: Commit[Slot, LoadedAdapter] = holdings.at_once
-    ) -> None:
+    def add(self, name: str, adapter: LoraAdapter, *, commit: _Commit = holdings.at_once) -> None:
         """Load a PEFT adapter under `name`, or replace it; requests under way finish on the old one.
 
         An adapter that states no base hash (made by another tool) is taken if the name of its base model is

@@ -20,7 +20,7 @@ class GeneralDecoder:
     """See `soppu.serve.decoders.decoder.Decoder`. The model's adapted layers listen to `router`.
 
     Raises:
-        UnsupportedModel: layers that keep something else than keys and values of all tokens.
+        UnsupportedModel: a layer keeps a state other than keys and values of all tokens.
     """
 
     def __init__(self, model: PreTrainedModel, router: Router, cache: KVCache) -> None:
@@ -47,7 +47,7 @@ class GeneralDecoder:
         return logits.float()
 
     def _masks(self, step: Step) -> Tensor | dict[str, Tensor]:
-        """4D masks, which transformers takes as they are; one for each kind of layer where it wants that."""
+        """4D masks, which transformers uses as they are; one for each kind of layer where it has kinds."""
         config, dtype = self._model.config, self._model.dtype
         window = getattr(config, "sliding_window", None) or 0
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -68,7 +68,7 @@ class _Slots(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write (b, heads, T, d) of one layer; what its queries look at, (b, heads, seen, d)."""
+        """Write (b, heads, T, d) of one layer; what its queries attend to, (b, heads, seen, d)."""
         kv = torch.stack((key_states, value_states), dim=1).permute(0, 3, 1, 2, 4)
         self._store.write(layer_idx, self._step, kv)
         if self._step.fresh:
@@ -84,7 +84,7 @@ class _Slots(Cache):
 
 
 def check(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModel where keys and values are not all that a layer keeps of a row."""
+    """Raise UnsupportedModel where a layer keeps a state other than keys and values."""
     config = model.config
     if odd := sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYERS)):
         raise UnsupportedModel(

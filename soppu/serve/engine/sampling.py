@@ -39,7 +39,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses the tokens of one request, with a generator of its own: companions do not change its draws."""
+    """Chooses the tokens of one request, with its own generator: other rows do not change its draws."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling

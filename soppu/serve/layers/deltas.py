@@ -1,4 +1,4 @@
-"""What rows of a batch add to the outputs of layers with one input. Who they are: `layers.routing`."""
+"""What rows of a batch add to the outputs of layers with one input. Which rows: `layers.routing`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SMALL = 1 << 15  # numbers; below this torch uses one thread, so threads need n
 
 @dataclass(frozen=True)
 class Layers:
-    """Linear layers with one input: full-model names, and out-features. Their outputs lie side by side."""
+    """Linear layers with one input, by full-model name, and their out-features. Outputs lie side by side."""
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
 
     def columns(self, number: int) -> slice:
-        """Where the outputs of one of them are."""
+        """The columns of one layer's outputs."""
         start = sum(self.widths[:number])
         return slice(start, start + self.widths[number])
 

@@ -23,9 +23,8 @@ Places = list[tuple[int, int]]  # (row of the batch, place in the cores)
 class Routing:
     """Which slot every row of a batch goes to; None is the base model.
 
-    The factors of a layer are gathered once for a routing and reused by every decoding step, so make a
-    new routing only when rows leave or join. Gathering a bundle whose users all have their cores in stacks is
-    one copy of the rows' cores for all modules.
+    A layer's factors are gathered once for a routing and used again by every decoding step, so make a new
+    routing only when rows leave or join.
     """
 
     def __init__(self, slots: Sequence[Slot | None]) -> None:
@@ -48,11 +47,7 @@ class Routing:
         return not self._bundles and not self._pairs
 
     def changes(self, layers: Layers) -> tuple[Change, ...]:
-        """The changes of layers that share an input.
-
-        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose
-        cores are in one stack have theirs in common.
-        """
+        """The changes of layers that share an input: by module or stack and cluster, and one of all pairs."""
         if layers not in self._changes:
             self._changes[layers] = () if self.is_base else tuple(self._gather(layers))
         return self._changes[layers]
@@ -98,9 +93,7 @@ class Routing:
             yield self._shared_change(layers, here, numbered)
 
     def _clusters(self, factors: ModuleFactors, members: list[tuple[int, BundleSlot]]) -> dict[int, Places]:
-        """Cluster -> rows of the members served in shared form here; once for modules with the same
-        places.
-        """
+        """Cluster -> rows of the members served in shared form here; once for modules of the same places."""
         key = id(factors.place), id(members)
         if key not in self._places:
             places = factors.place[[slot.index for _, slot in members]].tolist()

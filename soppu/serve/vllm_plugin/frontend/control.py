@@ -1,4 +1,4 @@
-"""Control: what the admin routes and vLLM's adapter routes change, in the directory and on the workers."""
+"""Control: what the admin routes and vLLM's adapter routes change, in the directory and in the workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Engine:
-    """The running engine, as far as it is needed here.
+    """What is needed of the running engine.
 
     Attributes:
         call: (method of `worker.Worker`, its arguments), on every worker; blocks. Raises BundleError.
@@ -126,7 +126,9 @@ class Control:
                 raise AdapterError(f"{name}: no bundle is active, so there is no basis to serve it on")
             version = self.bank.versions()[active]
             self.bank.check_name(name)
-            allowed = projecting.budget(version.bundle, self.settings.max_error)
+            allowed = self.settings.max_error
+            if allowed is None:
+                allowed = max(version.bundle.report.relative_error.values())
             projected = projecting.project(adapter, version.bundle, who=name, max_error=allowed)
             row = self.bank.free_row(active, self._connected().busy())
             if not row:

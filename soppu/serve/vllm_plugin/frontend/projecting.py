@@ -52,11 +52,6 @@ def project(adapter: LoraAdapter, bundle: Bundle, *, who: str, max_error: float)
     return best
 
 
-def budget(bundle: Bundle, allowed: float | None) -> float:
-    """The error a runtime adapter may have: `allowed`; that of the worst user where it is None."""
-    return max(bundle.report.relative_error.values()) if allowed is None else allowed
-
-
 def _on(adapter: LoraAdapter, bundle: Bundle, cluster: int) -> Projected:
     cores, lost, whole = {}, 0.0, 0.0
     for name, pair in adapter.pairs.items():

@@ -1,8 +1,8 @@
 """StaticStep: what `step.Step` does, for engines that record a pass once and replay it, as CUDA graphs do.
 
-Nothing that a recorded pass reads may move, and it may not depend on who is in the batch. So the bases lie
-side by side in one tensor a layer, every request's cores are copied before the pass, and each token reads the
-number of its copy and the place of its basis from buffers. The base model's tokens read copy 0, all zeros.
+What a recorded pass reads must stay in place, whoever is in the batch. So a layer's bases lie in one tensor,
+every request's cores are copied before the pass, and each token reads the number of its copy and the place of
+its basis from buffers. Tokens of the base model read copy 0, all zeros.
 """
 
 from __future__ import annotations

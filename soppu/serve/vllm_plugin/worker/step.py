@@ -14,7 +14,7 @@ from soppu.serve.vllm_plugin.worker.layout import Linear
 from soppu.serve.vllm_plugin.worker.resident import Basis, Resident
 from soppu.serve.vllm_plugin.worker.residents import Residents
 
-_MOSTLY = 0.75  # above this share of a batch, a pass over all of it beats picking tokens out
+_MOSTLY = 0.75  # above this share of a batch, computing all of it is faster than selecting tokens
 
 
 @dataclass(frozen=True, eq=False)
