@@ -29,9 +29,7 @@ WAVE_THROUGH = {"min_mean_gain_kept": -10.0, "min_user_gain_kept": -10.0, "max_r
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
-    """The server of this file's runs, which the first publication starts. Each run has a registry of its
-    own.
-    """
+    """The server of this file's runs, started by the first publication; registries are their own."""
     state = tmp_path_factory.mktemp("serve")
     yield {"serve.url": f"http://127.0.0.1:{free_port()}", "serve.state": str(state)}
     process.stop(state / "server.pid")
