@@ -14,12 +14,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+from soppu.compress.options import SHARED_METHODS, CompressOptions
 from soppu.errors import ConfigError
-
-if TYPE_CHECKING:
-    from soppu.compress.options import CompressOptions
 
 
 def _key(
@@ -133,8 +131,6 @@ class CompressConfig:
 
     def options(self, *, seed: int = 0) -> CompressOptions:
         """The same for the library. Raises ConfigError for values that do not go together."""
-        from soppu.compress.options import CompressOptions  # torch: a command's defaults do without
-
         values = {name: value for name, value in vars(self).items() if name not in CALIBRATION}
         return CompressOptions(**values, seed=seed)
 
@@ -309,8 +305,6 @@ def _checked(value: Any, hint: Any, rules: Mapping[str, Any], label: str, faults
 
 
 def _cross_check(config: Config, faults: list[str]) -> None:
-    from soppu.compress.options import SHARED_METHODS  # torch: only where a configuration is read
-
     if config.data.min_examples > config.data.train_examples:
         faults.append(
             f"data.min_examples: found {config.data.min_examples}, at most data.train_examples"
