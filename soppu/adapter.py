@@ -297,7 +297,7 @@ def _as_float(tensor: Tensor, what: str) -> Tensor:
 
 
 def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
-    from peft import LoraConfig  # only where an adapter is written: servers that read bundles need no PEFT
+    from peft import LoraConfig  # noqa: PLC0415 - only where an adapter is written: servers that read bundles need no PEFT
 
     ranks = {name: pair.rank for name, pair in adapter.pairs.items()}
     rank = max(ranks.values())

@@ -1,33 +1,43 @@
-"""The `soppu` command: a list of names, each loaded only when it is asked for."""
+"""The `soppu` command: a list of names, each loaded, and torch with it, only when it is called."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
 import soppu
-from soppu.errors import SoppuError
+from soppu.errors import MissingExtra, SoppuError
 
+# Name -> the module below soppu.commands that holds it, and the first line of its help.
 COMMANDS = {
-    "users": "soppu.commands.users:users_command",
-    "show": "soppu.commands.users:show_command",
-    "forget": "soppu.commands.users:forget_command",
-    "calibrate": "soppu.commands.calibrate:calibrate_command",
-    "compress": "soppu.commands.compress:compress_command",
-    "inspect": "soppu.commands.inspect:inspect_command",
-    "project": "soppu.commands.bundle:project_command",
-    "remove": "soppu.commands.bundle:remove_command",
-    "export": "soppu.commands.bundle:export_command",
-    "serve": "soppu.commands.serve:serve_command",
-    "rollback": "soppu.commands.rollback:rollback_command",
-    "report": "soppu.commands.report:report_command",
+    "users": ("users", "List every user: current adapter, metrics, and where they are served."),
+    "show": ("users", "Show every adapter USER has held, oldest first; * marks the current one."),
+    "forget": ("users", "Delete USER's history, metrics and adapters."),
+    "calibrate": (
+        "calibrate",
+        "Measure what the layers of MODEL get as input, so that compression can spare what they use.",
+    ),
+    "compress": ("compress", "Compress the PEFT adapters in DIR... into one bundle."),
+    "inspect": ("inspect", "Check the file BUNDLE, every page of it, and print what it holds."),
+    "project": ("bundle", "Add new users to BUNDLE without touching anybody else's numbers, and write NEW."),
+    "remove": ("bundle", "Take USER... out of BUNDLE: their numbers are not in NEW."),
+    "export": (
+        "bundle",
+        "Write the users of BUNDLE as PEFT folders that LoRAX, PEFT and others load: DIR/USER.",
+    ),
+    "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
+    "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
+    "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 
 
 class LazyGroup(click.Group):
-    """Commands by name; `soppu --help` does not import torch, and errors of ours end in one line."""
+    """Commands by name; `soppu --help` and completion load none, and errors of ours end in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order a newcomer would want them."""
@@ -37,16 +47,46 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        try:
+            module = importlib.import_module(f"soppu.commands.{COMMANDS[cmd_name][0]}")
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if extra := _extra_with(package):
+                raise MissingExtra(f"soppu {cmd_name}", package=package, extra=extra) from error
+            raise
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names out of the table above, and options."""
+        names = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
     def invoke(self, ctx: click.Context) -> object:
-        """Run it; a SoppuError becomes `Error: …` and exit code 1."""
+        """Run it; a SoppuError becomes `Error: …` and its exit code."""
         try:
             return super().invoke(ctx)
         except SoppuError as error:
-            raise click.ClickException(str(error)) from error
+            refusal = click.ClickException(str(error))
+            refusal.exit_code = error.exit_code  # type: ignore[misc]  # click means it as a default
+            raise refusal from error
+
+
+def _extra_with(package: str) -> str | None:
+    """The extra of ours that installs a package, None where it is no optional one."""
+    for need in importlib.metadata.requires("soppu") or ():
+        if extra := re.match(rf"{re.escape(package)}\b.*extra == ['\"](\w+)", need, re.IGNORECASE):
+            return extra[1]
+    return None
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

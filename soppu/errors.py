@@ -1,6 +1,7 @@
 """Every error SOPPU raises on purpose, one tree.
 
     SoppuError
+    ├── MissingExtra           a package that an extra installs is not there
     ├── ConfigError            a configuration file: unknown key, wrong type, value out of range
     ├── DataError              a user's text: not JSON, a key missing, a user without examples
     ├── UnsupportedModel       a base model whose layers we do not know how to split
@@ -24,6 +25,17 @@ from __future__ import annotations
 
 class SoppuError(Exception):
     """Base of the tree: catch this to catch everything SOPPU raises on purpose."""
+
+    exit_code = 1  # of a command that ends with it
+
+
+class MissingExtra(SoppuError, ImportError):
+    """What was asked for needs an optional package; the message says how to install it."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: pip install 'soppu[{extra}]'")
 
 
 class ConfigError(SoppuError, ValueError):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -145,8 +146,6 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
 
 
 def _from_hub(name: str) -> BaseModel:
-    from huggingface_hub import snapshot_download  # a network client: only where a hub id is asked for
-
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except Exception as error:  # the hub client raises a dozen unrelated classes

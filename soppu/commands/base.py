@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from soppu.adapter import LoraAdapter
+from soppu import adapter, models
+from soppu.adapter import LoraAdapter
 
 _CACHE = Path(".soppu/models")
 
@@ -28,8 +27,6 @@ def reader(base: str) -> Callable[[Path], LoraAdapter]:
         ModelError: there is no such model. What it returns raises AdapterError: another hash, or shapes that
             the model does not have.
     """
-    from soppu import adapter, models  # torch: not for `soppu --help`
-
     if not base:
         return adapter.read
     model = models.resolve(base, cache=_CACHE)

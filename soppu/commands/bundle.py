@@ -7,10 +7,14 @@ from typing import Any
 
 import click
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from soppu.commands.base import BASE, reader
 from soppu.commands.describe import table
 from soppu.commands.folders import named_folders
+from soppu.compress import Bundle, forget, project
+from soppu.compress.edit import QUEUED
+from soppu.compress.lorax_export import export
 
 QUEUED_EXIT = 3
 
@@ -53,9 +57,6 @@ def project_command(
     NEW is written with everybody who was added. Exit code 3 says that somebody was queued; their names are
     printed. The bases stay as they are, so after many new users a compression of all makes a smaller bundle.
     """  # noqa: D301
-    from soppu.compress import Bundle, project  # torch: not for `soppu --help`
-    from soppu.compress.edit import QUEUED
-
     made, rows, queued = Bundle.load(bundle), [], []
     read = reader(base)
     for user, folder in named_folders(folders).items():
@@ -81,8 +82,6 @@ def remove_command(bundle: Path, users: tuple[str, ...], *, out: Path) -> None:
     Where bases are shared, the users' adapters have shaped them, and they stay as they are. NEW says so, and
     `soppu inspect` shows it; only a compression without the users makes bases that have never seen them.
     """
-    from soppu.compress import Bundle, forget  # torch: not for `soppu --help`
-
     made = Bundle.load(bundle)
     for user in dict.fromkeys(users):
         made = forget(made, user)
@@ -132,9 +131,6 @@ def export_command(
     layer, with zeros where a user or a layer has none (LoRAX ignores a projection that one layer lacks). So
     they are larger than the adapters they came from. All folders are written, or none.
     """
-    from soppu.compress import Bundle  # torch: not for `soppu --help`
-    from soppu.compress.lorax_export import export
-
     loaded = Bundle.load(bundle)
     layers = layers or _layers_of(loaded.base_model)
     with tqdm(desc="export", unit="user", disable=None) as bar:
@@ -160,8 +156,6 @@ def _layers_of(base_model: str) -> int:
     """How many decoder layers the base model has, 0 unless its folder is on this machine to say it."""
     if not base_model or not (Path(base_model) / "config.json").exists():
         return 0
-    from transformers import AutoConfig
-
     return int(AutoConfig.from_pretrained(base_model, local_files_only=True).num_hidden_layers)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from torch import Tensor
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from soppu import calibrate, data, models
+from soppu.compress.linalg import whitening
 
 
 @click.command("calibrate")
@@ -79,8 +79,6 @@ def calibrate_command(
     and 2 i^2 bytes in the file. The table shows, for each, how many of its i directions are in use: the
     participation ratio (tr C)^2 / ||C||^2, from 1 to i. The further it is below i, the more there is to gain.
     """  # noqa: D301
-    from soppu import calibrate, data, models  # torch: not for `soppu --help`
-
     centred = about == "mean"
     base = models.resolve(model, cache=cache)
     network = models.load_model(base)
@@ -108,8 +106,6 @@ def calibrate_command(
 
 
 def _table(moments: dict[str, Tensor]) -> None:
-    from soppu.compress.linalg import whitening
-
     groups: dict[int, list[str]] = {}
     for name, C in moments.items():
         groups.setdefault(id(C), []).append(name)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
+from torch import Tensor
 from tqdm import tqdm
 
+from soppu import calibrate
+from soppu.adapter import WEIGHTS_FILE, LoraAdapter
+from soppu.base_identity import Base
 from soppu.commands.base import BASE, reader
 from soppu.commands.describe import summary, table
 from soppu.commands.folders import named_folders
+from soppu.compress import CompressOptions, compress
 from soppu.config import METHODS, TARGETS, CompressSettings
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soppu.adapter import LoraAdapter
+from soppu.errors import BundleError
+from soppu.reading import AdaptersOnDemand
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FIELDS = CompressSettings.__pydantic_fields__  # type: ignore[attr-defined]
@@ -85,10 +87,6 @@ def compress_command(
 
     The table shows every user's relative error as stored, and the bytes of the weights file.
     """  # noqa: D301
-    from soppu import adapter  # torch: not for `soppu --help`
-    from soppu.compress import CompressOptions, compress
-    from soppu.reading import AdaptersOnDemand
-
     options = CompressOptions(**settings)
     options.torch_device()
     named = named_folders(folders)
@@ -104,7 +102,7 @@ def compress_command(
 
         bundle = compress(adapters, options, moments=weighed, progress=show)
     bundle_id = bundle.save(out)
-    before = {user: (folder / adapter.WEIGHTS_FILE).stat().st_size for user, folder in named.items()}
+    before = {user: (folder / WEIGHTS_FILE).stat().st_size for user, folder in named.items()}
     errors, total, after = bundle.report.relative_error, sum(before.values()), out.stat().st_size
     rows = [(user, f"{errors[user]:.5f}", f"{before[user]:,}") for user in bundle.users]
     table(("user", "relative error", "bytes before"), rows)
@@ -118,10 +116,6 @@ def compress_command(
 
 def _moments(path: Path, adapters: Mapping[str, LoraAdapter]) -> dict[str, Tensor]:
     """Second moments of every module that somebody adapts, of the base model that the adapters name."""
-    from soppu import calibrate
-    from soppu.base_identity import Base
-    from soppu.errors import BundleError
-
     widths: dict[str, int] = {}
     base = Base()
     for adapter in adapters.values():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from soppu.compress import Bundle
-    from soppu.compress.bundle.report import CompressionReport
+from soppu.compress import Bundle
+from soppu.compress.bundle.report import CompressionReport
+from soppu.compress.options import ratio
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -23,8 +22,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def summary(bundle: Bundle, size: int) -> None:
     """Print what a bundle of `size` bytes holds, how good it is, and how much smaller."""
-    from soppu.compress.options import ratio  # torch: not for `soppu --help`
-
     report = bundle.report
     asked = f"target {report.target}" if report.target else "no target"
     weighed = ", errors weighed by calibration" if report.whitened else ""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from soppu import files
 from soppu.commands.describe import summary, table
-
-if TYPE_CHECKING:
-    from soppu.compress import Bundle
-    from soppu.compress.numbers.components import Components
+from soppu.compress import Bundle
+from soppu.compress.numbers.components import Components
 
 _KINDS = ("shared", "mixed", "own")
 
@@ -33,9 +32,6 @@ def inspect_command(bundle: Path, *, user: str | None, as_json: bool) -> None:
 
     A user who was taken out of a bundle has still shaped its bases: the adapters of such users are listed.
     """
-    from soppu import files
-    from soppu.compress import Bundle  # torch: not for `soppu --help`
-
     loaded, size = Bundle.load(bundle), bundle.stat().st_size
     facts = {"id": files.sha256_file(bundle), "bytes": size, "parts": _bytes_by_part(bundle)}
     if user is not None:

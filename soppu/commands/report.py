@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from soppu.evaluate import report, summary
+
 
 @click.command("report")
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -16,9 +18,6 @@ def report_command(run_dir: Path, prefect_url: str, only_path: bool) -> None:
 
     `--open` is for other programs: `xdg-open "$(soppu report --open runs/today)"`.
     """
-    # Imported late: matplotlib comes along, and `soppu --help` should not wait for that.
-    from soppu.evaluate import report, summary
-
     found = report.read(run_dir / report.JSON_FILE)
     page = report.render(run_dir, found).resolve()
     text = summary.text(found, report_path=str(page), prefect_url=prefect_url)

@@ -6,6 +6,11 @@ import os
 
 import click
 
+from soppu.errors import RegistryError, TargetError
+from soppu.registry import Registry
+from soppu.stages.publish import previous_bundles, refuse_forgotten
+from soppu.targets import kinds
+
 
 @click.command("rollback")
 @click.option("--url", default="http://127.0.0.1:8099", show_default=True, help="The server.")
@@ -27,11 +32,6 @@ def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> Non
     The server keeps the bundle before; an older one is brought back from the registry. Going back a second
     time goes one further. A bundle with a user who was forgotten is never live again.
     """
-    from soppu.errors import RegistryError, TargetError
-    from soppu.registry import Registry  # torch comes along: not for `soppu --help`
-    from soppu.stages.publish import previous_bundles, refuse_forgotten
-    from soppu.targets import kinds
-
     registry = Registry.open(root, catalogue=catalogue, create=False)
     with registry.publishing(url):  # between a publication's switch and its record, neither is ours to change
         here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]

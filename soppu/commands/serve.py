@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from soppu.serve.server import ServeOptions, run
+
 
 def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
     pairs = []
@@ -78,7 +80,5 @@ def serve_command(**given: Any) -> None:
 
     With SOPPU_ADMIN_TOKEN set, the routes under /soppu/v1 ask for it as a bearer token.
     """
-    from soppu.serve.server import ServeOptions, run  # torch: not for `soppu --help`
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run(ServeOptions(**given, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", "")))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
+from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
 
 
 def _registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,9 +71,6 @@ def forget_command(user: str, root: str, catalogue: str, yes: bool) -> None:
 
 
 def _open(root: str, catalogue: str) -> Registry:
-    # Imported late: it brings torch along, and `soppu --help` should not wait for that.
-    from soppu.registry import Registry
-
     return Registry.open(root, catalogue=catalogue, create=False)
 
 

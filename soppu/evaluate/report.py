@@ -13,18 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from soppu import __version__, files
+from soppu.compress.bundle.report import CompressionReport
+from soppu.compress.options import ratio
+from soppu.config import Config
 from soppu.errors import ReportError
 from soppu.evaluate import html, schema
+from soppu.evaluate.gate import Verdict
+from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.schema import FORMAT
-
-if TYPE_CHECKING:  # these bring torch along; re-rendering a report needs none of it
-    from soppu.compress.bundle.report import CompressionReport
-    from soppu.config import Config
-    from soppu.evaluate.gate import Verdict
-    from soppu.evaluate.losses import UserLosses
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -230,8 +229,6 @@ def _forms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _compression(inputs: ReportInputs) -> dict[str, Any]:
-    from soppu.compress.options import ratio  # torch, which whoever holds a CompressionReport has already
-
     made = inputs.compression
     overall = made.overall
     bounds = {
