@@ -27,7 +27,7 @@ _CAUSE = re.compile(r"(?:^|\] )[\w.]*(?:Error|Exception): ")
 
 class _Record(TypedDict):
     pid: int
-    mark: float
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _forget(pid_file: Path, record: _Record) -> None:
 
 def _read(pid_file: Path) -> _Record:
     record = json.loads(pid_file.read_text())
-    return {"pid": int(record["pid"]), "mark": float(record["mark"])}
+    return {"pid": int(record["pid"]), "mark": str(record["mark"])}
 
 
 def _named(record: _Record) -> psutil.Process | None:
@@ -139,9 +139,9 @@ def _named(record: _Record) -> psutil.Process | None:
     return None
 
 
-def _mark(process: psutil.Process) -> float:
+def _mark(process: psutil.Process) -> str:
     """What tells two processes of one pid apart: seconds from boot to start, which no clock change moves."""
-    return round(process.create_time() - psutil.boot_time(), 2)
+    return f"{process.create_time() - psutil.boot_time():.2f}"
 
 
 def _tail(log: Path, begin: int) -> str:

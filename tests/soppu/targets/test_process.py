@@ -117,7 +117,7 @@ def test_a_process_that_got_the_pid_of_another_is_left_alone(tmp_path: Path) -> 
     ours = options.pid_file.read_text()
     try:
         other = json.loads(ours)
-        options.pid_file.write_text(json.dumps(other | {"mark": other["mark"] - 60}))
+        options.pid_file.write_text(json.dumps(other | {"mark": f"{float(other['mark']) - 60:.2f}"}))
         assert not process.running(options.pid_file)
         assert not process.stop(options.pid_file) and not options.pid_file.exists()
         assert is_running(pid)
