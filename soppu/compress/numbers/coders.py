@@ -11,7 +11,7 @@ from torch import Tensor
 from soppu.compress.linalg.canonical import Canonical
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.numbers.components import Components, Side, ordinals, spread, unit
-from soppu.compress.numbers.quantise import AXIS, quantise, quantise_coords, scale_of
+from soppu.compress.numbers.quantise import quantise, quantise_coords, scale_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,12 @@ class SideCoder:
         both = has & (coords_width > 0)
         beta[both] = scale_of(rest[both], unit(own[coords_width[has] > 0])).half().float()
         return Side(coords_width, own_width, torch.zeros(len(x), dtype=torch.int64), coords, own, beta)
+
+    def axes(self, axis: Tensor) -> Side:
+        """Sides that are basis vectors, at the places `axis` (m,)."""
+        assert self.basis is not None
+        features, k = self.basis.shape
+        return Side.of_axes(axis, features=features, k=k)
 
     def _coords(self, x: Tensor, width: Tensor) -> Tensor:
         coded = width > 0
@@ -179,7 +185,7 @@ class CoreCoder:
         keep = present.repeat_interleave(k_out)
         user = torch.arange(users).repeat_interleave(k_out)
         rows = self._coords(cores.reshape(users * k_out, -1)[keep], self.right)
-        axes = _axes(torch.arange(k_out).repeat(users)[keep], self.left)
+        axes = self.left.axes(torch.arange(k_out).repeat(users)[keep])
         return Components(user[keep], torch.zeros(int(keep.sum())), axes, rows)
 
     def _diagonal(self, present: Tensor) -> Components:
@@ -188,33 +194,11 @@ class CoreCoder:
         user = torch.arange(len(present)).repeat_interleave(k)
         keep = present[user]
         axis = torch.arange(k).repeat(len(present))[keep]
-        return Components(user[keep], torch.zeros(len(axis)), _axes(axis, self.left), _axes(axis, self.right))
+        return Components(user[keep], torch.zeros(len(axis)), self.left.axes(axis), self.right.axes(axis))
 
     def _coords(self, rows: Tensor, side: SideCoder) -> Side:
         """Rows (m, k), brought to a largest entry of 1: the gain takes the scale up."""
         assert side.basis is not None
         scaled = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        return _side(
-            torch.full((len(rows),), self.width, dtype=torch.uint8),
-            torch.zeros(len(rows), dtype=torch.int64),
-            quantise_coords(scaled, self.width),
-            features=side.basis.shape[0],
-        )
-
-
-def _axes(axis: Tensor, side: SideCoder) -> Side:
-    assert side.basis is not None
-    features, k = side.basis.shape
-    width = torch.full((len(axis),), AXIS, dtype=torch.uint8)
-    return _side(width, axis, torch.zeros(0, k), features=features)
-
-
-def _side(width: Tensor, axis: Tensor, coords: Tensor, *, features: int) -> Side:
-    return Side(
-        coords_width=width,
-        own_width=torch.zeros(len(width), dtype=torch.uint8),
-        axis=axis,
-        coords=coords,
-        own=torch.zeros(0, features),
-        beta=torch.zeros(len(width)),
-    )
+        width = torch.full((len(rows),), self.width, dtype=torch.uint8)
+        return Side.of_coordinates(quantise_coords(scaled, self.width), width, features=len(side.basis))

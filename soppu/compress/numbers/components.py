@@ -42,6 +42,37 @@ class Side:
     own: Tensor
     beta: Tensor
 
+    @classmethod
+    def of_axes(cls, axis: Tensor, *, features: int, k: int) -> Side:
+        """The basis vectors at the places `axis` (m,), which take no bits."""
+        width = torch.full((len(axis),), AXIS, dtype=torch.uint8)
+        return replace(cls.of_coordinates(torch.zeros(0, k), width, features=features), axis=axis)
+
+    @classmethod
+    def of_coordinates(cls, coords: Tensor, width: Tensor, *, features: int) -> Side:
+        """Sides in the basis alone, from coordinates of these widths, (m,) uint8."""
+        return cls(
+            coords_width=width,
+            own_width=torch.zeros(len(width), dtype=torch.uint8),
+            axis=torch.zeros(len(width), dtype=torch.int64),
+            coords=coords,
+            own=torch.zeros(0, features),
+            beta=torch.zeros(len(width)),
+        )
+
+    @classmethod
+    def of_own(cls, rows: Tensor, width: int) -> Side:
+        """Sides without a basis, from the users' own numbers (m, d), all of one width."""
+        m = len(rows)
+        return cls(
+            coords_width=torch.zeros(m, dtype=torch.uint8),
+            own_width=torch.full((m,), width, dtype=torch.uint8),
+            axis=torch.zeros(m, dtype=torch.int64),
+            coords=torch.zeros(0, 0),
+            own=rows,
+            beta=torch.ones(m),
+        )
+
     def vectors(self, basis: Tensor | None) -> Tensor:
         """The sides themselves, (m, d) float32, not normalised. O(m d k).
 
