@@ -8,9 +8,8 @@ import click
 from torch import Tensor
 from tqdm import tqdm
 
-from soppu import calibrate, data, models
+from soppu import calibrate, data, models, tables
 from soppu.compress.linalg import whitening
-from soppu import tables
 
 
 @click.command("calibrate")

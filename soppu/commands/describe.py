@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import click
 
+from soppu import tables
 from soppu.compress import Bundle
 from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.options import ratio
-from soppu import tables
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from soppu.evaluate import report, summary
 from soppu import tables
+from soppu.evaluate import report, summary
 
 
 @click.command("report")

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
 from soppu import tables
+from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
 
 
 def _registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
