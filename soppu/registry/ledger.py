@@ -255,7 +255,7 @@ def mark_forgotten(session: Session, user: str) -> tuple[tuple[str, ...], tuple[
     return tuple(sorted(session.scalars(sets))), tuple(sorted(session.scalars(bundles)))
 
 
-def publications(session: Session, *, limit: int | None = None, **of: str | None) -> list[Publication]:
+def publications(session: Session, /, *, limit: int | None = None, **of: str | None) -> list[Publication]:
     """What was published, newest first; `of` names columns that must be equal, None leaves one out."""
     query = sa.select(PublicationRecord).order_by(PublicationRecord.id.desc())
     query = query.filter_by(**{name: value for name, value in of.items() if value is not None})
