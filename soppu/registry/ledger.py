@@ -215,7 +215,7 @@ def freeze_current(session: Session, base_hash: str, *, chosen: Mapping[str, str
         if before[user] != adapter_id:  # a run of an earlier configuration, again; or one that was overtaken
             new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics={}, at=now())
             hold(session, find_user(session, user), new)
-    return freeze(session, current_set(session, base_hash=base_hash))
+    return freeze(session, {**current_set(session, base_hash=base_hash), **chosen})
 
 
 def freeze(session: Session, adapter_ids: Mapping[str, str]) -> str:
