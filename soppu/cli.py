@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.metadata
-import re
 import io
+import re
 import sys
 
 import click

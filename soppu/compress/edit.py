@@ -1,6 +1,6 @@
-"""One user more, one user less: bundles that change without a refit. Not for compressing a fleet.
+"""Adding a user to a bundle and removing one, without fitting it again.
 
-A new user is coded against the bases that are there: in coordinates alone where that is exact enough, with
+A new user is coded against the stored bases: in coordinates alone where that is exact enough, with
 own numbers where it is not, and refused where even these do not fit, to wait for the next compression.
 Nothing is accepted above the error that was allowed.
 """

@@ -43,7 +43,7 @@ class Search:
     """How far to go.
 
     Attributes:
-        every: what the ranges begin with is sought in every so-manieth batch alone; 1 = in all of them.
+        every: the first ranges are sought in every n-th batch only; 1 = in all of them.
         width: directions of the sketch, at least k are taken; 0 = k + 8, as many as a growth adds.
         most_width: directions after which nothing grows any more.
         growths: most times the ranges grow, by k + 8 directions and two passes a time.
