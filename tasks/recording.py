@@ -48,7 +48,7 @@ def recorded(run: str, name: str) -> Iterator[None]:
 
 
 def note(run: str, name: str, *, seconds: float) -> None:
-    """Write down how long a stage took, and the how-manieth attempt this was."""
+    """Write down how long a stage took, and which attempt this was."""
     values = {"name": name, "seconds": seconds, "attempts": task_run.run_count or 1}
     open_run(run).write(f"stages/{name}.json", values)
 
