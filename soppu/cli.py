@@ -97,7 +97,7 @@ class LazyGroup(click.Group):
                 raise
             package = error.name.partition(".")[0]
             raise click.ClickException(
-                f"this command needs the Python package {package!r}, which is not installed: install it with pip"
+                f"this command needs the Python package {package!r}: install it with pip"
             ) from error
 
 
