@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.metadata
 import io
-import re
 import sys
 
 import click
@@ -36,6 +34,7 @@ COMMANDS = {
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
+EXTRAS = {"starlette": "serve", "uvicorn": "serve"}  # package that a command needs -> what installs it
 
 
 class LazyGroup(click.Group):
@@ -53,9 +52,9 @@ class LazyGroup(click.Group):
             module = importlib.import_module(f"soppu.commands.{COMMANDS[cmd_name][0]}")
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if extra := _extra_with(package):
-                raise MissingExtra(f"soppu {cmd_name}", package=package, extra=extra) from error
-            raise
+            if package not in EXTRAS:
+                raise
+            raise MissingExtra(f"soppu {cmd_name}", package=package, extra=EXTRAS[package]) from error
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
@@ -99,14 +98,6 @@ class LazyGroup(click.Group):
             raise click.ClickException(
                 f"this command needs the Python package {package!r}: install it with pip"
             ) from error
-
-
-def _extra_with(package: str) -> str | None:
-    """The extra of ours that installs a package, None where it is no optional one."""
-    for need in importlib.metadata.requires("soppu") or ():
-        if extra := re.match(rf"{re.escape(package)}\b.*extra == ['\"](\w+)", need, re.IGNORECASE):
-            return extra[1]
-    return None
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

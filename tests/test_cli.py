@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from soppu import __version__
-from soppu.cli import COMMANDS, main
+from soppu.cli import COMMANDS, EXTRAS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+class _Without:
+    """An import finder to which one package is not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -28,6 +43,45 @@ def test_help_lists_every_command_and_does_not_wait_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, "soppu --help imports torch"
     assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    assert command.name == name
+    assert COMMANDS[name][1] == command.get_short_help_str(limit=1000)
+
+
+def test_completion_offers_every_command_and_loads_none() -> None:
+    program = (
+        "import sys; import click; from soppu.cli import main; context = click.Context(main);"
+        "print(*(item.value for item in main.shell_complete(context, sys.argv[1])));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for typed, offered in (("", list(COMMANDS)), ("re", ["remove", "report"]), ("--v", ["--version"])):
+        line = [sys.executable, "-c", program, typed]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr or "completion imports torch"
+        assert done.stdout.split() == offered
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+def test_a_package_that_is_not_there_is_named_with_the_extra_that_installs_it(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.startswith(("soppu.commands.serve", "soppu.serve.", package))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Without(package), *sys.meta_path])
+    result = CliRunner().invoke(main, ["serve"])
+    assert result.exit_code == 2
+    assert result.output == f"Error: soppu serve needs {package}: pip install 'soppu[{EXTRAS[package]}]'\n"
+
+
+def test_the_extras_named_are_those_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert any(need.startswith(f"{package}>=") for need in extras[extra])
 
 
 def test_the_version_is_the_packages() -> None:
