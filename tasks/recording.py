@@ -16,10 +16,18 @@ from prefect.context import TaskRunContext
 from prefect.runtime import task_run
 from prefect.tasks import Task
 
-from soppu.errors import AdapterError, BundleError, ConfigError, DataError, GateError, UnsupportedModel
+from soppu.errors import (
+    AdapterError,
+    BundleError,
+    ConfigError,
+    DataError,
+    GateError,
+    MissingExtra,
+    UnsupportedModel,
+)
 from soppu.stages.run import open_run
 
-_HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, BundleError)
+_HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, BundleError, MissingExtra)
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
