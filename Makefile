@@ -54,10 +54,12 @@ test: setup .venv-lorax/.installed   ## all tests, real servers and a real feder
 test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or Prefect
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: setup      ## ruff and mypy
+lint: setup      ## ruff, mypy, who imports whom, what is installed for nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --cache-dir=/dev/null   # an incremental run at times loses submodules of a package
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/deptry --no-ansi .
 
 format: setup    ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import handmade, mutate, record
+from benchmarks import record
 from soppu.compress import Bundle
 from soppu.errors import BundleError
+from tests.soppu.compress import handmade, mutate
 
 STORED = record.ROOT / "tests" / "soppu" / "compress" / "data" / "format_2.json"
 _FREE_MEMORY = 64 << 20  # bytes a reader may take for any file, and for each byte of the file:

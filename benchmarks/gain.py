@@ -21,7 +21,7 @@ from benchmarks.record import ROOT, circumstances, store
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import CompressOptions, compress
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.data import load_user, tokenize
 from soppu.errors import SoppuError
 from soppu.evaluate.losses import mean_loss

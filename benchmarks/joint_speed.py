@@ -130,7 +130,7 @@ def ours(fleet: Fleet, k: int, *, repeats: int, seed: int) -> dict[str, Any]:
 
     def fit() -> None:
         clocks.append(Clock())
-        known = shared_basis.learn(Passes(fleet, {}), options, progress=clocks[-1])
+        known = shared_basis.grow(Passes(fleet, {}), options, progress=clocks[-1])
         grouped = shared_basis.joint(known, k)
         certificate = shared_basis.certificates(known, grouped)[MODULE]
         made.append((known.grown[MODULE], grouped.fits[MODULE][0], certificate))

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.handmade import Plan, make
 from benchmarks.record import ROOT
 from soppu import adapter, models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle
 from soppu.compress.numbers.quantise import AXIS
+from tests.soppu.compress.handmade import Plan, make
 
 LAYERS, RANK = 30, 16
 SHAPES = {

@@ -24,7 +24,7 @@ from benchmarks import fleets
 from benchmarks.record import ROOT, circumstances, store
 from benchmarks.rivals import Folders
 from soppu.compress import CompressOptions, compress
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 
 # 500 users have more than is kept between passes (`soppu.compress.fleet.passes.ROOM`)
 SHAPES = {f"layers.0.{name}": (4096, 4096) for name in ("k_proj", "o_proj", "q_proj")}

@@ -53,6 +53,7 @@ class Stack:
             "PREFECT_API_URL": self.api,
             "PREFECT_HOME": str(self.state / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",  # Prefect's 10 is what somebody who started a run waits for
             "DO_NOT_TRACK": "1",
             "SOPPU_HOME": str(ROOT),
             MARK: self.mark,
@@ -82,8 +83,6 @@ def up(stack: Stack) -> dict[str, bool]:
         TargetError: the server or the worker did not come up; the message has the end of its log.
     """
     started = {"prefect server": _server(stack)}
-    if not _pool_exists(stack):
-        _prefect(stack, "work-pool", "create", POOL, "--type", "process")
     started["worker"] = _worker(stack)
     _prefect(stack, "--no-prompt", "deploy", "--all", "--prefect-file", "deploy/prefect.yaml")
     return started
@@ -146,6 +145,7 @@ def _worker(stack: Stack) -> bool:
     if process.running(pid_file) or [name for name in workers(stack) if name != WORKER]:
         return False
     requests.delete(f"{stack.api}/work_pools/{POOL}/workers/{WORKER}", timeout=30)
+    # it makes the pool, if there is none
     command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER]
     _start(stack, "worker", command, lambda: WORKER in workers(stack))
     return True
@@ -160,10 +160,6 @@ def _start(stack: Stack, name: str, command: list[str], ready: Callable[[], bool
         environment=stack.environment,
     )
     process.start(launch, ready=ready, timeout=120)
-
-
-def _pool_exists(stack: Stack) -> bool:
-    return requests.get(f"{stack.api}/work_pools/{POOL}", timeout=30).status_code == 200
 
 
 def _prefect(stack: Stack, *arguments: str) -> None:

@@ -7,10 +7,12 @@ or on purpose, is an AdapterError that names the user.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from soppu.federation import wire, wire_ternary
 WEIGHT = "num-examples"
 LOSS, TERNARY_LOSS = "emulator-loss", "emulator-loss-ternary"
 METRICS = (WEIGHT, "train-loss-first", "train-loss-last", "emulator-loss-base", LOSS)
+_LARGEST = 1e12  # of any metric
+_HARMLESS = 1e-3
 _REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
 
 
@@ -35,6 +39,9 @@ class Agreement:
         base_model, base_hash, fan_in_fan_out: written into the adapters that are kept.
         form: "ternary" if users' own adapters may come so; float32 is always allowed.
         max_loss: by how much the held-out loss of one that does may have risen, nats a token.
+        max_examples: how many examples any user may say to have trained on.
+        examples: user -> how many they said at hello; no reply may name more.
+        max_update: how many times the median change of a round one user's may be.
     """
 
     plan_hash: str
@@ -45,6 +52,9 @@ class Agreement:
     fan_in_fan_out: bool
     form: str = wire.FLOAT32
     max_loss: float = 0.0
+    max_examples: int = 1_000_000
+    examples: Mapping[str, int] = field(default_factory=dict)
+    max_update: float = 10.0
 
     def adapter(self, state: Mapping[str, Tensor], *, who: str, form: str = wire.FLOAT32) -> LoraAdapter:
         """Tensors -> adapter; AdapterError names `who` and what is wrong."""
@@ -74,9 +84,33 @@ class Agreement:
         form = self._form(message.content.config_records["who"], user, ternary=ternary)
         metrics = message.content.metric_records["metrics"]
         _check_metrics(metrics, user, (*METRICS, TERNARY_LOSS) if ternary else METRICS)
+        _check_weight(metrics, user, most=self.examples.get(user, self.max_examples))
         if form == wire.TERNARY:
             self._check_rise(metrics, user)
-        return form, self.adapter(_tensors(message, user), who=user, form=form)
+        adapter = self.adapter(_tensors(message, user), who=user, form=form)
+        _check_product(adapter, user)
+        return form, adapter
+
+    def outsized(self, changes: Mapping[str, float], *, start: float) -> dict[str, str]:
+        """Users whose change would outweigh everybody else's in a mean -> what to tell of it.
+
+        The yardstick is the median of the round, the lower of two: whoever sends more than half of the
+        replies sets it. A change below a thousandth of `start`, the size of what all began with, harms
+        nobody.
+
+        Args:
+            changes: user -> size of what they changed (`change`).
+        """
+        if not changes:
+            return {}
+        median = statistics.median_low(changes.values())
+        limit = self.max_update * max(median, _HARMLESS * start)
+        return {
+            user: f"{user}: changed the adapter by {size:.4g}, where the median of the round is {median:.4g};"
+            f" federation.max_update = {self.max_update:g} allows {limit:.4g}"
+            for user, size in changes.items()
+            if not size <= limit
+        }
 
     def _form(self, who: ConfigRecord, user: str, *, ternary: bool) -> str:
         """What the reply says of itself: whose it is, for which plan, in which form."""
@@ -99,6 +133,16 @@ class Agreement:
             )
 
 
+def size(state: Mapping[str, Tensor]) -> float:
+    """Frobenius norm over all tensors, in float64: the square of a large float32 is not one."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in state.values()))
+
+
+def change(adapter: LoraAdapter, start: Mapping[str, Tensor]) -> float:
+    """How far an adapter's factors are from those a round began with: FedAvg averages factors."""
+    return size({name: new.double() - start[name].double() for name, new in wire.to_state(adapter).items()})
+
+
 def _tensors(message: Message, user: str) -> dict[str, Tensor]:
     try:
         return message.content.array_records["arrays"].to_torch_state_dict()
@@ -111,7 +155,27 @@ def _check_metrics(metrics: MetricRecord, user: str, names: tuple[str, ...]) -> 
     if set(metrics) != set(names):
         raise AdapterError(f"{user}: metrics are {', '.join(sorted(metrics))}; expected {', '.join(names)}")
     for name, value in metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterError(f"{user}: metric {name} is {value}, expected a finite number")
-        if name == WEIGHT and value < 1:
-            raise AdapterError(f"{user}: metric {name} is {value}, expected at least 1")
+        if name == WEIGHT:
+            continue  # has limits of its own
+        # a mean of losses near the largest float is infinite, though each of them is finite
+        if not isinstance(value, int | float) or not abs(value) < _LARGEST:
+            raise AdapterError(
+                f"{user}: metric {name} is {value}, expected a finite number below {_LARGEST:g}"
+            )
+
+
+def _check_weight(metrics: MetricRecord, user: str, *, most: int) -> None:
+    """A user weighs as much as the text they said to have, and no more: the mean is everybody's."""
+    value = metrics[WEIGHT]
+    if type(value) is not int or not 1 <= value <= most:
+        raise AdapterError(
+            f"{user}: metric {WEIGHT} is {value}, expected at least 1 and at most {most}, a whole number"
+        )
+
+
+def _check_product(adapter: LoraAdapter, user: str) -> None:
+    """Finite factors may have a product that is not: refuse what B @ A could overflow float32 with."""
+    for name, pair in adapter.pairs.items():
+        bound = float(pair.A.double().norm()) * float(pair.B.double().norm())
+        if bound > torch.finfo(torch.float32).max:
+            raise AdapterError(f"{user}: {name}: factors so large that their product B @ A may be infinite")

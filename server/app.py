@@ -11,28 +11,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from server import checkpoint as checkpoints
 from server.agreement import Agreement
 from server.checkpoint import Checkpoint, write_progress
+from server.roll import Roll
 from server.strategy import FedBiOT
 from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
-from soppu.errors import FederationError, RegistryError
+from soppu.errors import FederationError
 from soppu.federation import emulator, wire
 from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
-from soppu.registry import Registry, check_user_id
+from soppu.registry import Registry
 
 # What a client needs to know; where the registry is and what is served is not its business.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
@@ -73,6 +73,8 @@ class Federation:
             fan_in_fan_out=self.plan.fan_in_fan_out,
             form=config.federation.wire,
             max_loss=config.federation.wire_max_loss,
+            max_examples=config.data.train_examples,
+            max_update=config.federation.max_update,
         )
         self.aligner = Aligner(
             model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed
@@ -92,12 +94,12 @@ class Federation:
         settings = configuration.to_dict(self.config)
         told = {name: settings[name] for name in CLIENT_SECTIONS}
         order = ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json()})
-        nodes, silent = self.hello(grid, order)
+        self.hello(grid, order)
         self.warm_up()
         done = max(self.state.done, 0)
         strategy = FedBiOT(
-            self.agreement,
-            nodes,
+            dataclasses.replace(self.agreement, examples=self.roll.examples),
+            self.roll.nodes,
             emulator=self.emulator_for_round,
             keep=self.keep,
             first_round=done,
@@ -111,37 +113,24 @@ class Federation:
             timeout=self.config.federation.timeout_s,
             train_config=order,
         )
-        self.finish(strategy, silent)
+        self.finish(strategy)
 
-    def hello(self, grid: Grid, order: ConfigRecord) -> tuple[dict[int, str], dict[str, str]]:
+    def hello(self, grid: Grid, order: ConfigRecord) -> None:
         """Ask every node who it is. FederationError if fewer than `federation.min_users` can train."""
-        wanted = max(1, len(self.config.data.users))
-        nodes = _wait_for_nodes(grid, wanted, timeout=self.config.federation.timeout_s)
-        messages = [
-            Message(content=RecordDict({"config": order}), message_type="query.hello", dst_node_id=node)
-            for node in nodes
-        ]
-        known: dict[int, str] = {}
-        refused: dict[str, str] = {}
-        for reply in grid.send_and_receive(messages, timeout=self.config.federation.timeout_s):
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                refused[f"node {node}"] = str(reply.error.reason)
-                continue
-            said = reply.content.config_records["hello"]
-            user = str(said["user"])
-            if said["plan-hash"] != self.plan.hash:
-                refused[user] = "holds another layer plan"
-            elif fault := _name_fault(user, known):
-                refused[f"node {node}"] = fault
-            else:
-                known[node] = user
-        if len(known) < max(1, self.config.federation.min_users):
-            raise FederationError(
-                f"{len(known)} users can train, federation.min_users is {self.config.federation.min_users};"
-                f" refused: {refused or 'nobody'}"
-            )
-        return known, refused
+        self.roll = Roll(
+            grid,
+            order,
+            plan_hash=self.plan.hash,
+            users=self.config.data.users,
+            most_examples=self.config.data.train_examples,
+        )
+        self.roll.gather(limit=self.patience_s)
+        self.roll.check(self.config.federation.min_users)
+
+    @property
+    def patience_s(self) -> float:
+        """How long one question after who is there may take."""
+        return min(self.config.federation.hello_timeout_s, self.config.federation.timeout_s)
 
     def warm_up(self) -> None:
         """Align the emulator before the first round, or take it over from a checkpoint."""
@@ -161,12 +150,18 @@ class Federation:
         )
 
     def emulator_for_round(self, number: int, arrays: ArrayRecord) -> dict[str, Tensor]:
-        """Checkpoint what the rounds before gave, re-align, and hand out the emulator's LoRA."""
+        """Checkpoint what the rounds before gave, see who has joined, re-align, hand out the emulator's
+        LoRA.
+        """
         shared = arrays.to_torch_state_dict()
         if number - 1 > self.state.done:
             rounds = self.state.notes["rounds"] + [dataclasses.asdict(self.strategy.logs[-2])]
             self.remember(number - 1, shared, rounds=rounds)
-        self.progress(f"round {number} of {self.last_round}", 0.25 + 0.75 * (number - 1) / self.last_round)
+        self.roll.ask_again(limit=self.patience_s)
+        without = f", without {', '.join(absent)}" if (absent := self.roll.absent()) else ""
+        self.progress(
+            f"round {number} of {self.last_round}{without}", 0.25 + 0.75 * (number - 1) / self.last_round
+        )
         if number > 1 and self.config.align.round_steps:
             current = self.agreement.adapter(shared, who="shared adapter")
             for _ in self.aligner.steps(self.config.align.round_steps, user_adapter=current):
@@ -185,16 +180,16 @@ class Federation:
         self.state = Checkpoint(self.state.key, done, tensors, {**self.state.notes, **notes})
         checkpoints.store(self.workdir, self.state)
 
-    def finish(self, strategy: FedBiOT, silent: Mapping[str, str]) -> None:
+    def finish(self, strategy: FedBiOT) -> None:
         """Write result.json, last of all: its presence says that the run is whole."""
         least = self.config.federation.min_users
+        refused = {**self.roll.missing(), **strategy.logs[-1].refused}
         if lost := (strategy.logs[-1].lost if not least else []):
             why = [strategy.logs[-1].refused[user] for user in lost]
             raise FederationError(f"{len(lost)} users sent no adapter: {'; '.join(why)}")
         if len(self.adapters) < max(1, least):
             raise FederationError(
-                f"{len(self.adapters)} adapters came back, federation.min_users is"
-                f" {self.config.federation.min_users}: {strategy.logs[-1].refused}"
+                f"{len(self.adapters)} adapters came back, federation.min_users is {least}: {refused}"
             )
         rounds = self.state.notes["rounds"] + [dataclasses.asdict(strategy.logs[-1])]
         result = {
@@ -207,7 +202,7 @@ class Federation:
             },
             "align": self.state.notes["align"],
             "rounds": rounds,
-            "refused": {**silent, **strategy.logs[-1].refused},
+            "refused": refused,
         }
         self.progress("done", 1.0)
         files.write_text(self.workdir / "result.json", json.dumps(result, indent=2))
@@ -215,21 +210,3 @@ class Federation:
     def progress(self, note: str, share: float) -> None:
         """Tell the folder how far we are; `share` runs from 0 to 1."""
         write_progress(self.workdir, {"note": note, "share": min(1.0, share)})
-
-
-def _name_fault(user: str, known: Mapping[int, str]) -> str:
-    """Why a node cannot go by this name, or "": adapters are stored under it, one a user."""
-    try:
-        check_user_id(user)
-    except RegistryError as error:
-        return str(error)
-    return f"says it is user {user!r}, and so does another node" if user in known.values() else ""
-
-
-def _wait_for_nodes(grid: Grid, wanted: int, *, timeout: float) -> list[int]:
-    deadline = time.monotonic() + timeout
-    while len(nodes := list(grid.get_node_ids())) < wanted:
-        if time.monotonic() > deadline:
-            raise FederationError(f"{len(nodes)} of {wanted} nodes came within {timeout:.0f} s")
-        time.sleep(0.5)
-    return sorted(nodes)

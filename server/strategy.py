@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from server.agreement import LOSS, TERNARY_LOSS, WEIGHT, Agreement
+from server.agreement import LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, size
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
 
@@ -64,7 +64,8 @@ class FedBiOT(FedAvg):
 
     Args:
         agreement: what replies are held against.
-        nodes: node id -> user id, from the hello query; only these nodes are asked.
+        nodes: node id -> user id, from the hello query; only these nodes are asked. Looked at in every round,
+            after `emulator` was called: who has joined by then takes part.
         emulator: gives the emulator's LoRA tensors for a round (and may train it first).
         keep: stores one user's own adapter in the personal round.
         first_round: how many rounds an earlier attempt already did; Flower counts from 1 each time.
@@ -85,13 +86,14 @@ class FedBiOT(FedAvg):
             fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1, weighted_by_key=WEIGHT
         )
         self.agreement = agreement
-        self.nodes = dict(nodes)
+        self.nodes = nodes
         self.logs: list[RoundLog] = []
         self._emulator = emulator
         self._keep = keep
         self._offset = first_round
         self._last = last_round
         self._started = 0.0
+        self._start: dict[str, Tensor] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -101,7 +103,8 @@ class FedBiOT(FedAvg):
         mode = PERSONAL if number == self._last else SHARED
         log = RoundLog(number, mode)
         self.logs.append(log)
-        state = {**arrays.to_torch_state_dict(), **self._emulator(number, arrays)}
+        self._start = arrays.to_torch_state_dict()
+        state = {**self._start, **self._emulator(number, arrays)}
         record = ArrayRecord(state)
         messages = []
         for node in self.nodes:
@@ -117,20 +120,15 @@ class FedBiOT(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, refuse by name, then average (shared) or keep apart (personal)."""
         log = self.logs[-1]
-        good: dict[str, Message] = {}
-        for message in replies:
-            user = self.nodes.get(message.metadata.src_node_id, f"node {message.metadata.src_node_id}")
-            if message.has_content():
-                log.bytes_up += _size(message)
-            try:
-                form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
-            except AdapterError as error:
-                log.refused[user] = str(error)
-                log.lost += [user] if message.has_error() else []
-                continue
+        good, changes = self._read(replies, log)
+        for user, why in self.agreement.outsized(changes, start=size(self._start)).items():
+            log.refused[user] = why
+            del good[user]
+        for user, message in good.items():
+            # read again: to keep what was read would hold every adapter of the round in memory twice
+            form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
             log.accepted.append(user)
             log.received[user] = _received(message, form)
-            good[user] = message
             if log.mode == PERSONAL:
                 self._keep(user, adapter, message.content.metric_records["metrics"])
         for user in set(self.nodes.values()) - set(log.accepted) - set(log.refused):
@@ -144,6 +142,23 @@ class FedBiOT(FedAvg):
         log.train_loss = cast(float, metrics["train-loss-last"])
         log.emulator_loss = cast(float, metrics[LOSS])
         return arrays, metrics
+
+    def _read(self, replies: Iterable[Message], log: RoundLog) -> tuple[dict[str, Message], dict[str, float]]:
+        """The replies that are as agreed, and how far each of them went; the others are refused by name."""
+        good: dict[str, Message] = {}
+        changes: dict[str, float] = {}
+        for message in replies:
+            user = self.nodes.get(message.metadata.src_node_id, f"node {message.metadata.src_node_id}")
+            if message.has_content():
+                log.bytes_up += _size(message)
+            try:
+                _, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
+            except AdapterError as error:
+                log.refused[user] = str(error)
+                log.lost += [user] if message.has_error() else []
+                continue
+            good[user], changes[user] = message, change(adapter, self._start)
+        return good, changes
 
     def _mean(self, replies: list[Message], log: RoundLog) -> tuple[ArrayRecord | None, MetricRecord]:
         """What the replies have in common: of a personal round the numbers alone."""

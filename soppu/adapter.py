@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,27 +20,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from soppu import base_identity, files
+from soppu import base_identity, files, peft_config
 from soppu.base_identity import Base
 from soppu.errors import AdapterError
 from soppu.module_names import split_layer
+from soppu.peft_config import LoraFields
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 IDENTITY_FILE = "soppu.json"
-# PEFT features whose effect is more than B @ A on the base weights as they are.
-_NOT_PLAIN = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "modules_to_save",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-)
-_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_AS_THEY_ARE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE_MODEL = "{beside} is of a whole model: give the adapter's own folder, saved before merge_and_unload"
+_CURES = (  # a pattern of what may lie in the folder instead, and what to do with it
+    (
+        "adapter_model*.bin",
+        'the weights are in {beside}; in {folder} run: python -c "import glob, torch;'
+        " from safetensors.torch import save_file; save_file({{k: v.clone() for p in"
+        " glob.glob('adapter_model*.bin') for k, v in torch.load(p, 'cpu', weights_only=True).items()}},"
+        " 'adapter_model.safetensors')\"",
+    ),
+    (
+        "adapter_model-*.safetensors",
+        'the weights are in parts ({beside}); in {folder} run: python -c "import glob;'
+        " from safetensors.torch import load_file, save_file; save_file({{k: v for p in"
+        " glob.glob('adapter_model-*.safetensors') for k, v in load_file(p).items()}},"
+        " 'adapter_model.safetensors')\"",
+    ),
+    (
+        WEIGHTS_FILE,
+        "its weights are there, but only that file says their scale: copy it from where they were trained",
+    ),
+    ("*/" + CONFIG_FILE, "there is an adapter in {inside}: give that folder"),
+    ("model*.safetensors", _WHOLE_MODEL),
+    ("pytorch_model*.bin", _WHOLE_MODEL),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +130,16 @@ def validate(adapter: LoraAdapter, *, who: str) -> None:
         AdapterError: no tensors, shapes that do not fit together, NaN or Inf.
     """
     if not adapter.pairs:
-        raise AdapterError(f"{who}: the adapter holds no LoRA tensors")
+        raise AdapterError(f"{who}: the adapter holds no LoRA tensors: nothing was trained, or nothing saved")
     for name, pair in adapter.pairs.items():
         if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
             raise AdapterError(
-                f"{who}: {name}: A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)} do not share a rank"
+                f"{who}: {name}: A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)} do not share a rank;"
+                " save the adapter again"
             )
         for side, tensor in (("A", pair.A), ("B", pair.B)):
             if not bool(torch.isfinite(tensor).all()):
-                raise AdapterError(f"{who}: {name}: lora_{side} holds NaN or Inf")
+                raise AdapterError(f"{who}: {name}: lora_{side} holds NaN or Inf; take an earlier checkpoint")
 
 
 def check_shapes(adapter: LoraAdapter, expected: Mapping[str, tuple[int, int]], *, who: str) -> None:
@@ -160,36 +174,31 @@ def write(adapter: LoraAdapter, folder: Path) -> None:
 
 
 def read(folder: Path) -> LoraAdapter:
-    """Read a PEFT LoRA folder, ours or anybody's.
+    """Read a PEFT LoRA folder, ours or anybody's; 8-bit floats are widened to float32, which is exact.
 
     Raises:
-        AdapterError: a file is missing or damaged, a tensor has no partner, or the folder uses a PEFT
-            feature that is not a plain LoRA (DoRA, bias, modules_to_save, PiSSA, trained embeddings).
+        AdapterError: a file is missing or damaged, a tensor has no partner, its rank is not the one that the
+            configuration gives it, or the folder uses a PEFT feature that is not a plain LoRA.
     """
-    config = _read_json(folder / CONFIG_FILE)
-    _refuse_features(config, folder)
+    config = peft_config.parse(_read_json(folder / CONFIG_FILE), who=str(folder / CONFIG_FILE))
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _read_tensors(folder / WEIGHTS_FILE).items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise AdapterError(f"{folder}: tensor {key!r} is not a lora_A or lora_B weight")
+            raise AdapterError(
+                f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; allowed are names such as"
+                " base_model.model.<module>.lora_A.weight: train linear layers only, and save with PEFT"
+            )
         halves.setdefault(match["module"], {})[match["side"]] = tensor
-    pairs = {}
-    for name, half in halves.items():
-        if missing := {"A", "B"} - half.keys():
-            raise AdapterError(f"{folder}: {name}: lora_{missing.pop()} is missing")
-        scale = _scale(config, name, half["A"], who=str(folder))
-        pair = LoraPair(half["A"], half["B"])
-        # folded in float32: a bf16 product of B and the scale would lose digits
-        pairs[name] = pair if scale == 1.0 else LoraPair(pair.A.float(), pair.B.float() * scale)
+    identity = _read_json(folder / IDENTITY_FILE) if (folder / IDENTITY_FILE).exists() else {}
     adapter = LoraAdapter(
-        pairs,
-        base_model=config.get("base_model_name_or_path") or "",
-        base_hash=_identity(folder).get("base_hash", ""),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
+        {name: _pair(config, name, half, who=str(folder)) for name, half in halves.items()},
+        base_model=config.base_model_name_or_path or "",
+        base_hash=identity.get("base_hash", ""),
+        fan_in_fan_out=bool(config.fan_in_fan_out),
     )
     validate(adapter, who=str(folder))
-    noted = _identity(folder).get("content", "")
+    noted = identity.get("content", "")
     if noted and noted != adapter.content_hash():
         raise AdapterError(
             f"{folder}: {IDENTITY_FILE} belongs to other tensors ({noted[:12]}, found"
@@ -198,20 +207,17 @@ def read(folder: Path) -> LoraAdapter:
     return adapter
 
 
-def _identity(folder: Path) -> dict[str, Any]:
-    path = folder / IDENTITY_FILE
-    return _read_json(path) if path.exists() else {}
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise AdapterError(f"{path}: not JSON: {error}") from None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise _absent(path) from None
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not JSON: {error}; write it again with PEFT's save_pretrained") from None
     if not isinstance(value, dict):
-        raise AdapterError(f"{path}: holds a {type(value).__name__}, expected an object")
+        raise AdapterError(f"{path}: holds a {type(value).__name__}, expected an object as PEFT writes it")
     return value
 
 
@@ -220,39 +226,74 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as stream:
             return {key: stream.get_tensor(key) for key in stream.keys()}
     except FileNotFoundError:
-        raise AdapterError(f"{path}: no such file") from None
+        raise _absent(path) from None
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: truncated or not safetensors: {error}") from None
+        raise AdapterError(
+            f"{path}: truncated or not safetensors: {error}; copy or save the folder again"
+        ) from None
 
 
-def _refuse_features(config: Mapping[str, Any], folder: Path) -> None:
-    if config.get("peft_type", "LORA") != "LORA":
-        raise AdapterError(f"{folder}: peft_type {config['peft_type']!r}, only LORA is supported")
-    faults = [name for name in _NOT_PLAIN if config.get(name)]
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias={config['bias']!r}")
-    if config.get("init_lora_weights") not in _INITS:
-        faults.append(f"init_lora_weights={config['init_lora_weights']!r}")
-    if faults:
-        raise AdapterError(f"{folder}: not a plain LoRA adapter: {', '.join(faults)}")
+def _absent(path: Path) -> AdapterError:
+    """The error for a file that is not there: what lies beside it, and what to do with that."""
+    folder = path.parent
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        cure = f"{folder} {what}; give the folder that PEFT's save_pretrained has written"
+        return AdapterError(f"{path}: no such file; {cure}")
+    for pattern, cure in _CURES:
+        if beside := sorted(folder.glob(pattern)):
+            text = cure.format(beside=beside[-1].name, inside=beside[-1].parent, folder=folder)
+            return AdapterError(f"{path}: no such file; {text}")
+    names = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+    return AdapterError(
+        f"{path}: no such file; the folder holds {names}; needed are {CONFIG_FILE} and {WEIGHTS_FILE},"
+        " as PEFT's save_pretrained writes them"
+    )
 
 
-def _scale(config: Mapping[str, Any], module: str, A: Tensor, *, who: str) -> float:
+def _pair(config: LoraFields, module: str, half: Mapping[str, Tensor], *, who: str) -> LoraPair:
+    """The factors of one module, scale folded into B; AdapterError where file and configuration disagree."""
+    if missing := {"A", "B"} - half.keys():
+        raise AdapterError(
+            f"{who}: {module}: lora_{missing.pop()} is missing; save the adapter again,"
+            " from one process with all parameters gathered"
+        )
+    if not config.targets(module):
+        raise AdapterError(
+            f"{who}: {module}: the file has tensors of it, but target_modules, exclude_modules or"
+            f" layers_to_transform in {CONFIG_FILE} leave it out, and PEFT would ignore them: name it there,"
+            " or remove the tensors"
+        )
+    A, B = (_as_float(half[side], f"{who}: {module}: lora_{side}") for side in ("A", "B"))
     if A.ndim != 2 or A.shape[0] < 1:
-        raise AdapterError(f"{who}: {module}: lora_A has shape {tuple(A.shape)}, expected (r, i) with r >= 1")
-    rank = int(A.shape[0])
-    try:
-        alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise AdapterError(f"{who}: {CONFIG_FILE}: lora_alpha or alpha_pattern: {error}") from None
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        raise AdapterError(
+            f"{who}: {module}: lora_A has shape {tuple(A.shape)}, expected (r, i) with r >= 1; save the"
+            " adapter again with all parameters gathered"
+        )
+    rank, scale = int(A.shape[0]), config.scale(module)
+    if B.shape[1:] == (rank,) and rank != config.rank(module):
+        raise AdapterError(
+            f"{who}: {module}: the tensors have rank {rank}, {CONFIG_FILE} says {config.rank(module)} (r or"
+            " rank_pattern), so their scale is uncertain, and PEFT loads them neither. If alpha and rank of"
+            f" the file were meant, as in PEFT's weighted merges: set rank_pattern[{module!r}] to {rank} and"
+            f" alpha_pattern[{module!r}] to {scale * config.divisor(rank):g}, and so for every such module"
+        )
+    # folded in float32 at least: a bf16 product of B and the scale would lose digits
+    wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    if scale != 1.0:
+        return LoraPair(A.to(wide), B.to(wide) * scale)
+    return LoraPair(A, B) if A.dtype == B.dtype else LoraPair(A.to(wide), B.to(wide))
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _as_float(tensor: Tensor, what: str) -> Tensor:
+    if tensor.dtype in _AS_THEY_ARE:
+        return tensor
+    if str(tensor.dtype).startswith("torch.float8"):
+        return tensor.float()
+    raise AdapterError(
+        f"{what} holds {str(tensor.dtype).removeprefix('torch.')}, expected float16, bfloat16, float32,"
+        " float64 or an 8-bit float: convert the adapter to one of them and save it again"
+    )
 
 
 def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:

@@ -71,13 +71,13 @@ class LazyGroup(click.Group):
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run it; a SoppuError becomes `Error: …` and its exit code."""
+        """Run it; a SoppuError becomes `Error: …` and exit code 1, a MissingExtra 2."""
         try:
             return super().invoke(ctx)
+        except MissingExtra as error:
+            raise click.UsageError(str(error)) from error
         except SoppuError as error:
-            refusal = click.ClickException(str(error))
-            refusal.exit_code = error.exit_code
-            raise refusal from error
+            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,24 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args
 
-from soppu.compress.options import SHARED_METHODS, CompressOptions
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import ArgsKwargs
+
 from soppu.errors import ConfigError
+from soppu.settings import Amount, Count, Flag, Natural, Real, Texts, Whole, allowed, build, settings
 
 
-def _key(
-    default: Any, *, low: float | None = None, high: float | None = None, one_of: tuple[Any, ...] = ()
-) -> Any:
-    return field(default=default, metadata={"low": low, "high": high, "one_of": one_of})
-
-
-@dataclass(frozen=True)
+@settings("base")
 class BaseConfig:
     """Which language model everybody shares."""
 
@@ -34,134 +29,183 @@ class BaseConfig:
     cache: str = ".soppu/models"
 
 
-@dataclass(frozen=True)
+@settings("data")
 class DataConfig:
     """Where users' text comes from, and how much of it is used."""
 
     source: str = "stdlib"
-    users: tuple[str, ...] = ()
-    train_examples: int = _key(64, low=1)
-    heldout_examples: int = _key(16, low=1)
-    min_examples: int = _key(8, low=1)
-    max_tokens: int = _key(192, low=16, high=32768)
+    users: Texts = ()
+    train_examples: Count = 64
+    heldout_examples: Count = 16
+    min_examples: Count = 8
+    max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192
 
 
-@dataclass(frozen=True)
+@settings("plan")
 class PlanConfig:
     """The FedBiOT split: the last layers are the adapter, the rest is thinned to the emulator."""
 
-    adapter_layers: int = _key(4, low=1)
-    drop_ratio: float = _key(0.2, low=0.0, high=0.9)
+    adapter_layers: Count = 4
+    drop_ratio: Annotated[Real, Field(ge=0.0, le=0.9)] = 0.2
 
 
-@dataclass(frozen=True)
+@settings("lora")
 class LoraSettings:
     """The LoRA every user trains."""
 
-    rank: int = _key(8, low=1, high=512)
-    alpha: float = _key(16.0, low=1e-6)
-    target_modules: tuple[str, ...] = ()
+    rank: Annotated[Whole, Field(ge=1, le=512)] = 8
+    alpha: Annotated[Real, Field(ge=1e-6)] = 16.0
+    target_modules: Texts = ()
 
 
-@dataclass(frozen=True)
+@settings("align")
 class AlignConfig:
     """The server's distillation of the emulator towards the full model, on public text."""
 
     source: str = "stdlib-public"
-    examples: int = _key(64, low=1)
-    warmup_steps: int = _key(60, low=0)
-    round_steps: int = _key(5, low=0)
-    batch_size: int = _key(4, low=1)
-    max_tokens: int = _key(128, low=16)
-    rank: int = _key(8, low=1)
-    learning_rate: float = _key(3e-4, low=0.0)
-    kl_weight: float = _key(0.05, low=0.0)
+    examples: Count = 64
+    warmup_steps: Natural = 60
+    round_steps: Natural = 5
+    batch_size: Count = 4
+    max_tokens: Annotated[Whole, Field(ge=16)] = 128
+    rank: Count = 8
+    learning_rate: Amount = 3e-4
+    kl_weight: Amount = 0.05
 
 
-@dataclass(frozen=True)
+@settings("federation")
 class FederationConfig:
     """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
 
-    rounds: int = _key(3, low=0)
-    local_steps: int = _key(10, low=1)
-    personal_steps: int = _key(30, low=1)
-    batch_size: int = _key(4, low=1)
-    learning_rate: float = _key(1e-3, low=0.0)
-    personal_learning_rate: float = _key(1e-3, low=0.0)
-    prox_weight: float = _key(1e-3, low=0.0)
-    wire: str = _key("float32", one_of=("float32", "ternary"))
-    wire_density: float = _key(0.2, low=1e-6, high=1.0)
-    wire_max_loss: float = _key(0.01, low=0.0)
-    client_cpus: int = _key(1, low=1)
-    min_users: int = _key(0, low=0)
-    timeout_s: int = _key(3600, low=1)
+    rounds: Natural = 3
+    local_steps: Count = 10
+    personal_steps: Count = 30
+    batch_size: Count = 4
+    learning_rate: Amount = 1e-3
+    personal_learning_rate: Amount = 1e-3
+    prox_weight: Amount = 1e-3
+    wire: Literal["float32", "ternary"] = "float32"
+    wire_density: Annotated[Real, Field(ge=1e-6, le=1.0)] = 0.2
+    wire_max_loss: Amount = 0.01
+    max_update: Annotated[Real, Field(ge=1.0)] = 10.0  # a user's change, over the median change of the round
+    client_cpus: Count = 1
+    min_users: Natural = 0
+    hello_timeout_s: Count = 120  # how long those who are missing are waited for
+    timeout_s: Count = 3600
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "min_users", "timeout_s"})
+OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "timeout_s"})
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
 TARGETS = ("ratio", "max_bytes", "max_error")
-# Keys of [compress] that decide what errors are weighed by; the others are those of CompressOptions.
+Method = Literal["residual", "svd", "joint", "joint-diag", "cluster", "ternary"]
+METHODS: tuple[str, ...] = get_args(Method)
+SHARED_METHODS = ("joint", "joint-diag", "cluster")  # all of a user is coordinates in a basis
+BasisBits = Literal[2, 3, 4, 5, 6, 8, 16, 32]
+Share = Annotated[Real, Field(gt=0, le=1)]
+CoreBits = Literal[4, 6, 8, 16, 32]
+# Keys of [compress] that decide what errors are weighed by; the others are those of the library.
 CALIBRATION = frozenset({"whiten", "calibration_examples"})
 
 
-@dataclass(frozen=True)
-class CompressConfig:
-    """The compression of all adapters into one bundle; `soppu.compress.CompressOptions` explains the keys."""
-
-    method: str = _key("residual", one_of=("residual", "svd", "joint", "joint-diag", "cluster", "ternary"))
-    rank: int = _key(64, low=1)
-    ratio: float = _key(16.0, low=0.0)
-    max_bytes: int = _key(0, low=0)
-    max_error: float = _key(0.0, low=0.0)
-    clusters: int = _key(1, low=1)
-    basis_bits: int = _key(8, one_of=(2, 3, 4, 5, 6, 8, 16, 32))
-    core_bits: int = _key(8, one_of=(4, 6, 8, 16, 32))
-    density: float = _key(0.1, low=0.0, high=1.0)
-    alpha: float = _key(1.0, low=0.0)
-    faithful: bool = False
-    max_steps: int = _key(10, low=0)
-    tolerance: float = _key(1e-5, low=0.0)
-    shrink: float = _key(0.05, low=0.0, high=1.0)
-    device: str = "auto"
-    whiten: bool = False
-    calibration_examples: int = _key(32, low=1)
-
-    def options(self, *, seed: int = 0) -> CompressOptions:
-        """The same for the library. Raises ConfigError for values that do not go together."""
-        values = {name: value for name, value in vars(self).items() if name not in CALIBRATION}
-        return CompressOptions(**values, seed=seed)
+def one_target(value: float, info: ValidationInfo) -> float:
+    """Refuses a second target; for fields that come after other targets."""
+    given = {name: info.data[name] for name in TARGETS if info.data.get(name)} | {str(info.field_name): value}
+    if value and len(given) > 1:
+        found = ", ".join(f"compress.{name} = {other!r}" for name, other in given.items())
+        names = " and ".join(given)
+        raise ValueError(f"{found}: a bundle has one target, the others are 0; {names} are given")
+    return value
 
 
-@dataclass(frozen=True)
+@settings("compress")
+class CompressSettings:
+    """What the library, its command and a configuration all know of a compression, in one place.
+
+    Defaults are those of the library and the command; the texts are the command's help.
+    """
+
+    method: Annotated[Method, "See above."] = "residual"
+    rank: Annotated[Count, "Largest shared rank k; without a target, the rank of the joint methods."] = 64
+    ratio: Annotated[Amount, "Target: how many times smaller than at 16 bits."] = 0.0
+    max_bytes: Annotated[Natural, "Target: bytes of the bundle file, at most."] = 0
+    max_error: Annotated[Amount, Field(lt=1), "Target: relative error of every user, at most."] = 0.0
+    clusters: Annotated[Count, "Bases a module has; cluster."] = 1
+    basis_bits: Annotated[BasisBits, "Bits of basis numbers, 2 to 8, 16 or 32; joint methods."] = 8
+    core_bits: Annotated[CoreBits, "Bits of core numbers: 4, 6, 8, 16 or 32; joint methods."] = 8
+    density: Annotated[Share, "Share of numbers kept without a target; ternary."] = 0.1
+    alpha: Annotated[Real, Field(gt=0), "Factor on the scale; ternary."] = 1.0
+    faithful: Annotated[Flag, "ComPEFT as published, one scale an adapter; ternary."] = False
+    max_steps: Annotated[Natural, "Most alternations of a joint fit once its ranges are found."] = 10
+    tolerance: Annotated[Amount, Field(lt=1), "Stop when two steps in a row gain less than this."] = 1e-5
+    shrink: Annotated[Share, "How far calibration moments are drawn towards white input."] = 0.05
+    device: Annotated[
+        str,
+        Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
+        allowed("auto, cpu, cuda or cuda:N"),
+        "auto, cpu, cuda or cuda:N.",
+    ] = "auto"
+
+    _one_target = field_validator("max_bytes", "max_error")(one_target)
+
+    @field_validator("max_error", "clusters")
+    @classmethod
+    def _of_the_method(cls, value: float, info: ValidationInfo) -> float:
+        name, method = info.field_name, info.data.get("method")
+        if name == "max_error" and value and method in ("ternary", "joint-diag"):
+            raise ValueError(f"compress.max_error = {value!r}: the method {method} has no such target")
+        if name == "clusters" and value != 1 and method and method != "cluster":
+            raise ValueError(f"compress.clusters = {value!r}: only the method cluster has more than one")
+        return value
+
+
+@settings("compress")
+class CompressConfig(CompressSettings):
+    """The compression of all adapters into one bundle, and what decides what errors are weighed by."""
+
+    ratio: Amount = 16.0
+    whiten: Flag = False
+    calibration_examples: Count = 32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_target(cls, values: Any) -> Any:
+        """No default ratio for a bundle that is given another target."""
+        given = values.kwargs if isinstance(values, ArgsKwargs) else values
+        if not isinstance(given, Mapping) or "ratio" in given or not any(map(given.get, TARGETS)):
+            return values
+        return {**given, "ratio": 0.0}
+
+
+@settings("gate")
 class GateConfig:
     """What a bundle must reach before it may be published."""
 
-    min_mean_gain_kept: float = _key(0.9, low=-10.0, high=1.0)
-    min_user_gain_kept: float = _key(0.5, low=-10.0, high=1.0)
-    max_relative_error: float = _key(0.7, low=0.0)
-    min_improved_users: float = _key(1.0, low=0.0, high=1.0)
+    min_mean_gain_kept: Annotated[Real, Field(ge=-10.0, le=1.0)] = 0.9
+    min_user_gain_kept: Annotated[Real, Field(ge=-10.0, le=1.0)] = 0.5
+    max_relative_error: Amount = 0.7
+    min_improved_users: Annotated[Real, Field(ge=0.0, le=1.0)] = 1.0
 
 
-@dataclass(frozen=True)
+@settings("serve")
 class ServeConfig:
     """The serving target bundles are pushed to."""
 
-    target: str = _key("embedded", one_of=("embedded", "vllm"))
-    url: str = "http://127.0.0.1:8099"
+    target: Literal["embedded", "vllm"] = "embedded"
+    url: Annotated[str, Field(pattern="^https?://"), allowed("http://host:port")] = "http://127.0.0.1:8099"
     state: str = ".soppu/serve"
     vllm_python: str = ".venv-vllm/bin/python"
-    vllm_options: tuple[str, ...] = ("--gpu-memory-utilization", "0.5")
-    max_batch: int = _key(16, low=1)
+    vllm_options: Texts = ("--gpu-memory-utilization", "0.5")
+    max_batch: Count = 16
     canary_prompt: str = "def main():"
-    canary_tokens: int = _key(4, low=1)
-    completion_tokens: int = _key(24, low=1)
-    start_timeout_s: int = _key(600, low=1)
+    canary_tokens: Count = 4
+    completion_tokens: Count = 24
+    start_timeout_s: Count = 600
 
 
-@dataclass(frozen=True)
+@settings("registry")
 class RegistryConfig:
     """Where adapters, bundles and the catalogue of them are kept."""
 
@@ -169,13 +213,13 @@ class RegistryConfig:
     catalogue: str = ""
 
 
-@dataclass(frozen=True)
+@settings("")
 class Config:
     """One run. `seed` fixes every random choice; `runs` is the folder reports are written to."""
 
-    seed: int = _key(0, low=0)
+    seed: Natural = 0
     runs: str = "runs"
-    frozen_dtype: str = _key("float32", one_of=("float32", "bfloat16"))
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     base: BaseConfig = BaseConfig()
     data: DataConfig = DataConfig()
     plan: PlanConfig = PlanConfig()
@@ -186,6 +230,26 @@ class Config:
     gate: GateConfig = GateConfig()
     serve: ServeConfig = ServeConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @field_validator("data")
+    @classmethod
+    def _enough_examples(cls, value: DataConfig) -> DataConfig:
+        if value.min_examples > value.train_examples:
+            raise ValueError(
+                f"data.min_examples = {value.min_examples}, allowed: at most data.train_examples"
+                f" = {value.train_examples}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _served_by_vllm(self) -> Self:
+        method = self.compress.method
+        if self.serve.target == "vllm" and method not in SHARED_METHODS:
+            raise ValueError(
+                f"serve.target: vllm serves cores in shared bases; compress.method = {method!r} keeps more;"
+                f" allowed with it: {', '.join(SHARED_METHODS)}"
+            )
+        return self
 
     def training_digest(self) -> str:
         """Hash (16 hex) of what decides which adapters come out; not of where it runs or what comes after."""
@@ -234,13 +298,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
 
 def from_dict(values: Mapping[str, Any], *, source: str = "configuration") -> Config:
     """Build a Config from nested mappings; ConfigError lists every fault with its key."""
-    faults: list[str] = []
-    config = _build(Config, _with_given_target(values), "", faults)
-    if not faults:
-        _cross_check(config, faults)
-    if faults:
-        raise ConfigError("\n".join(f"{source}: {fault}" for fault in faults))
-    return config
+    return build(Config, values, source=source)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -261,85 +319,3 @@ def dump(config: Config) -> str:
 def _toml(value: Any) -> str:
     # TOML knows no surrogate pairs, which JSON's \u escapes would give, and no bare DEL
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-
-
-def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:
-    hints = get_type_hints(cls)
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    for name in sorted(set(values) - fields.keys()):
-        faults.append(f"unknown key {prefix}{name!s}; {prefix or 'top level'} knows: {', '.join(fields)}")
-    chosen = {}
-    for name in fields.keys() & values.keys():
-        hint, value, label = hints[name], values[name], prefix + name
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            if isinstance(value, Mapping):
-                chosen[name] = _build(hint, value, f"{label}.", faults)
-            else:
-                faults.append(f"{label}: expected a table, found {value!r}")
-        else:
-            chosen[name] = _checked(value, hint, fields[name].metadata, label, faults)
-    return cls(**chosen)
-
-
-def _checked(value: Any, hint: Any, rules: Mapping[str, Any], label: str, faults: list[str]) -> Any:
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)[0]
-        if isinstance(value, list | tuple) and all(isinstance(item, inner) for item in value):
-            return tuple(value)
-        faults.append(f"{label}: expected a list of {inner.__name__}, found {value!r}")
-        return ()
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        faults.append(f"{label}: expected {hint.__name__}, found {value!r}")
-        return value
-    if isinstance(value, float) and not math.isfinite(value):
-        faults.append(f"{label}: found {value}, expected a finite number")
-    if rules.get("one_of") and value not in rules["one_of"]:
-        faults.append(f"{label}: found {value!r}, allowed: {', '.join(map(str, rules['one_of']))}")
-    for bound, wrong in (("low", lambda x, y: x < y), ("high", lambda x, y: x > y)):
-        limit = rules.get(bound)
-        if limit is not None and wrong(value, limit):
-            faults.append(f"{label}: found {value!r}, {'at least' if bound == 'low' else 'at most'} {limit}")
-    return value
-
-
-def _cross_check(config: Config, faults: list[str]) -> None:
-    if config.data.min_examples > config.data.train_examples:
-        faults.append(
-            f"data.min_examples: found {config.data.min_examples}, at most data.train_examples"
-            f" = {config.data.train_examples}"
-        )
-    if not config.serve.url.startswith(("http://", "https://")):
-        faults.append(f"serve.url: found {config.serve.url!r}, expected http://host:port")
-    if config.serve.target == "vllm" and config.compress.method not in SHARED_METHODS:
-        faults.append(
-            f"serve.target: vllm serves cores in shared bases; compress.method = {config.compress.method!r}"
-            f" keeps more; allowed with it: {', '.join(SHARED_METHODS)}"
-        )
-    faults += _compress_faults(config.compress)
-
-
-def _with_given_target(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values, and no default ratio for a bundle that is given another target."""
-    section = values.get("compress")
-    if not isinstance(section, Mapping) or "ratio" in section or not section.keys() & set(TARGETS):
-        return values
-    given = any(section.get(name) for name in TARGETS)
-    return {**values, "compress": {**section, "ratio": 0.0}} if given else values
-
-
-def _compress_faults(settings: CompressConfig) -> list[str]:
-    """What is wrong with [compress] as a whole: its targets, and whatever CompressOptions refuses."""
-    faults = []
-    given = [name for name in TARGETS if getattr(settings, name)]
-    if len(given) > 1:
-        found = ", ".join(f"compress.{name} = {getattr(settings, name)!r}" for name in given)
-        faults.append(f"{found}: a bundle has one target, the others are 0")
-        others: dict[str, Any] = dict.fromkeys(given[:-1], 0)
-        settings = dataclasses.replace(settings, **others)
-    try:
-        settings.options()
-    except ConfigError as error:
-        faults += str(error).split("; ")
-    return faults

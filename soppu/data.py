@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from soppu import corpus
+from soppu import corpus, files
 from soppu.config import DataConfig
 from soppu.errors import DataError
 
@@ -125,6 +126,14 @@ def load_public(source: str, *, limit: int) -> list[Example]:
     return sorted(set(examples), key=Example.digest)[:limit]
 
 
+def source_digest(source: str) -> str:
+    """Content hash of all text of a source, users' or public; DataError if it cannot be read. O(bytes)."""
+    if source in (STDLIB, STDLIB_PUBLIC):
+        return f"{source} {platform.python_version()}"
+    parts = [f"{item.name} {files.sha256_file(item)}" for item in _source_files(source)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def tokenize(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int) -> list[Block]:
     """Token blocks of at most `max_tokens`; the prompt is masked from the loss.
 
@@ -164,18 +173,20 @@ def _examples(source: str, user_id: str) -> list[Example]:
     return users[user_id]
 
 
-def _read_source(source: str) -> dict[str, list[Example]]:
+def _source_files(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir():
-        found = sorted(path.glob("*.jsonl"))
-        if not found:
-            raise DataError(f"{path}: no *.jsonl files; give a JSONL file, a folder of them, or {STDLIB!r}")
-    elif path.is_file():
-        found = [path]
-    else:
-        raise DataError(f"{path}: no such file or folder, and not {STDLIB!r}")
+        if paths := sorted(path.glob("*.jsonl")):
+            return paths
+        raise DataError(f"{path}: no *.jsonl files; give a JSONL file, a folder of them, or {STDLIB!r}")
+    if path.is_file():
+        return [path]
+    raise DataError(f"{path}: no such file or folder, and not {STDLIB!r}")
+
+
+def _read_source(source: str) -> dict[str, list[Example]]:
     users: dict[str, list[Example]] = {}
-    for item in found:
+    for item in _source_files(source):
         state = item.stat()
         examples = _read_jsonl(item, state.st_mtime_ns, state.st_size)
         if not examples:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from soppu import files
 from soppu.base_identity import Base
@@ -95,6 +97,13 @@ def resolve(name: str, *, cache: Path) -> BaseModel:
     return _from_hub(name)
 
 
+def tokenizer_digest(base: BaseModel) -> str:
+    """Content hash of every small file beside the weights: the same text gives the same tokens."""
+    paths = [path for ending in ("json", "model", "txt") for path in base.path.glob(f"*.{ending}")]
+    parts = [f"{item.name} {files.sha256_file(item)}" for item in sorted(paths) if item.name != "config.json"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def load_model(base: BaseModel, *, dtype: str = "float32") -> PreTrainedModel:
     """Load the weights, frozen and in evaluation mode, on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], local_files_only=True)
@@ -106,6 +115,20 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Every module an adapter may sit on: full name -> (o, i)."""
+    modules = model.named_modules()
+    return {name: linear_shape(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(o, i) of an `nn.Linear` or a `Conv1D`."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:

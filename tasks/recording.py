@@ -23,12 +23,13 @@ _HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, 
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Cache key: the stage, its inputs, and the run folder and registry those inputs live in.
+    """Cache key: the stage, its parameters, and everything else that its result follows from.
 
-    Inputs are content hashes, so equal inputs mean equal work. A run folder or registry that was wiped, or
-    from which a user was forgotten, has another identity, and nothing old is taken from the cache.
+    Parameters are content hashes, so equal ones mean equal work, once what they do not name is equal too:
+    text, settings, base model, and the run folder and registry, whose identity changes when they are wiped
+    or a user is forgotten.
     """
-    values = [context.task.name, open_run(parameters["run"]).identity, parameters]
+    values = [context.task.name, open_run(parameters["run"]).inputs(context.task.name), parameters]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -47,7 +48,7 @@ def recorded(run: str, name: str) -> Iterator[None]:
 
 
 def note(run: str, name: str, *, seconds: float) -> None:
-    """Write down how long a stage took, and the how-manieth attempt this was."""
+    """Write down how long a stage took, and which attempt this was."""
     values = {"name": name, "seconds": seconds, "attempts": task_run.run_count or 1}
     open_run(run).write(f"stages/{name}.json", values)
 

@@ -32,6 +32,17 @@ settings.register_profile(
 )
 settings.load_profile("soppu")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `-n`: a file to one worker, for what its tests share; the slow ones first, for a short end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 LAYERS = 8
 HIDDEN = 32
 VOCABULARY = 320  # 256 bytes, the special tokens, and a few merges

@@ -20,6 +20,7 @@ from soppu.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -70,6 +71,44 @@ def test_links_and_the_file_tour_point_at_things_that_are_there() -> None:
     tour = README.split("## File tour")[1].split("\n## ")[0]
     for name in re.findall(r"`([\w./]+(?:\.py|/))`", tour):
         assert (ROOT / name).exists(), name
+
+
+def test_the_index_has_every_page() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"^\| \[([\w.]+)\]", (ROOT / "docs" / "README.md").read_text(), re.M)) == pages
+
+
+def test_the_glossary_defines_every_term_once_and_says_where_it_lives() -> None:
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.M
+    )
+    terms = [
+        re.sub(r" \(([A-Z]|r|[A-Z],.*|[A-Z] or .*)\)$", "", term) for term, _, _ in rows if term != "term"
+    ]
+    assert len(terms) == len(set(terms))
+    assert {"adapter", "core", "basis", "bundle", "page", "residual"} <= set(terms)
+    assert all("](" in where for term, _, where in rows if term != "term")
+
+
+def test_where_a_change_goes_names_things_that_are_there() -> None:
+    section = CONTRIBUTING.split("## Where does")[1].split("\n## ")[0]
+    places = re.findall(r"`([\w./]+(?:\.py|\.toml|\.md|/))`", section)
+    assert len(places) > 15
+    assert not [place for place in places if place != "hooks.py" and not (ROOT / place).exists()]
+
+
+def test_the_one_test_recipe_runs_a_test_that_is_there() -> None:
+    words = next(
+        c for c in (line.split() for line in CONTRIBUTING.splitlines()) if "-k" in c and "pytest" in c
+    )
+    path, name = next(word for word in words if word.startswith("tests/")), words[words.index("-k") + 1]
+    assert re.search(rf"def test_\w*{name}", (ROOT / path).read_text())
+
+
+def test_the_hooks_before_a_commit_are_those_of_make_lint() -> None:
+    makefile = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    hooks = re.findall(r"entry: \.venv/bin/(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert {"ruff", "mypy", "lint-imports"} <= set(hooks) <= set(re.findall(r"\$\(BIN\)/(\S+)", makefile))
 
 
 def test_the_readmes_figures_are_the_measured_ones() -> None:

@@ -9,7 +9,6 @@ import click
 
 from soppu import adapter, models
 from soppu.adapter import LoraAdapter
-from soppu.serve.layers.adapted_linear import linear_shapes
 
 _CACHE = Path(".soppu/models")
 
@@ -30,12 +29,12 @@ def reader(base: str) -> Callable[[Path], LoraAdapter]:
     """
     if not base:
         return adapter.read
-    found = models.resolve(base, cache=_CACHE)
-    shapes = linear_shapes(models.skeleton(found))
+    model = models.resolve(base, cache=_CACHE)
+    shapes = models.linear_shapes(models.skeleton(model))
 
     def read(folder: Path) -> LoraAdapter:
-        made = adapter.stamped(adapter.read(folder), found.base, who=str(folder))
-        adapter.check_shapes(made, shapes, who=str(folder))
-        return made
+        stamped = adapter.stamped(adapter.read(folder), model.base, who=str(folder))
+        adapter.check_shapes(stamped, shapes, who=str(folder))
+        return stamped
 
     return read

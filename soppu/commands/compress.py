@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from torch import Tensor
@@ -17,12 +17,28 @@ from soppu.commands.base import BASE, reader
 from soppu.commands.describe import summary, table
 from soppu.commands.folders import named_folders
 from soppu.compress import CompressOptions, compress
-from soppu.config import CompressConfig
+from soppu.config import METHODS, TARGETS, CompressSettings
 from soppu.errors import BundleError
 from soppu.reading import AdaptersOnDemand
 
-_DEFAULT = CompressConfig()
-_METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_FIELDS = CompressSettings.__pydantic_fields__  # type: ignore[attr-defined]
+
+
+def _settings(*names: str) -> Callable[[_Command], _Command]:
+    """Options with the types, defaults and texts of the settings they are named after."""
+
+    def decorate(command: _Command) -> _Command:
+        for name in reversed(names):
+            field = _FIELDS[name]
+            text = next(item for item in field.metadata if isinstance(item, str))
+            kind = click.Choice(METHODS) if name == "method" else type(field.default)
+            flag = {"is_flag": True} if kind is bool else {"type": kind, "show_default": name not in TARGETS}
+            option = click.option(f"--{name.replace('_', '-')}", default=field.default, help=text, **flag)
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @click.command("compress")
@@ -30,45 +46,8 @@ _METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Bundle to write."
 )
-@click.option(
-    "--method", type=click.Choice(_METHODS), default=_DEFAULT.method, show_default=True, help="See above."
-)
-@click.option("--ratio", type=float, default=0.0, help="Target: how many times smaller than at 16 bits.")
-@click.option("--max-bytes", type=int, default=0, help="Target: bytes of the bundle file, at most.")
-@click.option("--max-error", type=float, default=0.0, help="Target: relative error of every user, at most.")
-@click.option(
-    "--rank",
-    type=int,
-    default=_DEFAULT.rank,
-    show_default=True,
-    help="Largest shared rank k; without a target, the rank of the joint methods.",
-)
-@click.option("--clusters", type=int, default=1, show_default=True, help="Bases a module has; cluster.")
-@click.option(
-    "--basis-bits",
-    type=int,
-    default=_DEFAULT.basis_bits,
-    show_default=True,
-    help="Bits of basis numbers, 2 to 8, 16 or 32; joint methods.",
-)
-@click.option(
-    "--core-bits",
-    type=int,
-    default=_DEFAULT.core_bits,
-    show_default=True,
-    help="Bits of core numbers: 4, 6, 8, 16 or 32; joint methods.",
-)
-@click.option(
-    "--density",
-    type=float,
-    default=_DEFAULT.density,
-    show_default=True,
-    help="Share of numbers kept without a target; ternary.",
-)
-@click.option(
-    "--alpha", type=float, default=_DEFAULT.alpha, show_default=True, help="Factor on the scale; ternary."
-)
-@click.option("--faithful", is_flag=True, help="ComPEFT as published, one scale an adapter; ternary.")
+@_settings("method", "ratio", "max_bytes", "max_error", "rank", "clusters", "basis_bits", "core_bits")
+@_settings("density", "alpha", "faithful")
 @click.option(
     "--moments",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -76,7 +55,7 @@ _METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
 )
 @BASE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sketches and cluster starts.")
-@click.option("--device", default=_DEFAULT.device, show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_settings("device")
 def compress_command(
     folders: tuple[str, ...], *, out: Path, moments: Path | None, base: str, **settings: Any
 ) -> None:

@@ -8,7 +8,7 @@ import click
 
 from soppu.compress import Bundle
 from soppu.compress.bundle.report import CompressionReport
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -33,19 +33,20 @@ def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> Non
     time goes one further. A bundle with a user who was forgotten is never live again.
     """
     registry = Registry.open(root, catalogue=catalogue, create=False)
-    here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]
-    kind = here[0].target if here else "embedded"
-    target = kinds.of(kind)(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
-    if not target.is_up():
-        raise TargetError(f"{url}: nobody answers there")
-    live = target.active()
-    if not bundle_id:
-        before = previous_bundles(registry, url, live)
-        if not before:
-            raise RegistryError(f"{url}: nothing but {live[:12] or 'no bundle'} was published there")
-        bundle_id = before[0]
-    refuse_forgotten(registry, bundle_id)
-    target.publish(registry.bundle_path(bundle_id), bundle_id=bundle_id)
-    target.activate(bundle_id)
-    registry.record_publication(target=kind, url=target.url, bundle_id=bundle_id)
+    with registry.publishing(url):  # between a publication's switch and its record, neither is ours to change
+        here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]
+        kind = here[0].target if here else "embedded"
+        target = kinds.of(kind)(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
+        if not target.is_up():
+            raise TargetError(f"{url}: nobody answers there")
+        live = target.active()
+        if not bundle_id:
+            before = previous_bundles(registry, url, live)
+            if not before:
+                raise RegistryError(f"{url}: nothing but {live[:12] or 'no bundle'} was published there")
+            bundle_id = before[0]
+        refuse_forgotten(registry, bundle_id)
+        target.publish(registry.bundle_path(bundle_id), bundle_id=bundle_id)
+        target.activate(bundle_id)
+        registry.record_publication(target=kind, url=target.url, bundle_id=bundle_id)
     click.echo(f"{url}: {live[:12] or 'no bundle'} -> {bundle_id[:12]}")

@@ -1,99 +1,96 @@
-"""CompressOptions: what to compress with. Not for how any one method works."""
+"""CompressOptions: what to compress with, and Target: what a bundle has to reach.
+
+Methods, ranges and defaults are those of `soppu.config.CompressSettings`. Not for how any one method works.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
+from typing import Annotated, Self, get_args
 
 import torch
+from pydantic import Field, field_validator
 
-from soppu.compress.numbers.quantise import COORDS, FLOATS, QUANTISERS
-from soppu.compress.target import Target
+from soppu.config import (
+    CALIBRATION,
+    BasisBits,
+    CompressConfig,
+    CompressSettings,
+    CoreBits,
+    one_target,
+)
+from soppu.config import METHODS as METHODS
+from soppu.config import SHARED_METHODS as SHARED_METHODS
 from soppu.errors import ConfigError
+from soppu.settings import Amount, Natural, settings
 
-METHODS = ("residual", "svd", "joint", "joint-diag", "cluster", "ternary")
-SHARED_METHODS = ("joint", "joint-diag", "cluster")  # all of a user is coordinates in a basis
-BASIS_BITS = (*QUANTISERS, *FLOATS)
-CORE_BITS = (*COORDS, *FLOATS)
+BASIS_BITS: tuple[int, ...] = get_args(BasisBits)
+CORE_BITS: tuple[int, ...] = get_args(CoreBits)
 DEFAULT_RATIO = 16.0  # of methods that need a target and were given none
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_BYTES_A_NUMBER = 2  # a ratio is against adapters kept in 16 bits a number
 
 
-@dataclass(frozen=True)
-class CompressOptions:
-    """How a set of adapters becomes a bundle.
+@settings("compress")
+class Target:
+    """At most one of these is not zero; ConfigError for more, or one out of its range.
 
     Attributes:
-        method: "residual" shares a basis where that pays and gives every user numbers of their own where it
-            does not; "svd" shares nothing; "joint" keeps cores in one shared basis, "joint-diag" diagonal
-            ones, "cluster" cores in one of several bases; "ternary" is ComPEFT.
-        rank: largest shared rank; joint methods use it as it is where there is no target.
-        ratio: target: bytes at 16 bits a number over bytes of the file. At most one target may be given;
-            residual, svd and ternary take a ratio of 16 where there is none.
-        max_bytes: target: size of the file, at most.
-        max_error: target: relative error of every user, at most. For residual, svd, joint and cluster.
-        clusters: bases a module has, method "cluster" alone.
-        basis_bits: bits of basis numbers in joint methods; 16 and 32 are floats.
-        core_bits: bits of core numbers in joint methods; 16 and 32 are floats.
-        density: share of numbers "ternary" keeps where there is no target.
-        alpha: factor on the scale of "ternary", as in ComPEFT.
-        faithful: whether "ternary" follows the released code to the letter, one global threshold and scale.
-        max_steps: most alternations of a joint fit once its ranges are found; 0 keeps the closed form.
-        tolerance: stop when two steps in a row gain less than this share of the total energy.
-        shrink: how far calibration moments are drawn towards white input; used where moments are given.
+        ratio: bytes of the adapters at 16 bits a number, over bytes of the bundle file.
+        max_bytes: size of the bundle file, at most.
+        max_error: relative error of every user, at most.
+    """
+
+    ratio: Amount = 0.0
+    max_bytes: Natural = 0
+    max_error: Annotated[Amount, Field(lt=1)] = 0.0
+
+    _one_target = field_validator("max_bytes", "max_error")(one_target)
+
+    def __bool__(self) -> bool:
+        return bool(self.ratio or self.max_bytes or self.max_error)
+
+    def __str__(self) -> str:
+        if self.max_error:
+            return f"relative error {self.max_error:g} for every user"
+        return f"{self.ratio:g}x" if self.ratio else f"{self.max_bytes} bytes" if self.max_bytes else ""
+
+    def most_bytes(self, parameters: int) -> int:
+        """Bytes the file may have, 0 where the target is an error or there is none."""
+        if self.ratio:
+            size = int(_BYTES_A_NUMBER * parameters / self.ratio)
+            # the quotient may have been rounded to just below a whole number
+            return size + (ratio(parameters, size + 1) >= self.ratio)
+        return self.max_bytes
+
+
+def ratio(parameters: int, size: int) -> float:
+    """How many times smaller a file is than the adapters at 16 bits a number."""
+    return _BYTES_A_NUMBER * parameters / size
+
+
+@settings("compress")
+class CompressOptions(CompressSettings):
+    """How a set of adapters becomes a bundle.
+
+    "residual" shares a basis where that pays and gives every user numbers of their own where it does not;
+    "svd" shares nothing; "joint" keeps cores in one shared basis, "joint-diag" diagonal ones, "cluster" cores
+    in one of several bases; "ternary" is ComPEFT. At most one target may be given; residual, svd and ternary
+    take a size; a ratio of 16 is taken where residual and svd are given no target.
+
+    Attributes:
         seed: of sketches and of cluster starts. Recorded in the report.
-        device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
         ConfigError: a value outside its range; the message lists every fault.
     """
 
-    method: str = "residual"
-    rank: int = 64
-    ratio: float = 0.0
-    max_bytes: int = 0
-    max_error: float = 0.0
-    clusters: int = 1
-    basis_bits: int = 8
-    core_bits: int = 8
-    density: float = 0.1
-    alpha: float = 1.0
-    faithful: bool = False
-    max_steps: int = 10
-    tolerance: float = 1e-5
-    shrink: float = 0.05
-    seed: int = 0
-    device: str = "auto"
+    seed: Natural = 0
 
-    def __post_init__(self) -> None:
-        checks = (
-            ("method", self.method in METHODS, f"one of {', '.join(METHODS)}"),
-            ("rank", _whole(self.rank, 1), "an integer of 1 or more"),
-            ("clusters", _whole(self.clusters, 1), "an integer of 1 or more"),
-            ("basis_bits", self.basis_bits in BASIS_BITS, f"one of {', '.join(map(str, BASIS_BITS))}"),
-            ("core_bits", self.core_bits in CORE_BITS, f"one of {', '.join(map(str, CORE_BITS))}"),
-            ("density", _share(self.density, above=True, one=True), "a number above 0, at most 1"),
-            ("alpha", _number(self.alpha) and self.alpha > 0, "a number above 0"),
-            ("faithful", isinstance(self.faithful, bool), "true or false"),
-            ("max_steps", _whole(self.max_steps, 0), "an integer of 0 or more"),
-            ("tolerance", _share(self.tolerance), "a number from 0 up to, not including, 1"),
-            ("shrink", _share(self.shrink, above=True, one=True), "a number above 0, at most 1"),
-            ("seed", _whole(self.seed, 0), "an integer of 0 or more"),
-            ("device", _device(self.device), "auto, cpu, cuda or cuda:N"),
+    @classmethod
+    def of(cls, config: CompressConfig, *, seed: int = 0) -> Self:
+        """What a run's configuration asks for."""
+        return cls(
+            **{name: value for name, value in vars(config).items() if name not in CALIBRATION}, seed=seed
         )
-        faults = [
-            f"compress.{name} = {getattr(self, name)!r}, allowed: {allowed}"
-            for name, good, allowed in checks
-            if not good
-        ]
-        if self.method != "cluster" and self.clusters != 1:
-            faults.append(f"compress.clusters = {self.clusters!r}: only the method cluster has more than one")
-        if self.max_error and self.method in ("ternary", "joint-diag"):
-            faults.append(f"compress.max_error: the method {self.method} has no such target")
-        if faults:
-            raise ConfigError("; ".join(faults))
-        self.target  # noqa: B018  raises what is wrong with it
 
     @property
     def target(self) -> Target:
@@ -111,22 +108,3 @@ class CompressOptions:
             found = torch.cuda.device_count()
             raise ConfigError(f"compress.device = {self.device!r}, this machine has {found} CUDA devices")
         return device
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _share(value: object, *, above: bool = False, one: bool = False) -> bool:
-    if not _number(value):
-        return False
-    share = float(value)  # type: ignore[arg-type]
-    return (share > 0 if above else share >= 0) and (share <= 1 if one else share < 1)
-
-
-def _device(value: object) -> bool:
-    return isinstance(value, str) and _DEVICE.fullmatch(value) is not None

@@ -19,8 +19,7 @@ from soppu.compress.methods import residual, shared_basis, ternary
 from soppu.compress.methods.fit import Fit, Question
 from soppu.compress.numbers.errors import LOST, relative_errors
 from soppu.compress.numbers.quantise import QUANTISERS
-from soppu.compress.options import SHARED_METHODS, CompressOptions
-from soppu.compress.target import ratio
+from soppu.compress.options import SHARED_METHODS, CompressOptions, ratio
 from soppu.errors import BundleError
 
 _FLOAT_WIDTHS = (16, 32)

@@ -17,7 +17,7 @@ from typing import Any
 
 from soppu import __version__, files
 from soppu.compress.bundle.report import CompressionReport
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.config import Config
 from soppu.errors import ReportError
 from soppu.evaluate import html, schema

@@ -37,6 +37,7 @@ class Blobs(ABC):
     """
 
     name: str
+    here: Path  # a folder on this machine: the root itself, or the cache of a remote one
 
     @abstractmethod
     def has(self, key: str) -> bool:
@@ -94,7 +95,7 @@ class LocalBlobs(Blobs):
     """Blobs in a folder: written beside their place, synced to disk, then renamed."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = self.here = root
         self.name = str(root)
 
     def has(self, key: str) -> bool:
@@ -153,6 +154,7 @@ class RemoteBlobs(Blobs):
         self._system = system
         self._root = root.rstrip("/")
         self._cache = LocalBlobs(cache)
+        self.here = cache
         self.name = name
 
     def has(self, key: str) -> bool:

@@ -6,6 +6,8 @@ everywhere (user, adapters, sets, bundles), so that two transactions never wait 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -193,6 +195,42 @@ def check_held(session: Session, pairs: list[tuple[str, str]]) -> None:
         for user, adapter_id in chunk:
             if (user, adapter_id) not in held:
                 raise RegistryError(f"user {user!r} does not hold adapter {adapter_id!r}")
+
+
+def current_set(session: Session, *, base_hash: str = "") -> dict[str, str]:
+    """User -> current adapter id, sorted, of everybody not forgotten; `base_hash` leaves other bases out."""
+    query = sa.select(User.id, Holding.adapter_id).join(Holding, User.holding_id == Holding.id)
+    if base_hash:
+        query = query.join(Adapter, Adapter.id == Holding.adapter_id).where(Adapter.base_hash == base_hash)
+    return dict(sorted((user, adapter_id) for user, adapter_id in session.execute(query)))
+
+
+def freeze_current(session: Session, base_hash: str, *, chosen: Mapping[str, str], run: str) -> str:
+    """Make `chosen` current, then freeze everybody's current adapter of one base; raises as `freeze` does."""
+    # every user, in the order of ids: nobody's adapter changes before the transaction ends
+    session.execute(sa.select(User.id).order_by(User.id).with_for_update())
+    check_held(session, sorted(chosen.items()))
+    before = current_set(session)
+    for user, adapter_id in chosen.items():
+        if before[user] != adapter_id:  # a run of an earlier configuration, again; or one that was overtaken
+            new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics={}, at=now())
+            hold(session, find_user(session, user), new)
+    return freeze(session, current_set(session, base_hash=base_hash))
+
+
+def freeze(session: Session, adapter_ids: Mapping[str, str]) -> str:
+    """Fix user -> adapter id as a set; its id. RegistryError: no users, or one who does not hold theirs."""
+    pairs = sorted(adapter_ids.items())
+    if not pairs:
+        raise RegistryError("a set needs at least one user, got none")
+    check_held(session, pairs)
+    set_id = f"s-{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]}"
+    if insert_if_absent(session, AdapterSet, id=set_id, contains_forgotten=False, created_at=now()):
+        rows = [{"set_id": set_id, "user_id": user, "adapter_id": held} for user, held in pairs]
+        session.execute(sa.insert(SetMember), rows)
+    # Every user holds their adapter now: one who was forgotten has come back with it.
+    session.get_one(AdapterSet, set_id, with_for_update=True).contains_forgotten = False
+    return set_id
 
 
 def drop_holdings(session: Session, user: str) -> None:

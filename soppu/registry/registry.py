@@ -7,10 +7,10 @@ adapters are trained and what a bundle means is not known here: a bundle is byte
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from soppu.registry.catalogue import (
     Holding,
     PublicationRecord,
     SetMember,
-    User,
     check_user_id,
     insert_if_absent,
     now,
@@ -135,24 +134,23 @@ class Registry:
     def freeze_set(self, adapter_ids: Mapping[str, str]) -> str:
         """Fix a choice of one adapter for each user (user -> adapter id). Idempotent.
 
-        Returns:
-            "s-" and 16 hex digits of the SHA-256 of the sorted pairs.
-
-        Raises:
-            RegistryError: no users, or one that does not hold the adapter named.
+        Returns "s-" and 16 hex digits of the SHA-256 of the sorted pairs. RegistryError: no users, or one
+        that does not hold the adapter named.
         """
-        pairs = sorted(adapter_ids.items())
-        if not pairs:
-            raise RegistryError("a set needs at least one user, got none")
-        set_id = f"s-{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]}"
         with self._catalogue.write() as session:
-            ledger.check_held(session, pairs)
-            if insert_if_absent(session, AdapterSet, id=set_id, contains_forgotten=False, created_at=now()):
-                rows = [{"set_id": set_id, "user_id": user, "adapter_id": held} for user, held in pairs]
-                session.execute(sa.insert(SetMember), rows)
-            # Every user holds their adapter now: one who was forgotten has come back with it.
-            session.get_one(AdapterSet, set_id, with_for_update=True).contains_forgotten = False
-        return set_id
+            return ledger.freeze(session, adapter_ids)
+
+    def freeze_current(
+        self, base_hash: str, *, chosen: Mapping[str, str] | None = None, run: str = ""
+    ) -> str:
+        """Fix the current adapter of every user of one base model, as they all are at one instant.
+
+        `chosen` (user -> adapter id) become current for their users under `run`, and are frozen, in the same
+        transaction, whatever others put meanwhile. Reads the catalogue alone, no tensors. Returns and raises
+        as `freeze_set` does.
+        """
+        with self._catalogue.write() as session:
+            return ledger.freeze_current(session, base_hash, chosen=chosen or {}, run=run)
 
     def get_set(self, set_id: str) -> dict[str, str]:
         """User -> adapter id of a frozen set, sorted; forgotten users too. RegistryError if it is unknown."""
@@ -164,10 +162,7 @@ class Registry:
         return dict(members)
 
     def put_bundle(self, path_or_bytes: Path | bytes, *, set_id: str, run: str = "") -> str:
-        """Store a bundle compressed from a set. Idempotent.
-
-        Returns:
-            The SHA-256 of the file, 64 hex digits.
+        """Store a bundle compressed from a set. Idempotent. Returns the SHA-256 of the file, 64 hex digits.
 
         Raises:
             RegistryError: unknown set, no such file, or the bundle is stored for another set already.
@@ -210,11 +205,12 @@ class Registry:
         with self._catalogue.read() as session:
             return ledger.current_adapter(session, user)
 
-    def current_set(self) -> dict[str, str]:
-        """User -> current adapter id, sorted, of every user who is not forgotten."""
-        query = sa.select(User.id, Holding.adapter_id).join(Holding, User.holding_id == Holding.id)
+    def current_set(self, *, base_hash: str = "") -> dict[str, str]:
+        """User -> current adapter id, sorted, of every user who is not forgotten; of one base model if
+        given.
+        """
         with self._catalogue.read() as session:
-            return dict(sorted((user, adapter_id) for user, adapter_id in session.execute(query)))
+            return ledger.current_set(session, base_hash=base_hash)
 
     def users(self) -> list[UserRow]:
         """Every user who is not forgotten, sorted."""
@@ -225,6 +221,11 @@ class Registry:
         """Every adapter the user held, oldest first; empty for a forgotten user. RegistryError if unknown."""
         with self._catalogue.read() as session:
             return ledger.history_rows(session, user)
+
+    def publishing(self, url: str) -> AbstractContextManager[None]:
+        """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
+        name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+        return files.exclusive(self._blobs.here / "locks" / name)
 
     def record_publication(self, *, target: str, url: str, bundle_id: str) -> None:
         """Note that a target serves a bundle from now on; a rollback is a publication of the older one.

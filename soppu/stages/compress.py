@@ -10,7 +10,7 @@ from torch import Tensor
 
 from soppu import calibrate, models
 from soppu.adapter import LoraAdapter
-from soppu.compress import compress
+from soppu.compress import CompressOptions, compress
 from soppu.data import load_public, tokenize
 from soppu.reading import AdaptersOnDemand
 from soppu.stages.run import Run, open_run
@@ -30,7 +30,7 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
     tell = on_progress or (lambda said: None)
     bundle = compress(
         adapters,
-        run.config.compress.options(seed=run.config.seed),
+        CompressOptions.of(run.config.compress, seed=run.config.seed),
         adapter_ids=members,
         moments=_moments(run, adapters, tell) if run.config.compress.whiten else None,
         progress=lambda what, done, total: tell(_said(what, "users", done, total)),
@@ -58,6 +58,7 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
     texts = load_public(config.align.source, limit=config.compress.calibration_examples)
     parts = [
         base.hash,
+        models.tokenizer_digest(base),
         str(config.data.max_tokens),
         config.frozen_dtype,
         *modules,

@@ -37,6 +37,8 @@ def evaluate(
 ) -> str:
     """Measure, judge, and write both down; returns the name of the file in the run folder."""
     run = open_run(run_folder)
+    # named before text is read: were it changed meanwhile, the name would belong to the text before
+    name = f"evaluation-{bundle_id[:16]}-{run.inputs('evaluate')}.json"
     registry = run.registry()
     members = registry.get_set(set_id)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
@@ -49,7 +51,6 @@ def evaluate(
         if on_progress:
             on_progress({"note": f"evaluating {user}", "share": number / len(measured)})
     verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
-    name = f"evaluation-{bundle_id[:16]}.json"
     run.write(
         name,
         {

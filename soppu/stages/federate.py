@@ -54,14 +54,16 @@ def _simulate(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) ->
 
 
 def collect(run_folder: str, federation_id: str) -> str:
-    """Check every adapter of a federation, make them current, and freeze everybody's as a set.
+    """Check every adapter of a federation, then make them current and freeze everybody's as a set, at once.
 
-    Users who took no part keep the adapter they have: a bundle without them would end their service.
-    Returns the set's id.
+    Of its own users the set holds exactly what this federation made, whatever another run puts meanwhile.
+    Users who took no part keep the adapter they have: a bundle without them would end their service. Returns
+    the set's id.
 
     Raises:
         FederationError: the run folder holds the result of another federation.
-        AdapterError: an adapter is damaged, or does not fit the base model.
+        RegistryError: an adapter is gone or damaged: its user was forgotten meanwhile, for one.
+        AdapterError: an adapter does not fit the base model.
     """
     run = open_run(run_folder)
     result = run.read(RESULT)
@@ -71,36 +73,29 @@ def collect(run_folder: str, federation_id: str) -> str:
     registry, base = run.registry(), run.base()
     plan = LayerPlan.from_json(result["plan"]["json"])
     shapes = emulator.target_shapes(models.load_model(base, dtype=run.config.frozen_dtype), plan)
-    current = registry.current_set()
     for user, adapter_id in result["adapters"].items():
         adapter = registry.get_adapter(adapter_id)
         who = f"user {user!r}"
         adapters.validate(adapter, who=who)
         base_identity.check(adapter.base, base.base, who=who, whose="this run is for")
         adapters.check_shapes(adapter, shapes, who=who)
-        if current.get(user) != adapter_id:  # a run of an earlier configuration, again
-            registry.put_adapter(adapter, user=user, run=run.id)
-    return freeze_current(run_folder)
+    return registry.freeze_current(base.hash, chosen=result["adapters"], run=run.id)
 
 
 def freeze_current(run_folder: str) -> str:
-    """Freeze every user's current adapter: where a recompression starts. Returns the set's id.
+    """Freeze every user's current adapter at one instant: where a recompression starts. Returns the set's id.
 
     Raises:
         FederationError: the registry holds no adapter of this base model.
     """
     run = open_run(run_folder)
     registry, base = run.registry(), run.base()
-    current = registry.current_set()
-    fitting = {
-        u: a for u, a in current.items() if base_identity.same(registry.get_adapter(a).base, base.base)
-    }
-    if not fitting:
+    if not registry.current_set(base_hash=base.hash):
         raise FederationError(
             f"{run.config.registry.root}: no user has an adapter for base model {run.config.base.model!r}"
-            f" ({len(current)} for others); run the full pipeline first"
+            f" ({len(registry.current_set())} for others); run the full pipeline first"
         )
-    return registry.freeze_set(fitting)
+    return registry.freeze_current(base.hash)
 
 
 def _id(result: dict[str, Any]) -> str:

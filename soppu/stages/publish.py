@@ -6,7 +6,6 @@ import dataclasses
 import os
 from pathlib import Path
 
-from soppu import files
 from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
@@ -35,7 +34,7 @@ def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
     """
     run = open_run(run_folder)
     Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
-    with files.exclusive(Path(run.config.serve.state) / "publish.lock"):
+    with run.registry().publishing(run.config.serve.url):
         return _publish(run, bundle_id)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from soppu import config as configuration
 from soppu import files, models
+from soppu.compress.options import CompressOptions
 from soppu.config import Config
-from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user
+from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user, source_digest
 from soppu.errors import ConfigError
 from soppu.federation.emulator import make_plan
 from soppu.models import BaseModel
@@ -31,6 +32,14 @@ from soppu.registry import Registry, check_user_id
 CONFIG = "config.toml"
 BIRTH = "birth"
 FEDERATION = "federation"
+
+
+# Stage -> the sources of text that its result follows from.
+READS: dict[str, Callable[[Config], tuple[str, ...]]] = {
+    "federate": lambda config: (config.data.source, config.align.source),
+    "compress": lambda config: (config.align.source,) if config.compress.whiten else (),
+    "evaluate": lambda config: (config.data.source,),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,17 @@ class Run:
     def identity(self) -> str:
         """Names this folder and the registry it writes to; another name once either is made anew."""
         return f"{(self.folder / BIRTH).read_text()} {self.registry().identity()}"
+
+    def inputs(self, stage: str) -> str:
+        """Hash of all that a stage reads besides its parameters: settings, base model, registry, text.
+
+        Two calls of a stage with equal parameters and equal inputs give the same result; this is what a
+        cached result is known by. KeyError for a stage that has not said which text it reads.
+        """
+        texts = [source_digest(source) for source in READS[stage](self.config)]
+        base = self.base()
+        parts = (self.identity, self.config.digest(), base.hash, models.tokenizer_digest(base))
+        return _digest(stage, *parts, *texts)
 
     def registry(self) -> Registry:
         """The registry this run writes to."""
@@ -93,13 +113,16 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
-    config.compress.options(seed=config.seed).torch_device()
+    CompressOptions.of(config.compress, seed=config.seed).torch_device()
     texts = ""
     if text:
         config = _with_users(config)
         _check_split(config, base)
         public = [item.digest() for item in load_public(config.align.source, limit=config.align.examples)]
-        texts = " ".join([*public, *(load_user(config.data, user).digest() for user in config.data.users)])
+        tokens = models.tokenizer_digest(base)
+        texts = " ".join(
+            [tokens, *public, *(load_user(config.data, user).digest() for user in config.data.users)]
+        )
     folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
     files.write_text(folder / CONFIG, configuration.dump(config))
     if not (folder / BIRTH).exists():

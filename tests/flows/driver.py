@@ -25,14 +25,25 @@ class Pipeline:
     folder: Path
     overrides: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, deployment: str, **overrides: Any) -> str:
-        """`prefect deployment run`; returns the flow run's id."""
-        parameters = [
-            "--param",
-            f"config={ROOT / 'configs' / 'tiny.toml'}",
-            "--param",
-            f"overrides={json.dumps({**self.overrides, **overrides})}",
-        ]
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What a flow run is started with."""
+        return {"config": str(ROOT / "configs" / "tiny.toml"), "overrides": self.overrides}
+
+    def submit(self, deployment: str) -> str:
+        """Start a flow run through the API; returns its id."""
+        found = self.api(f"deployments/name/{deployment}")
+        return str(
+            self.api(f"deployments/{found['id']}/create_flow_run", {"parameters": self.parameters})["id"]
+        )
+
+    def start(self, deployment: str) -> str:
+        """Start a flow run with `prefect deployment run`; returns its id."""
+        values = {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in self.parameters.items()
+        }
+        parameters = [word for name, value in values.items() for word in ("--param", f"{name}={value}")]
         out = self.prefect("deployment", "run", deployment, *parameters)
         return next(
             word for line in out.splitlines() if "UUID" in line for word in line.split() if "-" in word
@@ -75,10 +86,13 @@ class Pipeline:
 
     def run_folder(self) -> Path:
         """The only run folder there is."""
-        found = (self.folder / "runs").iterdir()
-        folders = [path for path in found if not path.is_symlink() and not path.name.startswith(".")]
-        assert len(folders) == 1, folders
-        return folders[0]
+        (folder,) = self.run_folders()
+        return folder
+
+    def run_folders(self) -> set[Path]:
+        """All run folders; none before the first run."""
+        found = (self.folder / "runs").glob("[!.]*")
+        return {path for path in found if not path.is_symlink()}
 
 
 def until(condition: Callable[[], Any], *, timeout: float, every: float = 0.2) -> Any:

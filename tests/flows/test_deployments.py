@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from deploy.stack import POOL, ROOT, Stack, down, up, workers
-from soppu.federation.simulation import free_port
 from tests.flows.driver import Pipeline, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stack")]  # one stack for both files
 
 
 def test_both_deployments_are_listed(pipeline: Pipeline) -> None:
@@ -32,17 +31,11 @@ def test_the_nightly_deployment_gets_scheduled_runs_within_a_minute(pipeline: Pi
     assert until(lambda: pipeline.api("flow_runs/filter", waiting), timeout=60)
 
 
-def test_down_and_up_again_has_a_worker_that_works(tmp_path: Path) -> None:
-    made = Stack(
-        api=f"http://127.0.0.1:{free_port()}/api", state=tmp_path / "state", serve_state=tmp_path / "serve"
-    )
-    try:
-        assert up(made) == {"prefect server": True, "worker": True}
-        assert down(made)["worker"]
-        assert up(made) == {"prefect server": True, "worker": True}
-        assert workers(made)
-    finally:
-        down(made)
+def test_down_and_up_again_has_a_worker_that_works(stack: Stack) -> None:
+    """The worker that runs the pipelines of the other file."""
+    assert down(stack)["worker"]
+    assert up(stack) == {"prefect server": True, "worker": True}
+    assert workers(stack)
 
 
 def test_prefect_in_this_folder_talks_to_the_local_stack() -> None:

@@ -14,7 +14,7 @@ from soppu.federation.simulation import end_processes, mark_of
 from soppu.registry import Registry
 from tests.flows.driver import Pipeline, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stack")]  # one stack for both files
 
 
 def completed(pipeline: Pipeline, flow_run: str) -> None:
@@ -57,10 +57,10 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
 
 
 def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
-    pipeline: Pipeline, tiny_overrides: dict[str, object]
+    tiny_pipeline: Pipeline,
 ) -> None:
-    pipeline.overrides |= tiny_overrides | {"federation.rounds": 20}  # long enough to be caught in the middle
-    flow_run = pipeline.start("soppu/full-pipeline")
+    pipeline = tiny_pipeline
+    flow_run = pipeline.submit("soppu/full-pipeline")
     runs = pipeline.folder / "runs"
 
     def in_the_rounds() -> Path | None:
@@ -78,11 +78,10 @@ def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
     assert set(registry.current_set()) == {"ann", "bob", "cleo"}
 
 
-def test_a_killed_worker_costs_no_finished_stage(
-    pipeline: Pipeline, tiny_overrides: dict[str, object]
-) -> None:
-    pipeline.overrides |= tiny_overrides
-    first = pipeline.start("soppu/full-pipeline")
+def test_a_killed_worker_costs_no_finished_stage(tiny_pipeline: Pipeline) -> None:
+    pipeline, others = tiny_pipeline, tiny_pipeline.run_folders()
+    pipeline.overrides |= {"compress.ratio": 3.0}  # a run of its own, of the training there is
+    first = pipeline.submit("soppu/full-pipeline")
 
     def compressed() -> bool:
         tasks = pipeline.task_runs(first)
@@ -90,12 +89,13 @@ def test_a_killed_worker_costs_no_finished_stage(
 
     until(compressed, timeout=300, every=0.1)
     kill_worker(pipeline)
-    stages = pipeline.run_folder() / "stages"
+    (folder,) = pipeline.run_folders() - others
+    stages = folder / "stages"
     before = {path.name: path.read_text() for path in stages.glob("*.json")}
     assert "federate.json" in before and "publish.json" not in before
 
     assert up(pipeline.stack)["worker"]
-    again = pipeline.start("soppu/full-pipeline")
+    again = pipeline.submit("soppu/full-pipeline")
     completed(pipeline, again)
     tasks = pipeline.task_runs(again)
     for name in ("federate", "compress"):

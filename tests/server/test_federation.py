@@ -336,8 +336,11 @@ def test_a_user_who_is_silent_in_the_last_round_has_no_adapter(config: Build, tm
 
 
 def test_a_user_without_enough_text_is_named_and_left_out(config: Build, tmp_path: Path) -> None:
-    run = config(data={"min_examples": 8, "train_examples": 9})  # bob has nine, two of them held out
-    grid, _ = federate(run, tmp_path / "work")
+    short = {"min_examples": 8, "train_examples": 9}  # bob has nine, two of them held out
+    with pytest.raises(FederationError, match="federation.min_users is 0, which wants everybody; .*bob"):
+        federate(config(data=short), tmp_path / "work")
+    assert not (tmp_path / "work" / "result.json").exists()
+    grid, _ = federate(config(data=short, federation={"min_users": 2}), tmp_path / "work")
     found = result(tmp_path / "work")
     assert found["adapters"].keys() == {"alice", "carol"}
     assert "user 'bob' has 7 examples to train on" in found["refused"]["node 101"]
@@ -377,7 +380,8 @@ def real_node(folder: Path, user: str, name: str = "") -> dict[str, Any]:
 
 def test_two_nodes_of_one_name_are_one_user(config: Build, tmp_path: Path) -> None:
     nodes = [real_node(tmp_path / "users", user) for user in ("alice", "bob", "alice")]
-    grid, _ = federate(config(federation={"rounds": 0}), tmp_path / "work", InProcessGrid(nodes))
+    run = config(federation={"rounds": 0, "min_users": 2})
+    grid, _ = federate(run, tmp_path / "work", InProcessGrid(nodes))
     found = result(tmp_path / "work")
     assert found["adapters"].keys() == {"alice", "bob"}
     assert "says it is user 'alice', and so does another node" in found["refused"]["node 102"]
@@ -389,7 +393,7 @@ def test_a_name_the_registry_cannot_hold_is_refused_before_any_training(
 ) -> None:
     nodes = [real_node(tmp_path / "users", "alice"), real_node(tmp_path / "users", "bob", "bob@home")]
     grid, _ = federate(
-        config(federation={"rounds": 0}, data={"users": ["alice", "bob"]}),
+        config(federation={"rounds": 0, "min_users": 1}, data={"users": ["alice", "bob"]}),
         tmp_path / "work",
         InProcessGrid(nodes),
     )
@@ -397,6 +401,28 @@ def test_a_name_the_registry_cannot_hold_is_refused_before_any_training(
     assert found["adapters"].keys() == {"alice"}
     assert "user id 'bob@home' is not valid" in found["refused"]["node 101"]
     assert len(grid.of_type("train")) == 1
+
+
+def test_a_user_who_was_not_there_at_hello_trains_from_the_next_round_on(
+    config: Build, tmp_path: Path
+) -> None:
+    asked_carol: list[Message] = []
+
+    def late(asked: Message, reply: Message) -> Message | None:
+        if user_of(asked) == "carol" and asked.metadata.message_type == "query.hello":
+            asked_carol.append(asked)
+            return None if len(asked_carol) <= 4 else reply
+        return reply
+
+    federate(config(federation={"min_users": 2}), tmp_path / "work", InProcessGrid(NODES, tamper=late))
+    found = result(tmp_path / "work")
+    assert found["adapters"].keys() == {"alice", "bob", "carol"}
+    assert [sorted(log["accepted"]) for log in found["rounds"]] == [
+        ["alice", "bob"],
+        ["alice", "bob", "carol"],
+        ["alice", "bob", "carol"],
+    ]
+    assert found["refused"] == {}
 
 
 # ---- killed and resumed

@@ -345,6 +345,11 @@ def number(value: float) -> Tensor:
     return bad
 
 
+def scaled(content: RecordDict, factor: float) -> None:
+    state = content["arrays"].to_torch_state_dict()
+    content["arrays"] = ArrayRecord({name: value * factor for name, value in state.items()})
+
+
 BAD = {
     "NaN": (tensor(KEY, number(math.nan)), "holds NaN or Inf"),
     "Inf": (tensor(KEY, number(-math.inf)), "holds NaN or Inf"),
@@ -383,6 +388,18 @@ BAD = {
     "no weight": (field("metrics", "num-examples", 0), "metric num-examples is 0, expected at least 1"),
     "negative weight": (field("metrics", "num-examples", -50), "metric num-examples is -50"),
     "infinite weight": (field("metrics", "num-examples", math.inf), "metric num-examples is inf"),
+    "huge weight": (
+        field("metrics", "num-examples", 10**12),
+        "num-examples is 1000000000000, .* at most 1000000",
+    ),
+    "half an example": (
+        field("metrics", "num-examples", 7.5),
+        "metric num-examples is 7.5, .*a whole number",
+    ),
+    "huge loss": (field("metrics", "train-loss-last", 1e308), "metric train-loss-last is 1e.308"),
+    "factors x1e3": (lambda content: scaled(content, 1e3), "the median of the round is"),
+    "factors x-50": (lambda content: scaled(content, -50.0), "federation.max_update = 10 allows"),
+    "an infinite product": (lambda content: scaled(content, 1e20), "product B @ A may be infinite"),
 }
 
 
@@ -423,3 +440,34 @@ def test_a_round_in_which_nobody_is_good_gives_no_mean() -> None:
     server.ask()
     assert server.strategy.aggregate_train(1, []) == (None, None)
     assert server.strategy.logs[0].refused.keys() == set(NODES.values())
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 0.2, 5.0])
+def test_a_change_within_the_limit_is_averaged_however_small(factor: float) -> None:
+    server = Server()
+    replies = answer(server.ask())
+    scaled(replies[1].content, factor)
+    arrays, _ = server.strategy.aggregate_train(1, replies)
+    assert arrays is not None and not server.strategy.logs[0].refused
+    assert sorted(server.strategy.logs[0].accepted) == ["alice", "bob", "carol"]
+
+
+def test_a_user_weighs_no_more_than_they_said_at_hello() -> None:
+    agreement = dataclasses.replace(AGREEMENT, examples={"alice": 30, "bob": 9, "carol": 60})
+    server = Server(agreement=agreement)
+    arrays, _ = server.strategy.aggregate_train(1, answer(server.ask()))
+    assert "num-examples is 10, expected at least 1 and at most 9" in server.strategy.logs[0].refused["bob"]
+    assert_mean(arrays, ["alice", "carol"])
+
+
+def test_one_who_moves_is_no_outlier_where_nobody_else_does() -> None:
+    """The median of a round in which most sent back what they got is zero; that is no reason to refuse."""
+    server = Server()
+    messages = server.ask()
+    replies = answer(messages)
+    for reply in (replies[0], replies[2]):
+        reply.content["arrays"] = ArrayRecord(wire.to_state(make_adapter(0)))
+    nudged = {name: value * 1.0001 for name, value in wire.to_state(make_adapter(0)).items()}
+    replies[1].content["arrays"] = ArrayRecord(nudged)
+    server.strategy.aggregate_train(1, replies)
+    assert not server.strategy.logs[0].refused

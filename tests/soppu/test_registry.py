@@ -9,6 +9,7 @@ import os
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -268,6 +269,64 @@ def test_a_set_of_more_users_than_one_statement_takes(local: Registry) -> None:
     assert local.get_set(local.freeze_set(chosen)) == chosen
     with pytest.raises(RegistryError, match="'zoe' does not hold"):
         local.freeze_set({**chosen, "zoe": adapter_id})
+
+
+def test_a_run_freezes_its_own_adapters_whatever_another_put_meanwhile(registry: Registry) -> None:
+    mine = {user: registry.put_adapter(make_adapter(n), user=user, run="r1") for n, user in enumerate("abc")}
+    theirs = {
+        user: registry.put_adapter(make_adapter(10 + n), user=user, run="r2") for n, user in enumerate("bcd")
+    }
+    set_id = registry.freeze_current(BASE, chosen=mine, run="r1")
+    assert registry.get_set(set_id) == {**mine, "d": theirs["d"]}
+    assert registry.current_set() == {**mine, "d": theirs["d"]}
+    other = registry.freeze_current(BASE, chosen=theirs, run="r2")
+    assert registry.get_set(other) == {"a": mine["a"], **theirs}
+    assert registry.get_set(set_id) == {**mine, "d": theirs["d"]}
+    assert registry.freeze_current(BASE) == other  # what a nightly finds
+
+
+def test_runs_that_freeze_at_once_never_mix(local: Registry, tmp_path: Path) -> None:
+    users = [f"u{n:02d}" for n in range(12)]
+    runs = [
+        {
+            user: local.put_adapter(make_adapter(100 * r + n), user=user, run=f"r{r}")
+            for n, user in enumerate(users)
+        }
+        for r in range(4)
+    ]
+
+    def freeze(number: int) -> set[tuple[str, ...]]:
+        with closing(Registry.open(tmp_path / "registry")) as own:
+            chosen = runs[number % 4]
+            made = own.get_set(own.freeze_current(BASE, chosen=chosen, run=f"r{number % 4}"))
+            nightly = own.get_set(own.freeze_current(BASE))
+        assert made == chosen
+        return {tuple(nightly[user] for user in users)}
+
+    with ThreadPoolExecutor(4) as pool:
+        seen = set().union(*pool.map(freeze, range(24)))
+    assert seen <= {tuple(run[user] for user in users) for run in runs}
+
+
+def test_a_forgotten_user_cannot_be_frozen_again_by_a_run_that_began_before(registry: Registry) -> None:
+    chosen = {user: registry.put_adapter(make_adapter(n), user=user) for n, user in enumerate(("ann", "bob"))}
+    registry.forget("bob")
+    with pytest.raises(RegistryError, match="user 'bob'"):
+        registry.freeze_current(BASE, chosen=chosen, run="r1")
+    assert registry.current_set() == {"ann": chosen["ann"]}
+
+
+def test_a_freeze_reads_base_hashes_from_the_catalogue_and_no_tensors(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = registry.put_adapter(make_adapter(1), user="ann")
+    other = LoraAdapter(make_adapter(2).pairs, base_model="tiny", base_hash="c" * 64)
+    bob = registry.put_adapter(other, user="bob")
+    monkeypatch.setattr(Registry, "get_adapter", lambda *_: pytest.fail("tensors were read"))
+    assert registry.get_set(registry.freeze_current(BASE)) == {"ann": ann}
+    assert registry.get_set(registry.freeze_current("c" * 64)) == {"bob": bob}
+    with pytest.raises(RegistryError, match="at least one user"):
+        registry.freeze_current("d" * 64)
 
 
 def test_bundles_are_named_by_their_bytes(registry: Registry, tmp_path: Path) -> None:

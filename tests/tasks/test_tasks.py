@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prefect import Task
 from prefect.states import Failed
 
 from soppu.errors import ConfigError, FederationError, GateError, SoppuError, TargetError
+from soppu.stages.run import READS, prepare
 from tasks.recording import stage_key, transient
 
 FOLDER = Path(__file__).resolve().parents[2] / "tasks"
@@ -80,8 +84,6 @@ def test_every_error_of_ours_has_been_thought_about() -> None:
 
 
 def test_the_cache_key_follows_run_registry_and_inputs(tiny_base: Path, tmp_path: Path) -> None:
-    from soppu.stages.run import prepare
-
     config = tmp_path / "c.toml"
     config.write_text(
         f'runs = "{tmp_path}/runs"\n[base]\nmodel = "{tiny_base}"\n[registry]\nroot = "{tmp_path}/registry"\n'
@@ -95,6 +97,99 @@ def test_the_cache_key_follows_run_registry_and_inputs(tiny_base: Path, tmp_path
     assert stage_key(other, {"run": run, "set_id": "s-1"}) != key
     (tmp_path / "registry").rename(tmp_path / "gone")
     assert stage_key(context, {"run": run, "set_id": "s-1"}) != key
+
+
+@pytest.fixture
+def keyed(tiny_base: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """`keyed()`: the key of every cached stage of one nightly's run, its text and base model below
+    `tmp_path`.
+    """
+    shutil.copytree(tiny_base, tmp_path / "base")
+    for name in ("users", "public"):
+        (tmp_path / name).mkdir()
+        line = {"user_id": "ann", "prompt": f"{name}?", "completion": "yes"}
+        (tmp_path / name / "ann.jsonl").write_text(json.dumps(line))
+    config = tmp_path / "nightly.toml"
+    config.write_text(
+        f'runs = "{tmp_path}/runs"\n[base]\nmodel = "{tmp_path}/base"\n'
+        f'[registry]\nroot = "{tmp_path}/registry"\n'
+        f'[data]\nsource = "{tmp_path}/users"\n[align]\nsource = "{tmp_path}/public"\n'
+    )
+
+    def keys(**overrides: Any) -> dict[str, str]:
+        given = {name.replace("__", "."): value for name, value in overrides.items()}
+        run = prepare(str(config), given, text=False)
+        cached = [task for task in all_tasks() if task.cache_key_fn is not None]
+        return {
+            task.name: stage_key(cast(Any, SimpleNamespace(task=task)), {"run": run, "set_id": "s-1"})
+            for task in cached
+        }
+
+    return keys
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name, key in before.items() if key != after[name]}
+
+
+def test_a_nightly_of_the_same_everything_finds_what_the_last_one_left(keyed: Callable[..., Any]) -> None:
+    assert keyed() == keyed()
+    assert keyed().keys() == {"federate", "compress", "evaluate"} == READS.keys()
+
+
+def test_a_verdict_is_judged_again_when_the_users_text_has_changed(
+    keyed: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = keyed()
+    text = (tmp_path / "users" / "ann.jsonl").read_text()
+    (tmp_path / "users" / "ann.jsonl").write_text(text.replace("yes", "no!"))
+    assert changed(before, keyed()) == {"federate", "evaluate"}
+    (tmp_path / "users" / "ann.jsonl").write_text(text)
+    assert keyed() == before
+    (tmp_path / "users" / "bob.jsonl").write_text(text.replace("ann", "bob"))
+    assert changed(before, keyed()) == {"federate", "evaluate"}
+
+
+def test_a_bundle_weighed_by_public_text_follows_that_text(keyed: Callable[..., Any], tmp_path: Path) -> None:
+    plain, weighed = keyed(), keyed(compress__whiten=True)
+    (tmp_path / "public" / "ann.jsonl").write_text(
+        json.dumps({"user_id": "p", "prompt": "other", "completion": "text"})
+    )
+    assert changed(plain, keyed()) == {"federate"}
+    assert changed(weighed, keyed(compress__whiten=True)) == {"federate", "compress"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_everything_follows_the_base_model_and_its_tokenizer(
+    keyed: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    before = keyed()
+    path = tmp_path / "base" / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if name == "model.safetensors" else data + b"\n")
+    if name == "config.json":
+        path.write_text(json.dumps({**json.loads(data), "rms_norm_eps": 0.5}))
+    assert changed(before, keyed()) == set(before)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"gate__max_relative_error": 0.3}, {"compress__ratio": 4.0}, {"data__heldout_examples": 2}]
+)
+def test_everything_follows_the_settings(keyed: Callable[..., Any], setting: dict[str, Any]) -> None:
+    assert changed(keyed(), keyed(**setting)) == {"federate", "compress", "evaluate"}
+
+
+def test_settings_changed_in_the_run_folder_itself_count_too(
+    keyed: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = keyed()
+    (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.name.startswith("nightly-"))
+    frozen = (folder / "config.toml").read_text()
+    loose = frozen.replace("max_relative_error = 0.7", "max_relative_error = 0.9")
+    assert loose != frozen
+    (folder / "config.toml").write_text(loose)
+    context: Any = SimpleNamespace(task=SimpleNamespace(name="evaluate"))
+    assert stage_key(context, {"run": str(folder), "set_id": "s-1"}) != before["evaluate"]
 
 
 def _subclasses(cls: type[Exception]) -> set[type[Exception]]:

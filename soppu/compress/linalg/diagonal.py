@@ -4,8 +4,8 @@
 
 U and V need not be orthogonal. It is the CP (PARAFAC) decomposition of the (n, K, K) tensor, by alternating
 least squares (Kolda & Bader, SIAM Review 51(3), 2009, section 3.4; for LoRA adapters: Brüel Gabrielsson et
-al., "Compress then Serve", ICML 2025, appendix A). A ridge and unit columns keep it out of degenerate
-swamps.
+al., "Compress then Serve", ICML 2025, appendix A). A ridge and unit columns keep factors from
+growing against each other, at which alternating least squares stalls.
 """
 
 from __future__ import annotations

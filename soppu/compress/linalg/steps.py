@@ -1,7 +1,7 @@
 """Searches that need passes over many deltas, written as generators. Not for what they look for.
 
-A search yields the pass that it needs and which batches are to be seen, the first and every so-manieth after
-it; it goes on when the pass has seen them, and returns what it found. So many searches share passes over a
+A search yields the pass it needs, and a number: 1 if the pass must see every batch, j if every j-th is
+enough. It goes on when the pass has seen them, and returns its result. So many searches share passes over a
 fleet.
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from soppu.compress.codec.basis import Bases
 from soppu.compress.codec.page import Page
 from soppu.compress.linalg.certificate import Certificate
-from soppu.compress.target import Target
+from soppu.compress.options import Target
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,9 +22,9 @@ from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.methods.coding import Coding, ModuleCoder
 from soppu.compress.methods.fit import Fit, Question
 from soppu.compress.methods.plan import ModulePlan, best, bisect, total_bits, user_errors
-from soppu.compress.methods.statistics import Known, learn
+from soppu.compress.methods.statistics import FleetStatistics, gather
 from soppu.compress.numbers.coders import SideCoder
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.errors import BundleError
 
 _SAMPLE = 48  # users the ranks are chosen on
@@ -45,7 +45,7 @@ def fit(passes: Passes, question: Question, *, progress: Progress) -> Fit:
     Raises:
         BundleError: the target cannot be met: the file has a size that even empty components leave.
     """
-    known = learn(passes, question, progress=progress)
+    known = gather(passes, question, progress=progress)
     find = _to_error if question.target.max_error else _to_bytes
     found = find(known, question, progress)
     if not known.powers:
@@ -60,7 +60,7 @@ def _nothing_shared(fleet: Fleet) -> dict[str, Certificate]:
     return {name: Certificate.without_basis(n) for name, n in zip(fleet.shapes, counts, strict=True)}
 
 
-def _to_bytes(known: Known, question: Question, progress: Progress) -> Fit:
+def _to_bytes(known: FleetStatistics, question: Question, progress: Progress) -> Fit:
     """The least error in the bytes allowed: the model proposes, the file that comes out corrects it."""
     fleet = known.fleet
     allowed = question.target.most_bytes(fleet.parameters)
@@ -93,7 +93,7 @@ def _to_bytes(known: Known, question: Question, progress: Progress) -> Fit:
     return good
 
 
-def _to_error(known: Known, question: Question, progress: Progress) -> Fit:
+def _to_error(known: FleetStatistics, question: Question, progress: Progress) -> Fit:
     """The fewest bytes with every user's error within the target: a multiplier for each user."""
     aim = torch.full((len(known.fleet.users),), question.target.max_error**2, dtype=torch.float64)
     safe, plans = 0.98 * aim, _no_basis(known)
@@ -111,12 +111,12 @@ def _to_error(known: Known, question: Question, progress: Progress) -> Fit:
     raise BundleError(f"relative error {question.target.max_error} for every user: {worst:.2g} was reached")
 
 
-def _price(known: Known, plans: list[ModulePlan], budget: float) -> float:
+def _price(known: FleetStatistics, plans: list[ModulePlan], budget: float) -> float:
     """The smallest multiplier at which components and bases take no more than `budget` bytes."""
     return bisect(lambda x: total_bits(known.stats, plans, known.setting, x) / 8, max(budget, 0.0))
 
 
-def _prices(known: Known, plans: list[ModulePlan], aim: Tensor) -> Tensor:
+def _prices(known: FleetStatistics, plans: list[ModulePlan], aim: Tensor) -> Tensor:
     """The largest multiplier of every user at which the expected squared error is `aim` (n,) at most."""
     low, high = torch.full_like(aim, -20.0), torch.full_like(aim, 2.0)
     for _ in range(28):
@@ -126,11 +126,11 @@ def _prices(known: Known, plans: list[ModulePlan], aim: Tensor) -> Tensor:
     return 10.0**low
 
 
-def _no_basis(known: Known) -> list[ModulePlan]:
+def _no_basis(known: FleetStatistics) -> list[ModulePlan]:
     return [ModulePlan() for _ in known.stats]
 
 
-def _plans(known: Known, multiplier: float, before: list[ModulePlan] | None) -> list[ModulePlan]:
+def _plans(known: FleetStatistics, multiplier: float, before: list[ModulePlan] | None) -> list[ModulePlan]:
     users = len(known.fleet.users)
     share = min(_SAMPLE, users) / users
     starts: list[ModulePlan | None] = [None] * len(known.stats) if before is None else [*before]
@@ -140,7 +140,9 @@ def _plans(known: Known, multiplier: float, before: list[ModulePlan] | None) -> 
     ]
 
 
-def _encode(known: Known, plans: list[ModulePlan], prices: Tensor, *, progress: Progress, note: str) -> Fit:
+def _encode(
+    known: FleetStatistics, plans: list[ModulePlan], prices: Tensor, *, progress: Progress, note: str
+) -> Fit:
     fleet = known.fleet
     coding = _coding(known, plans)
     coded = coding.run(known.passes, prices, progress=progress, note=note)
@@ -156,7 +158,7 @@ def _encode(known: Known, plans: list[ModulePlan], prices: Tensor, *, progress: 
     )
 
 
-def _coding(known: Known, plans: list[ModulePlan]) -> Coding:
+def _coding(known: FleetStatistics, plans: list[ModulePlan]) -> Coding:
     """Quantise the bases of the plans. O(modules (o + i) k)."""
     bases, coders = {}, {}
     for (name, (o, i)), plan in zip(known.fleet.shapes.items(), plans, strict=True):

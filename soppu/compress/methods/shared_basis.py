@@ -26,11 +26,10 @@ from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.methods.coding import Coding
 from soppu.compress.methods.fit import Fit
 from soppu.compress.numbers.coders import CoreCoder, SideCoder
-from soppu.compress.options import CompressOptions
-from soppu.compress.target import ratio
+from soppu.compress.options import CompressOptions, ratio
 from soppu.errors import BundleError
 
-_SPARE = 32
+_CORE_OVERSAMPLING = 32  # directions of core space beyond those a fit needs
 _MOST_WIDTH = 512  # directions of core space
 _MOST_GROWN = 1024  # and while it is sought
 _MOST_NUMBERS = 1 << 28  # of all cores together, 1 GiB
@@ -39,7 +38,7 @@ _MOST_EVERY = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class FleetCores:
     """A fleet in core space: what every rank and every coding starts from.
 
     Attributes:
@@ -65,18 +64,18 @@ def fit(
     Raises:
         BundleError: no rank meets the target.
     """
-    known = learn(passes, options, progress=progress)
+    known = grow(passes, options, progress=progress)
     found, grouped = _search(known, size_of) if options.target else _at_rank(known, options.rank)
     return replace(found, certificates=certificates(known, grouped))
 
 
-def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Known:
+def grow(passes: Passes, options: CompressOptions, *, progress: Progress) -> FleetCores:
     """Grow the ranges of every module. O(n (o + i) r (K + r)) each, K the directions in the end."""
     fleet = passes.fleet
-    enough = min((options.clusters + 1) * options.rank + _SPARE, _MOST_WIDTH)
+    enough = min((options.clusters + 1) * options.rank + _CORE_OVERSAMPLING, _MOST_WIDTH)
     most = max(_widest(fleet), enough)
     rank = min(
-        options.clusters * options.rank, most // 2 - 2 * range_finder.SPARE
+        options.clusters * options.rank, most // 2 - 2 * range_finder.OVERSAMPLING
     )  # a growth there has to be
     sampled = -(-_SAMPLE // fleet.batch_size)  # batches
     every = max(min(-(-fleet.batch_count // sampled), _MOST_EVERY), 1)
@@ -88,7 +87,7 @@ def learn(passes: Passes, options: CompressOptions, *, progress: Progress) -> Kn
         searches[name] = range_finder.grow(range_finder.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
     near = {name: _narrow(grown[name], enough).cpu() for name in fleet.shapes}
-    return Known(passes, options, near, progress)
+    return FleetCores(passes, options, near, progress)
 
 
 def _narrow(grown: range_finder.Grown, enough: int) -> range_finder.Grown:
@@ -103,7 +102,7 @@ def _widest(fleet: Fleet) -> int:
     return min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_GROWN)
 
 
-def joint(known: Known, rank: int) -> Clustering:
+def joint(known: FleetCores, rank: int) -> Clustering:
     """The bases of every module at a rank, and who uses which. O(n K r (K + r)) a step and module."""
     options = known.options
     if options.clusters > 1:
@@ -135,7 +134,7 @@ def _diagonal(cores: Cores, found: CoreFit, options: CompressOptions) -> CoreFit
     return CoreFit(made.U, made.V, tuple(energy - error for error in made.errors))
 
 
-def certificates(known: Known, grouped: Clustering) -> dict[str, Certificate]:
+def certificates(known: FleetCores, grouped: Clustering) -> dict[str, Certificate]:
     """What is certain of every module's basis: two passes. Of several bases nothing is: each is bound by what
     its own users leave.
     """
@@ -157,7 +156,7 @@ def _unbounded(cores: Cores, fits: tuple[CoreFit, ...]) -> Certificate:
     return Certificate(0.0, left, cores.total, cores.total)
 
 
-def _search(known: Known, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
+def _search(known: FleetCores, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
     """The largest rank within the bytes allowed, or the smallest within the error.
 
     Bytes grow nearly in proportion to the rank, so ranks are tried where a line through those known says; an
@@ -205,7 +204,7 @@ def _worst(found: Fit, fleet: Fleet) -> float:
     return float((found.squared.sum(0) / fleet.norm.square().clamp(min=1e-300)).max().sqrt())
 
 
-def _at_rank(known: Known, rank: int) -> tuple[Fit, Clustering]:
+def _at_rank(known: FleetCores, rank: int) -> tuple[Fit, Clustering]:
     options, fleet = known.options, known.passes.fleet
     grouped = joint(known, rank)
     bases: dict[str, tuple[Bases, ...]] = {}
@@ -231,7 +230,7 @@ def _at_rank(known: Known, rank: int) -> tuple[Fit, Clustering]:
     return made, grouped
 
 
-def _lifted(known: Known, name: str, cores: Cores, u: Tensor, v: Tensor) -> Bases:
+def _lifted(known: FleetCores, name: str, cores: Cores, u: Tensor, v: Tensor) -> Bases:
     """Bases in feature space, as stored, from their coordinates in core space."""
     options = known.options
     out, inn = cores.basis_out @ u, cores.basis_in @ v

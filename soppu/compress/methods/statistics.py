@@ -23,12 +23,12 @@ from soppu.compress.numbers import costs
 if TYPE_CHECKING:
     from soppu.compress.methods.fit import Question
 
-_SPARE = 24  # columns of a sketch beyond the largest rank
+_OVERSAMPLING = 24  # columns of a sketch beyond the largest rank
 _MEASURED = 8  # users whose vectors say what numbers cost
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class FleetStatistics:
     """The result of the passes before the coding.
 
     Attributes:
@@ -47,11 +47,11 @@ class Known:
         return self.passes.fleet
 
 
-def learn(passes: Passes, question: Question, *, progress: Progress) -> Known:
+def gather(passes: Passes, question: Question, *, progress: Progress) -> FleetStatistics:
     """Find bases and statistics: three passes over the adapters, one without bases."""
     fleet, powers = passes.fleet, dict[str, Leading]()
     if question.most_rank:
-        width = question.most_rank + _SPARE
+        width = question.most_rank + _OVERSAMPLING
         powers = find_ranges(passes, width=width, seed=question.seed, progress=progress)
     ranges = {name: on_cpu(power.ranges) for name, power in powers.items()}
     table: dict[str, list[ModuleStats]] = {name: [] for name in fleet.shapes}
@@ -66,7 +66,7 @@ def learn(passes: Passes, question: Question, *, progress: Progress) -> Known:
         progress("statistics", batch.first + batch.size, len(fleet.users))
     setting = Setting(costs.measure(vectors), question.widths, question.most_rank)
     stats = [_joined(parts) for parts in table.values()]
-    return Known(passes, powers, stats, setting)
+    return FleetStatistics(passes, powers, stats, setting)
 
 
 def _stats(

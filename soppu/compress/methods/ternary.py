@@ -136,7 +136,7 @@ def _components(signs: Ternary, norm: Tensor) -> Components:
     lengths = left.norm(dim=1) * right.norm(dim=1)
     keep = (lengths > 0) & (signs.gain != 0)
     gain = (signs.gain * lengths / norm.clamp(min=1e-30)).half().float()
-    sides = (_side(left[keep]), _side(right[keep]))
+    sides = (Side.of_own(left[keep], TERNARY), Side.of_own(right[keep], TERNARY))
     return Components(torch.zeros(int(keep.sum()), dtype=torch.int64), gain[keep], *sides)
 
 
@@ -150,19 +150,10 @@ def _refined(
     return Components(made.user, (made.gain * alpha).half().float(), made.left, made.right)
 
 
-def _side(rows: Tensor) -> Side:
-    m = len(rows)
-    return Side(
-        coords_width=torch.zeros(m, dtype=torch.uint8),
-        own_width=torch.full((m,), TERNARY, dtype=torch.uint8),
-        axis=torch.zeros(m, dtype=torch.int64),
-        coords=torch.zeros(0, 0),
-        own=rows,
-        beta=torch.ones(m),
-    )
-
-
 def _nothing(o: int, i: int) -> Components:
     return Components(
-        torch.zeros(0, dtype=torch.int64), torch.zeros(0), _side(torch.zeros(0, o)), _side(torch.zeros(0, i))
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0),
+        Side.of_own(torch.zeros(0, o), TERNARY),
+        Side.of_own(torch.zeros(0, i), TERNARY),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from soppu.compress.linalg.canonical import Canonical
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.numbers.components import Components, Side, ordinals, spread, unit
-from soppu.compress.numbers.quantise import AXIS, quantise, quantise_coords, scale_of
+from soppu.compress.numbers.quantise import quantise, quantise_coords, scale_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,27 +194,11 @@ class CoreCoder:
         """Rows (m, k), brought to a largest entry of 1: the gain takes the scale up."""
         assert side.basis is not None
         scaled = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        return _side(
-            torch.full((len(rows),), self.width, dtype=torch.uint8),
-            torch.zeros(len(rows), dtype=torch.int64),
-            quantise_coords(scaled, self.width),
-            features=side.basis.shape[0],
-        )
+        coords = quantise_coords(scaled, self.width)
+        return Side.of_coordinates(coords, self.width, features=side.basis.shape[0])
 
 
 def _axes(axis: Tensor, side: SideCoder) -> Side:
     assert side.basis is not None
     features, k = side.basis.shape
-    width = torch.full((len(axis),), AXIS, dtype=torch.uint8)
-    return _side(width, axis, torch.zeros(0, k), features=features)
-
-
-def _side(width: Tensor, axis: Tensor, coords: Tensor, *, features: int) -> Side:
-    return Side(
-        coords_width=width,
-        own_width=torch.zeros(len(width), dtype=torch.uint8),
-        axis=axis,
-        coords=coords,
-        own=torch.zeros(0, features),
-        beta=torch.zeros(len(width)),
-    )
+    return Side.of_axes(axis, k, features=features)

@@ -42,6 +42,27 @@ class Side:
     own: Tensor
     beta: Tensor
 
+    @classmethod
+    def of_own(cls, rows: Tensor, width: int) -> Side:
+        """Sides of own numbers alone, `rows` (m, d) of one width."""
+        m = len(rows)
+        widths = torch.full((m,), width, dtype=torch.uint8)
+        axis = torch.zeros(m, dtype=torch.int64)
+        return cls(torch.zeros_like(widths), widths, axis, torch.zeros(0, 0), rows, torch.ones(m))
+
+    @classmethod
+    def of_coordinates(cls, coords: Tensor, width: int, *, features: int) -> Side:
+        """Sides of coordinates alone, `coords` (m, k) of one width, at a module of `features`."""
+        m = len(coords)
+        widths, axis = torch.full((m,), width, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
+        return cls(widths, torch.zeros_like(widths), axis, coords, torch.zeros(0, features), torch.zeros(m))
+
+    @classmethod
+    def of_axes(cls, axis: Tensor, k: int, *, features: int) -> Side:
+        """Sides that are vectors `axis` (m,) of a basis of rank k themselves: they take no bits."""
+        widths, beta = torch.full((len(axis),), AXIS, dtype=torch.uint8), torch.zeros(len(axis))
+        return cls(widths, torch.zeros_like(widths), axis, torch.zeros(0, k), torch.zeros(0, features), beta)
+
     def vectors(self, basis: Tensor | None) -> Tensor:
         """The sides themselves, (m, d) float32, not normalised. O(m d k).
 

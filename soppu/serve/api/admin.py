@@ -8,8 +8,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, ParamSpec, TypeVar
 
@@ -33,10 +33,10 @@ _MAX_UPLOAD = 8 << 30
 
 
 class AdminApi:
-    """Routes that change what a server serves."""
+    """Routes that change what a server serves. `served` is asked at each request: routes may come first."""
 
-    def __init__(self, state: Served, *, token: str = "") -> None:
-        self._state = state
+    def __init__(self, served: Callable[[], Served], *, token: str = "") -> None:
+        self._served = served
         self._token = token
 
     def routes(self) -> list[Route]:
@@ -55,7 +55,7 @@ class AdminApi:
 
     async def list_bundles(self, _: Request) -> Response:
         """Every loaded bundle with its users; which one is active."""
-        bank = self._state.bank
+        bank = self._served().bank
         active = bank.active
         bundles = [
             {"bundle_id": bundle_id, "active": bundle_id == active, "users": list(users)}
@@ -73,28 +73,28 @@ class AdminApi:
                     status=422,
                     error_type="validation",
                 )
-            new = await _call(self._state.add_bundle, path, bundle_id=bundle_id)
+            new = await _call(self._served().add_bundle, path, bundle_id=bundle_id)
         return JSONResponse({"bundle_id": bundle_id, "new": new}, status_code=201 if new else 200)
 
     async def activate(self, request: Request) -> Response:
         """Serve plain user names from this bundle from now on."""
         bundle_id = self._loaded(request)
-        previous = await _call(self._state.activate, bundle_id)
+        previous = await _call(self._served().activate, bundle_id)
         return JSONResponse({"active": bundle_id, "previous": previous})
 
     async def deactivate(self, _: Request) -> Response:
         """Serve plain user names from no bundle."""
-        previous = await _call(self._state.activate, "")
+        previous = await _call(self._served().activate, "")
         return JSONResponse({"active": "", "previous": previous})
 
     async def delete_bundle(self, request: Request) -> Response:
         """Forget a bundle and its file. 409 while it is active."""
         bundle_id = self._loaded(request)
-        if bundle_id == self._state.bank.active:
+        if bundle_id == self._served().bank.active:
             raise RequestError(
                 f"bundle {bundle_id} is active; activate another one first", status=409, error_type="conflict"
             )
-        await _call(self._state.drop_bundle, bundle_id)
+        await _call(self._served().drop_bundle, bundle_id)
         return JSONResponse({"deleted": bundle_id})
 
     async def list_adapters(self, _: Request) -> Response:
@@ -108,7 +108,7 @@ class AdminApi:
                         "rank": loaded.rank,
                         "base_verified": loaded.verified,
                     }
-                    for name, loaded in self._state.bank.adapters().items()
+                    for name, loaded in self._served().bank.adapters().items()
                 ]
             }
         )
@@ -118,20 +118,17 @@ class AdminApi:
         name = request.path_params["name"]
         check_name(name, what="name")
         async with self._upload(request) as (path, _):
-            folder = path.with_suffix(".folder")
-            try:
-                await _call(unpack_adapter, path, folder)
-                await _call(self._state.add_adapter, name, folder)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            folder = path.with_name("adapter")
+            await _call(unpack_adapter, path, folder)
+            await _call(self._served().add_adapter, name, folder)
         return JSONResponse({"name": name}, status_code=201)
 
     async def delete_adapter(self, request: Request) -> Response:
         """Forget a PEFT adapter and its copy."""
         name = request.path_params["name"]
-        if name not in self._state.bank.adapters():
+        if name not in self._served().bank.adapters():
             raise _not_found(f"no adapter {name!r} is loaded")
-        await _call(self._state.drop_adapter, name)
+        await _call(self._served().drop_adapter, name)
         return JSONResponse({"deleted": name})
 
     def _guarded(
@@ -147,33 +144,31 @@ class AdminApi:
 
     def _loaded(self, request: Request) -> str:
         bundle_id = _bundle_id(request)
-        if bundle_id not in self._state.bank.bundles():
-            raise _not_found(f"bundle {bundle_id} is not loaded; there are {len(self._state.bank.bundles())}")
+        if bundle_id not in self._served().bank.bundles():
+            raise _not_found(
+                f"bundle {bundle_id} is not loaded; there are {len(self._served().bank.bundles())}"
+            )
         return bundle_id
-
-    def _temporary(self) -> IO[bytes]:
-        # Unbuffered: closing a buffer that a full disk refused would raise a second time.
-        try:
-            return tempfile.NamedTemporaryFile(dir=self._state.incoming, buffering=0)
-        except OSError as error:
-            raise _not_stored(error) from error
 
     @asynccontextmanager
     async def _upload(self, request: Request) -> AsyncIterator[tuple[Path, str]]:
-        """The body in a temporary file, with its SHA-256; the file is gone afterwards."""
+        """The body in a file of a temporary folder, with its SHA-256; the folder is gone afterwards."""
         digest, size = hashlib.sha256(), 0
-        with self._temporary() as stream:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > _MAX_UPLOAD:
-                    raise RequestError(
-                        f"the body must have at most {_MAX_UPLOAD} bytes",
-                        status=413,
-                        error_type="bad_request",
-                    )
-                digest.update(chunk)
-                await run_in_threadpool(_write_all, stream, chunk)
-            yield Path(stream.name), digest.hexdigest()
+        with _stored(), tempfile.TemporaryDirectory(dir=self._served().incoming) as folder:
+            path = Path(folder) / "body"
+            # Unbuffered: closing a buffer that a full disk refused would raise a second time.
+            with path.open("wb", buffering=0) as stream:
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > _MAX_UPLOAD:
+                        raise RequestError(
+                            f"the body must have at most {_MAX_UPLOAD} bytes",
+                            status=413,
+                            error_type="bad_request",
+                        )
+                    digest.update(chunk)
+                    await run_in_threadpool(_write_all, stream, chunk)
+            yield path, digest.hexdigest()
 
 
 def unpack_adapter(archive: Path, folder: Path) -> None:
@@ -216,15 +211,18 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
 
 def _write_all(stream: IO[bytes], data: bytes) -> None:
     view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
+
+
+@contextmanager
+def _stored() -> Iterator[None]:
     try:
-        while view:
-            view = view[stream.write(view) :]
+        yield
     except OSError as error:
-        raise _not_stored(error) from error
-
-
-def _not_stored(error: OSError) -> RequestError:
-    return RequestError(f"the upload cannot be stored: {error}", status=507, error_type="storage")
+        raise RequestError(
+            f"the upload cannot be stored: {error}", status=507, error_type="storage"
+        ) from error
 
 
 async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -56,7 +56,7 @@ def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starl
 
     api = GenerateApi(engine, info)
     return Starlette(
-        routes=[*api.routes(), *AdminApi(state, token=info.admin_token).routes()],
+        routes=[*api.routes(), *AdminApi(lambda: state, token=info.admin_token).routes()],
         lifespan=lifespan,
         exception_handlers={RequestError: on_request_error, HTTPException: _on_http_error},
     )

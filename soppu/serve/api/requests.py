@@ -2,7 +2,7 @@
 
 Unknown keys are ignored, as LoRAX does. A parameter this server does not implement is accepted at its default
 and refused by name otherwise, never ignored. Faults LoRAX's extractor reports as plain text are reported in
-its JSON error form here, with the same status: pydantic reads the types, the words are put here.
+its JSON error form here, with the same status. pydantic checks types; the messages are ours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _GREEDY_BELOW = 1e-5  # temperatures below this one overflow fp32 scores
 _PENALTIES = (1e-3, 1e3)
 _SOURCES = ("hub", "local", "s3", "pbase")
 _NO_NULL = ("stop", "ignore_eos_token", "do_sample", "details")
-# Values of what this server does not implement that ask for nothing; None is always among them.
+# Parameters this server does not implement, and the values that ask for nothing; None always does.
 _UNUSED: dict[str, tuple[object, ...]] = {
     "merged_adapters": (),
     "best_of": (1,),
@@ -60,7 +60,7 @@ def _encodable(value: str) -> str:
     return value
 
 
-# A message calls a kind by its description.
+# Messages name a type by its description.
 _Text = Annotated[str, AfterValidator(_encodable), Field(description="a string of valid Unicode")]
 _Flag = Annotated[bool, Field(description="true or false")]
 _Number = Annotated[float, Field(gt=-1e30, lt=1e30, description="a number")]
@@ -107,7 +107,7 @@ class _Body(_Strict):
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A generation request with what concerns only the answer's form."""
+    """A generation request, and how its answer is to look."""
 
     generation: GenerationRequest
     details: bool = False

@@ -1,4 +1,4 @@
-"""LoRAX's response JSON, with the fields of every LoRAX client. Requests are read in `api.requests`."""
+"""LoRAX's response JSON, with the fields LoRAX's clients read. Requests are read in `api.requests`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from soppu.serve.engine.generation import Finish, TokenEvent
 
 
 def token_body(token: TokenEvent) -> Json:
-    """One token, with the fields of every LoRAX client."""
+    """One token."""
     return {
         "id": token.id,
         "text": token.text,

@@ -17,11 +17,11 @@ Cast = Callable[[str, Tensor], Tensor]
 
 
 def read(bundle: Bundle, *, cast: Cast) -> dict[str, ModuleFactors]:
-    """Module -> what the bundle's users change there; modules at which nobody changes anything are left out.
+    """Module -> what the bundle's users change there, without modules that nobody changes.
 
-    A user all of whose components at a module lie in the bases of the user's cluster is served in those;
-    a user with numbers of their own there by the pair of all components there. Every page is decoded once,
-    and nothing is done user by user. O(w (o + i) k) for w components.
+    A user whose components at a module all lie in the bases of the user's cluster is served through those;
+    a user with other components there is served by a LoRA pair of all of them. Decodes every page once, all
+    users together. O(w (o + i) k) for w components.
 
     Args:
         cast: (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in.
@@ -29,17 +29,17 @@ def read(bundle: Bundle, *, cast: Cast) -> dict[str, ModuleFactors]:
     Raises:
         BundleError: a damaged page.
     """
-    found = {name: _Collected(name, bundle, cast) for name in bundle.shapes}
+    collected = {name: _Collected(name, bundle, cast) for name in bundle.shapes}
     for number in range(len(bundle.pages)):
         for name, part in zip(bundle.shapes, bundle.components(number), strict=True):
-            found[name].add(part)
-    # taken out one by one, so that what was collected of a module is freed before the next is put together
-    made = {name: found.pop(name).factors() for name in bundle.shapes}
-    return stacked({name: factors for name, factors in made.items() if factors.shared or factors.own})
+            collected[name].add(part)
+    # popped, so that a module's components are freed before the next module's factors are built
+    modules = {name: collected.pop(name).factors() for name in bundle.shapes}
+    return stacked({name: factors for name, factors in modules.items() if factors.shared or factors.own})
 
 
 def unchanged(bundle: Bundle) -> set[str]:
-    """Users whose adapter as stored changes nothing: for them the base model's answer is the right one.
+    """Users whose adapter as stored changes nothing: the base model answers for them.
 
     O(n (o + i) k) for each module until a user is known to change something.
 
@@ -80,7 +80,7 @@ class _Collected:
             apart = torch.isin(here.user, here.user[here.own])
             if bool(apart.any()):
                 rows = _vectors(here.select(apart), self.bundle.matrices(self.name, cluster))
-                # cast now: as float32 these are the largest numbers there are
+                # cast now: in float32 these take the most memory of all
                 self.own.append(replace(rows, left=self._cast(rows.left), right=self._cast(rows.right)))
             if not bool(apart.all()):
                 out, inn = self.bundle.bases[self.name][cluster]
@@ -88,7 +88,7 @@ class _Collected:
                 self.shared.setdefault(cluster, []).append(rows)
 
     def factors(self) -> ModuleFactors:
-        """Everything that was collected, as the layer uses it."""
+        """What was collected, in the form the layer uses."""
         users = len(self.bundle.users)
         place, shared = torch.full((users,), -1), {}
         for cluster, parts in self.shared.items():
@@ -105,7 +105,7 @@ class _Collected:
 
 
 def _weighted(bundle: Bundle, part: Components) -> Iterator[tuple[int, Components]]:
-    """By cluster, with gains that are absolute; components of gain 0 change nothing and are left out."""
+    """Cluster by cluster, norms multiplied into the gains; components of gain 0 are left out."""
     part = replace(part, gain=part.gain * bundle.norm[part.user])
     part = part.select(part.gain != 0)
     clusters = bundle.cluster[part.user]
@@ -132,7 +132,7 @@ def _join(parts: Sequence[_Rows]) -> _Rows:
 def _cores(rows: _Rows) -> tuple[Tensor, Tensor, Tensor | None]:
     """Users in order, P (m, k_out, c) and Q (m, c, k_in); full cores and None where these are fewer numbers.
 
-    c is the largest number of components a user has. As many numbers, so many multiplications a token.
+    c is the largest number of components a user has. A token costs a multiplication a number.
     """
     users, owner, counts = torch.unique(rows.user, return_inverse=True, return_counts=True)
     c, k_out, k_in = int(counts.max()), rows.left.shape[1], rows.right.shape[1]
@@ -146,7 +146,7 @@ def _cores(rows: _Rows) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _own(rows: _Rows, users: int) -> OwnRows:
-    """The rows in the order of users: clusters of one page took turns."""
+    """The rows sorted by user: within a page they come cluster by cluster."""
     order = torch.argsort(rows.user, stable=True).to(rows.left.device)
     starts = torch.zeros(users + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(rows.user, minlength=users).cumsum(0)

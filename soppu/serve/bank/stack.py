@@ -1,4 +1,4 @@
-"""Lays cores of like modules into one tensor each. What a batch makes of that: `layers.routing`."""
+"""Puts the cores of modules of one kind into one tensor. How a batch uses it: `layers.routing`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from soppu.serve.layers.factors import ModuleFactors, SharedFactors, Stack
 def stacked(factors: Mapping[str, ModuleFactors]) -> dict[str, ModuleFactors]:
     """The same factors, cores of one shape and one set of users in one `Stack`, their parts views of it.
 
-    Equal `place` tensors become one. O(numbers in the cores); at the most one stack is in memory twice.
+    Equal `place` tensors become one. O(numbers in the cores); at most one stack is in memory twice.
     """
-    made, places = dict(factors), dict[bytes, Tensor]()
-    for name, one in made.items():
-        place = places.setdefault(one.place.numpy().tobytes(), one.place)
-        made[name] = replace(one, place=place, shared=dict(one.shared))
+    copies, places = dict[str, ModuleFactors](), dict[bytes, Tensor]()
     alike: dict[Hashable, list[tuple[str, int]]] = {}
-    for name, one in made.items():
-        for cluster, shared in one.shared.items():
-            alike.setdefault(_kind(cluster, one, shared), []).append((name, cluster))
+    for name, module in factors.items():
+        place = places.setdefault(module.place.numpy().tobytes(), module.place)
+        copies[name] = replace(module, place=place, shared=dict(module.shared))
+        for cluster, shared in module.shared.items():
+            alike.setdefault(_kind(cluster, copies[name], shared), []).append((name, cluster))
     for members in alike.values():
-        _stack(made, members)
-    return made
+        _stack(copies, members)
+    return copies
 
 
 def _kind(cluster: int, factors: ModuleFactors, shared: SharedFactors) -> Hashable:
@@ -35,11 +34,11 @@ def _kind(cluster: int, factors: ModuleFactors, shared: SharedFactors) -> Hashab
 
 
 def _stack(factors: Mapping[str, ModuleFactors], members: list[tuple[str, int]]) -> None:
-    found = [factors[name].shared[cluster] for name, cluster in members]
-    Q = [one.Q for one in found if one.Q is not None]
-    stack = Stack(torch.stack([one.P for one in found]), torch.stack(Q) if Q else None)
-    for number, ((name, cluster), one) in enumerate(zip(members, found, strict=True)):
+    parts = [factors[name].shared[cluster] for name, cluster in members]
+    Q = [part.Q for part in parts if part.Q is not None]
+    stack = Stack(torch.stack([part.P for part in parts]), torch.stack(Q) if Q else None)
+    for number, ((name, cluster), part) in enumerate(zip(members, parts, strict=True)):
         view = None if stack.Q is None else stack.Q[number]
         shared = factors[name].shared
-        assert isinstance(shared, dict)  # made so above
-        shared[cluster] = replace(one, P=stack.P[number], Q=view, stack=stack, number=number)
+        assert isinstance(shared, dict)  # copied so above
+        shared[cluster] = replace(part, P=stack.P[number], Q=view, stack=stack, number=number)

@@ -24,6 +24,8 @@ from soppu import files
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError, StorageError, TargetError
 from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.holdings import Holdings, LoadedAdapter
+from soppu.serve.layers.factors import Slot
 
 
 class ServerState:
@@ -34,7 +36,6 @@ class ServerState:
         self.incoming = root / "incoming"
         self._root = root
         self._held = lock
-        self._folders: dict[str, str] = {}
         self._changing = threading.Lock()
 
     @classmethod
@@ -75,11 +76,9 @@ class ServerState:
             with files.atomic_path(path) as temporary:
                 shutil.copyfile(source, temporary)
             try:
-                self.bank.stage(Bundle.load(path, expected_hash=bundle_id), bundle_id=bundle_id)
-                self._write()
+                bundle = Bundle.load(path, expected_hash=bundle_id)
+                self.bank.stage(bundle, bundle_id=bundle_id, commit=self._write)
             except (BundleError, StorageError):
-                if bundle_id in self.bank.bundles():
-                    self.bank.drop(bundle_id)
                 path.unlink(missing_ok=True)
                 raise
             return True
@@ -87,14 +86,7 @@ class ServerState:
     def activate(self, bundle_id: str) -> str:
         """Make a staged bundle active ("" for none); return the one that was. BundleError, StorageError."""
         with self._changing:
-            previous = self.bank.active
-            self.bank.activate(bundle_id)
-            try:
-                self._write()
-            except StorageError:
-                self.bank.activate(previous)
-                raise
-            return previous
+            return self.bank.activate(bundle_id, commit=self._write)
 
     def drop_bundle(self, bundle_id: str) -> None:
         """Forget a bundle and delete its file.
@@ -104,9 +96,7 @@ class ServerState:
             StorageError: the disk refused it. The bundle is still served then.
         """
         with self._changing:
-            self.bank.check_drop(bundle_id)
-            self._write(without_bundle=bundle_id)
-            self.bank.drop(bundle_id)
+            self.bank.drop(bundle_id, commit=self._write)
             self._bundle_path(bundle_id).unlink(missing_ok=True)
 
     def add_adapter(self, name: str, folder: Path) -> None:
@@ -117,22 +107,19 @@ class ServerState:
             StorageError: the disk refused it.
         """
         adapter = adapters.read(folder)
-        key = f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{adapter.content_hash()[:16]}"
+        path = self._adapter_path(name, adapter.content_hash())
         with self._changing:
-            old = self._folders.get(name, "")
-            if key == old:
+            old = self.bank.adapters().get(name)
+            if old is not None and old.content_hash == adapter.content_hash():
                 return
             try:
-                adapters.write(adapter, self._adapter_path(key))
-                self.bank.add(name, adapter)
-                self._folders[name] = key
-                self._write()
+                adapters.write(adapter, path)
+                self.bank.add(name, adapter, commit=self._write)
             except (AdapterError, StorageError):
-                self._undo_adapter(name, old)
-                shutil.rmtree(self._adapter_path(key), ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
                 raise
-            if old:
-                shutil.rmtree(self._adapter_path(old))
+            if old is not None:
+                shutil.rmtree(self._adapter_path(name, old.content_hash))
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter and delete its copy.
@@ -142,35 +129,28 @@ class ServerState:
             StorageError: the disk refused it. The adapter is still served then.
         """
         with self._changing:
-            self.bank.check_remove(name)
-            self._write(without_adapter=name)
-            self.bank.remove(name)
-            key = self._folders.pop(name)
-            shutil.rmtree(self._adapter_path(key))
-
-    def _undo_adapter(self, name: str, old: str) -> None:
-        if self._folders.get(name, "") == old:
-            return
-        if old:
-            self._folders[name] = old
-            self.bank.add(name, adapters.read(self._adapter_path(old)))
-        else:
-            del self._folders[name]
-            self.bank.remove(name)
+            loaded = self.bank.adapters().get(name)
+            self.bank.remove(name, commit=self._write)
+            assert loaded is not None  # else refused
+            shutil.rmtree(self._adapter_path(name, loaded.content_hash))
 
     def _bundle_path(self, bundle_id: str) -> Path:
         return self._root / "bundles" / f"{bundle_id}.safetensors"
 
-    def _adapter_path(self, key: str) -> Path:
-        return self._root / "adapters" / key
+    def _adapter_path(self, name: str, content_hash: str) -> Path:
+        return (
+            self._root / "adapters" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{content_hash[:16]}"
+        )
 
-    def _write(self, *, without_bundle: str = "", without_adapter: str = "") -> None:
+    def _write(self, held: Holdings[Slot, LoadedAdapter]) -> None:
+        """Have the disk remember what is about to be served. StorageError."""
+        folders = {name: self._adapter_path(name, a.content_hash).name for name, a in held.adapters.items()}
         content = {
             "format": 1,
             "base_hash": self.bank.base.hash,
-            "active": self.bank.active,
-            "bundles": sorted(self.bank.bundles().keys() - {without_bundle}),
-            "adapters": {name: key for name, key in self._folders.items() if name != without_adapter},
+            "active": held.active,
+            "bundles": sorted(held.bundles),
+            "adapters": folders,
         }
         files.write_text(self._root / "state.json", json.dumps(content, indent=2, sort_keys=True))
 
@@ -189,8 +169,13 @@ class ServerState:
             self.bank.stage(bundle, bundle_id=bundle_id)
         self.bank.activate(content["active"])
         for name, key in content["adapters"].items():
-            self.bank.add(name, adapters.read(self._adapter_path(key)))
-            self._folders[name] = key
+            adapter = adapters.read(self._root / "adapters" / key)
+            if (expected := self._adapter_path(name, adapter.content_hash()).name) != key:
+                raise AdapterError(
+                    f"{self._root / 'adapters' / key}: holds adapter {expected}, not the one that was put as"
+                    f" {name!r}; move the state folder away to start empty"
+                )
+            self.bank.add(name, adapter)
 
 
 def _take(path: Path) -> TextIO:

@@ -1,8 +1,7 @@
 """Decoder: one forward of the base model with every row's adapter over a `KVCache`. Two ways to run it.
 
-`LlamaDecoder` is written for the families built like Llama and is several times faster on a CPU;
-`GeneralDecoder` runs transformers' own code, for whatever else transformers can run. Both keep one contract
-and choose the same greedy tokens.
+`LlamaDecoder` runs the families built like Llama and is several times faster on a CPU; `GeneralDecoder` runs
+transformers' own code for all others. Both choose the same greedy tokens.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ class CacheSize:
 
 
 def make_decoder(model: PreTrainedModel, router: Router, size: CacheSize) -> Decoder:
-    """The fastest decoder this model can have; which one is told in the log.
+    """The fastest decoder that runs this model; the log says why it is the slower one.
 
     Raises:
-        UnsupportedModel: neither can run it.
+        UnsupportedModel: neither runs it.
     """
     why = obstacle(model, limit=size.limit)
     if not why:

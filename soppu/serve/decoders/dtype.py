@@ -1,4 +1,4 @@
-"""Which number format a machine decodes fastest in: measured, for instruction sets promise too much."""
+"""Which number format a machine decodes fastest in: measured, as instruction sets do not tell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROWS, _WIDTH, _LAYERS, _ROUNDS = 16, 1024, 8, 5
 def fastest_dtype(device: str) -> str:
     """The faster of float32 and bfloat16 for products shaped as in decoding. About 0.2 seconds on a CPU.
 
-    The choice and both times are told in the log. With equal times float32 wins.
+    The choice and both times are logged. With equal times float32 wins.
     """
     seconds = {dtype: _seconds(dtype, device) for dtype in _CANDIDATES}
     chosen = min(_CANDIDATES, key=lambda dtype: seconds[dtype])
@@ -29,15 +29,15 @@ def fastest_dtype(device: str) -> str:
 
 @torch.inference_mode()
 def _seconds(dtype: str, device: str) -> float:
-    """The best of a few rounds through weights that no cache near the processor holds all of."""
+    """The best of a few rounds through more weights than the processor's caches hold."""
     kind = DTYPES[dtype]
     layers = [PackedLinear(torch.ones(_WIDTH, _WIDTH, dtype=kind, device=device)) for _ in range(_LAYERS)]
     x = torch.ones(_ROWS, _WIDTH, dtype=kind, device=device)
     taken = []
-    for _ in range(_ROUNDS + 1):  # the first one warms up, and counts only if it is the best
+    for _ in range(_ROUNDS + 1):  # the first round warms up
         begun = time.perf_counter()
         for layer in layers:
             layer(x)
-        float(layers[-1](x)[0, 0])  # a device that works ahead has to be done by now
+        float(layers[-1](x)[0, 0])  # waits for an asynchronous device
         taken.append(time.perf_counter() - begun)
     return min(taken)

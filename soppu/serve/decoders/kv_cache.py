@@ -1,4 +1,4 @@
-"""KVCache: keys and values of every running row, in places that stay. Not for scheduling: `batch`."""
+"""KVCache: keys and values of every running row, which never move. Not for scheduling: `batch`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Step:
     """What one forward runs: T tokens each of b rows.
 
     Attributes:
-        ids: (b, T) int64; a row with fewer tokens than T is filled up at its end.
+        ids: (b, T) int64; a row with fewer tokens than T is padded at its end.
         rows: b different rows of the cache, ascending.
         starts: how many tokens of each row the cache holds already.
         counts: how many of the T tokens are the row's own.
@@ -30,7 +30,7 @@ class Step:
 
     @property
     def fresh(self) -> bool:
-        """True where no row has tokens in the cache, so that the new ones see only each other."""
+        """True where no row has tokens in the cache, so that the new tokens attend only to each other."""
         return not any(self.starts)
 
     @cached_property
@@ -41,18 +41,26 @@ class Step:
 
     @cached_property
     def last(self) -> Tensor:
-        """(b,) int64: where each row's last own token is in the b T tokens laid end to end."""
+        """(b,) int64: where each row's last own token is among the b T tokens."""
         width = self.ids.shape[1]
         ends = [row * width + count - 1 for row, count in enumerate(self.counts)]
         return torch.tensor(ends, device=self.ids.device)
 
+    @cached_property
+    def gaps(self) -> Tensor | None:
+        """(b,) int64 places of the rows in what `KVCache.read` gives; None where they are all of it."""
+        first, last = self.rows[0], self.rows[-1]
+        if last - first + 1 == len(self.rows):
+            return None
+        return torch.tensor([row - first for row in self.rows], device=self.ids.device)
+
     @property
     def seen(self) -> int:
-        """Positions of the cache that some row of this step may look at."""
+        """Positions of the cache that some row of this step may attend to."""
         return self.ids.shape[1] if self.fresh else max(self.starts) + self.ids.shape[1]
 
     def mask(self, dtype: torch.dtype, *, window: int = 0) -> Tensor:
-        """(b, T, seen), 0 where a token may look and the smallest number where not.
+        """(b, T, seen), 0 where a token may attend and the smallest number where not.
 
         Args:
             dtype: of the scores it is added to.
@@ -72,9 +80,9 @@ class Step:
 class KVCache:
     """Keys and values of `rows` rows in tensors made once, one a layer: (2, rows, heads, length, d).
 
-    The length doubles when a row needs more, up to `limit`: one copy each time, none in between, and none
-    when requests come or go. What one left in its row is never read by the next, but numbers that are not
-    finite have to be `clear`ed: the attention weight 0 does not silence them.
+    The length doubles when a row needs more, up to `limit`; only then is anything copied. A row's
+    next request never attends to what the last one left, but NaN and infinity have to be `clear`ed: the
+    attention weight 0 does not silence them.
     """
 
     rows: int
@@ -84,7 +92,7 @@ class KVCache:
     _index: tuple[Step, dict[int, Tensor]] | None = None
 
     def write(self, layer: int, step: Step, kv: Tensor) -> None:
-        """Keep what the step's tokens are to be seen by: `kv` (b, T, 2, heads, d)."""
+        """Store keys and values (b, T, 2, heads, d) of the step's tokens."""
         self._reserve(step)
         heads, d = kv.shape[3:]
         if layer not in self.layers:
@@ -94,7 +102,7 @@ class KVCache:
     def read(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, heads, seen, d) of the rows from the step's first to its last.
 
-        No copy. Where rows in between are not the step's, they are there too; see `gaps`.
+        No copy. Where rows in between are not the step's, they are there too; see `Step.gaps`.
         """
         here = self.layers[layer][:, step.rows[0] : step.rows[-1] + 1, :, : step.seen]
         return here[0], here[1]
@@ -122,19 +130,11 @@ class KVCache:
         """(b T 2 heads,) row numbers in a layer laid out as rows of d, made once for all layers of a step."""
         if self._index is None or self._index[0] is not step:
             self._index = (step, {})
-        made = self._index[1]
-        if heads not in made:
+        places = self._index[1]
+        if heads not in places:
             device = step.ids.device
             rows = torch.tensor(step.rows, device=device)[:, None, None, None]
             pair = torch.arange(2, device=device)[:, None] * self.rows
             heads_of = (rows + pair) * heads + torch.arange(heads, device=device)
-            made[heads] = (heads_of * self.length + step.positions[:, :, None, None]).view(-1)
-        return made[heads]
-
-
-def gaps(step: Step) -> Tensor | None:
-    """(b,) int64 places of the step's rows in what `KVCache.read` gives; None where they are all of it."""
-    first, last = step.rows[0], step.rows[-1]
-    if last - first + 1 == len(step.rows):
-        return None
-    return torch.tensor([row - first for row in step.rows], device=step.ids.device)
+            places[heads] = (heads_of * self.length + step.positions[:, :, None, None]).view(-1)
+        return places[heads]

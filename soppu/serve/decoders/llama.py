@@ -1,8 +1,7 @@
 """LlamaDecoder: the forward of the families built like Llama, written for few rows and many steps on a CPU.
 
-Projections that share an input are one product in oneDNN's layout; keys and values are written where they
-stay, and a query head looks at its group's keys without repeating them. Adapters are added to the products'
-outputs.
+Projections that share an input are one product in oneDNN's layout; keys and values are written once, and a
+query head uses its group's keys without repeating them. Adapters are added to the products' outputs.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from soppu.serve.decoders.kv_cache import KVCache, Step, gaps
+from soppu.serve.decoders.kv_cache import KVCache, Step
 from soppu.serve.layers.deltas import Layers
 from soppu.serve.layers.packed_linear import PackedLinear
 from soppu.serve.layers.routing import Routing
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_ROTARY = ("default", "linear", "llama3", "yarn")  # the kinds whose angles do not depend on the text's length
+_ROTARY = ("default", "linear", "llama3", "yarn")  # kinds whose angles do not depend on the length
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -58,7 +57,7 @@ class _Heads:
 
 @dataclass(frozen=True, eq=False)
 class _Projection:
-    """Linear layers of one input as one product, and what adapters know them by."""
+    """Linear layers of one input as one product, and the names adapters have for them."""
 
     layers: Layers
     linear: PackedLinear
@@ -116,7 +115,7 @@ class _Norm:
 
 
 class _Attention:
-    """What all layers of one step have in common: angles, places in the cache, and who may see whom."""
+    """What all layers of one step share: angles, places in the cache, and the attention mask."""
 
     def __init__(self, step: Step, cache: KVCache, heads: _Heads, angles: tuple[Tensor, Tensor]) -> None:
         self._step, self._cache, self._heads = step, cache, heads
@@ -125,12 +124,11 @@ class _Attention:
         self._cos, self._sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         self._layer = 0
         if not step.fresh:
-            self._gaps = gaps(step)
             self._bias = self._seen_by(cos.dtype)
 
     def turn(self, qk: Tensor) -> Tensor:
         """Rotary positions for queries and keys (m, heads, d) at once: q cos + rotate_half(q) sin."""
-        swapped = qk.roll(self._heads.d // 2, -1)  # its halves change places; the sign is in the sines
+        swapped = qk.roll(self._heads.d // 2, -1)  # halves swapped; `_sin` holds the sign
         return torch.addcmul(qk * self._cos, swapped, self._sin)
 
     def __call__(self, qk: Tensor, v: Tensor) -> Tensor:
@@ -144,23 +142,23 @@ class _Attention:
         return seen.reshape(b * T, -1)
 
     def _among_themselves(self, q: Tensor, kv: Tensor) -> Tensor:
-        """(b, T, q, d) of rows that begin here."""
+        """Attention (b, T, q, d) of rows with nothing in the cache."""
         k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
         gqa = self._heads.q != self._heads.kv
         seen = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=gqa)
         return seen.transpose(1, 2)
 
     def _over_cache(self, q: Tensor) -> Tensor:
-        """(b, T, q, d): the queries of a group are laid side by side over the group's keys."""
+        """Attention (b, T, q, d) over the cache: a group's queries are stacked over the group's keys."""
         heads, (b, T) = self._heads, q.shape[:2]
         group = heads.q // heads.kv
         q = q.view(b, T, heads.kv, group, heads.d).permute(0, 2, 3, 1, 4).reshape(b, heads.kv, -1, heads.d)
         keys, values = self._cache.read(self._layer, self._step)
-        if self._gaps is not None:
-            q = q.new_zeros(keys.shape[0], *q.shape[1:]).index_copy_(0, self._gaps, q)
+        if self._step.gaps is not None:
+            q = q.new_zeros(keys.shape[0], *q.shape[1:]).index_copy_(0, self._step.gaps, q)
         seen = self._weigh(q, keys, values)
-        if self._gaps is not None:
-            seen = seen.index_select(0, self._gaps)
+        if self._step.gaps is not None:
+            seen = seen.index_select(0, self._step.gaps)
         return seen.view(b, heads.kv, group, T, heads.d).permute(0, 3, 1, 2, 4)
 
     def _weigh(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -169,18 +167,18 @@ class _Attention:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._bias)
         # two small products are faster than torch's fused kernel here
         shape, bias = q.shape, self._bias.expand(-1, self._heads.kv, -1, -1).flatten(0, 1)
-        q, keys, values = (one.flatten(0, 1) for one in (q, keys, values))
+        q, keys, values = (rows.flatten(0, 1) for rows in (q, keys, values))
         weights = torch.baddbmm(bias, q, keys.mT, alpha=self._heads.d**-0.5).softmax(-1)
         return torch.bmm(weights, values).view(shape)
 
     def _seen_by(self, dtype: torch.dtype) -> Tensor:
-        """(r, 1, 1 or group T, seen); the rows in a gap see everything, and nobody asks what."""
+        """(r, 1, 1 or group T, seen); rows between the step's own are unmasked and not used."""
         mask = self._step.mask(dtype)
         if mask.shape[1] > 1:
             mask = mask.repeat(1, self._heads.q // self._heads.kv, 1)
-        if self._gaps is not None:
+        if self._step.gaps is not None:
             rows = self._step.rows[-1] - self._step.rows[0] + 1
-            mask = mask.new_zeros(rows, *mask.shape[1:]).index_copy_(0, self._gaps, mask)
+            mask = mask.new_zeros(rows, *mask.shape[1:]).index_copy_(0, self._step.gaps, mask)
         return mask[:, None]
 
 
@@ -212,7 +210,7 @@ class LlamaDecoder:
 
     def _logits(self, x: Tensor, routing: Routing) -> Tensor:
         head = self._model.lm_head
-        if head._forward_hooks:  # somebody listens there, as one may with transformers' own forward
+        if head._forward_hooks:  # as in transformers' own forward, hooks are called
             logits: Tensor = head(x)
             routing.apply(self._head.layers, x, logits)
             return logits

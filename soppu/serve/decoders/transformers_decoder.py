@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from soppu.errors import UnsupportedModel
-from soppu.serve.decoders.kv_cache import KVCache, Step, gaps
+from soppu.serve.decoders.kv_cache import KVCache, Step
 from soppu.serve.layers.adapted_linear import Router
 from soppu.serve.layers.routing import Routing
 
@@ -20,7 +20,7 @@ class GeneralDecoder:
     """See `soppu.serve.decoders.decoder.Decoder`. The model's adapted layers listen to `router`.
 
     Raises:
-        UnsupportedModel: layers that keep something else than keys and values of all tokens.
+        UnsupportedModel: a layer keeps a state other than keys and values of all tokens.
     """
 
     def __init__(self, model: PreTrainedModel, router: Router, cache: KVCache) -> None:
@@ -47,7 +47,7 @@ class GeneralDecoder:
         return logits.float()
 
     def _masks(self, step: Step) -> Tensor | dict[str, Tensor]:
-        """4D masks, which transformers takes as they are; one for each kind of layer where it wants that."""
+        """4D masks, which transformers uses as they are; one for each kind of layer where it has kinds."""
         config, dtype = self._model.config, self._model.dtype
         window = getattr(config, "sliding_window", None) or 0
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -64,20 +64,19 @@ class _Slots(Cache):
         super().__init__(layers=[])
         self._store = store
         self._step = step
-        self._places = None if step.fresh else gaps(step)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write (b, heads, T, d) of one layer; what its queries look at, (b, heads, seen, d)."""
+        """Write (b, heads, T, d) of one layer; what its queries attend to, (b, heads, seen, d)."""
         kv = torch.stack((key_states, value_states), dim=1).permute(0, 3, 1, 2, 4)
         self._store.write(layer_idx, self._step, kv)
         if self._step.fresh:
             return key_states, value_states
         keys, values = self._store.read(layer_idx, self._step)
-        if self._places is None:
+        if self._step.gaps is None:
             return keys, values
-        return keys.index_select(0, self._places), values.index_select(0, self._places)
+        return keys.index_select(0, self._step.gaps), values.index_select(0, self._step.gaps)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this forward, of the longest row."""
@@ -85,7 +84,7 @@ class _Slots(Cache):
 
 
 def check(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModel where keys and values are not all that a layer keeps of a row."""
+    """Raise UnsupportedModel where a layer keeps a state other than keys and values."""
     config = model.config
     if odd := sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYERS)):
         raise UnsupportedModel(

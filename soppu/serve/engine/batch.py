@@ -1,4 +1,4 @@
-"""Batch: the rows under way. They join at any step, leave at any step, and decode together in between.
+"""Batch: the running rows. A row joins or leaves at any step; in between all decode together.
 
 Queueing and threads: `soppu.serve.engine.engine`; the model: `soppu.serve.decoders.decoder`.
 """
@@ -29,7 +29,7 @@ class BatchSize:
 
     Attributes:
         rows: requests under way.
-        prefill: prompt tokens worked on in one step, so that rows which decode do not wait longer than that.
+        prefill: prompt tokens read in one step, which bounds how long decoding rows wait.
     """
 
     rows: int
@@ -38,7 +38,7 @@ class BatchSize:
 
 @dataclass(eq=False)
 class _Row:
-    """A request, the `number`-th that came, and its place in the cache, which holds `held` of its ids."""
+    """A request, the `number`-th to arrive, and its place in the cache, which holds `held` of its ids."""
 
     generation: Generation
     place: int
@@ -47,7 +47,7 @@ class _Row:
 
     @property
     def missing(self) -> int:
-        """Ids not yet in the cache; 1 where the next token is all that is wanted."""
+        """Ids not yet in the cache; 1 where the prompt is read and only the next token is needed."""
         return len(self.generation.ids) - self.held
 
     @property
@@ -89,9 +89,9 @@ class Batch:
         self._rows.sort(key=lambda row: row.place)
 
     def step(self) -> None:
-        """Some prompt tokens of rows that have just come, then one token for every row whose prompt is read.
+        """Read some prompt tokens of new rows, then decode one token for every row whose prompt is read.
 
-        What is finished or cancelled has left afterwards. A forward that fails takes only its own rows along.
+        Rows that are finished or cancelled leave. A forward that fails ends only its own rows.
         """
         self.leave()
         if reading := self._next_to_read():
@@ -102,11 +102,10 @@ class Batch:
             self.leave()
 
     def leave(self) -> None:
-        """Let go of the rows that are finished or cancelled; their places are free at once."""
+        """Remove the rows that are finished or cancelled; their places are free at once."""
         for row in self._rows:
-            if (
-                row.done and row.held and row.missing > 1
-            ):  # nobody has seen yet whether its numbers are finite
+            # its prompt is half read: whether its numbers are finite is not known yet
+            if row.done and row.held and row.missing > 1:
                 self._decoder.cache.clear(row.place)
         self._rows = [row for row in self._rows if not row.done]
         if not self._rows:
@@ -119,14 +118,14 @@ class Batch:
         self.leave()
 
     def _next_to_read(self) -> list[_Row]:
-        """The rows whose prompts are read next: the longest-waiting, and what fits beside it when padded."""
+        """The rows whose prompts are read next: the longest-waiting, and those that fit beside it, padded."""
         unread = [row for row in self._rows if row.missing > 1 or not row.held]
         unread.sort(key=lambda row: (not row.held, row.number))
         if not unread or unread[0].held or unread[0].missing > self._size.prefill:
             return unread[:1]
         chosen: list[_Row] = []
         for row in unread:
-            width = max(one.missing for one in [*chosen, row])
+            width = max(other.missing for other in [*chosen, row])
             if width * (len(chosen) + 1) > self._size.prefill:
                 break
             chosen.append(row)
@@ -174,9 +173,7 @@ class Batch:
         try:
             work(rows)
             self.failures = 0
-        except (
-            Exception
-        ) as error:  # whatever one forward raises must not end the thread: its requests are told
+        except Exception as error:  # of any kind: it ends this forward's requests, not the thread
             self.failures += 1
             _LOG.exception("a step of %d requests failed", len(rows))
             for row in rows:
@@ -189,7 +186,7 @@ class Batch:
 
 @torch.inference_mode()
 def choose(rows: Sequence[Generation], logits: Tensor) -> tuple[list[int], list[float]]:
-    """A token and its logprob for every row of `logits` (b, v); a row that cannot have one fails alone."""
+    """A token and its logprob for every row of `logits` (b, v); a row without a valid choice fails alone."""
     chosen = logits.argmax(-1)
     total = logits.logsumexp(-1)
     finite = total.isfinite().tolist()  # a single -inf only rules a token out

@@ -1,4 +1,4 @@
-"""Token ids to text deltas whose concatenation is the decoded whole. Not for stop sequences."""
+"""Token ids to text deltas that concatenate to the decoded text. Not for stop sequences."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ class Detokenizer:
 
     A byte-level token may end inside a character: those bytes are held back until the character is whole, or
     until `flush`. Only a short window is decoded for each token, so a text of n tokens costs O(n).
-    The one exception to "the decoded whole": invalid UTF-8 from SentencePiece's byte tokens, whose decoder
-    takes back bytes it has already shown. There tokenizers' own `DecodeStream` raises, and takes the batch
-    along; and it cannot be flushed. So this one is ours.
+    Only for invalid UTF-8 from SentencePiece's byte tokens may the deltas differ from the decoded whole: its
+    decoder takes back bytes. tokenizers' `DecodeStream` raises there and cannot be flushed, hence this class.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -31,7 +30,7 @@ class Detokenizer:
         whole = window.rstrip(_INCOMPLETE)
         delta = whole[self._shown :]
         self._shown = max(self._shown, len(whole))
-        if delta and whole == window:  # a token without text is no context for the next one
+        if delta and whole == window:  # a token without text gives the next one no context
             self._start, self._settled = self._settled, len(self._ids)
             self._shown = len(self._decode(self._ids[self._start :]))
         return delta

@@ -1,7 +1,6 @@
-"""Engine: a queue, and a background thread that steps one batch of many users' requests for ever.
+"""Engine: a queue, and a background thread that steps one batch of many users' requests.
 
-What waits joins the running batch at its next step, as soon as a row is free. Not for HTTP, nor for what a
-step does: that is `soppu.serve.engine.batch`.
+A waiting request joins the batch at its next step with a free row. What a step does: `engine.batch`.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class EngineOptions:
         max_queue: requests that may wait; one more is refused with 429.
         max_input_tokens: longest prompt; the model's own limit may be lower.
         max_total_tokens: prompt and answer together; the model's own limit may be lower.
-        prefill_tokens: prompt tokens read in one step; rows that decode wait no longer than that takes.
-        gather_seconds: how long a request that finds the engine idle waits for company.
+        prefill_tokens: prompt tokens read in one step, which bounds how long decoding rows wait.
+        gather_seconds: how long an idle engine waits for more requests after the first.
     """
 
     max_batch: int = 32
@@ -43,7 +42,7 @@ class EngineOptions:
     gather_seconds: float = 0.002
 
     def __post_init__(self) -> None:
-        """Refuse what could never answer. Raises ConfigError."""
+        """Refuse limits that no request could meet. Raises ConfigError."""
         for name in ("max_batch", "max_input_tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}, allowed: 1 and more")
@@ -89,7 +88,7 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """`alive`, and not three steps in a row have failed as a whole."""
+        """`alive`, and fewer than three steps in a row have failed."""
         return self.alive and self._batch.failures < _UNHEALTHY_AFTER
 
     @property
@@ -108,7 +107,7 @@ class Engine:
             self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step under way; whatever is not finished fails with `incomplete_generation`."""
+        """Stop after the current step; unfinished requests fail with `incomplete_generation`."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
@@ -166,14 +165,14 @@ class Engine:
         try:
             while self._admit():
                 self._batch.step()
-        finally:  # whatever ends the thread, nobody is left waiting for it
+        finally:  # however the thread ends, every request gets an answer
             with self._condition:
                 self._closed = True
             self._batch.fail(incomplete())
             self._refuse_waiting()
 
     def _admit(self) -> bool:
-        """Give free rows to what waits; with nothing under way, wait for it. False once closed."""
+        """Give free rows to waiting requests; with no row running, wait for one. False once closed."""
         with self._condition:
             while not self._closed:
                 if not len(self._batch):
@@ -183,12 +182,12 @@ class Engine:
                     row = self._waiting.popleft()
                     row.start()
                     self._batch.join(row)
-                if len(self._batch):  # all that waited may have been cancelled
+                if len(self._batch):  # all waiting requests may have been cancelled
                     break
             return not self._closed
 
     def _idle(self) -> None:
-        """Wait for a request, then a moment for company. The condition is held."""
+        """Wait for a request, then a moment for more. The condition is held."""
         self._condition.wait_for(lambda: self._closed or self._waiting)
         self._condition.wait_for(
             lambda: self._closed or len(self._waiting) >= self.options.max_batch,
@@ -200,7 +199,7 @@ class Engine:
             self._waiting.popleft().fail(incomplete())
 
     def _purge(self) -> None:
-        """Drop what was cancelled while it waited. The condition is held."""
+        """Drop requests cancelled while they waited. The condition is held."""
         if any(row.done for row in self._waiting):
             self._waiting = deque(row for row in self._waiting if not row.done)
 

@@ -45,7 +45,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer with the ids the engine has to know: which end a text, which are not text."""
+    """The tokenizer, the ids that end a text, and the ids that are not text."""
 
     tokenizer: PreTrainedTokenizerBase
     eos: frozenset[int]
@@ -92,7 +92,7 @@ Sink = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A request made ready: prompt as ids, what its adapter id meant, and how many tokens it may have."""
+    """A request ready to run: its prompt as ids, its adapter as resolved, and its limit of new tokens."""
 
     request: GenerationRequest
     resolved: Resolved
@@ -134,7 +134,7 @@ class Generation:
         return tokens, finish
 
     def cancel(self) -> None:
-        """Nobody waits for this any more: it leaves its batch at the next step, without an event."""
+        """The request leaves its batch at the next step, without an event."""
         self.done = True
 
     def start(self) -> None:
@@ -154,7 +154,7 @@ class Generation:
         self._text += delta
         special = token_id in self._vocabulary.special
         text = self._vocabulary.tokenizer.decode([token_id]) if special else delta
-        if reason:  # never set back: the caller may cancel at any moment
+        if reason:  # never set to False: the caller may cancel at any moment
             self.done = True
         finish = self._finish(reason) if reason else None
         self._emit(TokenEvent(token_id, str(text), logprob, special, finish))
@@ -168,7 +168,7 @@ class Generation:
     def _emit(self, event: Event) -> None:
         try:
             self._sink(event)
-        except Exception:  # the listener is gone, and must not take the other rows of the batch with it
+        except Exception:  # a failed listener must not end the other rows of the batch
             _LOG.exception("a listener failed; its request is cancelled")
             self.done = True
 

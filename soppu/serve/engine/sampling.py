@@ -39,7 +39,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses the tokens of one request, with a generator of its own: companions do not change its draws."""
+    """Chooses the tokens of one request, with its own generator: other rows do not change its draws."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -70,13 +70,13 @@ class Sampler:
 
 def processors(sampling: Sampling) -> LogitsProcessorList:
     """What changes the scores (b, v) before a token is chosen, in LoRAX's order."""
-    made = LogitsProcessorList()
+    chain = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
-        made.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        chain.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     if sampling.do_sample:
-        made.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        chain.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k:
-            made.append(TopKLogitsWarper(sampling.top_k))
+            chain.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
-            made.append(TopPLogitsWarper(sampling.top_p))
-    return made
+            chain.append(TopPLogitsWarper(sampling.top_p))
+    return chain

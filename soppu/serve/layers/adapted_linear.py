@@ -1,4 +1,4 @@
-"""Layers with per-row adapters: a frozen linear layer plus what the routing of the forward under way adds.
+"""Layers with per-row adapters: a frozen linear layer plus what the current forward's routing adds.
 
 What is added to which row is `soppu.serve.layers.routing`; generation is `soppu.serve.engine.engine`.
 """
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from soppu.errors import UnsupportedModel
+from soppu.models import linear_shape
 from soppu.serve.layers.deltas import Layers
 from soppu.serve.layers.routing import Routing
 
@@ -20,7 +20,7 @@ _FLAT: Mapping[str, tuple[str, ...]] = {"opt": ("fc1", "fc2")}
 
 
 class Router:
-    """What the adapted layers of one model share: the routing of the forward under way."""
+    """What the adapted layers of one model share: the routing of the current forward."""
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
@@ -38,8 +38,8 @@ class Router:
 class AdaptedLinear(nn.Module):
     """A frozen `nn.Linear` or `Conv1D` plus the change its router asks for, row by row.
 
-    Without a routing it is the base layer, bit for bit. A `flat` layer gets its rows laid end to end,
-    (b T, i), as transformers' OPT does it around its MLP; every row then has T tokens.
+    Without a routing it is the base layer, bit for bit. A `flat` layer takes all rows as one matrix (b T, i),
+    as transformers' OPT passes them to its MLP.
     """
 
     def __init__(self, base: nn.Module, *, name: str, router: Router, flat: bool = False) -> None:
@@ -52,7 +52,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight: model code may look at its dtype or device."""
+        """The base layer's weight, for model code that reads its dtype or device."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
@@ -79,22 +79,8 @@ class AdaptedLinear(nn.Module):
         return y
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Every module an adapter may sit on: full name -> (o, i)."""
-    modules = model.named_modules()
-    return {name: linear_shape(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(o, i) of an `nn.Linear` or a `Conv1D`."""
-    if isinstance(module, Conv1D):
-        return int(module.nf), int(module.nx)
-    assert isinstance(module, nn.Linear)
-    return module.out_features, module.in_features
-
-
 def install(model: nn.Module, names: Iterable[str], *, router: Router) -> None:
-    """Wrap the named layers of `model`; a wrapped one stays. Base weights are not touched."""
+    """Wrap the named layers of `model` that are not wrapped yet. Base weights stay as they are."""
     flat = _FLAT.get(getattr(getattr(model, "config", None), "model_type", ""), ())
     for name in names:
         parent_name, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What rows of a batch add to the outputs of layers with one input. Who they are: `layers.routing`."""
+"""What rows of a batch add to the outputs of layers with one input. Which rows: `layers.routing`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from soppu.serve.layers.factors import Bases
 
-_SMALL = 1 << 15  # numbers; torch works on fewer in one thread, so products need no meeting of threads
+_SMALL = 1 << 15  # numbers; below this torch uses one thread, so threads need not be synchronised
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Linear layers with one input: full-model names, and out-features. Their outputs lie side by side."""
+    """Linear layers with one input, by full-model name, and their out-features. Outputs lie side by side."""
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
 
     def columns(self, number: int) -> slice:
-        """Where the outputs of one of them are."""
+        """The columns of one layer's outputs."""
         start = sum(self.widths[:number])
         return slice(start, start + self.widths[number])
 
@@ -88,8 +88,7 @@ def _times(cores: Tensor, t: Tensor) -> Tensor:
     if t.shape[2] == 1 and cores.numel() <= _SMALL:
         return (cores * t).sum(-1)[:, :, None]
     m, M, a, b = cores.shape
-    made = torch.bmm(t.reshape(m * M, -1, b), cores.view(m * M, a, b).mT)
-    return made.view(m, M, -1, a)
+    return torch.bmm(t.reshape(m * M, -1, b), cores.view(m * M, a, b).mT).view(m, M, -1, a)
 
 
 def _pick(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:

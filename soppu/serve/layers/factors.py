@@ -24,7 +24,7 @@ class Stack:
     Attributes:
         P: (M, m, k_out, c), see `SharedFactors`.
         Q: (M, m, c, k_in) or None.
-        bases: of modules of this stack that share an input, as they are asked for.
+        bases: of modules of this stack that share an input; filled by `Routing`.
     """
 
     P: Tensor
@@ -68,7 +68,7 @@ class SharedFactors:
 
 @dataclass(frozen=True, eq=False)
 class OwnRows:
-    """The LoRA pairs of a bundle's users at one module, all ranks laid end to end.
+    """The LoRA pairs of a bundle's users at one module, all users' ranks in one tensor.
 
     Attributes:
         A: (w, i) rows of all A.

@@ -1,7 +1,7 @@
-"""PackedLinear: a frozen product in the layout oneDNN is fastest with.
+"""PackedLinear: a frozen linear layer, its weight kept in oneDNN's fastest layout.
 
-torch lays a weight out anew in every product of few rows; here that is done once. Where oneDNN does not do
-it (another device, a number format it lacks), the product is torch's own.
+torch converts the layout again in every product of few rows; here it is done once. Where oneDNN cannot
+(another device or number format), the product is torch's own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PackedLinear:
         weights = [layer.weight.detach() for layer in layers]  # type: ignore[operator]
         biases = [layer.bias for layer in layers]
         bias = None
-        if any(one is not None for one in biases):
+        if any(bias is not None for bias in biases):
             pairs = zip(biases, weights, strict=True)
             bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b.detach() for b, w in pairs])  # type: ignore[operator]
         return cls(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
@@ -49,7 +49,7 @@ class PackedLinear:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN takes this weight in a layout of its own."""
+    """Whether oneDNN has a layout of its own for this weight."""
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""Routing: which adapter every row of a batch goes to. The heart of multi-adapter serving.
+"""Routing: which adapter every row of a batch goes to.
 
 One batch may mix rows of one or several bundles, in shared-basis form (y = Wx + U P_user Q_user V^T x) or by
 pairs (y = Wx + B A x), rows of plain LoRA adapters and rows of the base model. Resolving names to slots
@@ -23,9 +23,8 @@ Places = list[tuple[int, int]]  # (row of the batch, place in the cores)
 class Routing:
     """Which slot every row of a batch goes to; None is the base model.
 
-    The factors of a layer are gathered once for a routing and reused by every decoding step, so make a
-    new routing only when rows leave or join. Gathering a bundle whose users all have their cores in stacks is
-    one copy of the rows' cores for all modules.
+    A layer's factors are gathered once for a routing and used again by every decoding step, so make a new
+    routing only when rows leave or join.
     """
 
     def __init__(self, slots: Sequence[Slot | None]) -> None:
@@ -48,11 +47,7 @@ class Routing:
         return not self._bundles and not self._pairs
 
     def changes(self, layers: Layers) -> tuple[Change, ...]:
-        """The changes of layers that share an input.
-
-        For each of them at most one for each cluster of each bundle, and one for all pairs; layers whose
-        cores are in one stack have theirs in common.
-        """
+        """The changes of layers that share an input: by module or stack and cluster, and one of all pairs."""
         if layers not in self._changes:
             self._changes[layers] = () if self.is_base else tuple(self._gather(layers))
         return self._changes[layers]
@@ -76,51 +71,51 @@ class Routing:
             modules = members[0][1].modules
             factors = {n: modules[name] for n, name in enumerate(layers.names) if name in modules}
             yield from self._shared(layers, factors, members)
-            for number, one in factors.items():
-                if one.own is not None:
-                    owned = [(row, one.own.pair(slot.index)) for row, slot in members]
+            for number, held in factors.items():
+                if held.own is not None:
+                    owned = [(row, held.own.pair(slot.index)) for row, slot in members]
                     pairs[number] += [(row, pair) for row, pair in owned if pair is not None]
-        for number, found in pairs.items():
-            if found:
+        for number, here in pairs.items():
+            if here:
                 # in the order of rows: where they are the whole batch, no row numbers are kept
-                yield self._pair_change(layers.columns(number), sorted(found, key=lambda one: one[0]))
+                yield self._pair_change(layers.columns(number), sorted(here, key=lambda member: member[0]))
 
     def _shared(
         self, layers: Layers, factors: dict[int, ModuleFactors], members: list[tuple[int, BundleSlot]]
     ) -> Iterator[SharedChange]:
-        """Parts of one stack together, others one by one."""
+        """One change for the parts of a stack, one for each factor that is in none."""
         parts: dict[int, tuple[Places, list[tuple[int, SharedFactors]]]] = {}
-        for number, one in factors.items():
-            for cluster, here in self._clusters(one, members).items():
-                shared = one.shared[cluster]
+        for number, module in factors.items():
+            for cluster, here in self._clusters(module, members).items():
+                shared = module.shared[cluster]
                 parts.setdefault(id(shared.stack or shared), (here, []))[1].append((number, shared))
-        for here, found in parts.values():
-            yield self._shared_change(layers, here, found)
+        for here, numbered in parts.values():
+            yield self._shared_change(layers, here, numbered)
 
     def _clusters(self, factors: ModuleFactors, members: list[tuple[int, BundleSlot]]) -> dict[int, Places]:
-        """Cluster -> rows of the members served in shared form here; reckoned once for modules that agree."""
+        """Cluster -> rows of the members served in shared form here; once for modules of the same places."""
         key = id(factors.place), id(members)
         if key not in self._places:
             places = factors.place[[slot.index for _, slot in members]].tolist()
-            found = self._places[key] = {}
+            clusters = self._places[key] = {}
             for (row, slot), place in zip(members, places, strict=True):
                 if place >= 0:
-                    found.setdefault(slot.cluster, []).append((row, place))
+                    clusters.setdefault(slot.cluster, []).append((row, place))
         return self._places[key]
 
     def _shared_change(
-        self, layers: Layers, here: Places, found: list[tuple[int, SharedFactors]]
+        self, layers: Layers, here: Places, numbered: list[tuple[int, SharedFactors]]
     ) -> SharedChange:
-        shared = [one for _, one in found]
+        shared = [factors for _, factors in numbered]
         stack, first = shared[0].stack, shared[0]
         if stack is None:
             index = _index([place for _, place in here], first.P)
             P, Q = first.P[index][:, None], None if first.Q is None else first.Q[index][:, None]
-            return SharedChange(self._rows(here, first.P), _bases(layers, found), P=P, Q=Q)
-        key = layers, *(number for number, _ in found)
+            return SharedChange(self._rows(here, first.P), _bases(layers, numbered), P=P, Q=Q)
+        key = layers, *(number for number, _ in numbered)
         if key not in stack.bases:
-            stack.bases[key] = _bases(layers, found)
-        cores = [None if one is None else _part(one, shared) for one in self._stacked(stack, here)]
+            stack.bases[key] = _bases(layers, numbered)
+        cores = [None if side is None else _part(side, shared) for side in self._stacked(stack, here)]
         assert cores[0] is not None
         return SharedChange(self._rows(here, first.P), stack.bases[key], P=cores[0], Q=cores[1])
 
@@ -147,7 +142,7 @@ class Routing:
         return PairChange(rows, columns, A=A, B=B)
 
     def _rows(self, here: Places, like: Tensor) -> Tensor | None:
-        """Of places kept in this routing; made once for all modules that share them."""
+        """The row numbers of places kept in this routing; made once for all modules that share them."""
         if len(here) == self.rows:
             return None
         if id(here) not in self._numbers:
@@ -159,18 +154,18 @@ def _index(places: list[int], like: Tensor) -> Tensor:
     return torch.tensor(places, device=like.device)
 
 
-def _bases(layers: Layers, found: Sequence[tuple[int, SharedFactors]]) -> Bases:
+def _bases(layers: Layers, numbered: Sequence[tuple[int, SharedFactors]]) -> Bases:
     """The bases of some modules of one input as two products, each once for all of them."""
-    V = torch.cat([one.V for _, one in found], dim=1)
-    U = V.new_zeros(sum(layers.widths), sum(one.U.shape[1] for _, one in found))
+    V = torch.cat([factors.V for _, factors in numbered], dim=1)
+    U = V.new_zeros(sum(layers.widths), sum(factors.U.shape[1] for _, factors in numbered))
     start = 0
-    for number, one in found:
-        end = start + one.U.shape[1]
-        U[layers.columns(number), start:end] = one.U
+    for number, factors in numbered:
+        end = start + factors.U.shape[1]
+        U[layers.columns(number), start:end] = factors.U
         start = end
     return Bases(V=PackedLinear(V.mT.contiguous()), U=PackedLinear(U))
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:
     """The cores (M, m, ...) of some modules of a stack as (m, M, ...)."""
-    return torch.stack([cores[one.number] for one in shared], dim=1)
+    return torch.stack([cores[factors.number] for factors in shared], dim=1)

@@ -1,8 +1,8 @@
 """The vLLM plugin: a whole bundle of users in one vLLM server. Not for our own server: `soppu.serve.server`.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in each of its
-processes. Without SOPPU_BUNDLE in the environment it does nothing at all. `hooks` is the only file that
-knows vLLM.
+processes. Without SOPPU_BUNDLE in the environment it does nothing at all. Only the two files called `hooks`
+import vLLM: `frontend.hooks` for its API server, `worker.hooks` for its engine and workers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def register() -> None:
     refusal.prepare()
     with refusal.noted():
         versions.check()
-        found = settings.read(os.environ)
-    from soppu.serve.vllm_plugin import hooks
+        chosen = settings.read(os.environ)
+    from soppu.serve.vllm_plugin.frontend import hooks as frontend
+    from soppu.serve.vllm_plugin.worker import hooks as worker
 
-    hooks.install(found)
+    worker.install(chosen)
+    frontend.install(chosen)

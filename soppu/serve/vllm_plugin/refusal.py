@@ -1,7 +1,7 @@
-"""A refusal of ours at a start is the last line of vLLM's output, and no page of tracebacks comes before it.
+"""Makes a refusal of ours the last line of vLLM's output, with no tracebacks before it.
 
 vLLM's processes start one another, and what a worker raises reaches the first only as "see root cause above".
-So the first owns a file, whose name the others inherit with the environment; who refuses writes it there.
+So the first owns a file, whose name the others inherit in the environment; who refuses writes there.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _VARIABLE = "SOPPU_REFUSAL_FILE"
 
 
 def prepare() -> None:
-    """In vLLM's first process: have its last words be ours where one of its processes refuses. Once."""
+    """In vLLM's first process: print a refusal of any of its processes last. Once."""
     if multiprocessing.parent_process() is not None or sys.excepthook is _last_words:
         return
     descriptor, name = tempfile.mkstemp(prefix="soppu-")
     os.close(descriptor)
     os.environ[_VARIABLE] = name
     sys.excepthook = _last_words
-    atexit.register(_end, Path(name))  # early, so late: what other parts of vLLM say at the end comes before
+    atexit.register(_end, Path(name))  # registered first, so it runs last
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def noted() -> Iterator[None]:
         yield
     except SoppuError as error:
         if multiprocessing.parent_process() is None:
-            raise  # to whoever called: a program that runs the engine inside itself may go on
+            raise  # a program that runs the engine inside itself may go on
         _note(error)
         raise SystemExit(1) from error
 
@@ -78,4 +78,4 @@ def _end(path: Path) -> None:
     if said:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os.write(2, f"Error: {said}\n".encode())  # past the stream: vLLM prefixes its lines
+        os.write(2, f"Error: {said}\n".encode())  # not through sys.stderr, whose lines vLLM prefixes

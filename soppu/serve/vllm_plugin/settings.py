@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import ConfigError
 
 KERNELS = ("auto", "native", "torch", "static")
@@ -31,6 +33,11 @@ class Settings:
     spare_rows: int = 64
     kernel: str = "auto"
     admin_token: str = ""
+
+    def read_bundle(self) -> tuple[Bundle, str]:
+        """The bundle served from the start, and its id. Raises BundleError for a damaged one."""
+        data = self.bundle.read_bytes()
+        return Bundle.from_bytes(data, source=str(self.bundle)), hashlib.sha256(data).hexdigest()
 
 
 def read(environment: Mapping[str, str]) -> Settings:

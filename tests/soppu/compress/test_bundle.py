@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from benchmarks import handmade
-from benchmarks.mutate import File
 from soppu import adapter
 from soppu.compress import Bundle, CompressOptions, compress
 from soppu.compress.bundle import envelope, schema
@@ -24,8 +22,10 @@ from soppu.compress.codec import modes
 from soppu.compress.codec.streams import LARGEST_FLOAT
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import unit
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.errors import BundleError
+from tests.soppu.compress import handmade
+from tests.soppu.compress.mutate import File
 
 TINY = {"q": (4, 3)}
 ASKED = {

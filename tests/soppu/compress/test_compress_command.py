@@ -13,8 +13,7 @@ from soppu.cli import main
 from soppu.commands.compress import compress_command
 from soppu.compress import Bundle
 from soppu.compress.fleet import passes
-from soppu.compress.options import METHODS
-from soppu.compress.target import ratio
+from soppu.compress.options import METHODS, ratio
 
 SETTINGS = {
     "residual": ["--max-error", "0.2"],

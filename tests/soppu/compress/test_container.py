@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import handmade, mutate
-from benchmarks.mutate import File
 from soppu.compress import Bundle
 from soppu.compress.bundle import container
 from soppu.compress.codec import streams
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components
-from soppu.compress.target import ratio
+from soppu.compress.options import ratio
 from soppu.errors import BundleError
+from tests.soppu.compress import handmade, mutate
+from tests.soppu.compress.mutate import File
 
 every_plan = pytest.mark.parametrize("plan", handmade.PLANS.values(), ids=handmade.PLANS.keys())
 

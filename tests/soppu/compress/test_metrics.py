@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.handmade import Form, components
 from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components, Side
 from soppu.compress.numbers.errors import relative_errors, squared_errors
 from soppu.compress.numbers.quantise import AXIS, TERNARY
+from tests.soppu.compress.handmade import Form, components
 
 SHAPE, K = (25, 19), (6, 5)
 FORMS: list[list[Form]] = [

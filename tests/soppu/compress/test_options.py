@@ -4,8 +4,7 @@ import pytest
 
 from soppu import compress
 from soppu.compress import CompressOptions
-from soppu.compress.options import BASIS_BITS, CORE_BITS, DEFAULT_RATIO, METHODS
-from soppu.compress.target import Target
+from soppu.compress.options import BASIS_BITS, CORE_BITS, DEFAULT_RATIO, METHODS, Target
 from soppu.errors import ConfigError
 
 

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.handmade import Form, components
 from soppu.compress.codec import golomb, page, streams
 from soppu.compress.codec.page import ModuleShape
 from soppu.compress.numbers.components import Components, concatenate
 from soppu.compress.numbers.quantise import AXIS, TERNARY
 from soppu.errors import BundleError
+from tests.soppu.compress.handmade import Form, components
 
 COORDS = (4, 6, 8, 16, 32)
 OWN = (TERNARY, 2, 3, 4, 5, 6, 8, 16, 32)

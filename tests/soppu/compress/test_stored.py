@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.mutate import File
 from soppu.compress import Bundle
 from soppu.compress.options import METHODS
 from soppu.errors import BundleError
 from tests.soppu.compress import stored
+from tests.soppu.compress.mutate import File
 
 every_kind = pytest.mark.parametrize("kind", stored.SAMPLES)
 

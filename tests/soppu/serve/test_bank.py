@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from soppu.adapter import LoraPair
-from soppu.errors import AdapterError, BundleError, RequestError
+from soppu.errors import AdapterError, BundleError, RequestError, StorageError
+from soppu.models import linear_shapes
 from soppu.serve.bank.bank import AdapterBank
-from soppu.serve.layers.adapted_linear import linear_shapes
+from soppu.serve.bank.holdings import Holdings
 from soppu.serve.layers.factors import BundleSlot, PairSlot
 from tests.soppu.serve import handmade, tiny
 
@@ -185,3 +186,35 @@ def test_a_name_cannot_mean_two_things(bank: AdapterBank) -> None:
     bank.activate(A)
     with pytest.raises(AdapterError, match="the active bundle aaaaaaaaaaaa has a user of that name"):
         bank.add("alice", adapter)
+
+
+@pytest.mark.parametrize("change", ["stage", "activate", "drop", "add", "replace", "remove"])
+def test_a_change_is_seen_only_once_it_is_agreed_to(bank: AdapterBank, change: str) -> None:
+    bank.stage(bundle("alice"), bundle_id=A)
+    bank.add("dave", tiny.lora(tiny.llama(), seed=1))
+    changes = {
+        "stage": lambda commit: bank.stage(bundle("bob"), bundle_id=B, commit=commit),
+        "activate": lambda commit: bank.activate(A, commit=commit),
+        "drop": lambda commit: bank.drop(A, commit=commit),
+        "add": lambda commit: bank.add("erin", tiny.lora(tiny.llama(), seed=2), commit=commit),
+        "replace": lambda commit: bank.add("dave", tiny.lora(tiny.llama(), seed=2), commit=commit),
+        "remove": lambda commit: bank.remove("dave", commit=commit),
+    }
+
+    def seen() -> tuple[object, ...]:
+        hashes = {name: loaded.content_hash for name, loaded in bank.adapters().items()}
+        return bank.active, bank.bundles(), hashes
+
+    before, offered = seen(), []
+
+    def refuse(held: Holdings) -> None:  # type: ignore[type-arg]
+        hashes = {name: loaded.content_hash for name, loaded in held.adapters.items()}
+        offered.append((held.active, {name: tuple(users) for name, users in held.bundles.items()}, hashes))
+        assert seen() == before
+        raise StorageError("no space")
+
+    with pytest.raises(StorageError):
+        changes[change](refuse)
+    assert seen() == before and offered[0] != before
+    changes[change](lambda _: None)
+    assert seen() == offered[0]

@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import CompressOptions, compress
 from soppu.compress.bundle.bundle import Bundle
+from soppu.models import linear_shapes
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.decoders.decoder import CacheSize, make_decoder
 from soppu.serve.decoders.kv_cache import Step
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import GenerationRequest
-from soppu.serve.layers.adapted_linear import linear_shapes
 from soppu.serve.layers.routing import Routing
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.handmade import Plan, Sizes

@@ -348,6 +348,36 @@ def test_a_state_folder_is_one_servers_and_one_bases(start: Start, shared: Bundl
         ServerState.open(tmp_path / "state", bank)
 
 
+def test_a_stored_adapter_that_is_not_the_one_that_was_put_is_refused_at_the_start(
+    start: Start, members: dict[str, LoraAdapter], tmp_path: Path
+) -> None:
+    server = start()
+    for name, who in (("dave", "alice"), ("erin", "bob")):
+        server.client.put(f"/soppu/v1/adapters/{name}", content=tar(members[who]))
+    server.state.close()
+    path = tmp_path / "state" / "state.json"
+    state = json.loads(path.read_text())
+    kept = dict(state["adapters"])
+    folder = tmp_path / "state" / "adapters" / kept["dave"]
+
+    def opened() -> list[str]:
+        bank = AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH)
+        ServerState.open(tmp_path / "state", bank).close()
+        return sorted(bank.adapters())
+
+    assert opened() == ["dave", "erin"]
+    path.write_text(json.dumps(state | {"adapters": {"dave": kept["erin"], "erin": kept["dave"]}}))
+    with pytest.raises(AdapterError, match="not the one that was put as 'dave'; move the state folder away"):
+        opened()
+    path.write_text(json.dumps(state))
+    adapters.write(members["bob"], folder)
+    with pytest.raises(AdapterError, match="not the one that was put as 'dave'"):
+        opened()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="adapter_model.safetensors"):
+        opened()
+
+
 def test_the_admin_token_guards_every_admin_route_and_no_other(start: Start) -> None:
     server = start(token="secret")
     routes = [

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from soppu.adapter import LoraPair
 from soppu.errors import UnsupportedModel
-from soppu.serve.layers.adapted_linear import AdaptedLinear, Router, install, linear_shapes
+from soppu.models import linear_shapes
+from soppu.serve.layers.adapted_linear import AdaptedLinear, Router, install
 from soppu.serve.layers.deltas import Layers
 from soppu.serve.layers.factors import BundleSlot, ModuleFactors, OwnRows, PairSlot, SharedFactors, Slot
 from soppu.serve.layers.routing import Routing

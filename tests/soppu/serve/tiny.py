@@ -31,11 +31,11 @@ from soppu.compress import compress
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
 from soppu.federation.emulator import SUPPORTED
+from soppu.models import linear_shapes
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.serve.layers.adapted_linear import linear_shapes
 from soppu.serve.server import claim_port
 
 BASE_HASH = "b" * 64

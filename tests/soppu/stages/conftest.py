@@ -66,8 +66,9 @@ def overrides() -> dict[str, object]:
 def run(config_path: Path, overrides: dict[str, object]) -> Iterator[Run]:
     opened = open_run(prepare(str(config_path), overrides))
     yield opened
-    for name in ("server.pid", "vllm.pid"):
-        process.stop(Path(opened.config.serve.state) / name)
+    if "serve.state" not in overrides:  # else whoever gave it stops what was started there
+        for name in ("server.pid", "vllm.pid"):
+            process.stop(Path(opened.config.serve.state) / name)
 
 
 def without_effect(run: Run, bundle_id: str) -> str:
@@ -78,10 +79,21 @@ def without_effect(run: Run, bundle_id: str) -> str:
     return registry.put_bundle(bundle.to_bytes(), set_id=registry.bundle(bundle_id).set_id)
 
 
+@pytest.fixture(scope="session")
+def adapters() -> dict[tuple[str, str], LoraAdapter]:
+    """Adapters trained so far, by base model and user: every test's users have the same text."""
+    return {}
+
+
 @pytest.fixture
-def trained(run: Run) -> dict[str, str]:
+def trained(run: Run, adapters: dict[tuple[str, str], LoraAdapter]) -> dict[str, str]:
     """Every user's adapter, trained on the full model and stored; user -> adapter id."""
-    return {user: run.registry().put_adapter(train(run, user), user=user, run=run.id) for user in USERS}
+    base = run.base().hash
+    for user in USERS:
+        if (base, user) not in adapters:
+            adapters[base, user] = train(run, user)
+    registry = run.registry()
+    return {user: registry.put_adapter(adapters[base, user], user=user, run=run.id) for user in USERS}
 
 
 def train(run: Run, user: str, *, steps: int = 12) -> LoraAdapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,32 @@ from soppu import calibrate, models
 from soppu.cli import main
 from soppu.errors import FederationError, GateError, RegistryError, TargetError
 from soppu.federation import emulator
+from soppu.federation.simulation import free_port
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
 from soppu.stages.publish import open_target, publish
 from soppu.stages.report import write_report
 from soppu.stages.run import Run
+from soppu.targets import process
 from tests.soppu.stages.conftest import train, without_effect
 
 WAVE_THROUGH = {"min_mean_gain_kept": -10.0, "min_user_gain_kept": -10.0, "max_relative_error": 1.0}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+    """The server of this file's runs, which the first publication starts. Each run has a registry of its
+    own.
+    """
+    state = tmp_path_factory.mktemp("serve")
+    yield {"serve.url": f"http://127.0.0.1:{free_port()}", "serve.state": str(state)}
+    process.stop(state / "server.pid")
+
+
+@pytest.fixture
+def overrides(server: dict[str, object]) -> dict[str, object]:
+    return server
 
 
 def evaluated(run: Run) -> tuple[str, str]:

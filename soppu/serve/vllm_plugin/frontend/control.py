@@ -1,8 +1,7 @@
-"""Control: what the admin routes and vLLM's adapter routes change, in the directory and on the workers."""
+"""Control: what the admin routes and vLLM's adapter routes change, in the directory and in the workers."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -30,7 +29,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Engine:
-    """The running engine, as far as it is needed here.
+    """What is needed of the running engine.
 
     Attributes:
         call: (method of `worker.Worker`, its arguments), on every worker; blocks. Raises BundleError.
@@ -39,12 +38,6 @@ class Engine:
 
     call: Callable[..., Any]
     busy: Callable[[], Collection[int]]
-
-
-def read_first(settings: Settings) -> tuple[Bundle, str]:
-    """The bundle served from the start, and its id. Raises BundleError for a damaged one."""
-    data = settings.bundle.read_bytes()
-    return Bundle.from_bytes(data, source=str(settings.bundle)), hashlib.sha256(data).hexdigest()
 
 
 class Control:
@@ -65,7 +58,7 @@ class Control:
         self.bank = Directory(spare=settings.spare_rows)
         self._changing = threading.Lock()
         self._engine: Engine | None = None
-        bundle, self.first_id = read_first(settings)
+        bundle, self.first_id = settings.read_bundle()
         self._check(bundle, self.first_id)
         self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
         self.bank.stage(bundle, self.first_id, self.bank.reserve(bundle))
@@ -132,28 +125,23 @@ class Control:
             if not active:
                 raise AdapterError(f"{name}: no bundle is active, so there is no basis to serve it on")
             version = self.bank.versions()[active]
-            if name in version.bundle.users:
-                raise AdapterError(f"{name}: the active bundle {active[:12]} has a user of that name")
-            made = projecting.project(
-                adapter,
-                version.bundle,
-                who=name,
-                max_error=projecting.budget(version.bundle, self.settings.max_error),
-            )
-            row = version.free(self._connected().busy())
+            self.bank.check_name(name)
+            allowed = self.settings.max_error
+            if allowed is None:
+                allowed = max(version.bundle.report.relative_error.values())
+            projected = projecting.project(adapter, version.bundle, who=name, max_error=allowed)
+            row = self.bank.free_row(active, self._connected().busy())
             if not row:
                 raise AdapterError(
                     f"{name}: all {version.spare} spare rows are taken; unload an adapter, or start the"
                     " server with a larger SOPPU_SPARE_ROWS"
                 )
             path = self.incoming / "cores.safetensors"
-            files.write_bytes(path, save({module: core.contiguous() for module, core in made.cores.items()}))
-            self._call("put", version.start, row, made.cluster, str(path))
-            rank = max(pair.rank for pair in adapter.pairs.values())
-            verified = bool(self.base.hash) and adapter.base_hash == self.base.hash
-            self.bank.take(
-                name, Runtime(active, row, adapter.content_hash(), rank, verified=verified, error=made.error)
-            )
+            cores = {module: core.contiguous() for module, core in projected.cores.items()}
+            files.write_bytes(path, save(cores))
+            self._call("put", version.start, row, projected.cluster, str(path))
+            own = {"bundle_id": active, "error": projected.error}
+            self.bank.take(name, Runtime.of(adapter, self.base, slot=row, **own))
 
     def drop_adapter(self, name: str) -> None:
         """Forget a runtime adapter. AdapterError if there is none of that name."""

@@ -1,4 +1,4 @@
-"""A LoRA adapter as cores on a bundle's bases, and how much of it that loses. Nothing is refitted."""
+"""A LoRA adapter as cores on a bundle's bases, and the error of that. The bases are not fitted again."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Projected:
 
 
 def project(adapter: LoraAdapter, bundle: Bundle, *, who: str, max_error: float) -> Projected:
-    """The adapter on the cluster whose bases hold most of it. O((o + i) (k + r)^2) a module and cluster.
+    """The adapter on the bases of the cluster where its error is smallest.
 
-    The core is the least-squares one, U^+ B A (V^+)^T, the bases orthonormal or not.
+    The core is the least-squares solution, U^+ B A (V^+)^T; the bases need not be orthonormal.
+    O((o + i) (k + r)^2) a module and cluster.
 
     Raises:
         AdapterError: a module the bundle has no basis for, or an error above
@@ -41,7 +42,7 @@ def project(adapter: LoraAdapter, bundle: Bundle, *, who: str, max_error: float)
         )
     check_shapes(adapter, bundle.shapes, who=who)
     clusters = range(int(bundle.cluster.max()) + 1)
-    best = min((_on(adapter, bundle, cluster) for cluster in clusters), key=lambda one: one.error)
+    best = min((_on(adapter, bundle, cluster) for cluster in clusters), key=lambda projected: projected.error)
     if best.error > max_error:
         raise AdapterError(
             f"adapter {who!r}: relative error {best.error:.4f} on the resident basis, at most"
@@ -49,11 +50,6 @@ def project(adapter: LoraAdapter, bundle: Bundle, *, who: str, max_error: float)
             " compress it together with the others"
         )
     return best
-
-
-def budget(bundle: Bundle, allowed: float | None) -> float:
-    """The error a runtime adapter may have: `allowed`; that of the worst user where it is None."""
-    return max(bundle.report.relative_error.values()) if allowed is None else allowed
 
 
 def _on(adapter: LoraAdapter, bundle: Bundle, cluster: int) -> Projected:

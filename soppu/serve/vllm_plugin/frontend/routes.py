@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,7 +13,6 @@ from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
 from soppu.serve.api.responses import on_request_error
-from soppu.serve.bank.protocol import Served
 from soppu.serve.vllm_plugin.frontend.control import Control
 
 SERVER = "soppu-vllm"
@@ -35,16 +33,6 @@ def attach(app: Starlette, control: Callable[[], Control], *, token: str) -> Non
             }
         )
 
-    api = AdminApi(cast(Served, _Late(control)), token=token)
+    api = AdminApi(control, token=token)
     app.router.routes += [Route("/soppu/v1/info", info, methods=["GET"]), *api.routes()]
     app.add_exception_handler(RequestError, on_request_error)
-
-
-class _Late:
-    """Whatever `make` gives, asked anew for every attribute."""
-
-    def __init__(self, make: Callable[[], object]) -> None:
-        self._make = make
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._make(), name)

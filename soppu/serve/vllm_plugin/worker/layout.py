@@ -52,15 +52,15 @@ def adapted(linears: Sequence[Linear], shapes: Mapping[str, tuple[int, int]], *,
     Raises:
         BundleError: a module that no layer holds, or that has another shape there; the message names it.
     """
-    found = {part.module: part for linear in linears for part in linear.parts}
+    held = {part.module: part for linear in linears for part in linear.parts}
     for name, shape in shapes.items():
-        if name not in found:
+        if name not in held:
             raise BundleError(
-                f"{who}: {name}: the engine has no such linear layer; it has {len(found)}, among them"
-                f" {', '.join(sorted(found)[:3])}"
+                f"{who}: {name}: the engine has no such linear layer; it has {len(held)}, among them"
+                f" {', '.join(sorted(held)[:3])}"
             )
-        if found[name].shape != shape:
-            raise BundleError(f"{who}: {name}: shape {shape}, the base model has {found[name].shape}")
+        if held[name].shape != shape:
+            raise BundleError(f"{who}: {name}: shape {shape}, the base model has {held[name].shape}")
     chosen = (replace(line, parts=tuple(p for p in line.parts if p.module in shapes)) for line in linears)
     return sorted((line for line in chosen if line.parts), key=lambda line: line.name)
 

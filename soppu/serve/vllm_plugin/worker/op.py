@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from soppu.serve.vllm_plugin.worker.static import StaticStep
-from soppu.serve.vllm_plugin.worker.step import Step
+from soppu.serve.vllm_plugin.worker.residents import Residents
 
 _SCHEMA = "apply(Tensor x, Tensor(a!) y, int layer) -> ()"
 
@@ -17,10 +16,10 @@ _SCHEMA = "apply(Tensor x, Tensor(a!) y, int layer) -> ()"
 class _Current:
     """The step of this process's worker."""
 
-    step: Step | StaticStep | None = None
+    step: Residents | None = None
 
 
-def serve(step: Step | StaticStep) -> None:
+def serve(step: Residents) -> None:
     """Let the operator ask `step` from now on."""
     register()
     _Current.step = step

@@ -50,11 +50,11 @@ class Basis:
 
     def outputs(self) -> list[tuple[int, Tensor]]:
         """(first column, U (k, size)) of every part; views."""
-        found, begin = [], 0
+        views, begin = [], 0
         for at, size in self.spans.tolist():
-            found.append((at, self.U[begin : begin + self.k * size].view(self.k, size)))
+            views.append((at, self.U[begin : begin + self.k * size].view(self.k, size)))
             begin += self.k * size
-        return found
+        return views
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Resident:
     """One bundle: bases by layer and cluster, and one row of cores a user.
 
     Attributes:
-        start: the row number of its first user; rows are never numbered twice while a server runs.
+        start: the row number of its first user; rows are never used again while a server runs.
         bases: layer name -> one Basis a cluster.
         cores: (rows + 1, width) all layers' cores; the last row is zero and serves the base model.
         cluster: (rows + 1,) int64 whose bases a row refers to.
@@ -92,7 +92,7 @@ class Resident:
 
 
 def read(bundle: Bundle, bundle_id: str) -> dict[str, ModuleFactors]:
-    """Module -> what users change there, for the modules where anybody changes anything. Every page once.
+    """Module -> what users change there, without modules that nobody changes. Decodes every page once.
 
     Raises:
         BundleError: a damaged page, or users with numbers of their own beside the shared basis.
@@ -107,7 +107,7 @@ def build(
 ) -> Resident:
     """Lay a bundle out for the layers that hold its modules. O(n w k^2) for w modules.
 
-    Thin core factors P Q are multiplied out: one product a token is faster than two.
+    Core factors P Q are multiplied out: one product a token is faster than two.
     """
     clusters = int(bundle.cluster.max()) + 1 if len(bundle.users) else 1
     bases, width = {}, 0
@@ -115,23 +115,23 @@ def build(
         held = [factors.get(part.module) for part in linear.parts]
         k = _rank(linear, held, form)
         if k:
-            shared = [[one.shared.get(c) if one else None for one in held] for c in range(clusters)]
+            shared = [[f.shared.get(c) if f else None for f in held] for c in range(clusters)]
             bases[linear.name] = tuple(_basis(linear, these, (k, width), form) for these in shared)
             width += len(linear.parts) * k * k
     rows = len(bundle.users) + form.spare
     cluster = np.zeros(rows + 1, dtype=np.int64)
     cluster[: len(bundle.users)] = bundle.cluster.numpy()
     cores = torch.zeros(rows + 1, width, dtype=form.dtype, device=form.device)
-    made = Resident(form.start, bases, cores, cluster)
+    resident = Resident(form.start, bases, cores, cluster)
     for linear in linears:
         for place, part in enumerate(linear.parts):
             if part.module in factors:
-                _fill(made, made.bases[linear.name][0], place, factors[part.module], bundle)
-    return made
+                _fill(resident, resident.bases[linear.name][0], place, factors[part.module], bundle)
+    return resident
 
 
 def refuse_own(factors: Mapping[str, ModuleFactors], bundle_id: str) -> None:
-    """Raise BundleError if anyone has numbers outside the shared basis: they cannot be served here yet."""
+    """Raise BundleError if a user has numbers outside the shared basis, which cannot be served here."""
     own = [f.own.starts[1:] > f.own.starts[:-1] for f in factors.values() if f.own is not None]
     if own:
         users = int(torch.stack(own).any(0).sum())
@@ -142,9 +142,9 @@ def refuse_own(factors: Mapping[str, ModuleFactors], bundle_id: str) -> None:
 
 
 def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> int:
-    """The rank a layer is laid out with; 0 where nothing is. Raises BundleError above what is fixed."""
-    sides = [f for one in held if one for f in one.shared.values()]
-    needed = max((max(f.U.shape[1], f.V.shape[1]) for f in sides), default=0)
+    """The rank of a layer's cores; 0 where nobody changes it. BundleError where it exceeds the fixed one."""
+    sides = [shared for f in held if f for shared in f.shared.values()]
+    needed = max((max(side.U.shape[1], side.V.shape[1]) for side in sides), default=0)
     if form.ranks is None:
         return needed
     if needed > form.ranks[linear.name]:
@@ -180,8 +180,8 @@ def _rows(U: Tensor, part: Part) -> Tensor:
     return U[part.first : part.first + part.size]
 
 
-def _fill(made: Resident, basis: Basis, place: int, factors: ModuleFactors, bundle: Bundle) -> None:
-    cells = _cell(made.cores, basis, place)
+def _fill(resident: Resident, basis: Basis, place: int, factors: ModuleFactors, bundle: Bundle) -> None:
+    cells = _cell(resident.cores, basis, place)
     for cluster, f in factors.shared.items():
         users = ((bundle.cluster == cluster) & (factors.place >= 0)).nonzero()[:, 0]
         core = f.P if f.Q is None else f.P @ f.Q

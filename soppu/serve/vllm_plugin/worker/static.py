@@ -1,8 +1,8 @@
 """StaticStep: what `step.Step` does, for engines that record a pass once and replay it, as CUDA graphs do.
 
-Nothing that a recorded pass reads may move, and it may not depend on who is in the batch. So the bases lie
-side by side in one tensor a layer, every request's cores are copied before the pass, and each token reads the
-number of its copy and the place of its basis from buffers. The base model's tokens read copy 0, all zeros.
+What a recorded pass reads must stay in place, whoever is in the batch. So a layer's bases lie in one tensor,
+every request's cores are copied before the pass, and each token reads the number of its copy and the place of
+its basis from buffers. Tokens of the base model read copy 0, all zeros.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class StaticStep(Residents):
                 layer.V[:, place] = basis.V.view(layer.V[:, place].shape)
                 for held, (_, U) in zip(layer.U, basis.outputs(), strict=True):
                     held[place] = U
-        self.residents[resident.start] = resident
-        self.clear()
+        super().add(resident)
 
     def drop(self, start: int) -> None:
         """As `Residents.drop`; the places of its bases are free again."""
@@ -83,20 +82,18 @@ class StaticStep(Residents):
         super().clear()
         self._copy.zero_()
 
-    def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Prepare a pass: copy cores, and write every token's copy and basis to the buffers. As `Step`."""
-        if self._is_prepared(rows, counts):
-            return
+    def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Copy the users' cores, and write every token's copy and basis to the buffers."""
         users, which = np.unique(rows, return_inverse=True)
         copies, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
         for number, row in enumerate(users.tolist()):
             if row:
                 copies[number] = number + 1
                 places[number] = self._fill(row, number + 1)
-        self._write(np.repeat(copies[which], self._counts), np.repeat(places[which], self._counts))
+        self._write(np.repeat(copies[which], counts), np.repeat(places[which], counts))
 
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
-        """Add to `y` (T, o), in place, what the users change at layer `number` for the input `x` (T, i)."""
+        """See `Residents.apply`."""
         layer = self._layers[number]
         for begin in range(0, len(x), CHUNK):
             end = min(begin + CHUNK, len(x))
@@ -120,7 +117,7 @@ class StaticStep(Residents):
             if start <= row < start + resident.rows:
                 self._copies[copy] = resident.cores[row - start]
                 return self._places[start, int(resident.cluster[row - start])]
-        raise BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
+        raise self._unknown(row)
 
     def _write(self, copies: np.ndarray, places: np.ndarray) -> None:
         tokens, bases = len(copies), self._limits.bases

@@ -1,4 +1,4 @@
-"""Step: which rows of which bundle the tokens of one forward pass use. Found once, used by every layer."""
+"""Step: which rows of which bundle the tokens of one forward pass use: looked up once for all layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soppu.errors import BundleError
 from soppu.serve.vllm_plugin.worker.kernels import Kernel, Tokens
 from soppu.serve.vllm_plugin.worker.layout import Linear
 from soppu.serve.vllm_plugin.worker.resident import Basis, Resident
 from soppu.serve.vllm_plugin.worker.residents import Residents
 
-_MOSTLY = 0.75  # above this share of a batch, a pass over all of it beats picking tokens out
+_MOSTLY = 0.75  # above this share of a batch, computing all of it is faster than selecting tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,38 +33,22 @@ class Step(Residents):
         self._kernel = kernel
         self._groups: list[_Group] = []
 
-    def add(self, resident: Resident) -> None:
-        """Serve this bundle's rows from the next pass on."""
-        self.residents[resident.start] = resident
-        self.clear()
-
     def clear(self) -> None:
         """Serve the base model until the next `begin`."""
         super().clear()
         self._groups = []
 
-    def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Prepare a forward pass. O(tokens), and nothing where the batch is as before.
-
-        Args:
-            rows: (requests,) row number of every request's user; 0 is the base model.
-            counts: (requests,) tokens of every request in this pass, in the order of the batch.
-
-        Raises:
-            BundleError: a row that no resident bundle has.
-        """
-        if self._is_prepared(rows, counts):
-            return
-        self._groups = list(self._made(np.repeat(self._rows, self._counts))) if rows.any() else []
-
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
-        """Add to `y` (T, o), in place, what the users change at layer `number` for the input `x` (T, i)."""
+        """See `Residents.apply`."""
         for group in self._groups:
             basis = group.bases[number]
             if basis is not None:
                 self._kernel(x, y, basis, group.tokens)
 
-    def _made(self, rows: np.ndarray) -> Iterator[_Group]:
+    def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        self._groups = list(self._grouped(np.repeat(rows, counts))) if rows.any() else []
+
+    def _grouped(self, rows: np.ndarray) -> Iterator[_Group]:
         known = rows == 0
         for resident in self.residents.values():
             here = (rows >= resident.start) & (rows < resident.start + resident.rows)
@@ -76,7 +59,7 @@ class Step(Residents):
                 mine = here & (resident.cluster[local] == cluster)
                 yield self._group(resident, cluster, np.where(mine, local, resident.rows), mine)
         if not known.all():
-            raise BundleError(f"row {int(rows[~known][0])} belongs to none of {len(self.residents)} bundles")
+            raise self._unknown(int(rows[~known][0]))
 
     def _group(self, resident: Resident, cluster: int, local: np.ndarray, mine: np.ndarray) -> _Group:
         device, places = resident.cores.device, None
@@ -87,5 +70,5 @@ class Step(Residents):
         return _Group(tokens, self._bases(resident, cluster))
 
     def _bases(self, resident: Resident, cluster: int) -> list[Basis | None]:
-        found = (resident.bases.get(linear.name) for linear in self.linears)
-        return [bases[cluster] if bases else None for bases in found]
+        by_layer = (resident.bases.get(linear.name) for linear in self.linears)
+        return [bases[cluster] if bases else None for bases in by_layer]

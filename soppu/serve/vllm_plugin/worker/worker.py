@@ -16,6 +16,7 @@ from soppu.serve.vllm_plugin.worker import layout, op, resident
 from soppu.serve.vllm_plugin.worker.kernels import Kernel
 from soppu.serve.vllm_plugin.worker.layout import Linear
 from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.residents import Residents
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.worker.step import Step
 
@@ -40,7 +41,7 @@ class Worker:
         shapes = {name: bundle.shapes[name] for name in factors}
         chosen = layout.adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
         first = resident.build(bundle, factors, chosen, form)
-        self.step: Step | StaticStep
+        self.step: Residents
         if isinstance(how, Limits):
             self._form = replace(form, ranks={name: bases[0].k for name, bases in first.bases.items()})
             self.step = StaticStep(chosen, first, how)
@@ -64,9 +65,9 @@ class Worker:
         factors = resident.read(bundle, bundle_id)
         layout.check_within(factors, self.step.linears, who=who)
         layout.adapted(self.step.linears, {name: bundle.shapes[name] for name in factors}, who=who)
-        made = resident.build(bundle, factors, self.step.linears, replace(self._form, start=start))
-        self.step.add(made)
-        return made.rows
+        staged = resident.build(bundle, factors, self.step.linears, replace(self._form, start=start))
+        self.step.add(staged)
+        return staged.rows
 
     def drop(self, start: int) -> int:
         """Free the bundle whose first row is `start`; no request may be on it. How many bundles stay."""
@@ -75,8 +76,7 @@ class Worker:
 
     def put(self, start: int, row: int, cluster: int, path: str) -> int:
         """Write the cores of a runtime adapter, module -> (k_out, k_in) in a safetensors file, to a row."""
-        made = self.step.at(start)
-        made.put(row - start, load_file(path), self.step.linears, cluster=cluster)
+        self.step.at(start).put(row - start, load_file(path), self.step.linears, cluster=cluster)
         self.step.clear()  # the row's cluster may be another one now
         return row
 

@@ -1,0 +1,185 @@
+"""What one server answers to: bundles, adapters, and which bundle is active. The vLLM plugin keeps it too.
+
+Where a user's tensors are is the holder's affair: a `Slot` of our own layers, or a row of vLLM's tables.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Self, TypeVar
+
+from soppu.adapter import LoraAdapter
+from soppu.base_identity import Base
+from soppu.errors import AdapterError, BundleError
+from soppu.serve.names import find_version
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """One loaded adapter. `slot` is where its tensors are; `verified`: it states this server's base hash."""
+
+    slot: Any
+    content_hash: str
+    rank: int
+    verified: bool
+
+    @classmethod
+    def of(cls, adapter: LoraAdapter, base: Base, *, slot: Any, **own: Any) -> Self:
+        """What a listing says about `adapter` on a server of `base`."""
+        rank = max(pair.rank for pair in adapter.pairs.values())
+        verified = bool(base.hash) and adapter.base_hash == base.hash
+        return cls(slot, adapter.content_hash(), rank, verified, **own)
+
+
+S = TypeVar("S")
+A = TypeVar("A", bound=LoadedAdapter)
+
+
+@dataclass(frozen=True, eq=False)
+class Resolved(Generic[S]):
+    """What an adapter id means now.
+
+    Attributes:
+        adapter_id: "alice", or "alice@<whole bundle id>" where a version was asked for; "" is the base model.
+        version: the bundle id, or the adapter's content hash; "" for the base model.
+        slot: where the tensors are; None is the base model.
+    """
+
+    adapter_id: str = ""
+    version: str = ""
+    slot: S | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Holdings(Generic[S, A]):
+    """Bundle id -> user -> slot, name -> adapter, and the active bundle's id. A change is a new one."""
+
+    bundles: Mapping[str, Mapping[str, S]] = field(default_factory=dict)
+    adapters: Mapping[str, A] = field(default_factory=dict)
+    active: str = ""
+
+    def stage(self, bundle_id: str, users: Mapping[str, S]) -> Holdings[S, A]:
+        """With a bundle; one that is there already stays."""
+        return replace(self, bundles={**self.bundles, bundle_id: self.bundles.get(bundle_id, users)})
+
+    def activate(self, bundle_id: str) -> Holdings[S, A]:
+        """With this bundle active, "" for none. BundleError: not loaded, or a user has an adapter's name."""
+        users = self.users(bundle_id) if bundle_id else {}
+        if clash := sorted(users.keys() & self.adapters.keys()):
+            raise BundleError(
+                f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name of a loaded adapter;"
+                " remove that adapter first"
+            )
+        return replace(self, active=bundle_id)
+
+    def drop(self, bundle_id: str) -> Holdings[S, A]:
+        """Without a bundle. BundleError: it is active, or not loaded."""
+        self.users(bundle_id)
+        if bundle_id == self.active:
+            raise BundleError(f"bundle {bundle_id[:12]} is active; activate another one first")
+        return replace(
+            self, bundles={known: self.bundles[known] for known in self.bundles if known != bundle_id}
+        )
+
+    def add(self, name: str, adapter: A) -> Holdings[S, A]:
+        """With an adapter, in place of one of that name. AdapterError: a user of the active bundle has it."""
+        self.check_name(name)
+        return replace(self, adapters={**self.adapters, name: adapter})
+
+    def check_name(self, name: str) -> None:
+        """Raise AdapterError where a user of the active bundle has the name."""
+        if name in self.bundles.get(self.active, ()):
+            raise AdapterError(f"{name}: the active bundle {self.active[:12]} has a user of that name")
+
+    def remove(self, name: str) -> Holdings[S, A]:
+        """Without an adapter. AdapterError: there is none of that name."""
+        if name not in self.adapters:
+            what = "a user of the active bundle" if name in self.bundles.get(self.active, ()) else "unknown"
+            raise AdapterError(
+                f"no adapter {name!r} is loaded ({what}); {len(self.adapters)} adapters are loaded"
+            )
+        return replace(
+            self, adapters={known: self.adapters[known] for known in self.adapters if known != name}
+        )
+
+    def users(self, bundle_id: str) -> Mapping[str, S]:
+        """User -> slot. BundleError: the bundle is not loaded."""
+        if bundle_id not in self.bundles:
+            raise BundleError(f"bundle {bundle_id[:12]!r} is not loaded; there are {len(self.bundles)}")
+        return self.bundles[bundle_id]
+
+    def resolve(self, name: str) -> Resolved[S] | str:
+        """What `name` means now, or why it means nothing.
+
+        "alice" is the adapter of that name, or alice in the active bundle; "alice@<bundle id>" (or a prefix
+        that only one loaded bundle has) is alice in that bundle, active or not.
+        """
+        if name in self.adapters:
+            adapter = self.adapters[name]
+            return Resolved(name, adapter.content_hash, adapter.slot)
+        active = self.bundles.get(self.active, {})
+        if name in active:
+            return Resolved(name, self.active, active[name])
+        user, prefix, matches = find_version(name, self.bundles)
+        if not prefix:
+            where = f"the active bundle is {self.active[:12]}" if self.active else "no bundle is active"
+            return f"{where}, {len(self.adapters)} single adapters are loaded"
+        if len(matches) != 1:
+            return f"{len(matches)} of {len(self.bundles)} loaded bundles begin with {prefix!r}"
+        users = self.bundles[matches[0]]
+        if user not in users:
+            return f"bundle {matches[0][:12]} holds {len(users)} users, not {user!r}"
+        return Resolved(f"{user}@{matches[0]}", matches[0], users[user])
+
+
+Commit = Callable[[Holdings[S, A]], None]
+
+
+def at_once(_: object) -> None:
+    """The commit of a change that nobody has to agree to."""
+
+
+class Holder(Generic[S, A]):
+    """Holdings that change as a whole, one change at a time. Readers need no lock.
+
+    `commit` of a change is called with the holdings to come; where it raises, nothing has changed.
+    """
+
+    def __init__(self) -> None:
+        self._held: Holdings[S, A] = Holdings()
+        self._changing = threading.RLock()
+
+    @property
+    def active(self) -> str:
+        """Id of the active bundle, "" if there is none."""
+        return self._held.active
+
+    def bundles(self) -> dict[str, tuple[str, ...]]:
+        """Bundle id -> its users, in the order they were loaded."""
+        return {bundle_id: tuple(users) for bundle_id, users in self._held.bundles.items()}
+
+    def adapters(self) -> dict[str, A]:
+        """Name -> loaded adapter."""
+        return dict(self._held.adapters)
+
+    def activate(self, bundle_id: str, *, commit: Commit[S, A] = at_once) -> str:
+        """Serve plain user names from this bundle from now on, "" from none; the one active before.
+
+        Raises:
+            BundleError: it is not loaded, or one of its users has the name of a loaded adapter.
+        """
+        with self._changing:
+            previous = self.active
+            self._become(self._held.activate(bundle_id), commit)
+            return previous
+
+    def remove(self, name: str, *, commit: Commit[S, A] = at_once) -> None:
+        """Forget an adapter; requests under way finish on it. AdapterError if it is not there."""
+        with self._changing:
+            self._become(self._held.remove(name), commit)
+
+    def _become(self, held: Holdings[S, A], commit: Commit[S, A] = at_once) -> None:
+        commit(held)
+        self._held = held

@@ -1,0 +1,183 @@
+"""What hangs in vLLM's engine and workers, for the versions in `versions`; the API server: `frontend.hooks`.
+
+Into workers:
+    ModelRunner.load_model, VllmConfig.compute_hash     wrapping the adapted layers
+    ModelRunner._prepare_inputs, _dummy_run             which rows the tokens of a pass use
+    Worker.soppu_call                                   changes asked for by the API server
+Into the engine:
+    Executor.__init__                                   a worker's refusal ends the engine without a traceback
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from soppu.compress.bundle.bundle import Bundle
+from soppu.errors import SoppuError
+from soppu.serve.vllm_plugin import refusal
+from soppu.serve.vllm_plugin.replacing import replace
+from soppu.serve.vllm_plugin.settings import Settings
+from soppu.serve.vllm_plugin.worker import kernels, op
+from soppu.serve.vllm_plugin.worker.layout import Linear, Part
+from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.static import Limits
+from soppu.serve.vllm_plugin.worker.worker import Worker
+
+# Attention reads these weights itself, so it never sees a change of the layer's output.
+_ABSORBED = ("kv_b_proj",)
+
+
+class _Fingerprint:
+    value = ""
+
+
+def install(settings: Settings) -> None:
+    """Define the operator, and replace what vLLM runs in its engine and workers."""
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker as EngineWorker
+
+    op.register()
+    runners = [GPUModelRunner]
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        runners.append(CPUModelRunner)
+    for runner in runners:
+        if "load_model" in vars(runner):
+            replace(runner, "load_model", functools.partial(_load_model, settings))
+    replace(GPUModelRunner, "_prepare_inputs", _prepare_inputs)
+    replace(GPUModelRunner, "_dummy_run", _dummy_run)
+    EngineWorker.soppu_call = _call
+    replace(VllmConfig, "compute_hash", _compute_hash)
+    replace(Executor, "__init__", _start_workers)
+
+
+def _start_workers(original: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
+    with refusal.followed():
+        original(executor, *args, **kwargs)
+
+
+def _load_model(settings: Settings, original: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+    original(runner, *args, **kwargs)
+    with refusal.noted():
+        runner.soppu = _attach(runner, settings)
+
+
+def _attach(runner: Any, settings: Settings) -> Worker:
+    config = runner.vllm_config
+    form = Form(dtype=config.model_config.dtype, device=runner.device, spare=settings.spare_rows)
+    layers = dict(_linears(runner.model))
+    bundle, bundle_id = settings.read_bundle()
+    how: Any
+    if settings.kernel == "static" or form.device.type != "cpu":
+        how = _limits(config, bundle)
+    else:
+        how = kernels.choose(settings.kernel, device=form.device, dtype=form.dtype)
+    worker = Worker([line for line, _ in layers.values()], how, form, bundle=bundle, bundle_id=bundle_id)
+    for number, linear in enumerate(worker.step.linears):
+        layer = layers[linear.name][1]
+        layer.quant_method = _adapted(layer.quant_method, number)
+    _Fingerprint.value = worker.fingerprint
+    how_much = f"{len(bundle.users)} users, {len(worker.step.linears)} of {len(layers)} layers adapted"
+    _say(f"bundle {bundle_id[:12]}: {how_much}, {getattr(how, '__name__', 'static')} kernel")
+    return worker
+
+
+def _say(what: str) -> None:
+    from vllm.logger import init_logger
+
+    init_logger("vllm.soppu").info(what)  # only loggers below "vllm" are shown
+
+
+def _limits(config: Any, bundle: Bundle) -> Limits:
+    """Buffers for the longest pass, padded ones included, and bases for two bundles like the first."""
+    scheduler, recorded = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size
+    clusters = int(bundle.cluster.max()) + 1
+    return Limits(
+        tokens=max(scheduler.max_num_batched_tokens, recorded or 0),
+        requests=scheduler.max_num_seqs,
+        bases=2 * clusters,
+    )
+
+
+def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:
+    from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+
+    packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
+    for name, layer in model.named_modules():
+        prefix, dot, leaf = name.rpartition(".")
+        if isinstance(layer, LinearBase) and leaf not in _ABSORBED:
+            names = [f"{prefix}{dot}{part}" for part in packed.get(leaf, [leaf])]
+            row = isinstance(layer, RowParallelLinear)
+            size = layer.input_size_per_partition if row else layer.input_size
+            first = layer.tp_rank * size if row else 0
+            parts = tuple(_parts(layer, names))
+            out = parts[-1].at + parts[-1].size
+            yield name, (Linear(name, first=first, size=size, out=out, parts=parts), layer)
+
+
+def _parts(layer: Any, names: list[str]) -> Iterator[Part]:
+    """The modules of one layer, as this rank holds them; nothing where they cannot be told apart."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
+
+    sharded = isinstance(layer, ColumnParallelLinear)
+    size, rank = (layer.tp_size, layer.tp_rank) if sharded else (1, 0)
+    wholes = list(getattr(layer, "output_sizes", None) or [layer.output_size])
+    if len(names) == 1:
+        wholes = [sum(wholes)]  # one module in the base model too, for instance c_attn
+    at = 0
+    for number, (name, whole) in enumerate(zip(names, wholes, strict=True)):
+        local, first = whole // size, rank * (whole // size)
+        if isinstance(layer, QKVParallelLinear) and number > 0:  # few KV heads are copied to several ranks
+            whole //= layer.num_kv_head_replicas
+            first = rank // layer.num_kv_head_replicas * local
+        yield Part(name, shape=(whole, layer.input_size), first=first, size=local, at=at)
+        at += local
+
+
+def _adapted(method: Any, number: int) -> Any:
+    """The layer's own method with the users' change on top: before any all-reduce."""
+    base = type(method)
+
+    def apply(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+        y = base.apply(self, layer, x, bias)
+        torch.ops.soppu.apply(x, y, number)
+        return y
+
+    adapted = copy.copy(method)
+    adapted.__class__ = type(f"Adapted{base.__name__}", (base,), {"apply": apply})
+    return adapted
+
+
+def _prepare_inputs(original: Any, runner: Any, output: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
+    rows = runner.input_batch.request_lora_mapping[: runner.input_batch.num_reqs]
+    runner.soppu.step.begin(rows, counts)
+    return original(runner, output, counts, *args, **kwargs)
+
+
+def _dummy_run(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    runner.soppu.step.clear()
+    return original(runner, *args, **kwargs)
+
+
+def _call(self: Any, method: str, *args: Any) -> list[Any]:
+    """One method of our Worker; a refusal is returned, as vLLM takes exceptions for engine faults."""
+    try:
+        return ["", getattr(self.model_runner.soppu, method)(*args)]
+    except SoppuError as error:
+        return [str(error), None]
+
+
+def _compute_hash(original: Any, config: Any) -> str:
+    """Compiled graphs are cached by this hash: one with our operator must not meet one without."""
+    whole = f"{original(config)} soppu 1 {_Fingerprint.value}"
+    return hashlib.sha256(whole.encode()).hexdigest()[:10]
