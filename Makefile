@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PREFECT_PORT ?= 4200
 CONFIG ?= configs/demo.toml
+# of `make test`; one of them mostly waits for servers
+WORKERS ?= 3
 
 export PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
 export PREFECT_HOME ?= $(CURDIR)/.soppu/prefect
@@ -49,10 +51,10 @@ status: setup    ## what is up
 vllm: .venv-vllm/.installed  ## the environment of a vLLM server with our plugin (gigabytes, minutes)
 
 test: setup .venv-lorax/.installed   ## all tests, real servers and a real federated run included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
 
 test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or Prefect
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: setup      ## ruff, mypy, who imports whom, what is installed for nothing
 	$(BIN)/ruff check .

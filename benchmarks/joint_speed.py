@@ -130,10 +130,10 @@ def ours(fleet: Fleet, k: int, *, repeats: int, seed: int) -> dict[str, Any]:
 
     def fit() -> None:
         clocks.append(Clock())
-        known = shared_basis.grow(Passes(fleet, {}), options, progress=clocks[-1])
-        grouped = shared_basis.joint(known, k)
-        certificate = shared_basis.certificates(known, grouped)[MODULE]
-        made.append((known.grown[MODULE], grouped.fits[MODULE][0], certificate))
+        ranges = shared_basis.grow_ranges(Passes(fleet, {}), options, progress=clocks[-1])
+        grouped = shared_basis.joint(ranges, k)
+        certificate = shared_basis.certificates(ranges, grouped)[MODULE]
+        made.append((ranges.grown[MODULE], grouped.fits[MODULE][0], certificate))
 
     whole = timed(fit, repeats)
     grown, found, certificate = made[-1]

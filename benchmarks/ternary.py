@@ -55,7 +55,7 @@ def coder() -> list[dict[str, Any]]:
                 "published_bits": golomb.bits_per_value(density),
                 "above_entropy": ours["bits"] / entropy - 1,
                 "golomb": ours,
-                "rice_bits": 8 * len(golomb.encode(values, rice=True)) / VALUES,
+                "rice_bits": 8 * len(measures.rice(values)) / VALUES,
                 "zstd_3": theirs,
                 "times_smaller_than_zstd": theirs["bits"] / ours["bits"],
             }
@@ -70,8 +70,7 @@ def errors(folder: Path) -> list[dict[str, Any]]:
     for density in DENSITIES:
         released = ternary.faithful(given, density=density, alpha=1.0)
         left = {
-            alpha: measures.relative_error(given, {name: p.scaled(alpha**2) for name, p in released.items()})
-            for alpha in ALPHAS
+            alpha: measures.relative_error(given, measures.scaled(released, alpha**2)) for alpha in ALPHAS
         }
         best = min(ALPHAS, key=lambda alpha: left[alpha])
         made = ternary.fixed(given, density=density)

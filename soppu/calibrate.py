@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,9 @@ class _Tally:
         self._tokens: dict[str, int] = {}
         self._last: tuple[Tensor, int, str] | None = None
 
-    def hook(self, name: str) -> Any:
-        """A forward pre-hook for the module of that name."""
-
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._see(name, args[0])
-
-        return see
-
-    def _see(self, name: str, x: Tensor) -> None:
-        leader = name
+    def see(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Count the input of the module of that name: its forward pre-hook."""
+        x, leader = args[0], name
         if self._last is not None and self._last[0] is x and self._last[1] == x._version:
             leader = self._last[2]
         if self.leader.setdefault(name, leader) != leader:
@@ -76,6 +70,8 @@ class _Tally:
         if centred:
             mean = self._sums[name] / self._tokens[name]
             C = C - torch.outer(mean, mean)
+        if not bool(torch.isfinite(C.float()).all()):
+            raise ModelError(f"{name}: its input holds NaN or Inf, or numbers whose squares leave float32")
         return C.float()
 
 
@@ -148,7 +144,7 @@ def second_moments(
         raise ModelError("no text to take second moments of; at least one block is needed")
     body = _runs(model, modules)
     tally = _Tally(skip=1 if centred else 0)
-    hooks = [layer.register_forward_pre_hook(tally.hook(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(tally.see, name)) for name, layer in layers.items()]
     try:
         for done, block in enumerate(blocks, start=1):
             body(input_ids=block.ids[None].to(model.device), use_cache=False)
@@ -176,9 +172,7 @@ def save(
 
     Args:
         base_hash: hash of the base model's files, and `base_model` its name; `load` compares them.
-        examples: how many texts were seen, for whoever reads the file.
-        tokens: and how many tokens.
-        centred: and whether the moments are about the mean.
+        examples: how many texts were seen; this, `tokens` and `centred` are for whoever reads the file.
 
     Raises:
         StorageError: the disk refused the write.
@@ -195,9 +189,8 @@ def save(
         "centred": centred,
         "modules": names,
     }
-    files.write_bytes(
-        path, save_tensors(triangles, metadata={_METADATA_KEY: json.dumps(facts, sort_keys=True)})
-    )
+    metadata = {_METADATA_KEY: json.dumps(facts, sort_keys=True)}
+    files.write_bytes(path, save_tensors(triangles, metadata=metadata))
 
 
 def load(
@@ -223,22 +216,20 @@ def load(
     keys: Mapping[str, str] = facts["modules"]
     if missing := [name for name in modules if name not in keys]:
         raise BundleError(f"{path}: no second moments of {missing[0]}; it holds {len(keys)} other modules")
-    wanted_names = list(modules or keys)
-    squares = {
-        key: _square(tensors.get(key), f"{path}: {key}") for key in {keys[name] for name in wanted_names}
-    }
-    return {name: squares[keys[name]] for name in wanted_names}
+    asked = {name: keys[name] for name in modules or keys}
+    squares = {key: _square(tensors.get(key), f"{path}: {key}") for key in set(asked.values())}
+    return {name: squares[key] for name, key in asked.items()}
 
 
 def _layers(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
     if not modules:
         raise ModelError("no modules to take second moments of; at least one is needed")
-    found = dict(model.named_modules())
+    there = dict(model.named_modules())
     for name in modules:
-        if not isinstance(found.get(name), nn.Linear | Conv1D):
-            kind = type(found[name]).__name__ if name in found else "no such module"
+        if not isinstance(there.get(name), nn.Linear | Conv1D):
+            kind = type(there[name]).__name__ if name in there else "no such module"
             raise ModelError(f"{name}: the base model has {kind} there, expected an nn.Linear or a Conv1D")
-    return {name: found[name] for name in modules}
+    return {name: there[name] for name in modules}
 
 
 def _runs(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
@@ -251,9 +242,6 @@ def _collect(tally: _Tally, modules: Sequence[str], *, centred: bool) -> dict[st
     if unseen := [name for name in modules if name not in tally.leader]:
         raise ModelError(f"{unseen[0]}: no token of the text has reached this layer")
     squares = {leader: tally.moments(leader, centred=centred) for leader in tally.squares}
-    for leader, C in squares.items():
-        if not bool(torch.isfinite(C).all()):
-            raise ModelError(f"{leader}: its input holds NaN or Inf, or numbers whose squares leave float32")
     return {name: squares[tally.leader[name]] for name in modules}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import sys
 
 import click
@@ -71,13 +73,31 @@ class LazyGroup(click.Group):
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run it; a SoppuError becomes `Error: …` and exit code 1, a MissingExtra 2."""
+        """Run it; what a person can cause becomes `Error: …` and an exit code, all else is a fault of ours.
+
+        Click ends Ctrl-C, and a pipe that nobody reads any more, without a traceback.
+        """
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a path need not be UTF-8, and can be told all the same
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
-        except MissingExtra as error:
-            raise click.UsageError(str(error)) from error
         except SoppuError as error:
-            raise click.ClickException(str(error)) from error
+            refusal = click.ClickException(str(error))
+            refusal.exit_code = error.exit_code  # type: ignore[misc]  # click means it as a default
+            raise refusal from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror or error}") from error
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.partition(".")[0] == "soppu":
+                raise
+            package = error.name.partition(".")[0]
+            raise click.ClickException(
+                f"this command needs the Python package {package!r}: install it with pip"
+            ) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

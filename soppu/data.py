@@ -209,7 +209,7 @@ def _parse_jsonl(path: Path) -> Iterable[tuple[str, Example]]:
         try:
             value = json.loads(line.decode("utf-8"))
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON in UTF-8: {error}") from None
         missing = [key for key in _KEYS if not isinstance(value, dict) or not isinstance(value.get(key), str)]
         if missing:

@@ -26,9 +26,13 @@ from __future__ import annotations
 class SoppuError(Exception):
     """Base of the tree: catch this to catch everything SOPPU raises on purpose."""
 
+    exit_code = 1  # of a command that ends with it
+
 
 class MissingExtra(SoppuError, ImportError):
     """What was asked for needs an optional package; the message says how to install it."""
+
+    exit_code = 2
 
     def __init__(self, what: str, *, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}: pip install 'soppu[{extra}]'")

@@ -24,6 +24,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = None
     try:
+        if path.exists() and not path.is_file():  # a rename would take the place of a device
+            raise FileExistsError("is a folder or a device; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)

@@ -12,8 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -93,7 +96,7 @@ def resolve(name: str, *, cache: Path) -> BaseModel:
     if (folder / "config.json").exists():
         return BaseModel(name, folder.resolve(), _hash_folder(folder))
     if folder.exists() or name.startswith((".", "/", "~")):
-        raise ModelError(f"base model {name!r}: that folder holds no config.json")
+        raise ModelError(f"base model {name!r}: that folder holds no config.json; give the one that does")
     return _from_hub(name)
 
 
@@ -105,15 +108,16 @@ def tokenizer_digest(base: BaseModel) -> str:
 
 
 def load_model(base: BaseModel, *, dtype: str = "float32") -> PreTrainedModel:
-    """Load the weights, frozen and in evaluation mode, on the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], local_files_only=True)
+    """Load the weights, frozen and in evaluation mode, on the CPU. ModelError if transformers cannot."""
+    with _reading(base, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], local_files_only=True)
     return model.eval().requires_grad_(False)
 
 
 def skeleton(base: BaseModel) -> PreTrainedModel:
-    """The model without its weights, for names and shapes: no memory, whatever its size."""
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
-    with torch.device("meta"):
+    """The model without its weights, for names and shapes: no memory at any size. Raises ModelError."""
+    with _reading(base, "configuration"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base.path, local_files_only=True)
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -135,14 +139,41 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a model without a padding token pads with its end-of-text token.
 
     Raises:
-        ModelError: it has no end-of-text token.
+        ModelError: there is none that transformers can read, or it has no end-of-text token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+    with _reading(base, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"base model {base.name!r}: its tokenizer has no end-of-text token")
+        raise ModelError(
+            f"base model {base.name!r}: its tokenizer has no end-of-text token; set eos_token in"
+            " tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def _reading(base: BaseModel, what: str) -> Iterator[None]:
+    """Turn what transformers and its parsers raise, a dozen unrelated classes, into one ModelError."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"base model {base.name!r}: transformers cannot read its {what} in {base.path}: {reason};"
+            " if the folder is not whole, download it again"
+        ) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON: {error}; copy or download the folder again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds a {type(value).__name__}, expected an object; download it again")
+    return value
 
 
 def _from_hub(name: str) -> BaseModel:
@@ -159,8 +190,10 @@ def _from_hub(name: str) -> BaseModel:
 def _hash_folder(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ModelError(f"base model {folder}: no *.safetensors beside config.json")
-    config = json.loads((folder / "config.json").read_text())
+        raise ModelError(
+            f"base model {folder}: no *.safetensors beside config.json; load and save_pretrained writes them"
+        )
+    config = _read_object(folder / "config.json")
     for volatile in ("transformers_version", "_name_or_path"):  # differ between machines, say nothing
         config.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -170,7 +203,7 @@ def _hash_folder(folder: Path) -> str:
 
 
 def _verified(name: str, folder: Path) -> BaseModel:
-    recorded = json.loads((folder / _STAMP).read_text())["hash"]
+    recorded = str(_read_object(folder / _STAMP).get("hash"))
     found = _hash_folder(folder)
     if found != recorded:
         raise ModelError(

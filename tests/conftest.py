@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from xdist.scheduler import LoadFileScheduling
 
 # The same examples every time, however slow the machine. To look for new ones: --hypothesis-profile=default
 settings.register_profile(
@@ -33,14 +34,30 @@ settings.register_profile(
 settings.load_profile("soppu")
 
 
-@pytest.hookimpl(tryfirst=True)
+# One worker's under `-n`, as every other file is by itself: what shares a stack, and what fills the machine.
+_TOGETHER = {
+    "tests/flows/": "stack",
+    "tests/soppu/targets/test_vllm.py": "vllm",
+    "tests/soppu/stages/test_publish_vllm.py": "vllm",
+}
+
+
+class _Scheduler(LoadFileScheduling):
+    """Files, and the groups above. (Marks of xdist do nothing with this pytest: it keeps ids elsewhere.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = super()._split_scope(nodeid)
+        return next((group for start, group in _TOGETHER.items() if path.startswith(start)), path)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduler:
+    return _Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n`: a file to one worker, for what its tests share; the slow ones first, for a short end."""
+    """The files with slow tests first, so that no worker is left with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 LAYERS = 8

@@ -1,8 +1,8 @@
 """The bare wheel in an environment that holds it, what it requires, and nothing else.
 
 The environment is not filled by pip: fetching torch takes minutes, and would test the package index. It gets
-a link to every file of every distribution that the wheel's requirements lead to, out of the environment that
-runs the tests. So what the library uses and does not require is not there, as after `pip install soppu`.
+a link to every file of every distribution that the wheel's requirements lead to, out of the environment of
+the tests. So what the library uses and does not require is not there, exactly as after `pip install soppu`.
 """
 
 from __future__ import annotations

@@ -35,8 +35,6 @@ FLOWS_KNOW = {"soppu.config", "soppu.errors"}
 OPTIONAL = {"vllm", "peft", "huggingface_hub"}
 # vLLM calls `register` in every process, with or without a bundle; only with one is the plugin loaded.
 LATE = {"soppu/serve/vllm_plugin/__init__.py"}
-# `soppu --help` and the parsing of a configuration come before torch is loaded.
-QUICK = {"soppu/commands", "soppu/config.py", "soppu/evaluate/report.py"}
 SOURCES = ("soppu", "tasks", "flows", "clients", "server", "deploy", "tests", "benchmarks")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "lib", "tools"}
 
@@ -268,7 +266,7 @@ def test_imports_are_at_the_top_but_for_what_is_optional() -> None:
     wrong = []
     for path in files(*APPLICATIONS):
         name = path.relative_to(ROOT).as_posix()
-        if name in LATE or any(name == quick or name.startswith(f"{quick}/") for quick in QUICK):
+        if name in LATE:
             continue
         late = sorted(inside_functions(parse(path)))
         wrong += [f"{name}:{line}: {what}" for line, what in late if what.split(".")[0] not in OPTIONAL]

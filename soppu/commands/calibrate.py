@@ -8,7 +8,7 @@ import click
 from torch import Tensor
 from tqdm import tqdm
 
-from soppu import calibrate, data, models
+from soppu import calibrate, data, models, tables
 from soppu.compress.linalg import whitening
 
 
@@ -109,11 +109,15 @@ def _table(moments: dict[str, Tensor]) -> None:
     groups: dict[int, list[str]] = {}
     for name, C in moments.items():
         groups.setdefault(id(C), []).append(name)
-    width = max(map(len, moments))
-    click.echo(f"{'module'.ljust(width)}  {'features':>8}  {'in use':>8}  shared by")
-    for name, *others in groups.values():
-        C = moments[name]
-        leaves = ", ".join(other.rpartition(".")[2] for other in others)
-        line = f"{name.ljust(width)}  {C.shape[0]:>8}  {whitening.participation(C):>8.1f}  {leaves}"
-        click.echo(line.rstrip())
+    rows = [
+        (
+            name,
+            str(moments[name].shape[0]),
+            f"{whitening.participation(moments[name]):.1f}",
+            ", ".join(other.rpartition(".")[2] for other in others),
+        )
+        for name, *others in groups.values()
+    ]
+    heads = ("module", "features", "in use", "shared by")
+    click.echo(tables.render(heads, rows, right=(1, 2), width=tables.terminal_width()))
     click.echo()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from soppu import tables
 from soppu.compress import Bundle
 from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.options import ratio
@@ -13,10 +14,7 @@ from soppu.compress.options import ratio
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under their head, first column to the left, the others to the right, and an empty line."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        click.echo("  ".join(cells).rstrip())
+    click.echo(tables.render(head, rows, right=range(1, len(head)), width=tables.terminal_width()))
     click.echo()
 
 

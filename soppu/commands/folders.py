@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def named_folders(texts: Sequence[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for text in texts:
         for user, folder in _found(text):
-            if not user:
-                raise click.BadParameter(f"{text!r} names no user; expected DIR or USER=DIR")
+            if not user or user.encode(errors="ignore").decode() != user:
+                raise click.BadParameter(f"{text!r} names no user; expected DIR or USER=DIR, in UTF-8")
             if user in named:
                 raise click.BadParameter(
                     f"user {user!r} is given twice, {named[user]} and {folder}; tell them apart with USER=DIR"
@@ -30,14 +31,14 @@ def _found(text: str) -> Iterator[tuple[str, Path]]:
     if separator and not Path(text).is_dir():
         yield user, Path(path)
         return
-    folder = Path(text)
+    folder, name = Path(text), Path(os.path.realpath(text)).name  # Path.resolve fails on a circle of links
     # names with a leading dot are those of folders that somebody is still writing
     inside = sorted(child.parent for child in folder.glob(f"*/{_CONFIG}") if child.parent.name[0] != ".")
     if not inside:
-        yield folder.resolve().name, folder
+        yield name, folder
     elif (folder / _CONFIG).exists():
         _say_skipped(inside, f"{folder} is an adapter itself")
-        yield folder.resolve().name, folder
+        yield name, folder
     else:
         rest = sorted({child for child in folder.iterdir() if child.is_dir()} - set(inside))
         _say_skipped(rest, f"no {_CONFIG}, or a name with a leading dot")

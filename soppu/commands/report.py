@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from soppu import tables
 from soppu.evaluate import report, summary
 
 
@@ -20,5 +21,6 @@ def report_command(run_dir: Path, prefect_url: str, only_path: bool) -> None:
     """
     found = report.read(run_dir / report.JSON_FILE)
     page = report.render(run_dir, found).resolve()
-    text = summary.text(found, report_path=str(page), prefect_url=prefect_url)
+    width = tables.terminal_width()
+    text = summary.text(found, report_path=str(page), prefect_url=prefect_url, width=width)
     click.echo(str(page) if only_path else text)

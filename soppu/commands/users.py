@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from soppu import tables
 from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
 
 
@@ -38,7 +39,7 @@ def users_command(root: str, catalogue: str, as_json: bool) -> None:
     elif not rows:
         click.echo("no users yet")
     else:
-        click.echo(_table(("USER", "ADAPTER", "SINCE (UTC)", "METRICS", "PUBLISHED"), map(_user_cells, rows)))
+        _print(("USER", "ADAPTER", "SINCE (UTC)", "METRICS", "PUBLISHED"), map(_user_cells, rows))
 
 
 @click.command("show")
@@ -54,7 +55,7 @@ def show_command(user: str, root: str, catalogue: str, as_json: bool) -> None:
         click.echo(f"{user} was forgotten; nothing is kept")
     else:
         heads = ("", "ADAPTER", "SINCE (UTC)", "RUN", "METRICS", "PUBLISHED")
-        click.echo(_table(heads, map(_history_cells, rows)))
+        _print(heads, map(_history_cells, rows))
 
 
 @click.command("forget")
@@ -107,10 +108,5 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.4g}" for name, value in sorted(metrics.items())) or "-"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, *rows]
-    widths = [max(len(cells[column]) for cells in lines) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in lines
-    )
+def _print(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    click.echo(tables.render(heads, rows, width=tables.terminal_width()))

@@ -1,6 +1,6 @@
-"""One user more, one user less: bundles that change without a refit. Not for compressing a fleet.
+"""Adding a user to a bundle and removing one, without fitting it again.
 
-A new user is coded against the bases that are there: in coordinates alone where that is exact enough, with
+A new user is coded against the stored bases: in coordinates alone where that is exact enough, with
 own numbers where it is not, and refused where even these do not fit, to wait for the next compression.
 Nothing is accepted above the error that was allowed.
 """
@@ -29,7 +29,7 @@ from soppu.compress.numbers.components import Components
 from soppu.compress.numbers.costs import Costs
 from soppu.compress.numbers.errors import relative_errors, squared_errors
 from soppu.compress.numbers.quantise import FLOATS, QUANTISERS
-from soppu.errors import AdapterError, BundleError
+from soppu.errors import AdapterError, BundleError, ConfigError
 
 BASIS, RESIDUAL, QUEUED = "basis", "residual", "queued"
 _STEPS = 24
@@ -75,7 +75,10 @@ def project(
     Raises:
         AdapterError: the adapter does not belong to this base model, or changes a module the bundle lacks.
         BundleError: the user is in the bundle already.
+        ConfigError: `max_error` out of its range.
     """
+    if not 0 < max_error < 1:
+        raise ConfigError(f"max_error = {max_error}, allowed: above 0 and below 1")
     if user in bundle.users:
         raise BundleError(f"user {user!r} is in the bundle already; remove the user first")
     newcomer = _newcomer(bundle, user, adapter, adapter_id)

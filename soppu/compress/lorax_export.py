@@ -1,9 +1,9 @@
-"""A bundle's users as PEFT folders that LoRAX serves rightly. Not for our own server, which reads bundles.
+"""A bundle's users as PEFT folders that LoRAX serves correctly.
 
 LoRAX takes a folder it does not understand without an error and serves the base model instead, so the folders
-keep to what its kernels and its loader know: one rank out of five for the whole fleet, padded here and not
-there; scale 1; every projection on every decoder layer, with zeros where a user has none; and two files with
-nothing in them but what is read.
+keep to what its kernels and its loader know: one rank out of five for the whole fleet, to which every
+module is padded here, not by LoRAX; scale 1; every projection on every decoder layer, with zeros where a user
+has none; and two files that hold only what LoRAX reads.
 """
 
 from __future__ import annotations

@@ -184,9 +184,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ReportError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise ReportError(f"{path}: not JSON: {error}") from None
+        raise ReportError(
+            f"{path}: no such file; give the folder of a run that has reached its report"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path}: not JSON: {error}; run the pipeline's report stage again") from None
     return schema.check(value, source=str(path))
 
 

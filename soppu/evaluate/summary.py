@@ -6,11 +6,11 @@ User ids come from outside: no control character of theirs reaches the terminal,
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from soppu import tables
 from soppu.evaluate.wording import (
     bounded,
     certificate,
@@ -30,19 +30,23 @@ _LISTED = 40  # users in the terminal table; of more, the ones that keep least a
 _WORST = 20
 _LONGEST = 32  # characters of a user id
 _HEADS = ("user", "examples", "base", "personal", "compressed", "gain kept", "adapter")
+_NUMBERS = range(1, 6)
 _MARKUP = re.compile(r"([\\`*_\[\]#|~$])")
 
 
-def text(report: Row, *, report_path: str = "", prefect_url: str = "", server_url: str = "") -> str:
+def text(
+    report: Row, *, report_path: str = "", prefect_url: str = "", server_url: str = "", width: int = 0
+) -> str:
     """What `make demo` ends with: the users, a line on compression, the verdict, where to look, a curl line.
 
     Args:
         report_path: of report.html; "" leaves the line out, as for the URLs.
         server_url: of the server; "" takes the one the report says the bundle is served at.
+        width: columns of the terminal it is for; 0 is plain text, as in `tables.render`.
     """
     users = report["users"]
     shown = users if len(users) <= _LISTED else sorted(users, key=_kept)[:_WORST]
-    lines = [_table(_HEADS, map(_cells, shown), right=range(1, 6))]
+    lines = [tables.render(_HEADS, map(_cells, shown), right=_NUMBERS, rule=True, width=width)]
     if len(shown) < len(users):
         lines.append(f"{len(users)} users; these {len(shown)} keep the least, the report lists all")
     lines += ["", compression_line(report["compression"]), *_verdict(report["gate"]), ""]
@@ -77,7 +81,7 @@ def user_rows(report: Row) -> list[dict[str, str]]:
 
 def markdown_users(report: Row) -> str:
     """The table of all users in Markdown."""
-    return _markdown(_HEADS, map(_cells, report["users"]), right=range(1, 6))
+    return _markdown(_HEADS, map(_cells, report["users"]), right=_NUMBERS)
 
 
 def markdown_compression(report: Row) -> str:
@@ -123,21 +127,6 @@ def _verdict(gate: Row) -> list[str]:
     return [f"gate REFUSED: {kept}", *(f"  - {printable(reason)}" for reason in gate["reasons"])]
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
-    numeric, lines = set(right), [tuple(heads), *rows]
-    widths = [max(_width(line[column]) for line in lines) for column in range(len(heads))]
-
-    def padded(cells: Sequence[str]) -> str:
-        parts = []
-        for column, cell in enumerate(cells):
-            gap = " " * (widths[column] - _width(cell))
-            parts.append(gap + cell if column in numeric else cell + gap)
-        return "  ".join(parts).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([padded(lines[0]), rule, *map(padded, lines[1:])])
-
-
 def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
     numeric = set(right)
     rule = ["--:" if column in numeric else "---" for column in range(len(heads))]
@@ -148,12 +137,6 @@ def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Ite
 def _mark(words: str) -> str:
     """Text with nothing that Markdown or HTML would read as markup."""
     return _MARKUP.sub(r"\\\1", escape(printable(words), quote=False))
-
-
-def _width(words: str) -> int:
-    """Columns a terminal takes for a text: two for wide characters, none for combining ones."""
-    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in words)
-    return len(words) + wide - sum(unicodedata.combining(one) > 0 for one in words)
 
 
 def _cut(words: str) -> str:

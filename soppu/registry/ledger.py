@@ -198,7 +198,7 @@ def check_held(session: Session, pairs: list[tuple[str, str]]) -> None:
 
 
 def current_set(session: Session, *, base_hash: str = "") -> dict[str, str]:
-    """User -> current adapter id, sorted, of everybody not forgotten; `base_hash` leaves other bases out."""
+    """As `Registry.current_set`."""
     query = sa.select(User.id, Holding.adapter_id).join(Holding, User.holding_id == Holding.id)
     if base_hash:
         query = query.join(Adapter, Adapter.id == Holding.adapter_id).where(Adapter.base_hash == base_hash)
@@ -215,7 +215,7 @@ def freeze_current(session: Session, base_hash: str, *, chosen: Mapping[str, str
         if before[user] != adapter_id:  # a run of an earlier configuration, again; or one that was overtaken
             new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics={}, at=now())
             hold(session, find_user(session, user), new)
-    return freeze(session, current_set(session, base_hash=base_hash))
+    return freeze(session, {**current_set(session, base_hash=base_hash), **chosen})
 
 
 def freeze(session: Session, adapter_ids: Mapping[str, str]) -> str:
@@ -250,23 +250,16 @@ def mark_forgotten(session: Session, user: str) -> tuple[tuple[str, ...], tuple[
     """Mark every set and bundle that contains the user; the ids of both, sorted."""
     sets = sa.select(SetMember.set_id).where(SetMember.user_id == user)
     bundles = sa.select(BundleRecord.id).where(BundleRecord.set_id.in_(sets))
-    touched = tuple(sorted(session.scalars(sets))), tuple(sorted(session.scalars(bundles)))
-    session.execute(sa.update(AdapterSet).where(AdapterSet.id.in_(sets)).values(contains_forgotten=True))
-    session.execute(
-        sa.update(BundleRecord).where(BundleRecord.set_id.in_(sets)).values(contains_forgotten=True)
-    )
-    return touched
+    for table, key in ((AdapterSet, AdapterSet.id), (BundleRecord, BundleRecord.set_id)):
+        session.execute(sa.update(table).where(key.in_(sets)).values(contains_forgotten=True))
+    return tuple(sorted(session.scalars(sets))), tuple(sorted(session.scalars(bundles)))
 
 
-def publications(target: str | None = None) -> sa.Select[tuple[PublicationRecord]]:
-    """The query of every publication, or of one target's, newest first."""
+def publications(session: Session, /, *, limit: int | None = None, **of: str | None) -> list[Publication]:
+    """What was published, newest first; `of` names columns that must be equal, None leaves one out."""
     query = sa.select(PublicationRecord).order_by(PublicationRecord.id.desc())
-    return query if target is None else query.where(PublicationRecord.target == target)
-
-
-def publication(row: PublicationRecord) -> Publication:
-    """The row as it leaves the registry."""
-    return Publication(row.target, row.url, row.bundle_id, row.at)
+    query = query.filter_by(**{name: value for name, value in of.items() if value is not None})
+    return [_publication(row) for row in session.scalars(query.limit(limit))]
 
 
 def serving(session: Session, user: str | None = None) -> list[tuple[Publication, str, str]]:
@@ -283,11 +276,11 @@ def serving(session: Session, user: str | None = None) -> list[tuple[Publication
     )
     if user is not None:
         query = query.where(SetMember.user_id == user)
-    return [(publication(row), member, adapter_id) for row, member, adapter_id in session.execute(query)]
+    return [(_publication(row), member, adapter_id) for row, member, adapter_id in session.execute(query)]
 
 
 def current_adapter(session: Session, user: str) -> str:
-    """The user's current adapter. RegistryError if the user is unknown or forgotten."""
+    """As `Registry.current`."""
     query = sa.select(Holding.adapter_id).join(User, User.holding_id == Holding.id).where(User.id == user)
     adapter_id = session.scalar(query)
     if adapter_id is None:
@@ -296,35 +289,25 @@ def current_adapter(session: Session, user: str) -> str:
 
 
 def user_rows(session: Session) -> list[UserRow]:
-    """Every user who is not forgotten, sorted."""
+    """As `Registry.users`."""
     published: dict[str, dict[str, str]] = {}
     for one, user, adapter_id in serving(session):
         published.setdefault(user, {})[one.place] = adapter_id
-    counts = (
-        sa.select(Holding.user_id, sa.func.count().label("versions")).group_by(Holding.user_id).subquery()
-    )
+    counts = sa.select(Holding.user_id, sa.func.count("*").label("n")).group_by(Holding.user_id).subquery()
     query = (
-        sa.select(Holding, counts.c.versions)
+        sa.select(Holding, counts.c.n)
         .join(User, User.holding_id == Holding.id)
         .join(counts, counts.c.user_id == Holding.user_id)
     )
     rows = [
-        UserRow(
-            user=row.user_id,
-            adapter_id=row.adapter_id,
-            at=row.at,
-            run=row.run,
-            metrics=dict(row.metrics),
-            versions=versions,
-            published=published.get(row.user_id, {}),
-        )
-        for row, versions in session.execute(query)
+        UserRow(row.user_id, *_facts(row), versions=n, published=published.get(row.user_id, {}))
+        for row, n in session.execute(query)
     ]
     return sorted(rows, key=lambda row: row.user)
 
 
 def history_rows(session: Session, user: str) -> list[HistoryRow]:
-    """The user's history, oldest first; empty for a forgotten user. RegistryError if unknown."""
+    """As `Registry.history`."""
     find_user(session, user)
     places = [(one.place, adapter_id) for one, _, adapter_id in serving(session, user)]
     query = (
@@ -335,12 +318,17 @@ def history_rows(session: Session, user: str) -> list[HistoryRow]:
     )
     return [
         HistoryRow(
-            adapter_id=row.adapter_id,
-            at=row.at,
-            run=row.run,
-            metrics=dict(row.metrics),
+            *_facts(row),
             current=row.id == newest,
             published=tuple(place for place, adapter_id in places if adapter_id == row.adapter_id),
         )
         for row, newest in session.execute(query)
     ]
+
+
+def _publication(row: PublicationRecord) -> Publication:
+    return Publication(row.target, row.url, row.bundle_id, row.at)
+
+
+def _facts(row: Holding) -> tuple[str, str, str, dict[str, float]]:
+    return row.adapter_id, row.at, row.run, dict(row.metrics)

@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from soppu import adapter as peft_folder
 from soppu import files
@@ -39,6 +40,7 @@ from soppu.registry.catalogue import (
 from soppu.registry.ledger import BundleRow, ForgetReport, HistoryRow, Publication, UserRow
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Registry:
@@ -202,25 +204,19 @@ class Registry:
 
     def current(self, user: str) -> str:
         """The id of the user's current adapter. RegistryError if the user is unknown or forgotten."""
-        with self._catalogue.read() as session:
-            return ledger.current_adapter(session, user)
+        return self._ask(ledger.current_adapter, user)
 
     def current_set(self, *, base_hash: str = "") -> dict[str, str]:
-        """User -> current adapter id, sorted, of every user who is not forgotten; of one base model if
-        given.
-        """
-        with self._catalogue.read() as session:
-            return ledger.current_set(session, base_hash=base_hash)
+        """User -> current adapter id, sorted, of all who are not forgotten; of one base model if given."""
+        return self._ask(ledger.current_set, base_hash=base_hash)
 
     def users(self) -> list[UserRow]:
         """Every user who is not forgotten, sorted."""
-        with self._catalogue.read() as session:
-            return ledger.user_rows(session)
+        return self._ask(ledger.user_rows)
 
     def history(self, user: str) -> list[HistoryRow]:
         """Every adapter the user held, oldest first; empty for a forgotten user. RegistryError if unknown."""
-        with self._catalogue.read() as session:
-            return ledger.history_rows(session, user)
+        return self._ask(ledger.history_rows, user)
 
     def publishing(self, url: str) -> AbstractContextManager[None]:
         """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
@@ -233,31 +229,25 @@ class Registry:
         A target that serves the bundle already gets no second row. RegistryError if the bundle is unknown.
         """
         self.bundle(bundle_id)
-        query = ledger.publications(target).where(PublicationRecord.url == url).limit(1)
         with self._catalogue.write() as session:
-            newest = session.scalar(query)
-            if newest is None or newest.bundle_id != bundle_id:
+            newest = ledger.publications(session, target=target, url=url, limit=1)
+            if not newest or newest[0].bundle_id != bundle_id:
                 session.add(PublicationRecord(target=target, url=url, bundle_id=bundle_id, at=now()))
 
     def published(self, target: str, url: str = "") -> Publication | None:
         """What a target serves, None if nothing was published there; `url` "" is the newest of any URL."""
-        query = ledger.publications(target).limit(1)
-        with self._catalogue.read() as session:
-            row = session.scalar(query.where(PublicationRecord.url == url) if url else query)
-            return None if row is None else ledger.publication(row)
+        return next(iter(self._ask(ledger.publications, target=target, url=url or None, limit=1)), None)
 
     def publications(self) -> list[Publication]:
         """Every publication ever recorded, newest first."""
-        with self._catalogue.read() as session:
-            return [ledger.publication(row) for row in session.scalars(ledger.publications())]
+        return self._ask(ledger.publications)
 
     def identity(self) -> str:
         """Names this registry; another name once it is made anew or an adapter is deleted from it.
 
         What was concluded from a registry (a cached result that holds ids) is void when this changes.
         """
-        with self._catalogue.read() as session:
-            return ledger.identity(session)
+        return self._ask(ledger.identity)
 
     def forget(self, user: str) -> ForgetReport:
         """Delete a user's history and metrics, and every adapter that nobody else holds.
@@ -279,10 +269,15 @@ class Registry:
         self._catalogue.scrub()
         return ForgetReport(user, removed, sets, bundles, publications_still_serving=still)
 
+    def _ask(
+        self, question: Callable[Concatenate[Session, P], T], /, *args: P.args, **options: P.kwargs
+    ) -> T:
+        with self._catalogue.read() as session:
+            return question(session, *args, **options)
+
     def _put_unlocked(self, adapter_id: str, put: Callable[[], None]) -> int:
         """Write an adapter's blob, the slow part, without a lock; how often it was deleted before."""
-        with self._catalogue.read() as session:
-            before = ledger.removals(session, adapter_id)
+        before = self._ask(ledger.removals, adapter_id)
         try:
             put()
         except RegistryError:

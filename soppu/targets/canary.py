@@ -36,10 +36,10 @@ class Asked:
 class Answered:
     """What came back: `refusal` is the error, "" where there was an answer."""
 
-    refusal: str
-    adapter_id: str
-    version: str
-    trace: Trace
+    refusal: str = ""
+    adapter_id: str = ""
+    version: str = ""
+    trace: Trace = ()
 
 
 def fault(answer: Answered, asked: Asked, *, base_trace: Trace) -> str:

@@ -7,15 +7,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 
 import soppu
-from soppu.errors import TargetError
 from soppu.targets import process
-from soppu.targets.canary import Answered, Trace
-from soppu.targets.http import HttpTarget, body, refusal, request
+from soppu.targets.canary import Answered
+from soppu.targets.http import HttpTarget, body
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,10 @@ class EmbeddedTarget(HttpTarget):
     """One of our own servers at `url`; arguments as `HttpTarget`."""
 
     SERVER, KIND, WHO = "soppu", "SOPPU server", "/info"
+    GENERATE = "/generate"
 
     def start(self, launch: ServerLaunch) -> bool:
-        """Start a server on this machine unless one is up; wait until it is healthy. False if one was up.
-
-        Of several starts with one pid file, one starts a server and the others wait for it.
-
-        Raises:
-            PortTaken: the port answers, but not as a SOPPU server; nothing is started.
-            TargetError: the server ended or was not healthy in time; the message holds the end of its log.
-                Or the pid file names a process that still runs, and serves elsewhere.
-        """
+        """Start a server on this machine unless one is up. Waits, returns and raises as `_start` does."""
         return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
 
     def _process(self, launch: ServerLaunch) -> process.Launch:
@@ -63,41 +54,21 @@ class EmbeddedTarget(HttpTarget):
         return process.Launch(self._command(launch), launch.log, launch.pid_file, environment)
 
     def _command(self, launch: ServerLaunch) -> list[str]:
-        parts = urlsplit(self.url)
-        options = {
-            "--model": launch.model,
-            "--cache": launch.cache,
-            "--state": launch.state,
-            "--host": parts.hostname,
-            "--port": parts.port or 80,
-            "--dtype": launch.dtype,
-            "--threads": launch.threads,
-            "--max-batch": launch.max_batch,
-        }
-        words = [str(word) for pair in options.items() for word in pair]
-        return [sys.executable, "-m", "soppu.cli", "serve", *words]
+        names = ("model", "cache", "state", "dtype", "threads", "max_batch")
+        options = self._options(**{name: getattr(launch, name) for name in names})
+        return [sys.executable, "-m", "soppu.cli", "serve", *options]
 
-    def _generate(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
+    def _asked(self, prompt: str, adapter_id: str, max_new_tokens: int) -> dict[str, Any]:
         parameters = {"adapter_id": adapter_id or None, "max_new_tokens": max_new_tokens, "details": True}
-        asked: dict[str, Any] = {"inputs": prompt, "parameters": parameters}
-        try:
-            return request("POST", f"{self.url}/generate", json=asked, timeout=self._timeout)
-        except requests.RequestException as error:
-            raise TargetError(f"{self.url}: no answer to a generation: {error}") from error
+        return {"inputs": prompt, "parameters": parameters}
 
     def _answered(self, response: requests.Response) -> Answered:
-        refused = response.status_code != 200
+        tokens = body(response).get("details", {}).get("tokens", ())
         return Answered(
-            refusal=refusal(response) if refused else "",
             adapter_id=response.headers.get("x-adapter-id", ""),
             version=response.headers.get("x-adapter-version", ""),
-            trace=() if refused else _trace(response),
+            trace=tuple((int(token["id"]), float(token["logprob"])) for token in tokens),
         )
 
     def _text(self, response: requests.Response) -> str:
         return str(response.json()["generated_text"])
-
-
-def _trace(response: requests.Response) -> Trace:
-    details = body(response).get("details", {})
-    return tuple((int(token["id"]), float(token["logprob"])) for token in details.get("tokens", ()))

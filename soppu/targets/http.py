@@ -37,6 +37,7 @@ class HttpTarget(ABC):
     SERVER: ClassVar[str]  # what the server calls itself
     KIND: ClassVar[str]  # what messages call it
     WHO: ClassVar[str]  # the path it says so at
+    GENERATE: ClassVar[str]  # the path of a generation
 
     def __init__(
         self, url: str, *, base_hash: str = "", admin_token: str = "", timeout: float = 120.0
@@ -47,12 +48,12 @@ class HttpTarget(ABC):
         self._timeout = (_CONNECT_SECONDS, timeout)
 
     @abstractmethod
-    def _generate(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
-        """Ask for a greedy generation; "" is the base model. TargetError if there is no answer at all."""
+    def _asked(self, prompt: str, adapter_id: str, max_new_tokens: int) -> dict[str, Any]:
+        """The body that asks for a greedy generation; "" is the base model."""
 
     @abstractmethod
     def _answered(self, response: requests.Response) -> Answered:
-        """A generation's answer, or its refusal, as canaries judge it."""
+        """A generation that was not refused, as canaries judge it."""
 
     @abstractmethod
     def _text(self, response: requests.Response) -> str:
@@ -91,8 +92,12 @@ class HttpTarget(ABC):
     def _start(self, pid_file: Path, make: Callable[[], process.Launch], *, timeout: float) -> bool:
         """Start what `make` says unless a server is up; wait until it is healthy. False if one was up.
 
-        Of several starts with one pid file, one starts a server and the others wait for it. Raises as `is_up`
-        and `process.start`.
+        Of several starts with one pid file, one starts a server and the others wait for it.
+
+        Raises:
+            PortTaken: the port answers, but not as such a server; nothing is started.
+            TargetError: the server ended or was not healthy in time; the message holds the end of its log.
+                Or the pid file names a process that still runs, and serves elsewhere.
         """
         with process.held(pid_file):
             if self.is_up():
@@ -172,7 +177,9 @@ class HttpTarget(ABC):
         base_trace = self._answered(base).trace
 
         def ask(user: str) -> Answered:
-            return self._answered(self._patiently(prompt, f"{user}@{bundle_id}", max_new_tokens))
+            response = self._patiently(prompt, f"{user}@{bundle_id}", max_new_tokens)
+            refused = response.status_code != 200
+            return Answered(refusal(response)) if refused else self._answered(response)
 
         with ThreadPoolExecutor(workers) as pool:
             answers = list(pool.map(ask, users))
@@ -189,6 +196,19 @@ class HttpTarget(ABC):
             return request("GET", f"{self.url}/health", timeout=(2.0, 1.0)).status_code == 200
         except requests.RequestException:
             return False
+
+    def _generate(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
+        asked = self._asked(prompt, adapter_id, max_new_tokens)
+        try:
+            return request("POST", f"{self.url}{self.GENERATE}", json=asked, timeout=self._timeout)
+        except requests.RequestException as error:
+            raise TargetError(f"{self.url}: no answer to a generation: {error}") from error
+
+    def _options(self, **options: object) -> list[str]:
+        """The address and `options` as words of a command line."""
+        parts = urlsplit(self.url)
+        given = {"host": parts.hostname, "port": parts.port or 80, **options}
+        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
     def _patiently(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
         """`_generate`, again and again while the server is overloaded, until the timeout of an answer."""

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
+
+import psutil
 
 from soppu import files
 from soppu.errors import TargetError
@@ -53,7 +55,7 @@ def start(launch: Launch, *, ready: Callable[[], bool], timeout: float) -> int:
     launch.log.parent.mkdir(parents=True, exist_ok=True)
     with launch.log.open("ab") as log:
         begin = log.tell()
-        process = subprocess.Popen(
+        process = psutil.Popen(
             list(launch.command),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -61,7 +63,7 @@ def start(launch: Launch, *, ready: Callable[[], bool], timeout: float) -> int:
             start_new_session=True,
             env={**os.environ, **launch.environment},
         )
-    record: _Record = {"pid": process.pid, "mark": _mark(process.pid)}
+    record: _Record = {"pid": process.pid, "mark": _mark(process)}
     files.write_text(launch.pid_file, json.dumps(record))
     deadline = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < deadline:
@@ -101,25 +103,20 @@ def stop(pid_file: Path, *, grace: float = 15.0) -> bool:
 
 def running(pid_file: Path) -> bool:
     """Whether the process a pid file names is still there; False if there is no such file."""
-    if not pid_file.exists():
-        return False
-    record = _read(pid_file)
-    return _alive(record["pid"], record["mark"])
+    return pid_file.exists() and _named(_read(pid_file)) is not None
 
 
 def _end(record: _Record, *, grace: float = 15.0) -> bool:
-    pid, mark = record["pid"], record["mark"]
-    ended = False
+    process = _named(record)
+    if process is None:
+        return False
     # a killed process ends none of the workers it started: they are of its group
-    for send, number, patience in ((os.kill, signal.SIGTERM, grace), (os.killpg, signal.SIGKILL, 5.0)):
-        if not _alive(pid, mark):
+    for send, patience in ((process.terminate, grace), (lambda: os.killpg(process.pid, signal.SIGKILL), 5.0)):
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            send()
+        if not psutil.wait_procs([process], timeout=patience)[1]:
             break
-        send(pid, number)
-        ended = True
-        deadline = time.monotonic() + patience
-        while _alive(pid, mark) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    return ended
+    return True
 
 
 def _forget(pid_file: Path, record: _Record) -> None:
@@ -133,26 +130,18 @@ def _read(pid_file: Path) -> _Record:
     return {"pid": int(record["pid"]), "mark": str(record["mark"])}
 
 
-def _alive(pid: int, mark: str) -> bool:
-    """Whether `pid` is still the process that was started, and not another one that got its number."""
-    try:
-        os.waitpid(pid, os.WNOHANG)  # our own child stays a zombie until it is waited for
-    except ChildProcessError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return _mark(pid) == mark
+def _named(record: _Record) -> psutil.Process | None:
+    """The process that was started; None if it has ended, or if another one has its pid by now."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(record["pid"])
+        if _mark(process) == record["mark"] and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
-def _mark(pid: int) -> str:
-    """What tells two processes of one pid apart: the start time in ticks, "" where there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return stat.rpartition(")")[2].split()[19]
+def _mark(process: psutil.Process) -> str:
+    """What tells two processes of one pid apart: seconds from boot to start, which no clock change moves."""
+    return f"{process.create_time() - psutil.boot_time():.2f}"
 
 
 def _tail(log: Path, begin: int) -> str:

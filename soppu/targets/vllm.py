@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 
@@ -15,7 +14,7 @@ from soppu.errors import TargetError
 from soppu.serve.names import header_value, split_version
 from soppu.targets import process
 from soppu.targets.canary import Answered, Trace
-from soppu.targets.http import HttpTarget, body, refusal, request
+from soppu.targets.http import HttpTarget, body, request
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,13 @@ class VllmTarget(HttpTarget):
     """One vLLM server at `url`; arguments as `HttpTarget`."""
 
     SERVER, KIND, WHO = "soppu-vllm", "vLLM server with the SOPPU plugin", "/soppu/v1/info"
+    GENERATE = "/v1/completions"
 
     def start(self, launch: VllmLaunch) -> bool:
-        """Start a server on this machine unless one is up; wait until it is healthy. False if one was up.
+        """Start a server on this machine unless one is up. Waits, returns and raises as `_start` does.
 
-        Of several starts with one pid file, one starts a server and the others wait for it. The server it
-        starts holds `launch.bundle`, active; bundles published later are gone when it ends.
-
-        Raises:
-            PortTaken: the port answers, but not as such a server; nothing is started.
-            TargetError: there is no such Python; the server ended or was not healthy in time: the message
-                holds the end of its log. Or the pid file names a process that still runs.
+        It holds `launch.bundle`, active; bundles published later are gone when it ends. TargetError also if
+        there is no such Python.
         """
         return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
 
@@ -73,21 +68,13 @@ class VllmTarget(HttpTarget):
         return quiet | own | dict(launch.environment)
 
     def _command(self, launch: VllmLaunch) -> list[str]:
-        parts = urlsplit(self.url)
-        options = {
-            "--model": launch.model,
-            "--served-model-name": launch.served_name,
-            "--host": parts.hostname,
-            "--port": parts.port or 80,
-            "--dtype": launch.dtype,
-        }
-        words = [str(word) for pair in options.items() for word in pair]
+        options = self._options(model=launch.model, served_model_name=launch.served_name, dtype=launch.dtype)
         # the `vllm` script needs metadata that its CPU build does not carry
         server = ["-m", "vllm.entrypoints.openai.api_server"]
-        return [str(launch.python), *server, *words, *launch.options]
+        return [str(launch.python), *server, *options, *launch.options]
 
-    def _generate(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
-        asked: dict[str, Any] = {
+    def _asked(self, prompt: str, adapter_id: str, max_new_tokens: int) -> dict[str, Any]:
+        return {
             "model": adapter_id or self._base_name(),
             "prompt": prompt,
             "max_tokens": max_new_tokens,
@@ -97,10 +84,6 @@ class VllmTarget(HttpTarget):
             # computed anew each time: a cached prefix is rounded otherwise, and canaries compare exactly
             "cache_salt": uuid.uuid4().hex,
         }
-        try:
-            return request("POST", f"{self.url}/v1/completions", json=asked, timeout=self._timeout)
-        except requests.RequestException as error:
-            raise TargetError(f"{self.url}: no answer to a generation: {error}") from error
 
     def _base_name(self) -> str:
         try:
@@ -110,8 +93,6 @@ class VllmTarget(HttpTarget):
 
     def _answered(self, response: requests.Response) -> Answered:
         """The answer names who answered; for a staged user that holds the whole bundle id."""
-        if response.status_code != 200:
-            return Answered(refusal=refusal(response), adapter_id="", version="", trace=())
         name = str(body(response).get("model", ""))
         return Answered("", header_value(name), split_version(name)[1], _trace(response))
 

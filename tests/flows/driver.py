@@ -32,10 +32,9 @@ class Pipeline:
 
     def submit(self, deployment: str) -> str:
         """Start a flow run through the API; returns its id."""
-        found = self.api(f"deployments/name/{deployment}")
-        return str(
-            self.api(f"deployments/{found['id']}/create_flow_run", {"parameters": self.parameters})["id"]
-        )
+        deployment_id = self.api(f"deployments/name/{deployment}")["id"]
+        path = f"deployments/{deployment_id}/create_flow_run"
+        return str(self.api(path, {"parameters": self.parameters})["id"])
 
     def start(self, deployment: str) -> str:
         """Start a flow run with `prefect deployment run`; returns its id."""

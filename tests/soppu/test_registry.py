@@ -308,6 +308,51 @@ def test_runs_that_freeze_at_once_never_mix(local: Registry, tmp_path: Path) -> 
     assert seen <= {tuple(run[user] for user in users) for run in runs}
 
 
+def test_who_is_chosen_is_in_the_set_though_their_adapter_names_its_base_otherwise(
+    registry: Registry,
+) -> None:
+    unstamped = LoraAdapter(make_adapter(1).pairs, base_model="tiny")
+    chosen = {"ann": registry.put_adapter(unstamped, user="ann")}
+    bob = registry.put_adapter(make_adapter(2), user="bob")
+    assert registry.get_set(registry.freeze_current(BASE, chosen=chosen)) == {**chosen, "bob": bob}
+
+
+def _publish_and_record(root: str, url: str, bundle_ids: list[str]) -> None:
+    """Switch a "server" (a file) to each bundle in turn and record it, as publish and rollback do."""
+    registry = Registry.open(root)
+    for bundle_id in bundle_ids:
+        with registry.publishing(url):
+            Path(root, "live").write_text(bundle_id)
+            registry.record_publication(target="embedded", url="http://here", bundle_id=bundle_id)
+            assert Path(root, "live").read_text() == bundle_id
+
+
+def test_processes_that_switch_one_url_leave_on_record_what_is_live(tmp_path: Path) -> None:
+    root = tmp_path / "registry"
+    registry = Registry.open(root)
+    set_id = registry.freeze_set({"ann": registry.put_adapter(make_adapter(1), user="ann")})
+    bundles = [registry.put_bundle(str(n).encode(), set_id=set_id) for n in range(8)]
+    urls = ["http://here", "http://here/"]  # one server, written twice
+    with processes(2) as pool:
+        list(pool.map(_publish_and_record, [str(root)] * 2, urls, [bundles * 5, bundles[::-1] * 5]))
+    published = registry.published("embedded", "http://here")
+    assert published is not None and published.bundle_id == (root / "live").read_text()
+
+
+def _compress_the_same(root: str, set_id: str) -> str:
+    return Registry.open(root).put_bundle(b"the same bytes" * 1000, set_id=set_id)
+
+
+def test_two_compressions_that_end_in_one_bundle_store_it_once(tmp_path: Path) -> None:
+    root = tmp_path / "registry"
+    registry = Registry.open(root)
+    set_id = registry.freeze_set({"ann": registry.put_adapter(make_adapter(1), user="ann")})
+    with processes(3) as pool:
+        made = set(pool.map(_compress_the_same, [str(root)] * 6, [set_id] * 6))
+    assert len(made) == 1 == len(os.listdir(root / "bundles"))
+    assert registry.bundle_path(made.pop()).read_bytes() == b"the same bytes" * 1000
+
+
 def test_a_forgotten_user_cannot_be_frozen_again_by_a_run_that_began_before(registry: Registry) -> None:
     chosen = {user: registry.put_adapter(make_adapter(n), user=user) for n, user in enumerate(("ann", "bob"))}
     registry.forget("bob")

@@ -1,4 +1,4 @@
-"""Bundle: all users' compressed adapters, and the one file they are kept in. Not for making one.
+"""Bundle: all users' compressed adapters, and the one file they are stored in.
 
 `bundle.envelope` makes and checks the bytes of the file, `page` and `basis` those of its parts,
 `schema` what its metadata claims; docs/format.md describes all of it for readers in other languages.

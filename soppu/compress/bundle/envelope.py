@@ -1,4 +1,4 @@
-"""Bytes of a bundle file: one safetensors file, one metadata key, a digest over both. Not for what they mean.
+"""Bytes of a bundle file: one safetensors file, one metadata key, a digest over both.
 
 docs/format.md describes the file byte by byte; whoever changes one changes the other.
 """

@@ -1,4 +1,4 @@
-"""What a bundle's metadata must say, and that its tensors agree. Not for bytes, which `encoding` checks."""
+"""What a bundle's metadata must say, and that its tensors agree; `envelope` checks the bytes."""
 
 from __future__ import annotations
 

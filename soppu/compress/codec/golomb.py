@@ -56,12 +56,11 @@ def bits_per_value(density: float) -> float:
     return p * (1 + _bits_per_gap(p, _rice(p))) if p else 0.0
 
 
-def encode(values: Signs, *, rice: bool = False) -> bytes:
+def encode(values: Signs) -> bytes:
     """The bytes of a ternary array, flattened. O(size).
 
     Args:
         values: int8 of any shape, nothing but -1, 0 and 1.
-        rice: use divisors of two alone, as the published size does; otherwise the smallest of the codes.
 
     Raises:
         AdapterError: another type, or another value.
@@ -70,7 +69,7 @@ def encode(values: Signs, *, rice: bool = False) -> bytes:
         raise AdapterError(f"ternary numbers of type {values.dtype}, expected int8")
     flat = np.ascontiguousarray(values).reshape(-1)
     blocks = [flat[start : start + _BLOCK] for start in range(0, flat.size, _BLOCK)]
-    return b"".join([_COUNT.pack(flat.size), *(part for block in blocks for part in _encode(block, rice))])
+    return b"".join([_COUNT.pack(flat.size), *(part for block in blocks for part in _encode(block))])
 
 
 def decode(data: bytes | memoryview, *, size: int, source: str) -> Signs:
@@ -95,7 +94,7 @@ def decode(data: bytes | memoryview, *, size: int, source: str) -> Signs:
     return made
 
 
-def _encode(block: Signs, rice: bool) -> list[bytes]:
+def _encode(block: Signs) -> list[bytes]:
     if ((block.view(np.uint8) + np.uint8(1)) > 2).any():
         strange = block[(block < -1) | (block > 1)][0]
         raise AdapterError(f"a ternary number is {strange}, allowed: -1, 0, 1")
@@ -103,7 +102,7 @@ def _encode(block: Signs, rice: bool) -> list[bytes]:
     at = np.flatnonzero(nonzero)
     if not at.size:
         return [_HEAD.pack(0, 0, 0)]
-    code = _rice(at.size / block.size) if rice else _best(at.size / block.size)
+    code = _best(at.size / block.size)
     rest: list[bytes] = []
     if code == _MASK:
         first = streams.deflate(_pack(nonzero), huffman=at.size < block.size)

@@ -1,4 +1,4 @@
-"""Modes: two bytes that say in which form a component is kept. Not for its numbers, which `page` has.
+"""Modes: two bytes that say in which form a component is stored.
 
 One byte a side, output side first: the place of the coordinates' width in `COORDS_WIDTHS` times 16, plus the
 place of the own numbers' width in `OWN_WIDTHS`.

@@ -1,4 +1,4 @@
-"""A page: the components of some consecutive users as bytes, and back. Not for what the numbers mean.
+"""A page: the components of some consecutive users as bytes, and back.
 
 Numbers of one width form one stream over the whole page: module by module, output side before input side,
 component by component. docs/format.md describes the streams for readers in other languages.

@@ -1,4 +1,4 @@
-"""The C library's heap. Not for tensors: those are freed when nobody holds them."""
+"""The C library's heap, which keeps freed memory until it is trimmed."""
 
 from __future__ import annotations
 

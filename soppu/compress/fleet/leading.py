@@ -1,7 +1,7 @@
 """The leading directions of every module of a fleet: what most of the energy of either side lies in.
 
 Two passes find K of them, a sketch and one power pass, or all there are. For the bases of the joint methods,
-which are sought where both sides count at once, see `large`.
+which are sought where both sides count at once, see `linalg.range_finder`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Passes over a fleet: every module of every batch in canonical form. Not for what a pass looks for.
+"""Passes over a fleet: every module of every batch in canonical form.
 
 Canonical forms are kept from the first pass on for as many batches as there is room for; the others are read
 and decomposed again each time. So memory is bounded, and a fleet that fits is read and decomposed once.

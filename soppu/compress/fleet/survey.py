@@ -1,4 +1,4 @@
-"""The adapters of many users, checked and handed out a batch of users at a time. Not for compressing them.
+"""The adapters of many users, checked and handed out a batch of users at a time.
 
 Nothing here holds more than a batch: adapters may come from a mapping that reads each when it is asked for.
 """

@@ -119,7 +119,7 @@ def start(cores: Mapping[str, Cores], *, clusters: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     features = torch.cat([_features(module, generator) for module in cores.values()], 1)
     features = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    centres = _spread(features, clusters, generator)
+    centres = _spread(features, min(clusters, len(features)), generator)
     for _ in range(_KMEANS):
         cluster = (features @ centres.mT).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, cluster, features)

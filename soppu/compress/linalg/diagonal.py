@@ -1,11 +1,11 @@
-"""JD-Diag: one basis a side and k numbers a user, as tensor mathematics. Not for coding them.
+"""JD-Diag: one basis for each side and a diagonal core of k numbers for each user.
 
     min over U (K, k), V (K, k), sigma (n, k) of  sum_n || D_n - U diag(sigma_n) V^T ||_F^2
 
 U and V need not be orthogonal. It is the CP (PARAFAC) decomposition of the (n, K, K) tensor, by alternating
 least squares (Kolda & Bader, SIAM Review 51(3), 2009, section 3.4; for LoRA adapters: Brüel Gabrielsson et
-al., "Compress then Serve", ICML 2025, appendix A). A ridge and unit columns keep factors from
-growing against each other, at which alternating least squares stalls.
+al., "Compress then Serve", ICML 2025, appendix A). A ridge and unit columns keep it from
+slowing down where columns become nearly parallel and grow without bound.
 """
 
 from __future__ import annotations

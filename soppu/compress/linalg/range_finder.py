@@ -23,7 +23,7 @@ from soppu.compress.linalg.sketch import CorePass, GramPass, GrowthPass, ImagePa
 from soppu.compress.linalg.steps import Steps
 from soppu.compress.linalg.tucker import CoreFit
 
-OVERSAMPLING = 8  # directions of a step beyond k
+GROWTH_SPARE = 8  # directions that a sketch or a growth takes beyond k
 _COARSE = 6  # times the tolerance will do for a basis in a sample: all users improve it
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Search:
     """How far to go.
 
     Attributes:
-        every: the start of the ranges is sought in every `every`-th batch alone; 1 = in all of them.
+        every: the first ranges are sought in every n-th batch only; 1 = in all of them.
         width: directions of the sketch, at least k are taken; 0 = k + 8, as many as a growth adds.
         most_width: directions after which nothing grows any more.
         growths: most times the ranges grow, by k + 8 directions and two passes a time.
@@ -92,7 +92,7 @@ def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:
 
     With a sample the same is done in it first. What a few users share stands out more among few, so its basis
     is nearer to the best one than any sketch, for a fraction of the work. All users are then seen in its
-    leading directions, `OVERSAMPLING` more than the sketch has.
+    leading directions, `GROWTH_SPARE` more than the sketch has.
 
     Args:
         sizes: of the deltas.
@@ -100,7 +100,7 @@ def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:
         search: how far to go.
     """
     k = min(rank, sizes.o, sizes.i)
-    width = min(max(search.width, k) if search.width else k + OVERSAMPLING, sizes.o, sizes.i)
+    width = min(max(search.width, k) if search.width else k + GROWTH_SPARE, sizes.o, sizes.i)
     spent = 0.0
     if search.every > 1:
         coarse = replace(search, tolerance=_COARSE * search.tolerance)
@@ -109,7 +109,7 @@ def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:
         search = replace(search, every=1)
         most = min(near.left.shape[2], near.right.shape[2])
         if most >= width:
-            wide = near.fit(min(width + OVERSAMPLING, most), max_steps=1, least=0.0)
+            wide = near.fit(min(width + GROWTH_SPARE, most), max_steps=1, least=0.0)
             ranges = Ranges(near.basis_out @ wide.U, near.basis_in @ wide.V)
             grown = yield from _grown(CorePass(ranges, (sizes.n, sizes.q)), k, search)
             return replace(grown, passes=grown.passes + spent)
@@ -132,9 +132,9 @@ def _grown(first: CorePass, k: int, search: Search) -> Steps[Grown]:
     k, least = min(k, max(cores.columns, 1)), search.tolerance * cores.total
     found = cores.fit(k, max_steps=1, least=least)
     for _ in range(search.growths):
-        if max(cores.basis_out.shape[1], cores.basis_in.shape[1]) + k + OVERSAMPLING > search.most_width:
+        if max(cores.basis_out.shape[1], cores.basis_in.shape[1]) + k + GROWTH_SPARE > search.most_width:
             break
-        grower = GrowthPass(cores, cores.directions(found, k + OVERSAMPLING))
+        grower = GrowthPass(cores, cores.directions(found, k + GROWTH_SPARE))
         yield grower, search.every
         passes += 1
         more = grower.finish()
@@ -180,7 +180,7 @@ def certify(cores: Cores, found: CoreFit, effort: bounds.Effort | None) -> Steps
     else:
         spent = effort or bounds.Effort(probes=0, powers=1)
         asking = bounds.sharper_top_sum(
-            basis[:, : k + 2 * OVERSAMPLING], k, trace=total, eps=eps, effort=spent
+            basis[:, : k + 2 * GROWTH_SPARE], k, trace=total, eps=eps, effort=spent
         )
         top = yield from _answered(asking, out=out)
     achieved = max(total - found.objective[-1], 0.0)

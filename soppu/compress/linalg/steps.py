@@ -1,8 +1,7 @@
-"""Searches that need passes over many deltas, written as generators. Not for what they look for.
+"""Searches that need passes over many deltas, written as generators so that they share passes over a fleet.
 
-A search yields the pass it needs, and a number: 1 if the pass must see every batch, j if every j-th is
-enough. It goes on when the pass has seen them, and returns its result. So many searches share passes over a
-fleet.
+A search yields (pass, n): the pass it needs, which is to see every n-th batch, beginning with the first. It
+goes on once the pass has seen them, and returns its result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One shared basis for many adapters: the joint method as tensor mathematics. Not for files or storage types.
+"""One shared basis for many adapters: the joint method.
 
 Every adapter of a module is scaled to unit Frobenius norm, so a strong user does not erase a weak one, and
 
@@ -7,7 +7,7 @@ Every adapter of a module is scaled to unit Frobenius norm, so a strong user doe
 is solved by alternation. It is the Tucker-2 decomposition of the (n, o, i) tensor: the start is the truncated
 HOSVD, a step is HOOI's (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000; for LoRA
 adapters: Brüel Gabrielsson et al., "Compress then Serve", ICML 2025, appendix A.1). Deltas here are cores,
-few numbers each, in the directions that `large` finds.
+few numbers each, in the directions that `range_finder` finds.
 """
 
 from __future__ import annotations

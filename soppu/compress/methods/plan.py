@@ -117,14 +117,14 @@ class Setting:
 
 
 def best(
-    stats: ModuleStats, setting: Setting, *, multiplier: float, share: float, known: ModulePlan | None
+    stats: ModuleStats, setting: Setting, *, multiplier: float, share: float, start: ModulePlan | None
 ) -> ModulePlan:
     """Ranks and widths with the least cost for a module, by coordinate descent.
 
     Args:
         stats: of a sample of users, `share` of all.
         multiplier: squared relative error one bit has to save.
-        known: a plan to start from, where an earlier multiplier gave one; else there are several starts.
+        start: a plan to start from, where an earlier multiplier gave one; else there are several starts.
     """
 
     def cost(plan: ModulePlan) -> float:
@@ -134,9 +134,9 @@ def best(
 
     allowed = [k for k in stats.ranks if k <= setting.most_rank]
     starts = (
-        [known] if known else [_at(k, stats.ranks) for k in sorted({min(s, allowed[-1]) for s in _STARTS})]
+        [start] if start else [_at(k, stats.ranks) for k in sorted({min(s, allowed[-1]) for s in _STARTS})]
     )
-    found = [_descend(start, cost, allowed) for start in starts]
+    found = [_descend(plan, cost, allowed) for plan in starts]
     return min(found, key=lambda pair: pair[0])[1]
 
 

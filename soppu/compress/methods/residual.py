@@ -22,7 +22,7 @@ from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.methods.coding import Coding, ModuleCoder
 from soppu.compress.methods.fit import Fit, Question
 from soppu.compress.methods.plan import ModulePlan, best, bisect, total_bits, user_errors
-from soppu.compress.methods.statistics import FleetStatistics, gather
+from soppu.compress.methods.statistics import Statistics, gather
 from soppu.compress.numbers.coders import SideCoder
 from soppu.compress.options import ratio
 from soppu.errors import BundleError
@@ -45,13 +45,13 @@ def fit(passes: Passes, question: Question, *, progress: Progress) -> Fit:
     Raises:
         BundleError: the target cannot be met: the file has a size that even empty components leave.
     """
-    known = gather(passes, question, progress=progress)
+    statistics = gather(passes, question, progress=progress)
     find = _to_error if question.target.max_error else _to_bytes
-    found = find(known, question, progress)
-    if not known.powers:
+    found = find(statistics, question, progress)
+    if not statistics.leading:
         return replace(found, certificates=_nothing_shared(passes.fleet))
     ranks = {name: (out.k, inn.k) for name, ((out, inn),) in found.bases.items()}
-    certificates = certify_leading(passes, known.powers, ranks, progress=progress)
+    certificates = certify_leading(passes, statistics.leading, ranks, progress=progress)
     return replace(found, certificates=certificates)
 
 
@@ -60,20 +60,20 @@ def _nothing_shared(fleet: Fleet) -> dict[str, Certificate]:
     return {name: Certificate.without_basis(n) for name, n in zip(fleet.shapes, counts, strict=True)}
 
 
-def _to_bytes(known: FleetStatistics, question: Question, progress: Progress) -> Fit:
+def _to_bytes(statistics: Statistics, question: Question, progress: Progress) -> Fit:
     """The least error in the bytes allowed: the model proposes, the file that comes out corrects it."""
-    fleet = known.fleet
+    fleet = statistics.fleet
     allowed = question.target.most_bytes(fleet.parameters)
     file, module, user = _OVERHEAD
     budget = float(allowed - (file + module * len(fleet.shapes) + user * len(fleet.users)))
-    plans, good, fits = _no_basis(known), None, []
-    for round_ in range(_PLAN_ROUNDS if known.powers else 0):
-        multiplier = _price(known, plans, budget)
-        plans = _plans(known, multiplier, plans if round_ else None)
+    plans, good, fits = _no_basis(statistics), None, []
+    for round_ in range(_PLAN_ROUNDS if statistics.leading else 0):
+        multiplier = _price(statistics, plans, budget)
+        plans = _plans(statistics, multiplier, plans if round_ else None)
     for attempt in range(_ENCODINGS):
-        multiplier = _price(known, plans, budget)
+        multiplier = _price(statistics, plans, budget)
         prices = torch.full((len(fleet.users),), multiplier, dtype=torch.float64)
-        found = _encode(known, plans, prices, progress=progress, note=f"coding {attempt + 1}")
+        found = _encode(statistics, plans, prices, progress=progress, note=f"coding {attempt + 1}")
         size = question.size_of(found)
         fits.append(size)
         if size <= allowed and (good is None or found.squared.sum() < good.squared.sum()):
@@ -81,7 +81,7 @@ def _to_bytes(known: FleetStatistics, question: Question, progress: Progress) ->
         near = _CLOSE if attempt < _PATIENCE else 0.98
         if near * allowed <= size <= allowed:
             break
-        expected = total_bits(known.stats, plans, known.setting, multiplier) / 8
+        expected = total_bits(statistics.modules, plans, statistics.setting, multiplier) / 8
         # components scale with the budget, the rest of the file does not
         budget = max(budget + (allowed * (1 - (1 - _CLOSE) / 2) - size) * budget / max(expected, 1.0), 0)
     if good is None:
@@ -93,17 +93,19 @@ def _to_bytes(known: FleetStatistics, question: Question, progress: Progress) ->
     return good
 
 
-def _to_error(known: FleetStatistics, question: Question, progress: Progress) -> Fit:
+def _to_error(statistics: Statistics, question: Question, progress: Progress) -> Fit:
     """The fewest bytes with every user's error within the target: a multiplier for each user."""
-    aim = torch.full((len(known.fleet.users),), question.target.max_error**2, dtype=torch.float64)
-    safe, plans = 0.98 * aim, _no_basis(known)
-    for round_ in range(_PLAN_ROUNDS if known.powers and bool(known.fleet.norm.any()) else 0):
-        prices = _prices(known, plans, safe)
-        plans = _plans(known, float(prices[known.fleet.norm > 0].median()), plans if round_ else None)
+    aim = torch.full((len(statistics.fleet.users),), question.target.max_error**2, dtype=torch.float64)
+    safe, plans = 0.98 * aim, _no_basis(statistics)
+    for round_ in range(_PLAN_ROUNDS if statistics.leading and bool(statistics.fleet.norm.any()) else 0):
+        prices = _prices(statistics, plans, safe)
+        plans = _plans(
+            statistics, float(prices[statistics.fleet.norm > 0].median()), plans if round_ else None
+        )
     for attempt in range(4 * _ENCODINGS):
-        prices = _prices(known, plans, safe)
-        found = _encode(known, plans, prices, progress=progress, note=f"coding {attempt + 1}")
-        reached = found.squared.sum(0) / known.fleet.norm.square().clamp(min=1e-300)
+        prices = _prices(statistics, plans, safe)
+        found = _encode(statistics, plans, prices, progress=progress, note=f"coding {attempt + 1}")
+        reached = found.squared.sum(0) / statistics.fleet.norm.square().clamp(min=1e-300)
         if not bool((over := reached > aim).any()):
             return found
         safe = torch.where(over, safe * (aim / reached).clamp(max=0.95), safe)
@@ -111,41 +113,43 @@ def _to_error(known: FleetStatistics, question: Question, progress: Progress) ->
     raise BundleError(f"relative error {question.target.max_error} for every user: {worst:.2g} was reached")
 
 
-def _price(known: FleetStatistics, plans: list[ModulePlan], budget: float) -> float:
+def _price(statistics: Statistics, plans: list[ModulePlan], budget: float) -> float:
     """The smallest multiplier at which components and bases take no more than `budget` bytes."""
-    return bisect(lambda x: total_bits(known.stats, plans, known.setting, x) / 8, max(budget, 0.0))
+    return bisect(
+        lambda x: total_bits(statistics.modules, plans, statistics.setting, x) / 8, max(budget, 0.0)
+    )
 
 
-def _prices(known: FleetStatistics, plans: list[ModulePlan], aim: Tensor) -> Tensor:
+def _prices(statistics: Statistics, plans: list[ModulePlan], aim: Tensor) -> Tensor:
     """The largest multiplier of every user at which the expected squared error is `aim` (n,) at most."""
     low, high = torch.full_like(aim, -20.0), torch.full_like(aim, 2.0)
     for _ in range(28):
         middle = (low + high) / 2
-        good = user_errors(known.stats, plans, known.setting, 10.0**middle) <= aim
+        good = user_errors(statistics.modules, plans, statistics.setting, 10.0**middle) <= aim
         low, high = torch.where(good, middle, low), torch.where(good, high, middle)
     return 10.0**low
 
 
-def _no_basis(known: FleetStatistics) -> list[ModulePlan]:
-    return [ModulePlan() for _ in known.stats]
+def _no_basis(statistics: Statistics) -> list[ModulePlan]:
+    return [ModulePlan() for _ in statistics.modules]
 
 
-def _plans(known: FleetStatistics, multiplier: float, before: list[ModulePlan] | None) -> list[ModulePlan]:
-    users = len(known.fleet.users)
+def _plans(statistics: Statistics, multiplier: float, before: list[ModulePlan] | None) -> list[ModulePlan]:
+    users = len(statistics.fleet.users)
     share = min(_SAMPLE, users) / users
-    starts: list[ModulePlan | None] = [None] * len(known.stats) if before is None else [*before]
+    starts: list[ModulePlan | None] = [None] * len(statistics.modules) if before is None else [*before]
     return [
-        best(stats.sample(_SAMPLE), known.setting, multiplier=multiplier, share=share, known=start)
-        for stats, start in zip(known.stats, starts, strict=True)
+        best(stats.sample(_SAMPLE), statistics.setting, multiplier=multiplier, share=share, start=start)
+        for stats, start in zip(statistics.modules, starts, strict=True)
     ]
 
 
 def _encode(
-    known: FleetStatistics, plans: list[ModulePlan], prices: Tensor, *, progress: Progress, note: str
+    statistics: Statistics, plans: list[ModulePlan], prices: Tensor, *, progress: Progress, note: str
 ) -> Fit:
-    fleet = known.fleet
-    coding = _coding(known, plans)
-    coded = coding.run(known.passes, prices, progress=progress, note=note)
+    fleet = statistics.fleet
+    coding = _coding(statistics, plans)
+    coded = coding.run(statistics.passes, prices, progress=progress, note=note)
     return Fit(
         bases=coding.bases,
         cluster=coding.cluster,
@@ -158,11 +162,11 @@ def _encode(
     )
 
 
-def _coding(known: FleetStatistics, plans: list[ModulePlan]) -> Coding:
+def _coding(statistics: Statistics, plans: list[ModulePlan]) -> Coding:
     """Quantise the bases of the plans. O(modules (o + i) k)."""
     bases, coders = {}, {}
-    for (name, (o, i)), plan in zip(known.fleet.shapes.items(), plans, strict=True):
-        power, whitener = known.powers.get(name), known.passes.whiteners.get(name)
+    for (name, (o, i)), plan in zip(statistics.fleet.shapes.items(), plans, strict=True):
+        power, whitener = statistics.leading.get(name), statistics.passes.whiteners.get(name)
         out = torch.zeros(o, 0) if power is None else power.ranges.out[:, : plan.k_out].float().cpu()
         inn = torch.zeros(i, 0) if power is None else power.ranges.inn[:, : plan.k_in].float().cpu()
         if whitener is not None and plan.k_in:
@@ -171,9 +175,9 @@ def _coding(known: FleetStatistics, plans: list[ModulePlan]) -> Coding:
         coder = ModuleCoder(
             left=SideCoder.make(pair[0].matrix()),
             right=SideCoder.make(pair[1].matrix(), whitener=whitener),
-            menus=known.setting.menus(o, i, plan),
+            menus=statistics.setting.menus(o, i, plan),
             whitener=whitener,
         )
         bases[name], coders[name] = (pair,), (coder,)
-    cluster = torch.zeros(len(known.fleet.users), dtype=torch.int64)
-    return Coding(bases, coders, cluster, known.fleet.norm)
+    cluster = torch.zeros(len(statistics.fleet.users), dtype=torch.int64)
+    return Coding(bases, coders, cluster, statistics.fleet.norm)

@@ -29,7 +29,7 @@ from soppu.compress.numbers.coders import CoreCoder, SideCoder
 from soppu.compress.options import CompressOptions, ratio
 from soppu.errors import BundleError
 
-_CORE_OVERSAMPLING = 32  # directions of core space beyond those a fit needs
+_CORE_SPARE = 32  # directions of core space beyond those of the bases asked for
 _MOST_WIDTH = 512  # directions of core space
 _MOST_GROWN = 1024  # and while it is sought
 _MOST_NUMBERS = 1 << 28  # of all cores together, 1 GiB
@@ -38,7 +38,7 @@ _MOST_EVERY = 8
 
 
 @dataclass(frozen=True, eq=False)
-class FleetCores:
+class GrownRanges:
     """A fleet in core space: what every rank and every coding starts from.
 
     Attributes:
@@ -64,18 +64,18 @@ def fit(
     Raises:
         BundleError: no rank meets the target.
     """
-    known = grow(passes, options, progress=progress)
-    found, grouped = _search(known, size_of) if options.target else _at_rank(known, options.rank)
-    return replace(found, certificates=certificates(known, grouped))
+    ranges = grow_ranges(passes, options, progress=progress)
+    found, grouped = _search(ranges, size_of) if options.target else _at_rank(ranges, options.rank)
+    return replace(found, certificates=certificates(ranges, grouped))
 
 
-def grow(passes: Passes, options: CompressOptions, *, progress: Progress) -> FleetCores:
+def grow_ranges(passes: Passes, options: CompressOptions, *, progress: Progress) -> GrownRanges:
     """Grow the ranges of every module. O(n (o + i) r (K + r)) each, K the directions in the end."""
     fleet = passes.fleet
-    enough = min((options.clusters + 1) * options.rank + _CORE_OVERSAMPLING, _MOST_WIDTH)
+    enough = min((options.clusters + 1) * options.rank + _CORE_SPARE, _MOST_WIDTH)
     most = max(_widest(fleet), enough)
     rank = min(
-        options.clusters * options.rank, most // 2 - 2 * range_finder.OVERSAMPLING
+        options.clusters * options.rank, most // 2 - 2 * range_finder.GROWTH_SPARE
     )  # a growth there has to be
     sampled = -(-_SAMPLE // fleet.batch_size)  # batches
     every = max(min(-(-fleet.batch_count // sampled), _MOST_EVERY), 1)
@@ -87,7 +87,7 @@ def grow(passes: Passes, options: CompressOptions, *, progress: Progress) -> Fle
         searches[name] = range_finder.grow(range_finder.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
     near = {name: _narrow(grown[name], enough).cpu() for name in fleet.shapes}
-    return FleetCores(passes, options, near, progress)
+    return GrownRanges(passes, options, near, progress)
 
 
 def _narrow(grown: range_finder.Grown, enough: int) -> range_finder.Grown:
@@ -102,12 +102,12 @@ def _widest(fleet: Fleet) -> int:
     return min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_GROWN)
 
 
-def joint(known: FleetCores, rank: int) -> Clustering:
+def joint(ranges: GrownRanges, rank: int) -> Clustering:
     """The bases of every module at a rank, and who uses which. O(n K r (K + r)) a step and module."""
-    options = known.options
+    options = ranges.options
     if options.clusters > 1:
         return cluster.fit(
-            known.cores,
+            ranges.cores,
             clusters=options.clusters,
             rank=rank,
             max_steps=options.max_steps,
@@ -115,14 +115,14 @@ def joint(known: FleetCores, rank: int) -> Clustering:
             seed=options.seed,
         )
     fits = {}
-    for name, one in known.grown.items():
+    for name, one in ranges.grown.items():
         least = options.tolerance * one.cores.total
         k = _most_rank(one.cores, rank)
         # without steps the closed form is what is asked for
         start = one.found if options.max_steps and k <= one.found.U.shape[1] else None
         fitted = one.cores.fit(k, max_steps=options.max_steps, least=least, start=start)
         fits[name] = (_diagonal(one.cores, fitted, options) if options.method == "joint-diag" else fitted,)
-    return Clustering(torch.zeros(len(known.passes.fleet.users), dtype=torch.int64), fits, ())
+    return Clustering(torch.zeros(len(ranges.passes.fleet.users), dtype=torch.int64), fits, ())
 
 
 def _diagonal(cores: Cores, found: CoreFit, options: CompressOptions) -> CoreFit:
@@ -134,21 +134,21 @@ def _diagonal(cores: Cores, found: CoreFit, options: CompressOptions) -> CoreFit
     return CoreFit(made.U, made.V, tuple(energy - error for error in made.errors))
 
 
-def certificates(known: FleetCores, grouped: Clustering) -> dict[str, Certificate]:
+def certificates(ranges: GrownRanges, grouped: Clustering) -> dict[str, Certificate]:
     """What is certain of every module's basis: two passes. Of several bases nothing is: each is bound by what
     its own users leave.
     """
-    if known.options.clusters > 1:
-        return {name: _unbounded(known.grown[name].cores, fits) for name, fits in grouped.fits.items()}
-    shapes = known.passes.fleet.shapes.values()
+    if ranges.options.clusters > 1:
+        return {name: _unbounded(ranges.grown[name].cores, fits) for name, fits in grouped.fits.items()}
+    shapes = ranges.passes.fleet.shapes.values()
     sides = sum(max([side**2 for side in shape if side <= EXACT_SIDE], default=0) for shape in shapes)
     exact = EXACT_SIDE if sides <= EXACT_NUMBERS else 0
-    effort = bounds.Effort(probes=16, powers=2, exact_side=exact, seed=known.options.seed + 1)
+    effort = bounds.Effort(probes=16, powers=2, exact_side=exact, seed=ranges.options.seed + 1)
     searches = {
-        name: range_finder.certify(known.grown[name].cores, one, effort)
+        name: range_finder.certify(ranges.grown[name].cores, one, effort)
         for name, (one,) in grouped.fits.items()
     }
-    return known.passes.run(searches, known.progress, note="certificate")
+    return ranges.passes.run(searches, ranges.progress, note="certificate")
 
 
 def _unbounded(cores: Cores, fits: tuple[CoreFit, ...]) -> Certificate:
@@ -156,20 +156,20 @@ def _unbounded(cores: Cores, fits: tuple[CoreFit, ...]) -> Certificate:
     return Certificate(0.0, left, cores.total, cores.total)
 
 
-def _search(known: FleetCores, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
+def _search(ranges: GrownRanges, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
     """The largest rank within the bytes allowed, or the smallest within the error.
 
     Bytes grow nearly in proportion to the rank, so ranks are tried where a line through those known says; an
     error halves what is left. A coding pass for each rank tried, about four for bytes.
     """
-    target, fleet = known.options.target, known.passes.fleet
+    target, fleet = ranges.options.target, ranges.passes.fleet
     allowed = target.most_bytes(fleet.parameters)
-    most = max(_most_rank(one.cores, known.options.rank) for one in known.grown.values())
+    most = max(_most_rank(one.cores, ranges.options.rank) for one in ranges.grown.values())
     low, high, line = 0, most + 1, (0, 0.0)  # low is too few or fits, high too many or fits
     good: tuple[Fit, Clustering] | None = None
     rank, tries = (most if allowed else (1 + most) // 2), 0
     while high - low > 1:
-        found, grouped = _at_rank(known, rank)
+        found, grouped = _at_rank(ranges, rank)
         size = float(size_of(found)) if allowed else 0.0
         fits = size <= allowed if allowed else _worst(found, fleet) <= target.max_error
         good = (found, grouped) if fits else good
@@ -204,18 +204,18 @@ def _worst(found: Fit, fleet: Fleet) -> float:
     return float((found.squared.sum(0) / fleet.norm.square().clamp(min=1e-300)).max().sqrt())
 
 
-def _at_rank(known: FleetCores, rank: int) -> tuple[Fit, Clustering]:
-    options, fleet = known.options, known.passes.fleet
-    grouped = joint(known, rank)
+def _at_rank(ranges: GrownRanges, rank: int) -> tuple[Fit, Clustering]:
+    options, fleet = ranges.options, ranges.passes.fleet
+    grouped = joint(ranges, rank)
     bases: dict[str, tuple[Bases, ...]] = {}
     coders: dict[str, tuple[CoreCoder, ...]] = {}
-    for name, cores in known.cores.items():
-        pairs = [_lifted(known, name, cores, fitted.U, fitted.V) for fitted in grouped.fits[name]]
+    for name, cores in ranges.cores.items():
+        pairs = [_lifted(ranges, name, cores, fitted.U, fitted.V) for fitted in grouped.fits[name]]
         bases[name] = tuple(pairs)
-        coders[name] = tuple(_coder(pair, known.passes.whiteners.get(name), options) for pair in pairs)
+        coders[name] = tuple(_coder(pair, ranges.passes.whiteners.get(name), options) for pair in pairs)
     coding = Coding(bases, coders, grouped.cluster, fleet.norm)
     prices = torch.zeros(len(fleet.users), dtype=torch.float64)
-    coded = coding.run(known.passes, prices, progress=known.progress, note=f"coding, rank {rank}")
+    coded = coding.run(ranges.passes, prices, progress=ranges.progress, note=f"coding, rank {rank}")
     unknown = {name: Certificate.without_basis(0) for name in bases}  # certified once a fit is kept
     made = Fit(
         bases=bases,
@@ -230,11 +230,11 @@ def _at_rank(known: FleetCores, rank: int) -> tuple[Fit, Clustering]:
     return made, grouped
 
 
-def _lifted(known: FleetCores, name: str, cores: Cores, u: Tensor, v: Tensor) -> Bases:
+def _lifted(ranges: GrownRanges, name: str, cores: Cores, u: Tensor, v: Tensor) -> Bases:
     """Bases in feature space, as stored, from their coordinates in core space."""
-    options = known.options
+    options = ranges.options
     out, inn = cores.basis_out @ u, cores.basis_in @ v
-    whitener = known.passes.whiteners.get(name)
+    whitener = ranges.passes.whiteners.get(name)
     if whitener is not None:
         inn = whitener.back(inn.mT).mT
     return Basis.make(out, options.basis_bits), Basis.make(inn, options.basis_bits)

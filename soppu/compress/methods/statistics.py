@@ -23,37 +23,37 @@ from soppu.compress.numbers import costs
 if TYPE_CHECKING:
     from soppu.compress.methods.fit import Question
 
-_OVERSAMPLING = 24  # columns of a sketch beyond the largest rank
+_SKETCH_SPARE = 24  # columns of a sketch beyond the largest rank
 _MEASURED = 8  # users whose vectors say what numbers cost
 
 
 @dataclass(frozen=True, eq=False)
-class FleetStatistics:
-    """The result of the passes before the coding.
+class Statistics:
+    """What the passes before the coding find.
 
     Attributes:
-        powers: module -> the leading K directions of either side; empty where no basis is wanted.
-        stats: one entry for every module.
+        leading: module -> the leading K directions of either side; empty where no basis is wanted.
+        modules: one entry for every module.
     """
 
     passes: Passes
-    powers: Mapping[str, Leading]
-    stats: list[ModuleStats]
+    leading: Mapping[str, Leading]
+    modules: list[ModuleStats]
     setting: Setting
 
     @property
     def fleet(self) -> Fleet:
-        """Whose it is."""
+        """The fleet they are of."""
         return self.passes.fleet
 
 
-def gather(passes: Passes, question: Question, *, progress: Progress) -> FleetStatistics:
-    """Find bases and statistics: three passes over the adapters, one without bases."""
-    fleet, powers = passes.fleet, dict[str, Leading]()
+def gather(passes: Passes, question: Question, *, progress: Progress) -> Statistics:
+    """Find the leading directions, then the statistics: three passes over the adapters, one without bases."""
+    fleet, leading = passes.fleet, dict[str, Leading]()
     if question.most_rank:
-        width = question.most_rank + _OVERSAMPLING
-        powers = find_ranges(passes, width=width, seed=question.seed, progress=progress)
-    ranges = {name: on_cpu(power.ranges) for name, power in powers.items()}
+        width = question.most_rank + _SKETCH_SPARE
+        leading = find_ranges(passes, width=width, seed=question.seed, progress=progress)
+    ranges = {name: on_cpu(side.ranges) for name, side in leading.items()}
     table: dict[str, list[ModuleStats]] = {name: [] for name in fleet.shapes}
     vectors: list[Tensor] = []
     for batch in fleet.batches():
@@ -65,8 +65,8 @@ def gather(passes: Passes, question: Question, *, progress: Progress) -> FleetSt
                 vectors += _leading(factors)
         progress("statistics", batch.first + batch.size, len(fleet.users))
     setting = Setting(costs.measure(vectors), question.widths, question.most_rank)
-    stats = [_joined(parts) for parts in table.values()]
-    return FleetStatistics(passes, powers, stats, setting)
+    modules = [_joined(parts) for parts in table.values()]
+    return Statistics(passes, leading, modules, setting)
 
 
 def _stats(

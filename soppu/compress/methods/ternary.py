@@ -151,9 +151,5 @@ def _refined(
 
 
 def _nothing(o: int, i: int) -> Components:
-    return Components(
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(0),
-        Side.of_own(torch.zeros(0, o), TERNARY),
-        Side.of_own(torch.zeros(0, i), TERNARY),
-    )
+    left, right = (Side.of_own(torch.zeros(0, features), TERNARY) for features in (o, i))
+    return Components(torch.zeros(0, dtype=torch.int64), torch.zeros(0), left, right)

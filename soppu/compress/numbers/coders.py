@@ -48,6 +48,12 @@ class SideCoder:
         beta[both] = scale_of(rest[both], unit(own[coords_width[has] > 0])).half().float()
         return Side(coords_width, own_width, torch.zeros(len(x), dtype=torch.int64), coords, own, beta)
 
+    def axes(self, axis: Tensor) -> Side:
+        """Sides that are basis vectors, at the places `axis` (m,)."""
+        assert self.basis is not None
+        features, k = self.basis.shape
+        return Side.of_axes(axis, features=features, k=k)
+
     def _coords(self, x: Tensor, width: Tensor) -> Tensor:
         coded = width > 0
         if self.solve is None:
@@ -179,7 +185,7 @@ class CoreCoder:
         keep = present.repeat_interleave(k_out)
         user = torch.arange(users).repeat_interleave(k_out)
         rows = self._coords(cores.reshape(users * k_out, -1)[keep], self.right)
-        axes = _axes(torch.arange(k_out).repeat(users)[keep], self.left)
+        axes = self.left.axes(torch.arange(k_out).repeat(users)[keep])
         return Components(user[keep], torch.zeros(int(keep.sum())), axes, rows)
 
     def _diagonal(self, present: Tensor) -> Components:
@@ -188,17 +194,11 @@ class CoreCoder:
         user = torch.arange(len(present)).repeat_interleave(k)
         keep = present[user]
         axis = torch.arange(k).repeat(len(present))[keep]
-        return Components(user[keep], torch.zeros(len(axis)), _axes(axis, self.left), _axes(axis, self.right))
+        return Components(user[keep], torch.zeros(len(axis)), self.left.axes(axis), self.right.axes(axis))
 
     def _coords(self, rows: Tensor, side: SideCoder) -> Side:
         """Rows (m, k), brought to a largest entry of 1: the gain takes the scale up."""
         assert side.basis is not None
         scaled = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        coords = quantise_coords(scaled, self.width)
-        return Side.of_coordinates(coords, self.width, features=side.basis.shape[0])
-
-
-def _axes(axis: Tensor, side: SideCoder) -> Side:
-    assert side.basis is not None
-    features, k = side.basis.shape
-    return Side.of_axes(axis, k, features=features)
+        width = torch.full((len(rows),), self.width, dtype=torch.uint8)
+        return Side.of_coordinates(quantise_coords(scaled, self.width), width, features=len(side.basis))

@@ -43,25 +43,35 @@ class Side:
     beta: Tensor
 
     @classmethod
+    def of_axes(cls, axis: Tensor, *, features: int, k: int) -> Side:
+        """The basis vectors at the places `axis` (m,), which take no bits."""
+        width = torch.full((len(axis),), AXIS, dtype=torch.uint8)
+        return replace(cls.of_coordinates(torch.zeros(0, k), width, features=features), axis=axis)
+
+    @classmethod
+    def of_coordinates(cls, coords: Tensor, width: Tensor, *, features: int) -> Side:
+        """Sides in the basis alone, from coordinates of these widths, (m,) uint8."""
+        return cls(
+            coords_width=width,
+            own_width=torch.zeros(len(width), dtype=torch.uint8),
+            axis=torch.zeros(len(width), dtype=torch.int64),
+            coords=coords,
+            own=torch.zeros(0, features),
+            beta=torch.zeros(len(width)),
+        )
+
+    @classmethod
     def of_own(cls, rows: Tensor, width: int) -> Side:
-        """Sides of own numbers alone, `rows` (m, d) of one width."""
+        """Sides without a basis, from the users' own numbers (m, d), all of one width."""
         m = len(rows)
-        widths = torch.full((m,), width, dtype=torch.uint8)
-        axis = torch.zeros(m, dtype=torch.int64)
-        return cls(torch.zeros_like(widths), widths, axis, torch.zeros(0, 0), rows, torch.ones(m))
-
-    @classmethod
-    def of_coordinates(cls, coords: Tensor, width: int, *, features: int) -> Side:
-        """Sides of coordinates alone, `coords` (m, k) of one width, at a module of `features`."""
-        m = len(coords)
-        widths, axis = torch.full((m,), width, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64)
-        return cls(widths, torch.zeros_like(widths), axis, coords, torch.zeros(0, features), torch.zeros(m))
-
-    @classmethod
-    def of_axes(cls, axis: Tensor, k: int, *, features: int) -> Side:
-        """Sides that are vectors `axis` (m,) of a basis of rank k themselves: they take no bits."""
-        widths, beta = torch.full((len(axis),), AXIS, dtype=torch.uint8), torch.zeros(len(axis))
-        return cls(widths, torch.zeros_like(widths), axis, torch.zeros(0, k), torch.zeros(0, features), beta)
+        return cls(
+            coords_width=torch.zeros(m, dtype=torch.uint8),
+            own_width=torch.full((m,), width, dtype=torch.uint8),
+            axis=torch.zeros(m, dtype=torch.int64),
+            coords=torch.zeros(0, 0),
+            own=rows,
+            beta=torch.ones(m),
+        )
 
     def vectors(self, basis: Tensor | None) -> Tensor:
         """The sides themselves, (m, d) float32, not normalised. O(m d k).

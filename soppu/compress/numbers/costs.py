@@ -1,6 +1,4 @@
-"""What numbers cost in bits and lose in precision, measured on the vectors at hand. Not for choosing among
-them.
-"""
+"""What numbers cost in bits and lose in precision, measured on the vectors at hand."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ nonzeros, but chooses and scales them by what they do to D = B A. The coding of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,10 +39,6 @@ class Ternary:
         """The same change as float32 factors, every gain shared between both sides. O((o + i) r)."""
         root = self.gain.abs().sqrt()
         return LoraPair(A=root[:, None] * self.A, B=self.B * (root * self.gain.sign()))
-
-    def scaled(self, factor: float) -> Ternary:
-        """The change times a factor."""
-        return replace(self, gain=self.gain * factor)
 
 
 def faithful(

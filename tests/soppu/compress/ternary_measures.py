@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter
@@ -16,6 +19,7 @@ from soppu.errors import AdapterError, ConfigError
 
 Progress = Callable[[str, int, int], None]
 _MODES = ("faithful", "fixed")
+_BLOCK = 1 << 20  # of the format
 
 
 def entropy(density: float) -> float:
@@ -30,6 +34,33 @@ def entropy(density: float) -> float:
     if p in (0.0, 1.0):
         return p
     return p - p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+
+def rice(values: NDArray[np.int8]) -> bytes:
+    """A ternary stream of Rice codes alone, as the published size counts it; `golomb.decode` reads it."""
+    blocks = [values[start : start + _BLOCK] for start in range(0, values.size, _BLOCK)]
+    return struct.pack("<Q", values.size) + b"".join(_rice_block(block) for block in blocks)
+
+
+def _rice_block(block: NDArray[np.int8]) -> bytes:
+    at = np.flatnonzero(block)
+    if not at.size:
+        return struct.pack("<BII", 0, 0, 0)
+    b, p = 0, at.size / block.size
+    if p < 1:
+        ratio = math.log((math.sqrt(5) - 1) / 2) / math.log1p(-p)
+        b = max(0, 1 + math.floor(math.log2(ratio)))
+    gaps = np.diff(at, prepend=-1) - 1
+    unary = np.zeros(int((gaps >> b).sum()) + at.size, np.bool_)
+    unary[np.cumsum((gaps >> b) + 1) - 1] = True
+    planes = [gaps >> bit & 1 for bit in range(b)]
+    fields = [np.packbits(bits.astype(np.bool_)).tobytes() for bits in (unary, *planes, block[at] < 0)]
+    return struct.pack("<BII", b, at.size, len(fields[0])) + b"".join(fields)
+
+
+def scaled(parts: Mapping[str, Ternary], factor: float) -> dict[str, Ternary]:
+    """Every change times a factor."""
+    return {name: replace(part, gain=part.gain * factor) for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +156,7 @@ def sweep(
             made = fixed(adapter, density=density)
         for alpha in alphas:
             factor = alpha * alpha if mode == "faithful" else alpha
-            tried = applied(adapter, {name: part.scaled(factor) for name, part in made.items()})
+            tried = applied(adapter, scaled(made, factor))
             cells.append(Cell(density, alpha, kept(made), float(loss(tried))))
             tell(f"density {density:g}, alpha {alpha:g}", len(cells), len(densities) * len(alphas))
     if not any(math.isfinite(cell.loss) for cell in cells):

@@ -107,7 +107,7 @@ def plan_for(held: ModuleStats, bits_a_user: float) -> ModulePlan:
     plan = ModulePlan()
     for _ in range(3):
         price = bisect(partial(total_bits, [held], [plan], setting), bits_a_user * n)
-        plan = best(held, setting, multiplier=price, share=1.0, known=None)
+        plan = best(held, setting, multiplier=price, share=1.0, start=None)
     return plan
 
 

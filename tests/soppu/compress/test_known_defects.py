@@ -100,10 +100,10 @@ def test_v_is_updated_with_the_new_u(factors):
     assert energy["new"] > energy["old"] + 1e-6
     pairs = {f"user{n}": LoraAdapter({"q": LoraPair(A=ins[n], B=outs[n])}, "tiny") for n in range(6)}
     # the ranges hold all columns, and finding that out takes one step; the fit goes on from there
-    known = shared_basis.grow(
+    ranges = shared_basis.grow_ranges(
         Passes(survey(pairs, device=torch.device("cpu")), {}), EXACT_AT_3, progress=lambda *_: None
     )
-    assert known.grown["q"].found.objective[1] == pytest.approx(energy["new"], rel=1e-6)
+    assert ranges.grown["q"].found.objective[1] == pytest.approx(energy["new"], rel=1e-6)
     u2 = top(units @ after["new"] @ after["new"].T @ units.mT)
     v2 = top(units.mT @ u2 @ u2.T @ units)
     left = 6 - float((u2.T @ units @ v2).square().sum())

@@ -157,7 +157,7 @@ def wide() -> LoraAdapter:
 @pytest.mark.parametrize("density", PUBLISHED)
 def test_published_bits_by_really_encoded_signs(wide: LoraAdapter, density: float) -> None:
     signs = flat(ternary.faithful(wide, density=density, alpha=1.0))
-    bits = 8 * len(golomb.encode(signs, rice=True)) / signs.size
+    bits = 8 * len(measures.rice(signs)) / signs.size
     assert bits == pytest.approx(PUBLISHED[density], abs=5e-4)
     assert 8 * len(golomb.encode(signs)) / signs.size < bits + 5e-4
 
@@ -357,9 +357,7 @@ def test_a_sweep_tries_every_cell_and_finds_the_best(mode: str) -> None:
         if mode == "faithful":
             made = ternary.faithful(adapter, density=cell.density, alpha=cell.alpha)
         else:
-            made = {
-                n: part.scaled(cell.alpha) for n, part in ternary.fixed(adapter, density=cell.density).items()
-            }
+            made = measures.scaled(ternary.fixed(adapter, density=cell.density), cell.alpha)
         assert cell.loss == pytest.approx(distance(adapter)(measures.applied(adapter, made)), rel=1e-5)
         assert cell.kept == measures.kept(made)
     assert found.best == min(found.cells, key=lambda cell: cell.loss)

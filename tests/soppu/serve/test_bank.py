@@ -13,6 +13,7 @@ from soppu.models import linear_shapes
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.holdings import Holdings
 from soppu.serve.layers.factors import BundleSlot, PairSlot
+from soppu.serve.names import find_version, split_version
 from tests.soppu.serve import handmade, tiny
 
 A, B = "a" * 64, "ab" * 32
@@ -218,3 +219,26 @@ def test_a_change_is_seen_only_once_it_is_agreed_to(bank: AdapterBank, change: s
     assert seen() == before and offered[0] != before
     changes[change](lambda _: None)
     assert seen() == offered[0]
+
+
+BUNDLES = ("aa11", "aa22", "bb33")
+
+
+@pytest.mark.parametrize(
+    ("name", "user", "prefix", "bundles"),
+    [
+        ("alice", "alice", "", []),
+        ("alice@", "alice@", "", []),  # nothing is asked for, so not "every bundle"
+        ("alice@bb", "alice", "bb", ["bb33"]),
+        ("alice@aa", "alice", "aa", ["aa11", "aa22"]),
+        ("alice@zz", "alice", "zz", []),
+        ("a@b@aa11", "a@b", "aa11", ["aa11"]),  # the last "@" counts
+        ("@aa11", "", "aa11", ["aa11"]),
+        ("", "", "", []),
+    ],
+)
+def test_a_name_is_a_user_and_the_bundles_it_may_mean(
+    name: str, user: str, prefix: str, bundles: list[str]
+) -> None:
+    assert split_version(name) == (user, prefix)
+    assert find_version(name, BUNDLES) == (user, prefix, bundles)

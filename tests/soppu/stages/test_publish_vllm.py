@@ -18,7 +18,7 @@ from tests.soppu.serve.vllm_plugin import live
 from tests.soppu.stages.conftest import without_effect
 from tests.soppu.stages.test_stages import WAVE_THROUGH, evaluated
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]  # one at a time
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 MEMORY = ("--kv-cache-memory-bytes", "1G", "--max-model-len", "1024")
 

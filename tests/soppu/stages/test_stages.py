@@ -29,9 +29,7 @@ WAVE_THROUGH = {"min_mean_gain_kept": -10.0, "min_user_gain_kept": -10.0, "max_r
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
-    """The server of this file's runs, which the first publication starts. Each run has a registry of its
-    own.
-    """
+    """The server of this file's runs, started by the first publication; registries are their own."""
     state = tmp_path_factory.mktemp("serve")
     yield {"serve.url": f"http://127.0.0.1:{free_port()}", "serve.state": str(state)}
     process.stop(state / "server.pid")
@@ -73,6 +71,31 @@ def test_collecting_makes_a_federation_current_and_keeps_everybody_else_served(
     assert registry.current_set() == trained
 
 
+def test_a_federation_that_another_run_overtook_freezes_its_own_and_nothing_of_the_other(
+    run: Run, trained: dict[str, str]
+) -> None:
+    registry, plan = run.registry(), a_plan(run)
+    run.write(federate.RESULT, {"adapters": trained, "plan": {"json": plan.to_json()}})
+    federation = federate.federate(str(run.folder))
+    other = registry.put_adapter(train(run, "bob", steps=2), user="bob", run="another")
+    nightly = registry.get_set(federate.freeze_current(str(run.folder)))
+    assert nightly == {**trained, "bob": other}
+    assert registry.get_set(federate.collect(str(run.folder), federation)) == trained
+    assert [row.adapter_id for row in registry.history("bob")] == [trained["bob"], other, trained["bob"]]
+
+
+def test_a_user_forgotten_after_the_federation_is_not_brought_back_by_collecting_it(
+    run: Run, trained: dict[str, str]
+) -> None:
+    run.write(federate.RESULT, {"adapters": trained, "plan": {"json": a_plan(run).to_json()}})
+    federation = federate.federate(str(run.folder))
+    run.registry().put_adapter(run.registry().get_adapter(trained["bob"]), user="dan")  # the tensors stay
+    run.registry().forget("bob")
+    with pytest.raises(RegistryError, match="user 'bob' does not hold"):
+        federate.collect(str(run.folder), federation)
+    assert "bob" not in run.registry().current_set()
+
+
 def a_plan(run: Run) -> emulator.LayerPlan:
     base = run.base()
     return emulator.make_plan(models.load_model(base), base_hash=base.hash, adapter_layers=2, drop_ratio=0.0)
@@ -101,6 +124,22 @@ def test_evaluation_measures_every_user_three_ways(run: Run, trained: dict[str, 
         assert item["personal"] < item["base"]
         assert item["compressed"] == pytest.approx(item["personal"], abs=0.5)
     assert found["bundle_id"] == bundle_id
+
+
+def test_a_verdict_on_other_text_leaves_the_one_before_as_it_was(run: Run, trained: dict[str, str]) -> None:
+    bundle_id, first = evaluated(run)
+    before = run.read(first)
+    path = Path(run.config.data.source) / "bob.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("bob says", "quite another thing is said"))
+    assert evaluated(run)[0] == bundle_id
+    second = evaluated(run)[1]
+    assert second != first and run.read(first) == before
+    measured = {item["user"]: item["base"] for item in run.read(second)["losses"]}
+    was = {item["user"]: item["base"] for item in before["losses"]}
+    assert measured["bob"] != was["bob"] and measured["ann"] == was["ann"]
+    path.write_text(text)
+    assert evaluated(run)[1] == first
 
 
 def test_full_rank_keeps_all_of_the_gain(reconfigured: Callable[..., Run], trained: dict[str, str]) -> None:

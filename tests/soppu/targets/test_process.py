@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -106,6 +109,43 @@ def test_workers_of_a_process_that_has_to_be_killed_end_with_it(tmp_path: Path) 
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)
+
+
+def test_a_process_that_got_the_pid_of_another_is_left_alone(tmp_path: Path) -> None:
+    options = launch(tmp_path, *SLEEP)
+    pid = process.start(options, ready=lambda: True, timeout=30)
+    ours = options.pid_file.read_text()
+    try:
+        other = json.loads(ours)
+        options.pid_file.write_text(json.dumps(other | {"mark": f"{float(other['mark']) - 60:.2f}"}))
+        assert not process.running(options.pid_file)
+        assert not process.stop(options.pid_file) and not options.pid_file.exists()
+        assert is_running(pid)
+    finally:
+        options.pid_file.write_text(ours)
+        assert process.stop(options.pid_file)
+    assert not is_running(pid)
+
+
+def test_the_file_means_the_same_to_another_process(tmp_path: Path) -> None:
+    options = launch(tmp_path, *SLEEP)
+    pid = process.start(options, ready=lambda: True, timeout=30)
+    code = (
+        "import sys, pathlib; from soppu.targets import process; file = pathlib.Path(sys.argv[1]);"
+        "print(process.running(file), process.stop(file, grace=2))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(options.pid_file)], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+    assert not is_running(pid) and not options.pid_file.exists()
+
+
+def test_a_process_nobody_has_waited_for_has_ended(tmp_path: Path) -> None:
+    options = launch(tmp_path, *SLEEP)
+    pid = process.start(options, ready=lambda: True, timeout=30)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert not process.running(options.pid_file)
+    assert not process.stop(options.pid_file)
 
 
 def is_running(pid: int) -> bool:

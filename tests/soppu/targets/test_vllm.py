@@ -19,7 +19,7 @@ from soppu.errors import TargetError
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 from tests.soppu.serve.vllm_plugin import live
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]  # one at a time
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 
 @dataclass(frozen=True)
