@@ -124,12 +124,12 @@ class FedBiOT(FedAvg):
         for user, why in self.agreement.outsized(changes, start=size(self._start)).items():
             log.refused[user] = why
             del good[user]
-        for user, message in good.items():
-            # read again: to keep what was read would hold every adapter of the round in memory twice
-            form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
+        for user, (message, form) in good.items():
             log.accepted.append(user)
             log.received[user] = _received(message, form)
             if log.mode == PERSONAL:
+                # read again: to keep what was read would hold every adapter of the round in memory twice
+                _, adapter = self.agreement.read(message, user, personal=True)
                 self._keep(user, adapter, message.content.metric_records["metrics"])
         for user in set(self.nodes.values()) - set(log.accepted) - set(log.refused):
             log.refused[user] = f"{user}: no answer in time"
@@ -138,26 +138,28 @@ class FedBiOT(FedAvg):
         if not good:
             return None, None
         # in the order of names, not of arrival: a sum of floats depends on its order
-        arrays, metrics = self._mean([good[user] for user in sorted(good)], log)
+        arrays, metrics = self._mean([good[user][0] for user in sorted(good)], log)
         log.train_loss = cast(float, metrics["train-loss-last"])
         log.emulator_loss = cast(float, metrics[LOSS])
         return arrays, metrics
 
-    def _read(self, replies: Iterable[Message], log: RoundLog) -> tuple[dict[str, Message], dict[str, float]]:
-        """The replies that are as agreed, and how far each of them went; the others are refused by name."""
-        good: dict[str, Message] = {}
+    def _read(
+        self, replies: Iterable[Message], log: RoundLog
+    ) -> tuple[dict[str, tuple[Message, str]], dict[str, float]]:
+        """The replies that are as agreed, each with its form, and how far each went; others are refused."""
+        good: dict[str, tuple[Message, str]] = {}
         changes: dict[str, float] = {}
         for message in replies:
             user = self.nodes.get(message.metadata.src_node_id, f"node {message.metadata.src_node_id}")
             if message.has_content():
                 log.bytes_up += _size(message)
             try:
-                _, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
+                form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
             except AdapterError as error:
                 log.refused[user] = str(error)
                 log.lost += [user] if message.has_error() else []
                 continue
-            good[user], changes[user] = message, change(adapter, self._start)
+            good[user], changes[user] = (message, form), change(adapter, self._start)
         return good, changes
 
     def _mean(self, replies: list[Message], log: RoundLog) -> tuple[ArrayRecord | None, MetricRecord]:

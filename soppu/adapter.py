@@ -1,8 +1,8 @@
 """LoraAdapter: one user's low-rank change of a base model, and its PEFT folder on disk.
 
 Module names are always those of the full model (`model.layers.26.self_attn.q_proj`); the numbering of an
-emulator never leaves `emulator`. The LoRA scale (alpha / r, or alpha / sqrt(r) for rsLoRA) is folded
-into B when a folder is read, here and nowhere else: inside SOPPU the delta is B @ A.
+emulator never leaves `federation.emulator`. The LoRA scale (alpha / r, or alpha / sqrt(r) for rsLoRA) is
+folded into B when a folder is read, here and nowhere else: inside SOPPU the delta is B @ A.
 """
 
 from __future__ import annotations

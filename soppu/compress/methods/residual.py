@@ -32,11 +32,8 @@ _PLAN_ROUNDS = 3
 _ENCODINGS = 6
 _CLOSE = 0.995  # of the bytes allowed: near enough; after some codings less will do
 _PATIENCE = 3
-_OVERHEAD = (
-    1500,
-    40,
-    36,
-)  # bytes of a file, of a module, of a user, before any component; corrected once known
+# bytes of a file, of a module, of a user, before any component; corrected once known
+_OVERHEAD = (1500, 40, 36)
 
 
 def fit(passes: Passes, question: Question, *, progress: Progress) -> Fit:
