@@ -5,10 +5,11 @@ The page and the terminal summary share these. Nothing here escapes HTML or Mark
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -85,6 +86,15 @@ def smaller(compression: Mapping[str, Any]) -> str:
     return f"{on_disk} smaller on disk, {compression['ratio_16_bit']:.2f}× than at 16 bits a number"
 
 
+def errors(compression: Mapping[str, Any]) -> str:
+    """The users' relative errors, as stored, in three figures."""
+    error = compression["relative_error"]
+    return (
+        f"{percent(error['rms'])} root mean square, mean {percent(error['mean'])},"
+        f" worst user {percent(error['max'])}"
+    )
+
+
 def made_by(compression: Mapping[str, Any]) -> str:
     """The method, what it had to reach, and the shared ranks that came out of it."""
     used = compression["k_used"].values()
@@ -145,6 +155,13 @@ def _bound(compression: Mapping[str, Any]) -> str:
         f" method{sure}: better bases could gain {100 * max(reached - least, 0.0):.2f} percentage points at"
         " most."
     )
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    steps = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in steps]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def curl(report: Mapping[str, Any], url: str = "") -> str:
