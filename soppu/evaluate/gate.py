@@ -8,12 +8,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import InstanceOf
 
 from soppu.config import GateConfig
 from soppu.errors import GateError
 from soppu.evaluate.losses import UserLosses
+from soppu.settings import Flag, Real, allowed
+
+Text = Annotated[InstanceOf[str], allowed("a text")]  # a name with a lone surrogate is one, too
 
 TOLERANCE = 0.01
 """Nats a token. A personal gain up to this is too small to be a ratio's denominator."""
@@ -23,32 +28,20 @@ _NAMED = 10  # users spelt out in one reason; the rest is counted
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate decided, and the figures it decided on.
+    """What the gate decided, and the figures it decided on."""
 
-    Attributes:
-        passed: whether the bundle may be published.
-        reasons: one line for each broken rule; empty when passed.
-        mean_gain_kept: compressed gain / personal gain, both summed over the users whose personal adapter
-            beats the base model; 0 where there is no such user.
-        worst_user: who keeps the least of a gain above `TOLERANCE`; "" if nobody gained that much.
-        worst_gain_kept: what that user keeps; 0 without such a user.
-        improved_share: share of the measured users whose personal loss is below the base model's.
-        max_relative_error: largest relative error of one user's adapter.
-        worst_error_user: whose that is.
-        unmeasured: users of the bundle without a held-out loss, judged by their relative error alone.
-        limits: the rules as configured, config key -> value.
-    """
-
-    passed: bool
-    reasons: tuple[str, ...]
-    mean_gain_kept: float
-    worst_user: str
-    worst_gain_kept: float
-    improved_share: float
-    max_relative_error: float
-    worst_error_user: str
-    unmeasured: tuple[str, ...] = ()
-    limits: Mapping[str, float] = field(default_factory=dict)
+    passed: Flag  # whether the bundle may be published
+    reasons: tuple[Text, ...]  # one line for each broken rule; empty when passed
+    # compressed gain / personal gain, both summed over the users whose personal adapter beats the base model;
+    # 0 where there is no such user
+    mean_gain_kept: Real
+    worst_user: Text  # who keeps the least of a gain above `TOLERANCE`; "" if nobody gained that much
+    worst_gain_kept: Real  # what that user keeps; 0 without such a user
+    improved_share: Real  # of the measured users, those whose personal loss is below the base model's
+    max_relative_error: Real  # largest relative error of one user's adapter
+    worst_error_user: Text  # whose that is
+    unmeasured: tuple[Text, ...]  # users of the bundle without a held-out loss: judged by their error alone
+    limits: dict[Text, Real]  # the rules as configured, config key -> value
 
     def raise_if_refused(self) -> None:
         """Raise GateError with every reason, unless the bundle passed."""
@@ -60,7 +53,6 @@ class Verdict:
         return dataclasses.asdict(self) | {
             "reasons": list(self.reasons),
             "unmeasured": list(self.unmeasured),
-            "limits": dict(self.limits),
         }
 
     @classmethod

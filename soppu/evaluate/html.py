@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from soppu.evaluate import plots, wording
-from soppu.evaluate.wording import NONE, printable
 
 Row = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ def page(report: Row) -> str:
         figures=plots.figures(report),
         modules=list(_modules(report["compression"])),
         curl=wording.curl(report),
-        NONE=NONE,
+        NONE=wording.NONE,
     )
 
 
@@ -40,24 +40,13 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    words = (
-        *(wording.percent, wording.loss, wording.short, wording.gain_kept, wording.size, wording.duration),
-        *(
-            wording.forms,
-            wording.smaller,
-            wording.made_by,
-            wording.errors,
-            wording.certificate,
-            wording.ranges,
-        ),
-    )
-    environment.filters |= {say.__name__: say for say in words} | {"grouped": "{:,}".format}
+    environment.filters |= {**dict(inspect.getmembers(wording, inspect.isfunction)), "grouped": "{:,}".format}
     return environment.get_template("report.html.jinja")
 
 
 def _visible(value: object) -> object:
     """Control characters of a text made visible, before it is escaped; markup stays as it is."""
-    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+    return wording.printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _modules(made: Row) -> Iterator[tuple[str, Any, Any, tuple[float | None, ...]]]:
@@ -72,7 +61,7 @@ def _modules(made: Row) -> Iterator[tuple[str, Any, Any, tuple[float | None, ...
             _relative(part, "achieved"),
             _relative(part, "lower_bound") if wording.bounded(made) else None,
         )
-        yield name, made["k_used"].get(name, NONE), made["steps"].get(name, NONE), shares
+        yield name, made["k_used"].get(name, wording.NONE), made["steps"].get(name, wording.NONE), shares
 
 
 def _relative(part: Row, name: str) -> float | None:
