@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
-COMPLETION_TOKENS = 24
-_DEFAULT_PROMPT = "def main():"
+_COMPLETION_TOKENS = 24
 
 
 def printable(text: str) -> str:
@@ -23,6 +22,12 @@ def printable(text: str) -> str:
     User ids come from outside; in a terminal or an SVG such a character is more than a glyph.
     """
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def shortened(text: str, *, limit: int) -> str:
+    """Printable, and of at most `limit` characters."""
+    shown = printable(text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def percent(share: float | None, *, digits: int = 1) -> str:
@@ -50,11 +55,13 @@ def gain_kept(user: Mapping[str, Any]) -> str:
 
 def size(count: float) -> str:
     """Bytes in decimal units: 1234567 -> "1.23 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+    if count < 999.5:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB"):
         count /= 1000
-    raise AssertionError("unreachable: GB always returns")
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:.3g} GB"
 
 
 def forms(sent: Mapping[str, Any]) -> str:
@@ -164,27 +171,22 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def curl(report: Mapping[str, Any], url: str = "") -> str:
-    """A shell line that asks the server for one user's text, quoted for a POSIX shell; "" without a URL.
-
-    Args:
-        url: of the server; "" takes the one the report says the bundle is served at.
-    """
-    serving = report["serving"] or {}
-    url = url or serving.get("url", "")
-    users = [*serving.get("completions", {}), *(user["id"] for user in report["users"])]
-    if not url or not users:
+def curl(report: Mapping[str, Any]) -> str:
+    """A shell line that asks the server for one user's text, quoted for a POSIX shell; "" if unserved."""
+    serving, users = report["serving"], report["users"]
+    if not serving or not users:
         return ""
-    path, body = _asked(serving.get("target", ""), users[0], serving.get("prompt") or _DEFAULT_PROMPT)
-    words = (shlex.quote(f"{url.rstrip('/')}{path}"), shlex.quote(json.dumps(body)))
+    user = next(iter(serving["completions"]), users[0]["id"])
+    path, body = _asked(serving["target"], user, serving["prompt"])
+    words = (shlex.quote(f"{serving['url'].rstrip('/')}{path}"), shlex.quote(json.dumps(body)))
     return f"curl -s {words[0]} -H 'Content-Type: application/json' -d {words[1]}"
 
 
 def _asked(target: str, user: str, prompt: str) -> tuple[str, dict[str, Any]]:
     """Path and body of a request for one user's text, as this kind of server takes it."""
     if target == "vllm":
-        return "/v1/completions", {"model": user, "prompt": prompt, "max_tokens": COMPLETION_TOKENS}
+        return "/v1/completions", {"model": user, "prompt": prompt, "max_tokens": _COMPLETION_TOKENS}
     return "/generate", {
         "inputs": prompt,
-        "parameters": {"adapter_id": user, "max_new_tokens": COMPLETION_TOKENS},
+        "parameters": {"adapter_id": user, "max_new_tokens": _COMPLETION_TOKENS},
     }
