@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -56,7 +57,7 @@ def _modules(made: Row) -> Iterator[tuple[str, Any, Any, tuple[float | None, ...
         # a module without a basis has nothing to certify
         part = made["certificate"]["modules"].get(name, {}) if made["k_used"].get(name) else {}
         shares = (
-            math.fsum(known) / len(known) if known else None,
+            fmean(known) if known else None,
             max(known, default=None),
             _relative(part, "achieved"),
             _relative(part, "lower_bound") if wording.bounded(made) else None,

@@ -181,6 +181,7 @@ def _compression(inputs: ReportInputs) -> dict[str, Any]:
         "relative_achieved": overall.relative_achieved,
         "modules": {name: asdict(part) for name, part in made.certificates.items()},
     }
+    # what the report calls as the bundle does; the rest is named or measured otherwise
     named_alike = {
         name: value for name, value in vars(made).items() if name in schema.Compression.model_fields
     }

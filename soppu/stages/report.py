@@ -37,7 +37,8 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     found = run.read(evaluation)
     bundle_id = found["bundle_id"]
     compression = run.read(f"compression-{bundle_id[:16]}.json")
-    published = run.read(SERVING).get("bundle_id") == bundle_id  # else an earlier bundle in this folder was
+    serving = run.read(SERVING)
+    published = serving.get("bundle_id") == bundle_id  # else it tells of an earlier bundle of this folder
     noted = [run.read(f"stages/{name}.json") for name in ORDER if published or name != "publish"]
     inputs = ReportInputs(
         run=run.id,
@@ -52,7 +53,7 @@ def write_report(run_folder: str, evaluation: str) -> Written:
         bundle_id=bundle_id,
         base_hash=run.base().hash,
         federation=run.read(RESULT) or None,
-        serving=run.read(SERVING) if published else None,
+        serving=serving if published else None,
         stages=[stage for stage in noted if stage],
     )
     report = reports.build(inputs)
