@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
-from soppu.evaluate.report import Serving
 from soppu.registry import Registry
 from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.run import Run, open_run
@@ -55,13 +53,20 @@ def _publish(run: Run, bundle_id: str) -> str:
     target.activate(bundle_id)
     registry.record_publication(target=settings.target, url=settings.url, bundle_id=bundle_id)
     _drop_others(target, keep={bundle_id, *previous_bundles(registry, settings.url, bundle_id)[:1]})
-    serving = Serving(settings.target, settings.url, bundle_id, canaries, settings.canary_prompt)
-    run.write(SERVING, dataclasses.asdict(serving))
+    serving = {
+        "target": settings.target,
+        "url": settings.url,
+        "bundle_id": bundle_id,
+        "canaries": canaries,
+        "prompt": settings.canary_prompt,
+        "completions": {},
+    }
+    run.write(SERVING, serving)
     completions = {
         user: target.complete(settings.canary_prompt, user=user, max_new_tokens=settings.completion_tokens)
         for user in bundle.users[:SAMPLES]
     }
-    run.write(SERVING, dataclasses.asdict(dataclasses.replace(serving, completions=completions)))
+    run.write(SERVING, serving | {"completions": completions})
     return settings.url
 
 
