@@ -23,11 +23,11 @@ def register() -> None:
     """
     if not os.environ.get(BUNDLE_VARIABLE):
         return
-    from soppu.serve.vllm_plugin import refusal, settings, versions  # an idle plugin costs vLLM no import
+    from soppu.serve.vllm_plugin import host, refusal, settings  # an idle plugin costs vLLM no import
 
     refusal.prepare()
     with refusal.noted():
-        versions.check()
+        host.check_version()
         chosen = settings.read(os.environ)
     from soppu.serve.vllm_plugin.frontend import hooks as frontend
     from soppu.serve.vllm_plugin.worker import hooks as worker

@@ -10,40 +10,24 @@ from soppu.errors import BundleError
 
 @dataclass(frozen=True)
 class Part:
-    """One module of the base model inside a layer, as this rank holds it.
+    """One module of the base model inside a layer, as this rank holds it."""
 
-    Attributes:
-        module: its name in the base model.
-        shape: (o, i) of the whole module.
-        first: first of the module's o rows that this rank holds.
-        size: how many it holds.
-        at: the column of the layer's output where they begin.
-    """
-
-    module: str
-    shape: tuple[int, int]
-    first: int
-    size: int
-    at: int
+    module: str  # its name in the base model
+    shape: tuple[int, int]  # (o, i) of the whole module
+    first: int  # first of the module's o rows that this rank holds
+    size: int  # how many it holds
+    at: int  # the column of the layer's output where they begin
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of the engine, as this rank holds it.
+    """One linear layer of the engine, as this rank holds it."""
 
-    Attributes:
-        name: the layer's name in the engine.
-        first: first of the input features that this rank holds.
-        size: how many it holds.
-        out: columns of this rank's output.
-        parts: the modules in it, in the order of their columns.
-    """
-
-    name: str
-    first: int
-    size: int
-    out: int
-    parts: tuple[Part, ...]
+    name: str  # in the engine
+    first: int  # first of the input features that this rank holds
+    size: int  # how many it holds
+    out: int  # columns of this rank's output
+    parts: tuple[Part, ...]  # the modules in it, in the order of their columns
 
 
 def adapted(linears: Sequence[Linear], shapes: Mapping[str, tuple[int, int]], *, who: str) -> list[Linear]:

@@ -18,7 +18,7 @@ from soppu.errors import BundleError
 from soppu.serve.vllm_plugin.worker.kernels import CHUNK
 from soppu.serve.vllm_plugin.worker.layout import Linear
 from soppu.serve.vllm_plugin.worker.resident import Resident
-from soppu.serve.vllm_plugin.worker.residents import Residents
+from soppu.serve.vllm_plugin.worker.step import Residents
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from soppu.compress.bundle.bundle import Bundle
-from soppu.serve.vllm_plugin.worker import layout, op, resident
+from soppu.serve.vllm_plugin.worker import layout, resident, step
 from soppu.serve.vllm_plugin.worker.kernels import Kernel
 from soppu.serve.vllm_plugin.worker.layout import Linear
 from soppu.serve.vllm_plugin.worker.resident import Form
-from soppu.serve.vllm_plugin.worker.residents import Residents
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
-from soppu.serve.vllm_plugin.worker.step import Step
+from soppu.serve.vllm_plugin.worker.step import Residents, Step
 
 
 class Worker:
@@ -48,12 +47,7 @@ class Worker:
         else:
             self.step = Step(chosen, how)
             self.step.add(first)
-        op.serve(self.step)
-
-    @property
-    def fingerprint(self) -> str:
-        """What of this worker shows in a compiled graph: which layers call the operator."""
-        return " ".join(linear.name for linear in self.step.linears)
+        step.serve(self.step)
 
     def stage(self, path: str, bundle_id: str, start: int) -> int:
         """Load a bundle file beside what is there; the number of its rows.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin.worker import build, kernels, layout, resident
+from soppu.serve.vllm_plugin.worker import kernels, layout, resident
 from soppu.serve.vllm_plugin.worker.kernels import Kernel
 from soppu.serve.vllm_plugin.worker.resident import Form
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
@@ -31,7 +31,7 @@ LAYERS = ("block.qkv_proj", "block.o_proj")
 
 
 def _native() -> How:
-    if why := build.load():
+    if why := kernels.load():
         pytest.skip(f"no compiled kernel: {why}")
     return kernels.native
 
