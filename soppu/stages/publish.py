@@ -17,6 +17,7 @@ from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from soppu.targets.http import HttpTarget
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 
+TARGETS: dict[str, type[HttpTarget]] = {"embedded": EmbeddedTarget, "vllm": VllmTarget}
 SERVING = "serving.json"
 SAMPLES = 64  # users whose sample completion goes into the report
 
@@ -99,6 +100,13 @@ def previous_bundles(registry: Registry, url: str, bundle_id: str) -> list[str]:
     first = len(here) - 1 - here[::-1].index(bundle_id) if bundle_id in here else -1
     others = dict.fromkeys(item for item in [*here[first + 1 :], *here] if item != bundle_id)
     return [item for item in others if not registry.bundle(item).contains_forgotten]
+
+
+def target_class(kind: str) -> type[HttpTarget]:
+    """What pushes to a kind of server, as publications name it. TargetError names the kinds there are."""
+    if kind not in TARGETS:
+        raise TargetError(f"serving target {kind!r}: allowed are {', '.join(TARGETS)}")
+    return TARGETS[kind]
 
 
 def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:

@@ -24,15 +24,6 @@ class CanaryResult:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a canary asked for. `may_equal_base` is for users whose adapter is empty."""
-
-    adapter_id: str
-    version: str
-    may_equal_base: bool = False
-
-
-@dataclass(frozen=True)
 class Answered:
     """What came back: `refusal` is the error, "" where there was an answer."""
 
@@ -40,22 +31,26 @@ class Answered:
     adapter_id: str = ""
     version: str = ""
     trace: Trace = ()
+    text: str = ""
 
 
-def fault(answer: Answered, asked: Asked, *, base_trace: Trace) -> str:
-    """What is wrong with an answer, "" if nothing. `base_trace` is the base model's for the same prompt."""
+def fault(answer: Answered, user: str, version: str, *, base_trace: Trace | None) -> str:
+    """What is wrong with an answer that `user` was asked for in a version of the bundle, "" if nothing.
+
+    `base_trace` is the base model's for the same prompt; None for users whose adapter is empty.
+    """
+    adapter_id = f"{user}@{version}"
     if answer.refusal:
         return answer.refusal
-    if answer.adapter_id != header_value(asked.adapter_id) or answer.version != asked.version:
+    if answer.adapter_id != header_value(adapter_id) or answer.version != version:
         return (
-            f"asked for {asked.adapter_id!r} of {asked.version!r},"
-            f" served by {answer.adapter_id!r} of {answer.version!r}"
+            f"asked for {adapter_id!r} of {version!r}, served by {answer.adapter_id!r} of {answer.version!r}"
         )
     if not answer.trace:
         return "no tokens came back"
     if not all(math.isfinite(logprob) for _, logprob in answer.trace):
         return f"logprobs are not finite: {answer.trace}"
-    if answer.trace == base_trace and not asked.may_equal_base:
+    if answer.trace == base_trace:
         return "the answer is the base model's: the adapter has no effect"
     return ""
 

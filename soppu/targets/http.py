@@ -18,7 +18,7 @@ from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from soppu.errors import PortTaken, TargetError
 from soppu.targets import process
-from soppu.targets.canary import Answered, Asked, CanaryResult, fault, is_close
+from soppu.targets.canary import Answered, CanaryResult, fault, is_close
 
 _CONNECT_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
@@ -53,11 +53,7 @@ class HttpTarget(ABC):
 
     @abstractmethod
     def _answered(self, response: requests.Response) -> Answered:
-        """A generation that was not refused, as canaries judge it."""
-
-    @abstractmethod
-    def _text(self, response: requests.Response) -> str:
-        """The text of a generation that was not refused."""
+        """A generation that was not refused."""
 
     def is_up(self) -> bool:
         """Whether a server of this kind and base model answers. False if nothing listens.
@@ -142,10 +138,10 @@ class HttpTarget(ABC):
 
     def complete(self, prompt: str, *, user: str = "", max_new_tokens: int = 24) -> str:
         """Greedy text after `prompt` with a user's adapter; "" is the base model. TargetError if refused."""
-        response = self._generate(prompt, user, max_new_tokens)
-        if response.status_code != 200:
-            raise TargetError(f"{self.url}: {refusal(response)}")
-        return self._text(response)
+        answer = self._read(self._generate(prompt, user, max_new_tokens))
+        if answer.refusal:
+            raise TargetError(f"{self.url}: {answer.refusal}")
+        return answer.text
 
     def canary(
         self,
@@ -171,23 +167,21 @@ class HttpTarget(ABC):
         Raises:
             TargetError: the base model itself does not answer.
         """
-        base = self._patiently(prompt, "", max_new_tokens)
-        if base.status_code != 200:
-            raise TargetError(f"{self.url}: the base model does not answer: {refusal(base)}")
-        base_trace = self._answered(base).trace
 
-        def ask(user: str) -> Answered:
-            response = self._patiently(prompt, f"{user}@{bundle_id}", max_new_tokens)
-            refused = response.status_code != 200
-            return Answered(refusal(response)) if refused else self._answered(response)
+        def ask(adapter_id: str) -> Answered:
+            return self._read(self._patiently(prompt, adapter_id, max_new_tokens))
 
+        base = ask("")
+        if base.refusal:
+            raise TargetError(f"{self.url}: the base model does not answer: {base.refusal}")
         with ThreadPoolExecutor(workers) as pool:
-            answers = list(pool.map(ask, users))
+            answers = list(pool.map(ask, (f"{user}@{bundle_id}" for user in users)))
         results = []
         for user, answer in zip(users, answers, strict=True):
-            asked = Asked(f"{user}@{bundle_id}", version=bundle_id, may_equal_base=user in zero_users)
-            again = not asked.may_equal_base and is_close(answer.trace, base_trace)
-            reason = fault(ask(user) if again else answer, asked, base_trace=base_trace)
+            base_trace = None if user in zero_users else base.trace
+            if base_trace is not None and is_close(answer.trace, base_trace):
+                answer = ask(f"{user}@{bundle_id}")
+            reason = fault(answer, user, bundle_id, base_trace=base_trace)
             results.append(CanaryResult(user, not reason, reason))
         return results
 
@@ -203,6 +197,9 @@ class HttpTarget(ABC):
             return request("POST", f"{self.url}{self.GENERATE}", json=asked, timeout=self._timeout)
         except requests.RequestException as error:
             raise TargetError(f"{self.url}: no answer to a generation: {error}") from error
+
+    def _read(self, response: requests.Response) -> Answered:
+        return self._answered(response) if response.status_code == 200 else Answered(refusal(response))
 
     def _options(self, **options: object) -> list[str]:
         """The address and `options` as words of a command line."""

@@ -26,8 +26,9 @@ from soppu.federation.simulation import free_port
 from soppu.models import resolve
 from soppu.serve.api.http import ServerInfo
 from soppu.serve.server import claim_port
-from soppu.targets import http, kinds, process
-from soppu.targets.canary import Answered, Asked, fault, is_close
+from soppu.stages.publish import target_class
+from soppu.targets import http, process
+from soppu.targets.canary import Answered, fault, is_close
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from tests.latecomer import latecomer
 from tests.soppu.serve import tiny
@@ -131,16 +132,19 @@ def test_a_canary_does_not_wait_for_ever(full: tuple[str, Event]) -> None:
 
 
 def test_every_fault_of_an_answer_is_named() -> None:
-    asked, base = Asked("alice@v", version="v"), ((1, -0.5),)
-    good = Answered("", "alice@v", "v", ((2, -0.25),))
-    assert fault(good, asked, base_trace=base) == ""
-    assert "served by 'bob@v'" in fault(replace(good, adapter_id="bob@v"), asked, base_trace=base)
-    assert "of 'w'" in fault(replace(good, version="w"), asked, base_trace=base)
-    assert fault(replace(good, trace=()), asked, base_trace=base) == "no tokens came back"
-    assert "not finite" in fault(replace(good, trace=((2, float("nan")),)), asked, base_trace=base)
-    assert "no effect" in fault(replace(good, trace=base), asked, base_trace=base)
-    assert fault(replace(good, trace=base), replace(asked, may_equal_base=True), base_trace=base) == ""
-    assert fault(replace(good, refusal="HTTP 500: x"), asked, base_trace=base) == "HTTP 500: x"
+    base, good = ((1, -0.5),), Answered("", "alice@v", "v", ((2, -0.25),))
+
+    def said(**changes: object) -> str:
+        return fault(replace(good, **changes), "alice", "v", base_trace=base)  # type: ignore[arg-type]
+
+    assert said() == ""
+    assert "served by 'bob@v'" in said(adapter_id="bob@v")
+    assert "of 'w'" in said(version="w")
+    assert said(trace=()) == "no tokens came back"
+    assert "not finite" in said(trace=((2, float("nan")),))
+    assert "no effect" in said(trace=base)
+    assert fault(replace(good, trace=base), "alice", "v", base_trace=None) == ""
+    assert said(refusal="HTTP 500: x") == "HTTP 500: x"
 
 
 def test_what_rounding_may_have_done_is_close_and_nothing_else() -> None:
@@ -344,7 +348,7 @@ def test_a_pid_file_of_a_process_that_is_gone_ends_nobody(tmp_path: Path) -> Non
 
 
 def test_targets_are_chosen_by_name_and_secrets_are_not_shown() -> None:
-    assert kinds.of("embedded") is EmbeddedTarget
+    assert target_class("embedded") is EmbeddedTarget
     with pytest.raises(TargetError, match="'lorax': allowed are embedded, vllm"):
-        kinds.of("lorax")
+        target_class("lorax")
     assert "secret" not in repr(ServerInfo("m", "h", admin_token="secret"))
