@@ -101,10 +101,6 @@ class HttpTarget(ABC):
             process.start(make(), ready=self._is_healthy, timeout=timeout)
         return True
 
-    def stop(self, pid_file: Path) -> bool:
-        """End the server that `start` began. False if it was not running any more."""
-        return process.stop(pid_file)
-
     def bundles(self) -> tuple[str, ...]:
         """Ids of the bundles the server holds."""
         return tuple(bundle["bundle_id"] for bundle in self._admin("GET", "bundles")["bundles"])

@@ -293,13 +293,13 @@ def test_a_server_process_is_started_once_serves_restarts_and_stops(tmp_path: Pa
         target.activate(bundle_id)
         assert target.complete(PROMPT, user="alice", max_new_tokens=8) == expected
         assert requests.get(f"{target.url}/soppu/v1/bundles", timeout=5).status_code == 401
-        assert target.stop(options.pid_file) and not target.is_up()
+        assert process.stop(options.pid_file) and not target.is_up()
         assert target.start(options)
         assert target.complete(PROMPT, user="alice", max_new_tokens=8) == expected
     finally:
-        assert target.stop(options.pid_file)
+        assert process.stop(options.pid_file)
     assert not options.pid_file.exists() and not target.is_up()
-    assert not target.stop(options.pid_file)
+    assert not process.stop(options.pid_file)
     log = options.log.read_text()
     assert f"at {target.url}" in log and "Traceback" not in log
 
@@ -316,7 +316,7 @@ def test_two_starts_at_once_start_one_server(tmp_path: Path) -> None:
         assert sorted(started) == [False, True]
         assert process.running(options.pid_file)
     finally:
-        assert target.stop(options.pid_file)
+        assert process.stop(options.pid_file)
     assert not target.is_up()
 
 
@@ -340,7 +340,7 @@ def test_a_pid_file_of_a_process_that_is_gone_ends_nobody(tmp_path: Path) -> Non
     try:
         pid_file = tmp_path / "server.pid"
         pid_file.write_text(json.dumps({"pid": bystander.pid, "mark": "not its start time"}))
-        assert EmbeddedTarget("http://127.0.0.1:1").stop(pid_file) is False
+        assert process.stop(pid_file) is False
         assert bystander.poll() is None and not pid_file.exists()
     finally:
         bystander.kill()

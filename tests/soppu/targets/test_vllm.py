@@ -16,6 +16,7 @@ import requests
 from soppu import adapter as adapters
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import TargetError
+from soppu.targets import process
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 from tests.soppu.serve.vllm_plugin import live
 
@@ -55,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert target.start(launch)
     bundle_id = hashlib.sha256(launch.bundle.read_bytes()).hexdigest()
     yield Server(target, launch, bundle, bundle_id, live.Texts(), folder)
-    assert target.stop(launch.pid_file)
+    assert process.stop(launch.pid_file)
     assert not target.is_up()
 
 

@@ -129,15 +129,15 @@ class Control:
             row = self.bank.free_row(active, engine.busy())
             if not row:
                 raise AdapterError(
-                    f"{name}: all {version.spare} spare rows are taken; unload an adapter, or start the"
+                    f"{name}: all {len(version.spare)} spare rows are taken; unload an adapter, or start the"
                     " server with a larger SOPPU_SPARE_ROWS"
                 )
             path = self.incoming / "cores.safetensors"
             cores = {module: core.contiguous() for module, core in projected.cores.items()}
             files.write_bytes(path, save(cores))
-            engine.call("put", version.start, row, projected.cluster, str(path))
+            engine.call("put", version.rows.start, row, projected.cluster, str(path))
             own = {"bundle_id": active, "error": projected.error}
-            self.bank.take(name, Runtime.of(adapter, self.base, slot=row, **own))
+            self.bank.take(name, Runtime.of(adapter, self.base, where=row, **own))
 
     def drop_adapter(self, name: str) -> None:
         """Forget a runtime adapter. AdapterError if there is none of that name."""
@@ -145,11 +145,11 @@ class Control:
             self.bank.remove(name)
 
     def _free(self, bundle_id: str, version: Version) -> None:
-        rows, engine = set(range(version.start, version.end)), self._connected()
+        engine = self._connected()
         time.sleep(_POLL_SECONDS)  # before looking: a request may be on its way into the engine
-        while not rows.isdisjoint(engine.busy()):
+        while any(row in version.rows for row in engine.busy()):
             time.sleep(_POLL_SECONDS)
-        engine.call("drop", version.start)
+        engine.call("drop", version.rows.start)
         _LOG.info("bundle %s: freed", bundle_id[:12])
 
     def _connected(self) -> Engine:

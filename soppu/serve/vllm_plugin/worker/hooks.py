@@ -25,8 +25,7 @@ from soppu.serve.vllm_plugin import refusal
 from soppu.serve.vllm_plugin.host import replace
 from soppu.serve.vllm_plugin.settings import Settings
 from soppu.serve.vllm_plugin.worker import kernels, step
-from soppu.serve.vllm_plugin.worker.layout import Linear, Part
-from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.resident import Form, Linear, Part
 from soppu.serve.vllm_plugin.worker.static import Limits
 from soppu.serve.vllm_plugin.worker.worker import Worker
 

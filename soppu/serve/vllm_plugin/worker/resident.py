@@ -1,4 +1,7 @@
-"""Resident: one bundle in a worker's memory, as the kernels read it. Which token uses what: `step`."""
+"""Resident: one bundle in a worker's memory, as the kernels read it. Which token uses what: `step`.
+
+The modules of a bundle lie in vLLM's layers, which may be packed (q, k and v in one) and sharded over ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,28 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
 from soppu.serve.bank import from_bundle
 from soppu.serve.layers.factors import ModuleFactors, SharedFactors
-from soppu.serve.vllm_plugin.worker.layout import Linear
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of the base model inside a layer, as this rank holds it."""
+
+    module: str  # its name in the base model
+    shape: tuple[int, int]  # (o, i) of the whole module
+    first: int  # first of the module's o rows that this rank holds
+    size: int  # how many it holds
+    at: int  # the column of the layer's output where they begin
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of the engine, as this rank holds it."""
+
+    name: str  # in the engine
+    first: int  # first of the input features that this rank holds
+    size: int  # how many it holds
+    out: int  # columns of this rank's output
+    parts: tuple[Part, ...]  # the modules in it, in the order of their columns
 
 
 @dataclass(frozen=True)

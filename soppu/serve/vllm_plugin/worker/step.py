@@ -17,8 +17,7 @@ from torch.library import Library
 
 from soppu.errors import BundleError
 from soppu.serve.vllm_plugin.worker.kernels import Kernel, Tokens
-from soppu.serve.vllm_plugin.worker.layout import Linear
-from soppu.serve.vllm_plugin.worker.resident import Basis, Resident
+from soppu.serve.vllm_plugin.worker.resident import Basis, Linear, Resident
 
 _MOSTLY = 0.75  # above this share of a batch, computing all of it is faster than selecting tokens
 
@@ -128,11 +127,8 @@ class Step(Residents):
             chosen = mine.nonzero()[0]
             local, places = local[chosen], torch.from_numpy(chosen).to(device)
         tokens = Tokens(resident.cores, torch.from_numpy(local).to(device), places)
-        return _Group(tokens, self._bases(resident, cluster))
-
-    def _bases(self, resident: Resident, cluster: int) -> list[Basis | None]:
         by_layer = (resident.bases.get(linear.name) for linear in self.linears)
-        return [bases[cluster] if bases else None for bases in by_layer]
+        return _Group(tokens, [bases[cluster] if bases else None for bases in by_layer])
 
 
 class _Current:
