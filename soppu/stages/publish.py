@@ -69,7 +69,7 @@ def _publish(run: Run, bundle_id: str) -> str:
 def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
     """One answer with every user's adapter in the staged bundle; user -> "". TargetError names who failed."""
     settings = run.config.serve
-    canaries = target.canary(
+    faults = target.canary(
         bundle.users,
         settings.canary_prompt,
         bundle_id=bundle_id,
@@ -77,10 +77,9 @@ def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) 
         max_new_tokens=settings.canary_tokens,
         workers=settings.max_batch,
     )
-    failed = [f"{item.user}: {item.reason}" for item in canaries if not item.ok]
-    if failed:
+    if failed := [f"{user}: {why}" for user, why in zip(bundle.users, faults, strict=True) if why]:
         raise TargetError(f"bundle {bundle_id[:12]} stays unpublished, canaries failed: {'; '.join(failed)}")
-    return {item.user: item.reason for item in canaries}
+    return dict.fromkeys(bundle.users, "")
 
 
 def refuse_forgotten(registry: Registry, bundle_id: str) -> None:

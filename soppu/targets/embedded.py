@@ -12,8 +12,7 @@ import requests
 
 import soppu
 from soppu.targets import process
-from soppu.targets.canary import Answered
-from soppu.targets.http import HttpTarget, body
+from soppu.targets.http import Answered, HttpTarget, body
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ Subclasses say how their server tells who it is, how a generation is asked for a
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 from urllib.parse import urlsplit
@@ -17,12 +19,25 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from soppu.errors import PortTaken, TargetError
+from soppu.serve.names import header_value
 from soppu.targets import process
-from soppu.targets.canary import Answered, CanaryResult, fault, is_close
 
 _CONNECT_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ROUNDING = 0.5  # more than rounding changes a logprob: bfloat16 logits from 16 on are 0.125 apart
+Trace = tuple[tuple[int, float], ...]  # (token id, logprob) of every generated token
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came back: `refusal` is the error, "" where there was an answer."""
+
+    refusal: str = ""
+    adapter_id: str = ""
+    version: str = ""
+    trace: Trace = ()
+    text: str = ""
 
 
 class HttpTarget(ABC):
@@ -148,8 +163,10 @@ class HttpTarget(ABC):
         zero_users: Collection[str] = (),
         max_new_tokens: int = 4,
         workers: int = 1,
-    ) -> list[CanaryResult]:
+    ) -> list[str]:
         """Generate once with every user's adapter in a bundle, active or only staged.
+
+        Returns what was wrong with each user's answer, in the order of `users`; "" if nothing was.
 
         A user passes who gets an answer with that very adapter, at least one token, and finite logprobs that
         are not the base model's (but for `zero_users`, whose adapter is empty). Rounding differs with the
@@ -172,14 +189,13 @@ class HttpTarget(ABC):
             raise TargetError(f"{self.url}: the base model does not answer: {base.refusal}")
         with ThreadPoolExecutor(workers) as pool:
             answers = list(pool.map(ask, (f"{user}@{bundle_id}" for user in users)))
-        results = []
+        faults = []
         for user, answer in zip(users, answers, strict=True):
             base_trace = None if user in zero_users else base.trace
             if base_trace is not None and is_close(answer.trace, base_trace):
                 answer = ask(f"{user}@{bundle_id}")
-            reason = fault(answer, user, bundle_id, base_trace=base_trace)
-            results.append(CanaryResult(user, not reason, reason))
-        return results
+            faults.append(fault(answer, user, bundle_id, base_trace=base_trace))
+        return faults
 
     def _is_healthy(self) -> bool:
         try:
@@ -223,6 +239,40 @@ class HttpTarget(ABC):
         if response.status_code >= 300:
             raise TargetError(f"{method} {url}: {refusal(response)}")
         return body(response)
+
+
+def fault(answer: Answered, user: str, version: str, *, base_trace: Trace | None) -> str:
+    """What is wrong with an answer that `user` was asked for in a version of the bundle, "" if nothing.
+
+    `base_trace` is the base model's for the same prompt; None for users whose adapter is empty.
+    """
+    adapter_id = f"{user}@{version}"
+    if answer.refusal:
+        return answer.refusal
+    if answer.adapter_id != header_value(adapter_id) or answer.version != version:
+        return (
+            f"asked for {adapter_id!r} of {version!r}, served by {answer.adapter_id!r} of {answer.version!r}"
+        )
+    if not answer.trace:
+        return "no tokens came back"
+    if not all(math.isfinite(logprob) for _, logprob in answer.trace):
+        return f"logprobs are not finite: {answer.trace}"
+    if answer.trace == base_trace:
+        return "the answer is the base model's: the adapter has no effect"
+    return ""
+
+
+def is_close(trace: Trace, other: Trace) -> bool:
+    """Whether two traces differ by no more than rounding may: logprobs nearly equal as long as tokens are.
+
+    Where two tokens are nearly as probable, rounding decides; what comes after that says nothing.
+    """
+    for (token, logprob), (other_token, other_logprob) in zip(trace, other, strict=False):
+        if abs(logprob - other_logprob) >= _ROUNDING:
+            return False
+        if token != other_token:
+            return True
+    return len(trace) == len(other)
 
 
 def request(method: str, url: str, *, timeout: tuple[float, float], **content: Any) -> requests.Response:

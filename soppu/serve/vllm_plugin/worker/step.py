@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -77,12 +76,8 @@ class Residents(ABC):
         return BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Tokens served by one cluster of one bundle, and that cluster's bases by layer number."""
-
-    tokens: Tokens
-    bases: Sequence[Basis | None]
+# tokens served by one cluster of one bundle, and that cluster's bases by layer number
+_Group = tuple[Tokens, Sequence[Basis | None]]
 
 
 class Step(Residents):
@@ -100,10 +95,9 @@ class Step(Residents):
 
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
         """See `Residents.apply`."""
-        for group in self._groups:
-            basis = group.bases[number]
-            if basis is not None:
-                self._kernel(x, y, basis, group.tokens)
+        for tokens, bases in self._groups:
+            if (basis := bases[number]) is not None:
+                self._kernel(x, y, basis, tokens)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
         self._groups = list(self._grouped(np.repeat(rows, counts))) if rows.any() else []
@@ -128,7 +122,7 @@ class Step(Residents):
             local, places = local[chosen], torch.from_numpy(chosen).to(device)
         tokens = Tokens(resident.cores, torch.from_numpy(local).to(device), places)
         by_layer = (resident.bases.get(linear.name) for linear in self.linears)
-        return _Group(tokens, [bases[cluster] if bases else None for bases in by_layer])
+        return tokens, [bases[cluster] if bases else None for bases in by_layer]
 
 
 class _Current:
