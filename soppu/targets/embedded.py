@@ -38,9 +38,6 @@ class EmbeddedTarget(HttpTarget):
 
     def start(self, launch: ServerLaunch) -> bool:
         """Start a server on this machine unless one is up. Waits, returns and raises as `_start` does."""
-        return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
-
-    def _process(self, launch: ServerLaunch) -> process.Launch:
         search = [str(Path(soppu.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, search))}  # also from a checkout, anywhere
         if self._token:
@@ -48,7 +45,8 @@ class EmbeddedTarget(HttpTarget):
         names = ("model", "cache", "state", "dtype", "threads", "max_batch")
         options = self._options(**{name: getattr(launch, name) for name in names})
         command = [sys.executable, "-m", "soppu.cli", "serve", *options]
-        return process.Launch(command, launch.log, launch.pid_file, environment)
+        server = process.Launch(command, launch.log, launch.pid_file, environment)
+        return self._start(server, timeout=launch.timeout)
 
     def _asked(self, prompt: str, adapter_id: str, max_new_tokens: int) -> dict[str, Any]:
         parameters = {"adapter_id": adapter_id or None, "max_new_tokens": max_new_tokens, "details": True}

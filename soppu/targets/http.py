@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,8 @@ class HttpTarget(ABC):
             )
         return True
 
-    def _start(self, pid_file: Path, make: Callable[[], process.Launch], *, timeout: float) -> bool:
-        """Start what `make` says unless a server is up; wait until it is healthy. False if one was up.
+    def _start(self, server: process.Launch, *, timeout: float) -> bool:
+        """Start `server` unless one is up; wait until it is healthy. False if one was up.
 
         Of several starts with one pid file, one starts a server and the others wait for it.
 
@@ -110,10 +110,10 @@ class HttpTarget(ABC):
             TargetError: the server ended or was not healthy in time; the message holds the end of its log.
                 Or the pid file names a process that still runs, and serves elsewhere.
         """
-        with process.held(pid_file):
+        with process.held(server.pid_file):
             if self.is_up():
                 return False
-            process.start(make(), ready=self._is_healthy, timeout=timeout)
+            process.start(server, ready=self._is_healthy, timeout=timeout)
         return True
 
     def bundles(self) -> tuple[str, ...]:

@@ -44,18 +44,17 @@ class VllmTarget(HttpTarget):
         It holds `launch.bundle`, active; bundles published later are gone when it ends. TargetError also if
         there is no such Python.
         """
-        return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
-
-    def _process(self, launch: VllmLaunch) -> process.Launch:
-        if not launch.python.exists():
+        if not launch.python.exists() and not self.is_up():
             raise TargetError(f"{launch.python}: no such Python; `make vllm` makes an environment for vLLM")
         options = self._options(model=launch.model, served_model_name=launch.served_name, dtype=launch.dtype)
         # the `vllm` script needs metadata that its CPU build does not carry
-        server = ["-m", "vllm.entrypoints.openai.api_server"]
-        command = [str(launch.python), *server, *options, *launch.options]
+        module = ["-m", "vllm.entrypoints.openai.api_server"]
+        command = [str(launch.python), *module, *options, *launch.options]
         own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), "SOPPU_ADMIN_TOKEN": self._token}
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        return process.Launch(command, launch.log, launch.pid_file, quiet | own | dict(launch.environment))
+        variables = quiet | own | dict(launch.environment)
+        server = process.Launch(command, launch.log, launch.pid_file, variables)
+        return self._start(server, timeout=launch.timeout)
 
     def _asked(self, prompt: str, adapter_id: str, max_new_tokens: int) -> dict[str, Any]:
         return {
