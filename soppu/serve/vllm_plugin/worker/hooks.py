@@ -97,12 +97,8 @@ def _attach(runner: Any, settings: Settings) -> Worker:
 def _limits(config: Any, bundle: Bundle) -> Limits:
     """Buffers for the longest pass, padded ones included, and bases for two bundles like the first."""
     scheduler, recorded = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size
-    clusters = int(bundle.cluster.max()) + 1
-    return Limits(
-        tokens=max(scheduler.max_num_batched_tokens, recorded or 0),
-        requests=scheduler.max_num_seqs,
-        bases=2 * clusters,
-    )
+    tokens, clusters = max(scheduler.max_num_batched_tokens, recorded or 0), int(bundle.cluster.max()) + 1
+    return Limits(tokens, requests=scheduler.max_num_seqs, bases=2 * clusters)
 
 
 def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:

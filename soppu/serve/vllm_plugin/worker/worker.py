@@ -5,7 +5,7 @@ Arguments are strings and numbers: tensors go through files, which every worker 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +57,12 @@ class Worker:
         """
         bundle, who = Bundle.load(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
         factors = resident.read(bundle, bundle_id)
-        check_within(factors, self.step.linears, who=who)
+        prepared = {part.module for linear in self.step.linears for part in linear.parts}
+        if missing := sorted(factors.keys() - prepared):
+            raise BundleError(
+                f"{who}: {missing[0]} is not among the {len(prepared)} modules this server was started with;"
+                " restart it with SOPPU_BUNDLE naming this bundle"
+            )
         adapted(self.step.linears, {name: bundle.shapes[name] for name in factors}, who=who)
         staged = resident.build(bundle, factors, self.step.linears, replace(self._form, start=start))
         self.step.add(staged)
@@ -96,13 +101,3 @@ def adapted(linears: Sequence[Linear], shapes: Mapping[str, tuple[int, int]], *,
             raise BundleError(f"{who}: {name}: shape {shape}, the base model has {held[name].shape}")
     chosen = (replace(line, parts=tuple(p for p in line.parts if p.module in shapes)) for line in linears)
     return sorted((line for line in chosen if line.parts), key=lambda line: line.name)
-
-
-def check_within(modules: Collection[str], linears: Sequence[Linear], *, who: str) -> None:
-    """Refuse modules outside the layers that were prepared when the server started. Raises BundleError."""
-    prepared = {part.module for linear in linears for part in linear.parts}
-    if missing := sorted(set(modules) - prepared):
-        raise BundleError(
-            f"{who}: {missing[0]} is not among the {len(prepared)} modules this server was started with;"
-            " restart it with SOPPU_BUNDLE naming this bundle"
-        )
