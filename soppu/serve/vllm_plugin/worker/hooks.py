@@ -59,12 +59,7 @@ def install(settings: Settings) -> None:
     replace(GPUModelRunner, "_dummy_run", _dummy_run)
     EngineWorker.soppu_call = _call
     replace(VllmConfig, "compute_hash", _compute_hash)
-    replace(Executor, "__init__", _start_workers)
-
-
-def _start_workers(original: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
-    with refusal.noted():
-        original(executor, *args, **kwargs)
+    Executor.__init__ = refusal.noted()(Executor.__init__)
 
 
 def _load_model(settings: Settings, original: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
