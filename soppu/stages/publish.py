@@ -15,6 +15,7 @@ from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from soppu.targets.http import HttpTarget
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 
+TARGETS: dict[str, type[HttpTarget]] = {"embedded": EmbeddedTarget, "vllm": VllmTarget}
 SERVING = "serving.json"
 SAMPLES = 64  # users whose sample completion goes into the report
 
@@ -73,7 +74,7 @@ def _publish(run: Run, bundle_id: str) -> str:
 def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
     """One answer with every user's adapter in the staged bundle; user -> "". TargetError names who failed."""
     settings = run.config.serve
-    canaries = target.canary(
+    faults = target.canary(
         bundle.users,
         settings.canary_prompt,
         bundle_id=bundle_id,
@@ -81,10 +82,9 @@ def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) 
         max_new_tokens=settings.canary_tokens,
         workers=settings.max_batch,
     )
-    failed = [f"{item.user}: {item.reason}" for item in canaries if not item.ok]
-    if failed:
+    if failed := [f"{user}: {why}" for user, why in zip(bundle.users, faults, strict=True) if why]:
         raise TargetError(f"bundle {bundle_id[:12]} stays unpublished, canaries failed: {'; '.join(failed)}")
-    return {item.user: item.reason for item in canaries}
+    return dict.fromkeys(bundle.users, "")
 
 
 def refuse_forgotten(registry: Registry, bundle_id: str) -> None:
@@ -104,6 +104,13 @@ def previous_bundles(registry: Registry, url: str, bundle_id: str) -> list[str]:
     first = len(here) - 1 - here[::-1].index(bundle_id) if bundle_id in here else -1
     others = dict.fromkeys(item for item in [*here[first + 1 :], *here] if item != bundle_id)
     return [item for item in others if not registry.bundle(item).contains_forgotten]
+
+
+def target_class(kind: str) -> type[HttpTarget]:
+    """What pushes to a kind of server, as publications name it. TargetError names the kinds there are."""
+    if kind not in TARGETS:
+        raise TargetError(f"serving target {kind!r}: allowed are {', '.join(TARGETS)}")
+    return TARGETS[kind]
 
 
 def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:
