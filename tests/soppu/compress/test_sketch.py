@@ -222,10 +222,11 @@ def test_power_pass_improves_the_ranges_and_orders_them_by_energy():
     for batch in batches:
         power.add(batch)
     made = power.finish()
-    for gram, before, after, values in (
-        (covariances(outs, ins)[0], rough.out, made.ranges.out, made.values_out),
-        (covariances(outs, ins)[1], rough.inn, made.ranges.inn, made.values_in),
+    for gram, before, after, image in (
+        (covariances(outs, ins)[0], rough.out, made.ranges.out, made.images[0]),
+        (covariances(outs, ins)[1], rough.inn, made.ranges.inn, made.images[1]),
     ):
+        values = torch.linalg.svdvals(image.applied)
         torch.testing.assert_close(after.mT @ after, torch.eye(12).double(), rtol=0, atol=1e-9)
         energy = (after.mT @ gram @ after).diagonal()
         assert float(energy.sum()) > float((before.mT @ gram @ before).trace())
@@ -241,7 +242,7 @@ def test_images_are_what_c_does_to_directions_and_probes():
     for batch in cut(outs, ins, 7):
         power.add(batch)
     made = power.finish()
-    for image, gram in zip((made.image_out, made.image_in), covariances(outs, ins), strict=True):
+    for image, gram in zip(made.images, covariances(outs, ins), strict=True):
         torch.testing.assert_close(image.applied, gram @ image.basis, rtol=0, atol=1e-4)
         torch.testing.assert_close(image.applied_probes, gram @ image.probes, rtol=0, atol=1e-4)
         assert float((image.basis.mT @ image.probes).abs().max()) < 1e-12
@@ -487,8 +488,8 @@ def test_bounds_from_a_power_pass_hold_and_probes_sharpen_them():
         probed.add(batch)
     truth = float(torch.linalg.eigvalsh(covariances(outs, ins)[0]).flip(0)[:5].sum())
     eps = torch.finfo(torch.float32).eps
-    certain = bounds.top_sum(plain.finish().image_out, 5, trace=60, eps=eps)
-    likely = bounds.top_sum(probed.finish().image_out, 5, trace=60, eps=eps)
+    certain = bounds.top_sum(plain.finish().images[0], 5, trace=60, eps=eps)
+    likely = bounds.top_sum(probed.finish().images[0], 5, trace=60, eps=eps)
     assert truth <= likely.value < certain.value <= 60
     assert certain.confidence == 1 and likely.confidence == 1 - bounds.FAILURE
 
