@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress.linalg import bounds
+from soppu.compress.linalg import bounds, whitening
 from soppu.compress.linalg.canonical import Canonical, canonical
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.range_finder import Sizes, grow
@@ -246,6 +246,30 @@ def test_images_are_what_c_does_to_directions_and_probes():
         torch.testing.assert_close(image.applied, gram @ image.basis, rtol=0, atol=1e-4)
         torch.testing.assert_close(image.applied_probes, gram @ image.probes, rtol=0, atol=1e-4)
         assert float((image.basis.mT @ image.probes).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("exact", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_power_pass_gives_all_eigenvalues_of_the_sides_asked_for(exact):
+    outs, ins = fleet(20, 30, 25, 3)
+    power = PowerPass(sketched(cut(outs, ins, 20), 6), exact=exact)
+    for batch in cut(outs, ins, 7):
+        power.add(batch)
+    for spectrum, gram, asked in zip(power.finish().spectra, covariances(outs, ins), exact, strict=True):
+        assert (spectrum is not None) == asked
+        if spectrum is not None:
+            torch.testing.assert_close(spectrum, torch.linalg.eigvalsh(gram), rtol=0, atol=1e-5)
+
+
+def test_a_whitened_form_is_the_form_of_the_whitened_factors():
+    outs, ins = fleet(4, 30, 25, 3)
+    x = draw(200, 25, seed=7)
+    whitener = whitening.make(x.mT @ x / len(x))
+    found, expected = (
+        canonical(outs, ins, whitener=whitener),
+        canonical(outs, whitener.forward(ins).to(ins.dtype)),
+    )
+    assert torch.equal(found.X, expected.X) and torch.equal(found.s, expected.s)
+    assert not torch.allclose(found.s, canonical(outs, ins).s)
 
 
 def cores_of(batches: list[Canonical], ranges: Ranges) -> Cores:
