@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,7 +24,13 @@ from starlette.routing import Route
 from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
-from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_json, parse_request
+from soppu.serve.api.requests import (
+    MAX_STOP_SEQUENCES,
+    ParsedRequest,
+    body_chunks,
+    parse_json,
+    parse_request,
+)
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
@@ -66,8 +73,7 @@ class GenerateApi:
     """LoRAX's routes. One instance belongs to one application."""
 
     def __init__(self, engine: Engine, info: ServerInfo) -> None:
-        self._engine = engine
-        self._info = info
+        self._engine, self._info = engine, info
 
     def routes(self) -> list[Route]:
         """The route table."""
@@ -150,14 +156,9 @@ class GenerateApi:
 
     async def _stream(self, parsed: ParsedRequest) -> Response:
         generation, events = await self._submit(parsed)
-        headers = {
-            **self._headers(parsed, generation),
-            "x-accel-buffering": "no",
-            "cache-control": "no-cache",
-        }
-        return StreamingResponse(
-            _server_sent(parsed, generation, events), media_type="text/event-stream", headers=headers
-        )
+        headers = self._headers(parsed, generation) | {"x-accel-buffering": "no", "cache-control": "no-cache"}
+        body = _server_sent(parsed, generation, events)
+        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
     async def _submit(self, parsed: ParsedRequest) -> tuple[Generation, asyncio.Queue[Event]]:
         """Queue the request with a sink that hands every event over to this event loop."""
@@ -178,7 +179,7 @@ class GenerateApi:
         }
         if resolved.adapter_id:
             headers["x-adapter-id"] = header_value(resolved.adapter_id)
-            headers["x-adapter-source"] = parsed.adapter_source or "local"
+            headers["x-adapter-source"] = parsed.parameters.adapter_source or "local"
             headers["x-adapter-version"] = resolved.version
         return headers
 
@@ -212,10 +213,9 @@ async def _server_sent(
             except TimeoutError:
                 yield ":\n\n"
                 continue
-            failed = isinstance(event, RequestError)
             body = error_body(event) if isinstance(event, RequestError) else stream_body(parsed, event)
             yield f"data: {json.dumps(body)}\n\n"  # ASCII: no character of a token can look like a line end
-            if failed or (isinstance(event, TokenEvent) and event.finish is not None):
+            if isinstance(event, RequestError) or event.finish is not None:
                 return
     finally:
         generation.cancel()
@@ -229,20 +229,12 @@ async def _json(request: Request) -> dict[str, Any]:
             status=415,
             error_type="bad_request",
         )
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY:
-            raise RequestError(
-                f"the body must have at most {_MAX_BODY} bytes", status=413, error_type="bad_request"
-            )
-    return parse_json(bytes(body))
+    return parse_json(b"".join([chunk async for chunk in body_chunks(request, limit=_MAX_BODY)]))
 
 
 def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:
     """LoRAX's counters and times, in whole milliseconds."""
     inference = finish.total - finish.queued
-    per_output = (finish.total - finish.first) / max(finish.generated_tokens - 1, 1)
     seconds = {
         "x-compute-time": finish.total,
         "x-total-time": finish.total,
@@ -250,25 +242,18 @@ def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:
         "x-inference-time": inference,
         "x-time-per-token": inference / finish.generated_tokens,
         "x-time-to-first-token": finish.first,
-        "x-time-per-output-token": per_output,
+        "x-time-per-output-token": (finish.total - finish.first) / max(finish.generated_tokens - 1, 1),
     }
-    counts = {
-        "x-prompt-tokens": finish.prompt_tokens,
-        "x-generated-tokens": finish.generated_tokens,
-        "x-skipped-tokens": 0,
-        "x-total-tokens": finish.prompt_tokens + finish.generated_tokens,
-    }
-    return {
-        **{name: str(round(1000 * value)) for name, value in seconds.items()},
-        **{name: str(value) for name, value in counts.items()},
+    return {name: str(round(1000 * value)) for name, value in seconds.items()} | {
+        "x-prompt-tokens": str(finish.prompt_tokens),
+        "x-generated-tokens": str(finish.generated_tokens),
+        "x-skipped-tokens": "0",
+        "x-total-tokens": str(finish.prompt_tokens + finish.generated_tokens),
     }
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kinds = {404: "not_found", 405: "method_not_allowed"}
-    body = {
-        "error": f"{request.method} {request.url.path}: {error.detail}",
-        "error_type": kinds.get(error.status_code, "bad_request"),
-    }
+    kind = HTTPStatus(error.status_code).name.lower()
+    body = {"error": f"{request.method} {request.url.path}: {error.detail}", "error_type": kind}
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)

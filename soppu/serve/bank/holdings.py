@@ -39,17 +39,11 @@ A = TypeVar("A", bound=LoadedAdapter)
 
 @dataclass(frozen=True, eq=False)
 class Resolved(Generic[S]):
-    """What an adapter id means now.
+    """What an adapter id means now; all empty for the base model."""
 
-    Attributes:
-        adapter_id: "alice", or "alice@<whole bundle id>" where a version was asked for; "" is the base model.
-        version: the bundle id, or the adapter's content hash; "" for the base model.
-        slot: where the tensors are; None is the base model.
-    """
-
-    adapter_id: str = ""
-    version: str = ""
-    slot: S | None = None
+    adapter_id: str = ""  # "alice", or "alice@<whole bundle id>" where a version was asked for
+    version: str = ""  # the bundle id, or the adapter's content hash
+    slot: S | None = None  # where the tensors are
 
 
 @dataclass(frozen=True, eq=False)

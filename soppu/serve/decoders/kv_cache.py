@@ -14,19 +14,12 @@ _FIRST_LENGTH = 256
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one forward runs: T tokens each of b rows.
+    """What one forward runs: T tokens each of b rows."""
 
-    Attributes:
-        ids: (b, T) int64; a row with fewer tokens than T is padded at its end.
-        rows: b different rows of the cache, ascending.
-        starts: how many tokens of each row the cache holds already.
-        counts: how many of the T tokens are the row's own.
-    """
-
-    ids: Tensor
-    rows: Sequence[int]
-    starts: Sequence[int]
-    counts: Sequence[int]
+    ids: Tensor  # (b, T) int64; a row with fewer tokens than T is padded at its end
+    rows: Sequence[int]  # b different rows of the cache, ascending
+    starts: Sequence[int]  # how many tokens of each row the cache holds already
+    counts: Sequence[int]  # how many of the T tokens are the row's own
 
     @property
     def fresh(self) -> bool:

@@ -25,9 +25,7 @@ class GeneralDecoder:
 
     def __init__(self, model: PreTrainedModel, router: Router, cache: KVCache) -> None:
         check(model)
-        self.cache = cache
-        self._model = model
-        self._router = router
+        self.cache, self._model, self._router = cache, model, router
 
     @torch.inference_mode()
     def forward(self, step: Step, routing: Routing) -> Tensor:
@@ -62,8 +60,7 @@ class _Slots(Cache):
 
     def __init__(self, store: KVCache, step: Step) -> None:
         super().__init__(layers=[])
-        self._store = store
-        self._step = step
+        self._store, self._step = store, step
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any

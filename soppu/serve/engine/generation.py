@@ -23,23 +23,14 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to generate.
+    """What to generate."""
 
-    Attributes:
-        inputs: the prompt, not empty.
-        adapter_id: see `AdapterBank.resolve`; "" is the base model.
-        max_new_tokens: None generates up to the server's limit.
-        stop: the text ends with the first of these that appears in it.
-        truncate: keep only the last so many tokens of the prompt; None keeps all.
-        ignore_eos: go on after the end-of-text token.
-    """
-
-    inputs: str
-    adapter_id: str = ""
-    max_new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    truncate: int | None = None
-    ignore_eos: bool = False
+    inputs: str  # the prompt, not empty
+    adapter_id: str = ""  # see `AdapterBank.resolve`; "" is the base model
+    max_new_tokens: int | None = None  # None generates up to the server's limit
+    stop: tuple[str, ...] = ()  # the text ends with the first of these that appears in it
+    truncate: int | None = None  # keep only the last so many tokens of the prompt; None keeps all
+    ignore_eos: bool = False  # go on after the end-of-text token
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -54,16 +45,13 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of a generation. Times are seconds; `first` and `total` count from the submission.
+    """The end of a generation. Times are seconds; `first` and `total` count from the submission."""
 
-    `reason` is "eos_token", "stop_sequence" or "length". `seed` is None where nothing was drawn.
-    """
-
-    reason: str
+    reason: str  # "eos_token", "stop_sequence" or "length"
     text: str
     prompt_tokens: int
     generated_tokens: int
-    seed: int | None
+    seed: int | None  # None where nothing was drawn
     queued: float
     first: float
     total: float
@@ -71,19 +59,13 @@ class Finish:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token.
-
-    Attributes:
-        text: what this token adds to the text; a special token's own spelling, which is not part of the text.
-        logprob: natural logarithm of the model's own probability, before penalty, temperature and cuts.
-        finish: set on the last token only.
-    """
+    """One generated token."""
 
     id: int
-    text: str
-    logprob: float
+    text: str  # what it adds to the text; a special token's own spelling, which is not part of the text
+    logprob: float  # natural logarithm of the model's own probability, before penalty, temperature and cuts
     special: bool
-    finish: Finish | None = None
+    finish: Finish | None = None  # set on the last token only
 
 
 Event = TokenEvent | RequestError
@@ -150,7 +132,7 @@ class Generation:
         if reason in ("eos_token", "length"):
             delta += self._detokenizer.flush()
         if reason == "stop_sequence":
-            delta = self._cut(delta)
+            delta = delta[: self._stop_end(delta) - len(self._text)]
         self._text += delta
         special = token_id in self._vocabulary.special
         text = self._vocabulary.tokenizer.decode([token_id]) if special else delta
@@ -176,23 +158,19 @@ class Generation:
         request = self.job.request
         if token_id in self._vocabulary.eos and not request.ignore_eos:
             return "eos_token"
-        if self._stop_end(delta) is not None:
+        if self._stop_end(delta):
             return "stop_sequence"
         return "length" if len(self.ids) - len(self.job.prompt) >= self.job.limit else ""
 
-    def _stop_end(self, delta: str) -> int | None:
-        """Where the first stop sequence that `delta` completes ends, in the text with `delta`."""
+    def _stop_end(self, delta: str) -> int:
+        """Where the first stop sequence that `delta` completes ends, in the text with `delta`; 0 for none."""
         text = self._text + delta
         ends = []
         for stop in self.job.request.stop:
             start = text.find(stop, max(0, len(self._text) - len(stop) + 1))
             if start >= 0:
                 ends.append(start + len(stop))
-        return min(ends, default=None)
-
-    def _cut(self, delta: str) -> str:
-        end = self._stop_end(delta)
-        return delta[: end - len(self._text)] if end is not None else delta
+        return min(ends, default=0)
 
     def _finish(self, reason: str) -> Finish:
         return Finish(
