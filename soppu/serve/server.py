@@ -17,8 +17,8 @@ from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
-from soppu.serve.decoders.dtype import fastest_dtype
 from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.layers.packed_linear import fastest_dtype
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -35,7 +35,7 @@ class ServeOptions:
     port: int = 8080  # 0 takes a free one
     bundle: Path | None = None  # a bundle file to stage and activate before the first request
     adapters: tuple[tuple[str, Path], ...] = ()  # (name, PEFT folder) pairs to load before the first request
-    dtype: str = "float32"  # of the weights; "auto" takes the faster one, see `soppu.serve.decoders.dtype`
+    dtype: str = "float32"  # of the weights; "auto" takes the faster one, see `fastest_dtype`
     device: str = "auto"  # "auto" is cuda if there is one, else cpu
     threads: int = 0  # torch threads; 0 leaves torch's default
     max_batch: int = 32
@@ -69,13 +69,8 @@ def run(options: ServeOptions) -> None:
             info = ServerInfo(
                 base.name, base.hash, dtype=dtype, device=device, admin_token=options.admin_token
             )
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    create_app(engine, info=info, state=state),
-                    log_level="warning",
-                    timeout_graceful_shutdown=10,
-                )
-            )
+            app = create_app(engine, info=info, state=state)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
             _announce(options, bank, listener)
             server.run(sockets=[listener])
         except KeyboardInterrupt:

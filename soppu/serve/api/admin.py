@@ -68,7 +68,8 @@ class AdminApi:
     """Routes that change what a server serves. `served` is asked at each request: routes may come first."""
 
     def __init__(self, served: Callable[[], Served], *, token: str = "") -> None:
-        self._served, self._token = served, token
+        self._served = served
+        self._token = token
 
     def routes(self) -> list[Route]:
         """The route table; every route asks for the token, if there is one."""

@@ -73,7 +73,8 @@ class GenerateApi:
     """LoRAX's routes. One instance belongs to one application."""
 
     def __init__(self, engine: Engine, info: ServerInfo) -> None:
-        self._engine, self._info = engine, info
+        self._engine = engine
+        self._info = info
 
     def routes(self) -> list[Route]:
         """The route table."""

@@ -73,9 +73,8 @@ class Holdings(Generic[S, A]):
         self.users(bundle_id)
         if bundle_id == self.active:
             raise BundleError(f"bundle {bundle_id[:12]} is active; activate another one first")
-        return replace(
-            self, bundles={known: self.bundles[known] for known in self.bundles if known != bundle_id}
-        )
+        kept = {known: users for known, users in self.bundles.items() if known != bundle_id}
+        return replace(self, bundles=kept)
 
     def add(self, name: str, adapter: A) -> Holdings[S, A]:
         """With an adapter, in place of one of that name. AdapterError: a user of the active bundle has it."""
@@ -94,9 +93,8 @@ class Holdings(Generic[S, A]):
             raise AdapterError(
                 f"no adapter {name!r} is loaded ({what}); {len(self.adapters)} adapters are loaded"
             )
-        return replace(
-            self, adapters={known: self.adapters[known] for known in self.adapters if known != name}
-        )
+        kept = {known: adapter for known, adapter in self.adapters.items() if known != name}
+        return replace(self, adapters=kept)
 
     def users(self, bundle_id: str) -> Mapping[str, S]:
         """User -> slot. BundleError: the bundle is not loaded."""

@@ -47,7 +47,9 @@ class Batch:
 
     def __init__(self, decoder: Decoder, *, prefill: int, device: torch.device) -> None:
         self.failures = 0  # forwards that have failed in a row
-        self._decoder, self._prefill, self._device = decoder, prefill, device
+        self._decoder = decoder
+        self._prefill = prefill
+        self._device = device
         self._joined = 0
         self._rows: list[_Row] = []  # by place
         self._routed: tuple[list[_Row], Routing] = ([], Routing([]))

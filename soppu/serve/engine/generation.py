@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from soppu.errors import RequestError
 from soppu.serve.bank.bank import Resolved
-from soppu.serve.engine.detokenizer import Detokenizer
 from soppu.serve.engine.sampling import Sampler, Sampling
 
 _LOG = logging.getLogger(__name__)
+_INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,44 @@ class Job:
     resolved: Resolved
     prompt: tuple[int, ...]
     limit: int
+
+
+class Detokenizer:
+    """Token ids to text deltas that concatenate to the decoded text. Not for stop sequences.
+
+    A byte-level token may end inside a character: those bytes are held back until the character is whole, or
+    until `flush`. Only a short window is decoded for each token, so a text of n tokens costs O(n).
+    Only for invalid UTF-8 from SentencePiece's byte tokens may the deltas differ from the decoded whole: its
+    decoder takes back bytes. tokenizers' `DecodeStream` raises there and cannot be flushed, hence this class.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # first token of the window
+        self._settled = 0  # first token whose text is not entirely out
+        self._shown = 0  # characters of the window's text that are out
+
+    def push(self, token_id: int) -> str:
+        """The text this token completes, often "" in the middle of a character."""
+        self._ids.append(token_id)
+        window = self._decode(self._ids[self._start :])
+        whole = window.rstrip(_INCOMPLETE)
+        delta = whole[self._shown :]
+        self._shown = max(self._shown, len(whole))
+        if delta and whole == window:  # a token without text gives the next one no context
+            self._start, self._settled = self._settled, len(self._ids)
+            self._shown = len(self._decode(self._ids[self._start :]))
+        return delta
+
+    def flush(self) -> str:
+        """What was held back, as replacement characters: call once, at the end."""
+        return self._decode(self._ids[self._start :])[self._shown :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
 
 class Generation:
@@ -164,13 +202,9 @@ class Generation:
 
     def _stop_end(self, delta: str) -> int:
         """Where the first stop sequence that `delta` completes ends, in the text with `delta`; 0 for none."""
-        text = self._text + delta
-        ends = []
-        for stop in self.job.request.stop:
-            start = text.find(stop, max(0, len(self._text) - len(stop) + 1))
-            if start >= 0:
-                ends.append(start + len(stop))
-        return min(ends, default=0)
+        text, old = self._text + delta, len(self._text)
+        starts = {stop: text.find(stop, max(0, old - len(stop) + 1)) for stop in self.job.request.stop}
+        return min((start + len(stop) for stop, start in starts.items() if start >= 0), default=0)
 
     def _finish(self, reason: str) -> Finish:
         return Finish(
