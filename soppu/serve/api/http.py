@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -24,13 +23,7 @@ from starlette.routing import Route
 from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
-from soppu.serve.api.requests import (
-    MAX_STOP_SEQUENCES,
-    ParsedRequest,
-    body_chunks,
-    parse_json,
-    parse_request,
-)
+from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
@@ -38,7 +31,6 @@ from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
 from soppu.serve.names import header_value
 
 _KEEP_ALIVE_SECONDS = 15.0
-_MAX_BODY = 2 << 20  # LoRAX's limit
 
 
 @dataclass(frozen=True)
@@ -89,18 +81,18 @@ class GenerateApi:
 
     async def compat(self, request: Request) -> Response:
         """`POST /`: the body's `stream` decides; the plain answer is a list of one."""
-        parsed = parse_request(await _json(request))
+        parsed = parse_request(await read_json(request))
         if parsed.stream:
             return await self._stream(parsed)
         return await self._answer(request, parsed, wrap=True)
 
     async def generate(self, request: Request) -> Response:
         """`POST /generate`: the whole answer as one object."""
-        return await self._answer(request, parse_request(await _json(request), stream=False), wrap=False)
+        return await self._answer(request, parse_request(await read_json(request), stream=False), wrap=False)
 
     async def generate_stream(self, request: Request) -> Response:
         """`POST /generate_stream`: server-sent events, one for each token."""
-        return await self._stream(parse_request(await _json(request), stream=True))
+        return await self._stream(parse_request(await read_json(request), stream=True))
 
     async def health(self, _: Request) -> Response:
         """200 with an empty body while the engine runs and its batches succeed, else 503."""
@@ -220,17 +212,6 @@ async def _server_sent(
                 return
     finally:
         generation.cancel()
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(
-            f"Expected request with `Content-Type: application/json`. Given: {kind or 'none'}",
-            status=415,
-            error_type="bad_request",
-        )
-    return parse_json(b"".join([chunk async for chunk in body_chunks(request, limit=_MAX_BODY)]))
 
 
 def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:

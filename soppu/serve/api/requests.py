@@ -25,6 +25,7 @@ from soppu.serve.refusals import failed, invalid
 
 Json = dict[str, Any]
 MAX_STOP_SEQUENCES = 4
+_MAX_BODY = 2 << 20  # LoRAX's limit
 _GREEDY_BELOW = 1e-5  # temperatures below this one overflow fp32 scores
 _PENALTIES = (1e-3, 1e3)
 _SOURCES = ("hub", "local", "s3", "pbase")
@@ -115,6 +116,18 @@ async def body_chunks(request: Request, *, limit: int) -> AsyncIterator[bytes]:
                 f"the body must have at most {limit} bytes", status=413, error_type="bad_request"
             )
         yield chunk
+
+
+async def read_json(request: Request) -> Json:
+    """The body as an object. RequestError 415, 413, and as `parse_json`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(
+            f"Expected request with `Content-Type: application/json`. Given: {kind or 'none'}",
+            status=415,
+            error_type="bad_request",
+        )
+    return parse_json(b"".join([chunk async for chunk in body_chunks(request, limit=_MAX_BODY)]))
 
 
 def parse_json(body: bytes) -> Json:

@@ -12,6 +12,7 @@ from soppu.compress.bundle.bundle import Bundle, Matrices
 from soppu.compress.numbers.components import Components, ordinals
 from soppu.serve.layers.factors import ModuleFactors, OwnRows, SharedFactors, Stack
 
+# (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in
 Cast = Callable[[str, Tensor], Tensor]
 
 
@@ -21,9 +22,6 @@ def read(bundle: Bundle, *, cast: Cast) -> dict[str, ModuleFactors]:
     A user whose components at a module all lie in the bases of the user's cluster is served through those;
     a user with other components there is served by a LoRA pair of all of them. Decodes every page once, all
     users together. O(w (o + i) k) for w components.
-
-    Args:
-        cast: (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in.
 
     Raises:
         BundleError: a damaged page.

@@ -126,20 +126,14 @@ class Holdings(Generic[S, A]):
         return Resolved(f"{user}@{matches[0]}", matches[0], users[user])
 
 
-Commit = Callable[[Holdings[S, A]], None]
-
-
-def at_once(_: object) -> None:
-    """The commit of a change that nobody has to agree to."""
-
-
 class Holder(Generic[S, A]):
     """Holdings that change as a whole, one change at a time. Readers need no lock.
 
-    `commit` of a change is called with the holdings to come; where it raises, nothing has changed.
+    `commit` is called with the holdings to come; where it raises, nothing has changed.
     """
 
     def __init__(self) -> None:
+        self.commit: Callable[[Holdings[S, A]], None] | None = None
         self._held: Holdings[S, A] = Holdings()
         self._changing = threading.RLock()
 
@@ -156,7 +150,7 @@ class Holder(Generic[S, A]):
         """Name -> loaded adapter."""
         return dict(self._held.adapters)
 
-    def activate(self, bundle_id: str, *, commit: Commit[S, A] = at_once) -> str:
+    def activate(self, bundle_id: str) -> str:
         """Serve plain user names from this bundle from now on, "" from none; the one active before.
 
         Raises:
@@ -164,14 +158,15 @@ class Holder(Generic[S, A]):
         """
         with self._changing:
             previous = self.active
-            self._become(self._held.activate(bundle_id), commit)
+            self._become(self._held.activate(bundle_id))
             return previous
 
-    def remove(self, name: str, *, commit: Commit[S, A] = at_once) -> None:
+    def remove(self, name: str) -> None:
         """Forget an adapter; requests under way finish on it. AdapterError if it is not there."""
         with self._changing:
-            self._become(self._held.remove(name), commit)
+            self._become(self._held.remove(name))
 
-    def _become(self, held: Holdings[S, A], commit: Commit[S, A] = at_once) -> None:
-        commit(held)
+    def _become(self, held: Holdings[S, A]) -> None:
+        if self.commit is not None:
+            self.commit(held)
         self._held = held

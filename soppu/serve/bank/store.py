@@ -67,11 +67,13 @@ class ServerState:
             shutil.rmtree(state.incoming, ignore_errors=True)
             state.incoming.mkdir()
             state._restore()
+            bank.commit = state._write
             state._lock = lock.pop_all()
         return state
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Give the folder back; changes of the bank are no longer written."""
+        self.bank.commit = None
         self._lock.close()
 
     def add_bundle(self, source: Path, *, bundle_id: str) -> bool:
@@ -89,7 +91,7 @@ class ServerState:
                 shutil.copyfile(source, temporary)
             try:
                 bundle = Bundle.load(path, expected_hash=bundle_id)
-                self.bank.stage(bundle, bundle_id=bundle_id, commit=self._write)
+                self.bank.stage(bundle, bundle_id=bundle_id)
             except (BundleError, StorageError):
                 path.unlink(missing_ok=True)
                 raise
@@ -98,7 +100,7 @@ class ServerState:
     def activate(self, bundle_id: str) -> str:
         """Make a staged bundle active ("" for none); return the one that was. BundleError, StorageError."""
         with self._changing:
-            return self.bank.activate(bundle_id, commit=self._write)
+            return self.bank.activate(bundle_id)
 
     def drop_bundle(self, bundle_id: str) -> None:
         """Forget a bundle and delete its file.
@@ -108,7 +110,7 @@ class ServerState:
             StorageError: the disk refused it. The bundle is still served then.
         """
         with self._changing:
-            self.bank.drop(bundle_id, commit=self._write)
+            self.bank.drop(bundle_id)
             self._bundle_path(bundle_id).unlink(missing_ok=True)
 
     def add_adapter(self, name: str, folder: Path) -> None:
@@ -126,7 +128,7 @@ class ServerState:
                 return
             try:
                 adapters.write(adapter, path)
-                self.bank.add(name, adapter, commit=self._write)
+                self.bank.add(name, adapter)
             except (AdapterError, StorageError):
                 shutil.rmtree(path, ignore_errors=True)
                 raise
@@ -142,7 +144,7 @@ class ServerState:
         """
         with self._changing:
             loaded = self.bank.adapters().get(name)
-            self.bank.remove(name, commit=self._write)
+            self.bank.remove(name)
             assert loaded is not None  # else refused
             shutil.rmtree(self._adapter_path(name, loaded.content_hash))
 

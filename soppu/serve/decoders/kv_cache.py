@@ -53,11 +53,9 @@ class Step:
         return self.ids.shape[1] if self.fresh else max(self.starts) + self.ids.shape[1]
 
     def mask(self, dtype: torch.dtype, *, window: int = 0) -> Tensor:
-        """(b, T, seen), 0 where a token may attend and the smallest number where not.
+        """(b, T, seen) to add to scores: 0 where a token may attend, the smallest `dtype` has where not.
 
-        Args:
-            dtype: of the scores it is added to.
-            window: a token sees itself and the window - 1 before it; 0 lets it see all.
+        A token sees itself and the `window` - 1 before it; with 0 it sees all.
         """
         keys = torch.arange(self.seen, device=self.ids.device)
         distance = self.positions[:, :, None] - keys

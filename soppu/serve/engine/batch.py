@@ -39,10 +39,9 @@ class _Row:
 
 
 class Batch:
-    """The running rows of one decoder, as many as its cache has. One thread calls `join` and `step`.
+    """The running rows of one decoder, at most as many as its cache has. One thread calls `join` and `step`.
 
-    Args:
-        prefill: prompt tokens read in one step, which bounds how long decoding rows wait.
+    A step reads at most `prefill` prompt tokens, which bounds how long decoding rows wait.
     """
 
     def __init__(self, decoder: Decoder, *, prefill: int, device: torch.device) -> None:

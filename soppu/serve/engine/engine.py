@@ -109,9 +109,8 @@ class Engine:
     def submit(self, request: GenerationRequest, *, sink: Sink | None = None) -> Generation:
         """Queue a request; its adapter is resolved now.
 
-        Args:
-            sink: called from the engine's thread with every token, or with the error; by default the events
-                wait in the returned generation.
+        `sink` is called from the engine's thread with every token, or with the error; by default these wait
+        in the generation.
 
         Raises:
             RequestError: 422 prompt too long, 424 adapter not served, 429 queue full, 500 engine closed.
@@ -122,8 +121,7 @@ class Engine:
         with self._condition:
             if self._closed:
                 raise incomplete()
-            if len(self._waiting) >= self.options.max_queue:
-                self._purge()
+            self._purge()
             if len(self._waiting) >= self.options.max_queue:
                 raise overloaded()
             self._waiting.append(generation)

@@ -47,12 +47,7 @@ class Sampler:
         return not self.sampling.do_sample and self.sampling.repetition_penalty == 1.0
 
     def choose(self, logits: Tensor, ids: Sequence[int]) -> int:
-        """The next token id. O(v log v).
-
-        Args:
-            logits: (vocabulary,) fp32, on the CPU.
-            ids: prompt and generated tokens so far.
-        """
+        """The next token id for `logits` (v,), fp32 on the CPU, after the tokens `ids`. O(v log v)."""
         scores: Tensor = self._process(torch.LongTensor([ids]), logits[None])[0]
         if not self.sampling.do_sample:
             return int(scores.argmax())

@@ -35,14 +35,9 @@ class SharedChange:
     Q: Tensor | None  # (m, M, c, k_in) right factors
 
     def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
-        """Add x V Q^T P^T U^T to the outputs.
+        """Add x V Q^T P^T U^T, x (b tokens, i), to the layers' outputs y (b tokens, o), in place.
 
         O(m tokens (i k_in + c (k_in + k_out) + o k_out)) a module.
-
-        Args:
-            x: (b tokens, i) input of the layers.
-            y: (b tokens, o) outputs of all of them, changed in place.
-            tokens: of every row.
         """
         t = self.bases.V(_pick(x, self.rows, tokens))
         m, M = self.P.shape[:2]

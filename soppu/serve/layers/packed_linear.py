@@ -7,7 +7,7 @@ torch converts the layout again in every product of few rows; here it is done on
 from __future__ import annotations
 
 import logging
-import time
+import timeit
 from collections.abc import Sequence
 
 import torch
@@ -83,11 +83,10 @@ def _seconds(dtype: str, device: str) -> float:
     kind = _DTYPES[dtype]
     layers = [PackedLinear(torch.ones(_WIDTH, _WIDTH, dtype=kind, device=device)) for _ in range(_LAYERS)]
     x = torch.ones(_TRIED_ROWS, _WIDTH, dtype=kind, device=device)
-    taken = []
-    for _ in range(_ROUNDS + 1):  # the first round warms up
-        begun = time.perf_counter()
+
+    def products() -> None:
         for layer in layers:
             layer(x)
         float(layers[-1](x)[0, 0])  # waits for an asynchronous device
-        taken.append(time.perf_counter() - begun)
-    return min(taken)
+
+    return min(timeit.repeat(products, number=1, repeat=_ROUNDS + 1))  # the first round warms up
