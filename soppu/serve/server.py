@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
-from soppu.serve.decoders.dtype import fastest_dtype
 from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.serve.layers.packed_linear import fastest_dtype
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -25,32 +26,20 @@ _BACKLOG = 2048
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How a server is started.
+    """How a server is started."""
 
-    Attributes:
-        model: see `soppu.models.resolve`; `cache` is where converted models are kept.
-        port: 0 takes a free one.
-        state: folder that remembers what was served.
-        bundle: a bundle file to stage and activate before the first request.
-        adapters: (name, PEFT folder) pairs to load before the first request.
-        dtype: of the weights; "auto" takes the faster one, see `soppu.serve.decoders.dtype`.
-        device: "auto" is cuda if there is one, else cpu.
-        threads: torch threads; 0 leaves torch's default.
-        admin_token: "" leaves the admin routes open.
-    """
-
-    model: str
-    cache: Path
-    state: Path
+    model: str  # see `soppu.models.resolve`
+    cache: Path  # where converted models are kept
+    state: Path  # folder that remembers what was served
     host: str = "127.0.0.1"
-    port: int = 8080
-    bundle: Path | None = None
-    adapters: tuple[tuple[str, Path], ...] = ()
-    dtype: str = "float32"
-    device: str = "auto"
-    threads: int = 0
+    port: int = 8080  # 0 takes a free one
+    bundle: Path | None = None  # a bundle file to stage and activate before the first request
+    adapters: tuple[tuple[str, Path], ...] = ()  # (name, PEFT folder) pairs to load before the first request
+    dtype: str = "float32"  # of the weights; "auto" takes the faster one, see `fastest_dtype`
+    device: str = "auto"  # "auto" is cuda if there is one, else cpu
+    threads: int = 0  # torch threads; 0 leaves torch's default
     max_batch: int = 32
-    admin_token: str = ""
+    admin_token: str = ""  # "" leaves the admin routes open
 
 
 def run(options: ServeOptions) -> None:
@@ -67,7 +56,9 @@ def run(options: ServeOptions) -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
         base = resolve(options.model, cache=options.cache)
-        device = _device(options.device)
+        device = options.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
         model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
         bank = AdapterBank(model, base_hash=base.hash, base_model=base.name)
@@ -78,13 +69,8 @@ def run(options: ServeOptions) -> None:
             info = ServerInfo(
                 base.name, base.hash, dtype=dtype, device=device, admin_token=options.admin_token
             )
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    create_app(engine, info=info, state=state),
-                    log_level="warning",
-                    timeout_graceful_shutdown=10,
-                )
-            )
+            app = create_app(engine, info=info, state=state)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
             _announce(options, bank, listener)
             server.run(sockets=[listener])
         except KeyboardInterrupt:
@@ -100,24 +86,14 @@ def claim_port(host: str, port: int) -> socket.socket:
     model loads.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"host {host!r}: {error}") from None
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        listener.bind(address)
-        listener.listen(_BACKLOG)
+        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     except OSError as error:
-        listener.close()
-        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    return listener
-
-
-def _device(asked: str) -> str:
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return asked
+        raise PortTaken(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
 
 
 def _preload(state: ServerState, options: ServeOptions) -> None:
@@ -134,13 +110,11 @@ def _announce(options: ServeOptions, bank: AdapterBank, listener: socket.socket)
         _LOG.warning(
             "SOPPU_ADMIN_TOKEN is not set: whoever reaches %s may change what is served", options.host
         )
-    users = len(bank.bundles().get(bank.active, ()))
-    port = listener.getsockname()[1]
     _LOG.info(
         "serving %s with %d users and %d single adapters at http://%s:%d",
         options.model,
-        users,
+        len(bank.bundles().get(bank.active, ())),
         len(bank.adapters()),
         options.host,
-        port,
+        listener.getsockname()[1],
     )

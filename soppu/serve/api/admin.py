@@ -8,10 +8,10 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, Protocol, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -21,15 +21,47 @@ from starlette.routing import Route
 from soppu import files
 from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError
-from soppu.serve.bank.protocol import Served
+from soppu.serve.api.requests import body_chunks
+from soppu.serve.bank.holdings import Holder
 from soppu.serve.names import check_name
 
+Handler = Callable[[Request], Awaitable[Response]]
 P = ParamSpec("P")
 T = TypeVar("T")
 _BUNDLE_ID = re.compile(r"[0-9a-f]{64}")
 _EXPECTED = (CONFIG_FILE, WEIGHTS_FILE, IDENTITY_FILE)
 _IGNORED = ("README.md", ".gitattributes")  # what PEFT and the hub put beside an adapter
 _MAX_UPLOAD = 8 << 30
+
+
+class Served(Protocol):
+    """What may be changed, ours (`bank.store`) or the vLLM plugin's (`frontend.control`).
+
+    Methods block, and raise BundleError, AdapterError or StorageError.
+    """
+
+    @property
+    def bank(self) -> Holder[Any, Any]:
+        """What is loaded."""
+
+    @property
+    def incoming(self) -> Path:
+        """A folder for uploads under way."""
+
+    def add_bundle(self, source: Path, *, bundle_id: str) -> bool:
+        """Stage a bundle file. False if it was there."""
+
+    def activate(self, bundle_id: str) -> str:
+        """Serve plain names from this bundle, "" from none; the one that was active."""
+
+    def drop_bundle(self, bundle_id: str) -> None:
+        """Forget a bundle."""
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load a PEFT folder under a name, or replace the one of that name."""
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter."""
 
 
 class AdminApi:
@@ -41,7 +73,7 @@ class AdminApi:
 
     def routes(self) -> list[Route]:
         """The route table; every route asks for the token, if there is one."""
-        table: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        table: list[tuple[str, str, Handler]] = [
             ("GET", "/soppu/v1/bundles", self.list_bundles),
             ("PUT", "/soppu/v1/bundles/{bundle_id}", self.put_bundle),
             ("POST", "/soppu/v1/bundles/{bundle_id}/activate", self.activate),
@@ -68,11 +100,7 @@ class AdminApi:
         bundle_id = _bundle_id(request)
         async with self._upload(request) as (path, digest):
             if digest != bundle_id:
-                raise RequestError(
-                    f"the body has SHA-256 {digest}, the bundle id says {bundle_id}",
-                    status=422,
-                    error_type="validation",
-                )
+                raise _invalid(f"the body has SHA-256 {digest}, the bundle id says {bundle_id}")
             new = await _call(self._served().add_bundle, path, bundle_id=bundle_id)
         return JSONResponse({"bundle_id": bundle_id, "new": new}, status_code=201 if new else 200)
 
@@ -99,19 +127,16 @@ class AdminApi:
 
     async def list_adapters(self, _: Request) -> Response:
         """Every loaded PEFT adapter. `base_verified` says whether it states this server's base hash."""
-        return JSONResponse(
+        adapters = [
             {
-                "adapters": [
-                    {
-                        "name": name,
-                        "content_hash": loaded.content_hash,
-                        "rank": loaded.rank,
-                        "base_verified": loaded.verified,
-                    }
-                    for name, loaded in self._served().bank.adapters().items()
-                ]
+                "name": name,
+                "content_hash": loaded.content_hash,
+                "rank": loaded.rank,
+                "base_verified": loaded.verified,
             }
-        )
+            for name, loaded in self._served().bank.adapters().items()
+        ]
+        return JSONResponse({"adapters": adapters})
 
     async def put_adapter(self, request: Request) -> Response:
         """Load a PEFT adapter, or replace one; the body is an uncompressed tar of its folder."""
@@ -131,9 +156,7 @@ class AdminApi:
         await _call(self._served().drop_adapter, name)
         return JSONResponse({"deleted": name})
 
-    def _guarded(
-        self, handler: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
+    def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:
             given = request.headers.get("authorization", "")
             if self._token and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
@@ -143,32 +166,27 @@ class AdminApi:
         return endpoint
 
     def _loaded(self, request: Request) -> str:
-        bundle_id = _bundle_id(request)
-        if bundle_id not in self._served().bank.bundles():
-            raise _not_found(
-                f"bundle {bundle_id} is not loaded; there are {len(self._served().bank.bundles())}"
-            )
+        bundle_id, bundles = _bundle_id(request), self._served().bank.bundles()
+        if bundle_id not in bundles:
+            raise _not_found(f"bundle {bundle_id} is not loaded; there are {len(bundles)}")
         return bundle_id
 
     @asynccontextmanager
     async def _upload(self, request: Request) -> AsyncIterator[tuple[Path, str]]:
         """The body in a file of a temporary folder, with its SHA-256; the folder is gone afterwards."""
-        digest, size = hashlib.sha256(), 0
-        with _stored(), tempfile.TemporaryDirectory(dir=self._served().incoming) as folder:
-            path = Path(folder) / "body"
-            # Unbuffered: closing a buffer that a full disk refused would raise a second time.
-            with path.open("wb", buffering=0) as stream:
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    if size > _MAX_UPLOAD:
-                        raise RequestError(
-                            f"the body must have at most {_MAX_UPLOAD} bytes",
-                            status=413,
-                            error_type="bad_request",
-                        )
-                    digest.update(chunk)
-                    await run_in_threadpool(_write_all, stream, chunk)
-            yield path, digest.hexdigest()
+        digest = hashlib.sha256()
+        try:
+            with tempfile.TemporaryDirectory(dir=self._served().incoming) as folder:
+                path = Path(folder) / "body"
+                # Unbuffered: closing a buffer that a full disk refused would raise a second time.
+                with path.open("wb", buffering=0) as stream:
+                    async for chunk in body_chunks(request, limit=_MAX_UPLOAD):
+                        digest.update(chunk)
+                        await run_in_threadpool(_write_all, stream, chunk)
+                yield path, digest.hexdigest()
+        except OSError as error:
+            why = f"the upload cannot be stored: {error}"
+            raise RequestError(why, status=507, error_type="storage") from error
 
 
 def unpack_adapter(archive: Path, folder: Path) -> None:
@@ -180,16 +198,15 @@ def unpack_adapter(archive: Path, folder: Path) -> None:
     """
     try:
         with tarfile.open(archive, "r:") as tar:
-            members = [member for member in tar if not member.isdir()]
             chosen: dict[str, tarfile.TarInfo] = {}
-            for member in members:
+            for member in tar:
                 name = member.name.removeprefix("./")
-                if name in _IGNORED:
+                if member.isdir() or name in _IGNORED:
                     continue
-                if name not in _EXPECTED or not _is_plain(member) or name in chosen:
-                    raise AdapterError(
-                        f"tar member {member.name!r}: expected one plain file each of {_EXPECTED}"
-                    )
+                plain = member.isreg() and not member.issparse()  # some sparse bytes may unpack to any size
+                if name not in _EXPECTED or not plain or name in chosen:
+                    why = f"expected one plain file each of {_EXPECTED}"
+                    raise AdapterError(f"tar member {member.name!r}: {why}")
                 chosen[name] = member
             if (size := sum(member.size for member in chosen.values())) > _MAX_UPLOAD:
                 raise AdapterError(f"the tar holds {size} bytes, at most {_MAX_UPLOAD} are taken")
@@ -204,25 +221,10 @@ def unpack_adapter(archive: Path, folder: Path) -> None:
         raise AdapterError(f"the body is not an uncompressed tar: {error}") from None
 
 
-def _is_plain(member: tarfile.TarInfo) -> bool:
-    # A sparse member of some bytes may unpack to any size.
-    return member.isreg() and not member.issparse()
-
-
 def _write_all(stream: IO[bytes], data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[stream.write(view) :]
-
-
-@contextmanager
-def _stored() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RequestError(
-            f"the upload cannot be stored: {error}", status=507, error_type="storage"
-        ) from error
 
 
 async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -239,12 +241,12 @@ async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
 def _bundle_id(request: Request) -> str:
     bundle_id: str = request.path_params["bundle_id"]
     if not _BUNDLE_ID.fullmatch(bundle_id):
-        raise RequestError(
-            f"a bundle id is a SHA-256 in 64 hex digits. Given: {bundle_id[:80]!r}",
-            status=422,
-            error_type="validation",
-        )
+        raise _invalid(f"a bundle id is a SHA-256 in 64 hex digits. Given: {bundle_id[:80]!r}")
     return bundle_id
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(message, status=422, error_type="validation")
 
 
 def _not_found(message: str) -> RequestError:

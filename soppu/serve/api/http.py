@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from http import HTTPStatus
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -23,7 +23,7 @@ from starlette.routing import Route
 from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
-from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_json, parse_request
+from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
@@ -31,7 +31,6 @@ from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
 from soppu.serve.names import header_value
 
 _KEEP_ALIVE_SECONDS = 15.0
-_MAX_BODY = 2 << 20  # LoRAX's limit
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,18 @@ class GenerateApi:
 
     async def compat(self, request: Request) -> Response:
         """`POST /`: the body's `stream` decides; the plain answer is a list of one."""
-        parsed = parse_request(await _json(request))
+        parsed = parse_request(await read_json(request))
         if parsed.stream:
             return await self._stream(parsed)
         return await self._answer(request, parsed, wrap=True)
 
     async def generate(self, request: Request) -> Response:
         """`POST /generate`: the whole answer as one object."""
-        return await self._answer(request, parse_request(await _json(request), stream=False), wrap=False)
+        return await self._answer(request, parse_request(await read_json(request), stream=False), wrap=False)
 
     async def generate_stream(self, request: Request) -> Response:
         """`POST /generate_stream`: server-sent events, one for each token."""
-        return await self._stream(parse_request(await _json(request), stream=True))
+        return await self._stream(parse_request(await read_json(request), stream=True))
 
     async def health(self, _: Request) -> Response:
         """200 with an empty body while the engine runs and its batches succeed, else 503."""
@@ -150,14 +149,9 @@ class GenerateApi:
 
     async def _stream(self, parsed: ParsedRequest) -> Response:
         generation, events = await self._submit(parsed)
-        headers = {
-            **self._headers(parsed, generation),
-            "x-accel-buffering": "no",
-            "cache-control": "no-cache",
-        }
-        return StreamingResponse(
-            _server_sent(parsed, generation, events), media_type="text/event-stream", headers=headers
-        )
+        headers = self._headers(parsed, generation) | {"x-accel-buffering": "no", "cache-control": "no-cache"}
+        body = _server_sent(parsed, generation, events)
+        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
     async def _submit(self, parsed: ParsedRequest) -> tuple[Generation, asyncio.Queue[Event]]:
         """Queue the request with a sink that hands every event over to this event loop."""
@@ -178,7 +172,7 @@ class GenerateApi:
         }
         if resolved.adapter_id:
             headers["x-adapter-id"] = header_value(resolved.adapter_id)
-            headers["x-adapter-source"] = parsed.adapter_source or "local"
+            headers["x-adapter-source"] = parsed.parameters.adapter_source or "local"
             headers["x-adapter-version"] = resolved.version
         return headers
 
@@ -212,37 +206,17 @@ async def _server_sent(
             except TimeoutError:
                 yield ":\n\n"
                 continue
-            failed = isinstance(event, RequestError)
             body = error_body(event) if isinstance(event, RequestError) else stream_body(parsed, event)
             yield f"data: {json.dumps(body)}\n\n"  # ASCII: no character of a token can look like a line end
-            if failed or (isinstance(event, TokenEvent) and event.finish is not None):
+            if isinstance(event, RequestError) or event.finish is not None:
                 return
     finally:
         generation.cancel()
 
 
-async def _json(request: Request) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(
-            f"Expected request with `Content-Type: application/json`. Given: {kind or 'none'}",
-            status=415,
-            error_type="bad_request",
-        )
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY:
-            raise RequestError(
-                f"the body must have at most {_MAX_BODY} bytes", status=413, error_type="bad_request"
-            )
-    return parse_json(bytes(body))
-
-
 def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:
     """LoRAX's counters and times, in whole milliseconds."""
     inference = finish.total - finish.queued
-    per_output = (finish.total - finish.first) / max(finish.generated_tokens - 1, 1)
     seconds = {
         "x-compute-time": finish.total,
         "x-total-time": finish.total,
@@ -250,25 +224,18 @@ def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:
         "x-inference-time": inference,
         "x-time-per-token": inference / finish.generated_tokens,
         "x-time-to-first-token": finish.first,
-        "x-time-per-output-token": per_output,
+        "x-time-per-output-token": (finish.total - finish.first) / max(finish.generated_tokens - 1, 1),
     }
-    counts = {
-        "x-prompt-tokens": finish.prompt_tokens,
-        "x-generated-tokens": finish.generated_tokens,
-        "x-skipped-tokens": 0,
-        "x-total-tokens": finish.prompt_tokens + finish.generated_tokens,
-    }
-    return {
-        **{name: str(round(1000 * value)) for name, value in seconds.items()},
-        **{name: str(value) for name, value in counts.items()},
+    return {name: str(round(1000 * value)) for name, value in seconds.items()} | {
+        "x-prompt-tokens": str(finish.prompt_tokens),
+        "x-generated-tokens": str(finish.generated_tokens),
+        "x-skipped-tokens": "0",
+        "x-total-tokens": str(finish.prompt_tokens + finish.generated_tokens),
     }
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kinds = {404: "not_found", 405: "method_not_allowed"}
-    body = {
-        "error": f"{request.method} {request.url.path}: {error.detail}",
-        "error_type": kinds.get(error.status_code, "bad_request"),
-    }
+    kind = HTTPStatus(error.status_code).name.lower()
+    body = {"error": f"{request.method} {request.url.path}: {error.detail}", "error_type": kind}
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)

@@ -8,19 +8,14 @@ its JSON error form here, with the same status. pydantic checks types; the messa
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
+from pydantic.types import StringConstraints
 from pydantic_core import from_json
+from starlette.requests import Request
 
 from soppu.errors import RequestError
 from soppu.serve.engine.generation import GenerationRequest
@@ -30,6 +25,7 @@ from soppu.serve.refusals import failed, invalid
 
 Json = dict[str, Any]
 MAX_STOP_SEQUENCES = 4
+_MAX_BODY = 2 << 20  # LoRAX's limit
 _GREEDY_BELOW = 1e-5  # temperatures below this one overflow fp32 scores
 _PENALTIES = (1e-3, 1e3)
 _SOURCES = ("hub", "local", "s3", "pbase")
@@ -68,11 +64,7 @@ _Whole = Annotated[int, Field(ge=0, lt=2**64, description="a whole number betwee
 _Positive = Annotated[_Whole, AfterValidator(_strictly_positive)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Parameters(_Strict):
+class Parameters(BaseModel, strict=True):
     """LoRAX's parameters that mean something here, in its order of checking; 0, -1 and "" are "not given"."""
 
     adapter_id: _Text = ""
@@ -89,7 +81,7 @@ class _Parameters(_Strict):
     do_sample: _Flag = False
     details: _Flag = False
     return_full_text: _Flag = False
-    adapter_source: _Text = ""
+    adapter_source: Annotated[_Text, StringConstraints(to_lower=True)] = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -99,21 +91,43 @@ class _Parameters(_Strict):
         return {name: value for name, value in values.items() if value is not None or name in _NO_NULL}
 
 
-class _Body(_Strict):
+class _Body(BaseModel, strict=True):
     inputs: _Text
-    parameters: Annotated[_Parameters, Field(description="an object")] = _Parameters()
+    parameters: Annotated[Parameters, Field(description="an object")] = Parameters()
     stream: _Flag = False
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A generation request, and how its answer is to look."""
+    """A generation request, the parameters it was read from, and whether its answer is a stream."""
 
     generation: GenerationRequest
-    details: bool = False
-    full_text: bool = False
-    stream: bool = False
-    adapter_source: str = ""
+    parameters: Parameters
+    stream: bool
+
+
+async def body_chunks(request: Request, *, limit: int) -> AsyncIterator[bytes]:
+    """The body as it comes. RequestError 413 where it has more than `limit` bytes."""
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise RequestError(
+                f"the body must have at most {limit} bytes", status=413, error_type="bad_request"
+            )
+        yield chunk
+
+
+async def read_json(request: Request) -> Json:
+    """The body as an object. RequestError 415, 413, and as `parse_json`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(
+            f"Expected request with `Content-Type: application/json`. Given: {kind or 'none'}",
+            status=415,
+            error_type="bad_request",
+        )
+    return parse_json(b"".join([chunk async for chunk in body_chunks(request, limit=_MAX_BODY)]))
 
 
 def parse_json(body: bytes) -> Json:
@@ -148,8 +162,7 @@ def parse_request(body: Json, *, stream: bool | None = None) -> ParsedRequest:
     parameters = read.parameters
     check_name(parameters.adapter_id, what="adapter_id")
     _refuse_unused(body.get("parameters", {}), has_adapter=bool(parameters.adapter_id))
-    source = parameters.adapter_source.lower()
-    if source and source not in _SOURCES:
+    if (source := parameters.adapter_source) and source not in _SOURCES:
         raise failed(f"Invalid source {source!r} when downloading adapter {parameters.adapter_id!r}")
     generation = GenerationRequest(
         inputs=read.inputs,
@@ -160,13 +173,7 @@ def parse_request(body: Json, *, stream: bool | None = None) -> ParsedRequest:
         ignore_eos=parameters.ignore_eos_token,
         sampling=_sampling(parameters),
     )
-    return ParsedRequest(
-        generation,
-        details=parameters.details,
-        full_text=parameters.return_full_text,
-        stream=read.stream,
-        adapter_source=source,
-    )
+    return ParsedRequest(generation, parameters, read.stream)
 
 
 def _refusal(error: ValidationError, body: Json) -> RequestError:
@@ -175,7 +182,7 @@ def _refusal(error: ValidationError, body: Json) -> RequestError:
     path = [str(part) for part in fault["loc"][:2]]  # what is deeper is an item of `stop`
     if fault["type"] == "missing":
         return invalid(f"missing field `{path[-1]}`")
-    model: type[BaseModel] = _Parameters if path[1:] else _Body
+    model: type[BaseModel] = Parameters if path[1:] else _Body
     value = body
     for part in path:
         value = value[part]
@@ -201,7 +208,7 @@ def _stop(stop: list[str]) -> tuple[str, ...]:
     return tuple(stop)
 
 
-def _sampling(parameters: _Parameters) -> Sampling:
+def _sampling(parameters: Parameters) -> Sampling:
     temperature, top_p = parameters.temperature, parameters.top_p
     penalty, (least, most) = parameters.repetition_penalty, _PENALTIES
     if temperature < 0:

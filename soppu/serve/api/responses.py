@@ -26,7 +26,7 @@ def token_body(token: TokenEvent) -> Json:
 def answer_body(parsed: ParsedRequest, tokens: Sequence[TokenEvent], finish: Finish) -> Json:
     """The answer of `/generate`; `details` only where they were asked for."""
     body: Json = {"generated_text": _shown(parsed, finish)}
-    if parsed.details:
+    if parsed.parameters.details:
         body["details"] = {
             **_details(finish),
             "skipped_tokens": 0,
@@ -42,7 +42,7 @@ def stream_body(parsed: ParsedRequest, token: TokenEvent) -> Json:
     return {
         "token": token_body(token),
         "generated_text": _shown(parsed, finish) if finish else None,
-        "details": _details(finish) if finish and parsed.details else None,
+        "details": _details(finish) if finish and parsed.parameters.details else None,
     }
 
 
@@ -68,4 +68,4 @@ def _details(finish: Finish) -> Json:
 
 
 def _shown(parsed: ParsedRequest, finish: Finish) -> str:
-    return parsed.generation.inputs + finish.text if parsed.full_text else finish.text
+    return parsed.generation.inputs + finish.text if parsed.parameters.return_full_text else finish.text

@@ -20,14 +20,13 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
 from soppu.models import linear_shapes
 from soppu.serve.bank import from_bundle, holdings
-from soppu.serve.bank.holdings import Commit, Holder, LoadedAdapter
+from soppu.serve.bank.holdings import Holder, LoadedAdapter
 from soppu.serve.layers.adapted_linear import Router, install
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
 from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
 Resolved = holdings.Resolved[Slot]
-_Commit = Commit[Slot, LoadedAdapter]
 
 
 class AdapterBank(Holder[Slot, LoadedAdapter]):
@@ -41,7 +40,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         self._dtype = model.dtype
         self._shapes = linear_shapes(model)
 
-    def stage(self, bundle: Bundle, *, bundle_id: str, commit: _Commit = holdings.at_once) -> None:
+    def stage(self, bundle: Bundle, *, bundle_id: str) -> None:
         """Load a bundle so that "user@<bundle id>" is served. Loading it again changes nothing.
 
         Raises:
@@ -56,14 +55,14 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         users = {user: BundleSlot(factors, index, cluster) for index, (user, cluster) in enumerate(members)}
         with self._changing:
             install(self._model, factors, router=self.router)
-            self._become(self._held.stage(bundle_id, users), commit)
+            self._become(self._held.stage(bundle_id, users))
 
-    def drop(self, bundle_id: str, *, commit: _Commit = holdings.at_once) -> None:
+    def drop(self, bundle_id: str) -> None:
         """Forget a bundle. Requests under way finish on it. BundleError if it is active or not loaded."""
         with self._changing:
-            self._become(self._held.drop(bundle_id), commit)
+            self._become(self._held.drop(bundle_id))
 
-    def add(self, name: str, adapter: LoraAdapter, *, commit: _Commit = holdings.at_once) -> None:
+    def add(self, name: str, adapter: LoraAdapter) -> None:
         """Load a PEFT adapter under `name`, or replace it; requests under way finish on the old one.
 
         An adapter that states no base hash (made by another tool) is taken if the name of its base model is
@@ -77,7 +76,8 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         base_identity.check(adapter.base, self.base, who=name, whose="this server has")
         check_shapes(adapter, self._shapes, who=name)
         pairs = {
-            module: LoraPair(self._cast(module, pair.A), self._cast(module, pair.B))
+            # B lies as its transpose, as batches of pairs do
+            module: LoraPair(self._cast(module, pair.A), self._cast(module, pair.B.mT).mT)
             for module, pair in adapter.pairs.items()
         }
         loaded = LoadedAdapter.of(adapter, self.base, where=PairSlot(pairs))
@@ -86,7 +86,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         with self._changing:
             held = self._held.add(name, loaded)
             install(self._model, pairs, router=self.router)
-            self._become(held, commit)
+            self._become(held)
 
     def resolve(self, adapter_id: str) -> Resolved:
         """What `adapter_id` means now; see `Holdings.resolve`. "" is the base model.

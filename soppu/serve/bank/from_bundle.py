@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle, Matrices
 from soppu.compress.numbers.components import Components, ordinals
-from soppu.serve.bank.stack import stacked
-from soppu.serve.layers.factors import ModuleFactors, OwnRows, SharedFactors
+from soppu.serve.layers.factors import ModuleFactors, OwnRows, SharedFactors, Stack
 
+# (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in
 Cast = Callable[[str, Tensor], Tensor]
 
 
@@ -23,9 +23,6 @@ def read(bundle: Bundle, *, cast: Cast) -> dict[str, ModuleFactors]:
     a user with other components there is served by a LoRA pair of all of them. Decodes every page once, all
     users together. O(w (o + i) k) for w components.
 
-    Args:
-        cast: (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in.
-
     Raises:
         BundleError: a damaged page.
     """
@@ -35,7 +32,7 @@ def read(bundle: Bundle, *, cast: Cast) -> dict[str, ModuleFactors]:
             collected[name].add(part)
     # popped, so that a module's components are freed before the next module's factors are built
     modules = {name: collected.pop(name).factors() for name in bundle.shapes}
-    return stacked({name: factors for name, factors in modules.items() if factors.shared or factors.own})
+    return _stacked({name: factors for name, factors in modules.items() if factors.shared or factors.own})
 
 
 def unchanged(bundle: Bundle) -> set[str]:
@@ -84,7 +81,9 @@ class _Collected:
                 self.own.append(replace(rows, left=self._cast(rows.left), right=self._cast(rows.right)))
             if not bool(apart.all()):
                 out, inn = self.bundle.bases[self.name][cluster]
-                rows = _coordinates(here.select(~apart), out.k, inn.k)
+                rest = here.select(~apart)
+                left = rest.left.coordinates(out.k) * rest.gain[:, None]
+                rows = _Rows(rest.user, left, rest.right.coordinates(inn.k))
                 self.shared.setdefault(cluster, []).append(rows)
 
     def factors(self) -> ModuleFactors:
@@ -120,10 +119,6 @@ def _vectors(part: Components, bases: Matrices) -> _Rows:
     return _Rows(part.user, left, part.right.vectors(bases[1]) * root[:, None])
 
 
-def _coordinates(part: Components, k_out: int, k_in: int) -> _Rows:
-    return _Rows(part.user, part.left.coordinates(k_out) * part.gain[:, None], part.right.coordinates(k_in))
-
-
 def _join(parts: Sequence[_Rows]) -> _Rows:
     user, left, right = ([getattr(part, name) for part in parts] for name in ("user", "left", "right"))
     return _Rows(torch.cat(user), torch.cat(left), torch.cat(right))
@@ -151,3 +146,33 @@ def _own(rows: _Rows, users: int) -> OwnRows:
     starts = torch.zeros(users + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(rows.user, minlength=users).cumsum(0)
     return OwnRows(A=rows.right[order], B=rows.left[order], starts=starts)
+
+
+def _stacked(factors: Mapping[str, ModuleFactors]) -> dict[str, ModuleFactors]:
+    """The same factors, cores of one shape and one set of users in one `Stack`, their parts views of it.
+
+    Equal `place` tensors become one. O(numbers in the cores); at most one stack is in memory twice.
+    """
+    copies, places = dict[str, ModuleFactors](), dict[bytes, Tensor]()
+    alike: dict[Hashable, list[tuple[str, int]]] = {}
+    for name, module in factors.items():
+        place = places.setdefault(module.place.numpy().tobytes(), module.place)
+        copies[name] = replace(module, place=place, shared=dict(module.shared))
+        for cluster, shared in module.shared.items():
+            Q = None if shared.Q is None else shared.Q.shape
+            kind = cluster, id(place), shared.P.shape, Q, shared.P.dtype, shared.P.device
+            alike.setdefault(kind, []).append((name, cluster))
+    for members in alike.values():
+        _stack(copies, members)
+    return copies
+
+
+def _stack(factors: Mapping[str, ModuleFactors], members: list[tuple[str, int]]) -> None:
+    parts = [factors[name].shared[cluster] for name, cluster in members]
+    Q = [part.Q for part in parts if part.Q is not None]
+    stack = Stack(torch.stack([part.P for part in parts]), torch.stack(Q) if Q else None)
+    for number, ((name, cluster), part) in enumerate(zip(members, parts, strict=True)):
+        view = None if stack.Q is None else stack.Q[number]
+        shared = factors[name].shared
+        assert isinstance(shared, dict)  # copied so above
+        shared[cluster] = replace(part, P=stack.P[number], Q=view, stack=stack, number=number)

@@ -39,17 +39,11 @@ A = TypeVar("A", bound=LoadedAdapter)
 
 @dataclass(frozen=True, eq=False)
 class Resolved(Generic[S]):
-    """What an adapter id means now.
+    """What an adapter id means now; all empty for the base model."""
 
-    Attributes:
-        adapter_id: "alice", or "alice@<whole bundle id>" where a version was asked for; "" is the base model.
-        version: the bundle id, or the adapter's content hash; "" for the base model.
-        where: the tensors are; None is the base model.
-    """
-
-    adapter_id: str = ""
-    version: str = ""
-    where: S | None = None
+    adapter_id: str = ""  # "alice", or "alice@<whole bundle id>" where a version was asked for
+    version: str = ""  # the bundle id, or the adapter's content hash
+    where: S | None = None  # the tensors are; None is the base model
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +73,8 @@ class Holdings(Generic[S, A]):
         self.users(bundle_id)
         if bundle_id == self.active:
             raise BundleError(f"bundle {bundle_id[:12]} is active; activate another one first")
-        return replace(
-            self, bundles={known: self.bundles[known] for known in self.bundles if known != bundle_id}
-        )
+        kept = {known: users for known, users in self.bundles.items() if known != bundle_id}
+        return replace(self, bundles=kept)
 
     def add(self, name: str, adapter: A) -> Holdings[S, A]:
         """With an adapter, in place of one of that name. AdapterError: a user of the active bundle has it."""
@@ -100,9 +93,8 @@ class Holdings(Generic[S, A]):
             raise AdapterError(
                 f"no adapter {name!r} is loaded ({what}); {len(self.adapters)} adapters are loaded"
             )
-        return replace(
-            self, adapters={known: self.adapters[known] for known in self.adapters if known != name}
-        )
+        kept = {known: adapter for known, adapter in self.adapters.items() if known != name}
+        return replace(self, adapters=kept)
 
     def users(self, bundle_id: str) -> Mapping[str, S]:
         """User -> where. BundleError: the bundle is not loaded."""
@@ -134,20 +126,14 @@ class Holdings(Generic[S, A]):
         return Resolved(f"{user}@{matches[0]}", matches[0], users[user])
 
 
-Commit = Callable[[Holdings[S, A]], None]
-
-
-def at_once(_: object) -> None:
-    """The commit of a change that nobody has to agree to."""
-
-
 class Holder(Generic[S, A]):
     """Holdings that change as a whole, one change at a time. Readers need no lock.
 
-    `commit` of a change is called with the holdings to come; where it raises, nothing has changed.
+    `commit` is called with the holdings to come; where it raises, nothing has changed.
     """
 
     def __init__(self) -> None:
+        self.commit: Callable[[Holdings[S, A]], None] | None = None
         self._held: Holdings[S, A] = Holdings()
         self._changing = threading.RLock()
 
@@ -164,7 +150,7 @@ class Holder(Generic[S, A]):
         """Name -> loaded adapter."""
         return dict(self._held.adapters)
 
-    def activate(self, bundle_id: str, *, commit: Commit[S, A] = at_once) -> str:
+    def activate(self, bundle_id: str) -> str:
         """Serve plain user names from this bundle from now on, "" from none; the one active before.
 
         Raises:
@@ -172,14 +158,15 @@ class Holder(Generic[S, A]):
         """
         with self._changing:
             previous = self.active
-            self._become(self._held.activate(bundle_id), commit)
+            self._become(self._held.activate(bundle_id))
             return previous
 
-    def remove(self, name: str, *, commit: Commit[S, A] = at_once) -> None:
+    def remove(self, name: str) -> None:
         """Forget an adapter; requests under way finish on it. AdapterError if it is not there."""
         with self._changing:
-            self._become(self._held.remove(name), commit)
+            self._become(self._held.remove(name))
 
-    def _become(self, held: Holdings[S, A], commit: Commit[S, A] = at_once) -> None:
-        commit(held)
+    def _become(self, held: Holdings[S, A]) -> None:
+        if self.commit is not None:
+            self.commit(held)
         self._held = held

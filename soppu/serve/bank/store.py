@@ -11,13 +11,14 @@ Which request gets which adapter is decided in `soppu.serve.bank.bank`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import shutil
 import threading
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Literal
+
+from pydantic import BaseModel, ValidationError
 
 from soppu import adapter as adapters
 from soppu import files
@@ -28,14 +29,24 @@ from soppu.serve.bank.holdings import Holdings, LoadedAdapter
 from soppu.serve.layers.factors import Slot
 
 
+class _Remembered(BaseModel, strict=True):
+    """What `state.json` holds."""
+
+    active: str
+    adapters: dict[str, str]  # name -> folder
+    base_hash: str
+    bundles: list[str]
+    format: Literal[1]
+
+
 class ServerState:
     """What one server holds. Every change reaches the disk before it is answered; one change at a time."""
 
-    def __init__(self, root: Path, bank: AdapterBank, *, lock: TextIO) -> None:
+    def __init__(self, root: Path, bank: AdapterBank) -> None:
         self.bank = bank
         self.incoming = root / "incoming"
         self._root = root
-        self._held = lock
+        self._lock = ExitStack()
         self._changing = threading.Lock()
 
     @classmethod
@@ -47,20 +58,23 @@ class ServerState:
             BundleError: a stored bundle is damaged.
             AdapterError: a stored adapter is damaged.
         """
-        root.mkdir(parents=True, exist_ok=True)
-        state = cls(root, bank, lock=_take(root / "lock"))
-        try:
+        state = cls(root, bank)
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(files.exclusive(root / "lock", wait=False))
+            except BlockingIOError:
+                raise TargetError(f"{root}: another server uses this state folder") from None
             shutil.rmtree(state.incoming, ignore_errors=True)
             state.incoming.mkdir()
             state._restore()
-        except BaseException:
-            state.close()
-            raise
+            bank.commit = state._write
+            state._lock = lock.pop_all()
         return state
 
     def close(self) -> None:
-        """Give the folder back."""
-        self._held.close()
+        """Give the folder back; changes of the bank are no longer written."""
+        self.bank.commit = None
+        self._lock.close()
 
     def add_bundle(self, source: Path, *, bundle_id: str) -> bool:
         """Copy a bundle file in and stage it. False if it was there already.
@@ -77,7 +91,7 @@ class ServerState:
                 shutil.copyfile(source, temporary)
             try:
                 bundle = Bundle.load(path, expected_hash=bundle_id)
-                self.bank.stage(bundle, bundle_id=bundle_id, commit=self._write)
+                self.bank.stage(bundle, bundle_id=bundle_id)
             except (BundleError, StorageError):
                 path.unlink(missing_ok=True)
                 raise
@@ -86,7 +100,7 @@ class ServerState:
     def activate(self, bundle_id: str) -> str:
         """Make a staged bundle active ("" for none); return the one that was. BundleError, StorageError."""
         with self._changing:
-            return self.bank.activate(bundle_id, commit=self._write)
+            return self.bank.activate(bundle_id)
 
     def drop_bundle(self, bundle_id: str) -> None:
         """Forget a bundle and delete its file.
@@ -96,7 +110,7 @@ class ServerState:
             StorageError: the disk refused it. The bundle is still served then.
         """
         with self._changing:
-            self.bank.drop(bundle_id, commit=self._write)
+            self.bank.drop(bundle_id)
             self._bundle_path(bundle_id).unlink(missing_ok=True)
 
     def add_adapter(self, name: str, folder: Path) -> None:
@@ -114,7 +128,7 @@ class ServerState:
                 return
             try:
                 adapters.write(adapter, path)
-                self.bank.add(name, adapter, commit=self._write)
+                self.bank.add(name, adapter)
             except (AdapterError, StorageError):
                 shutil.rmtree(path, ignore_errors=True)
                 raise
@@ -130,7 +144,7 @@ class ServerState:
         """
         with self._changing:
             loaded = self.bank.adapters().get(name)
-            self.bank.remove(name, commit=self._write)
+            self.bank.remove(name)
             assert loaded is not None  # else refused
             shutil.rmtree(self._adapter_path(name, loaded.content_hash))
 
@@ -138,37 +152,41 @@ class ServerState:
         return self._root / "bundles" / f"{bundle_id}.safetensors"
 
     def _adapter_path(self, name: str, content_hash: str) -> Path:
-        return (
-            self._root / "adapters" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{content_hash[:16]}"
-        )
+        key = hashlib.sha256(name.encode()).hexdigest()
+        return self._root / "adapters" / f"{key[:16]}-{content_hash[:16]}"
 
     def _write(self, held: Holdings[Slot, LoadedAdapter]) -> None:
         """Have the disk remember what is about to be served. StorageError."""
         folders = {name: self._adapter_path(name, a.content_hash).name for name, a in held.adapters.items()}
-        content = {
-            "format": 1,
-            "base_hash": self.bank.base.hash,
-            "active": held.active,
-            "bundles": sorted(held.bundles),
-            "adapters": folders,
-        }
-        files.write_text(self._root / "state.json", json.dumps(content, indent=2, sort_keys=True))
+        content = _Remembered(
+            active=held.active,
+            adapters=folders,
+            base_hash=self.bank.base.hash,
+            bundles=sorted(held.bundles),
+            format=1,
+        )
+        files.write_text(self._root / "state.json", content.model_dump_json(indent=2))
 
     def _restore(self) -> None:
         path = self._root / "state.json"
         if not path.exists():
             return
-        content = _read(path)
-        if content["base_hash"] != self.bank.base.hash:
+        try:
+            content = _Remembered.model_validate_json(path.read_bytes())
+        except ValidationError:
             raise TargetError(
-                f"{self._root}: holds adapters of base model {content['base_hash'][:12]},"
+                f"{path}: not a server state of format 1; move it away to start empty"
+            ) from None
+        if content.base_hash != self.bank.base.hash:
+            raise TargetError(
+                f"{self._root}: holds adapters of base model {content.base_hash[:12]},"
                 f" this server has {self.bank.base.hash[:12]}; give it a state folder of its own"
             )
-        for bundle_id in content["bundles"]:
+        for bundle_id in content.bundles:
             bundle = Bundle.load(self._bundle_path(bundle_id), expected_hash=bundle_id)
             self.bank.stage(bundle, bundle_id=bundle_id)
-        self.bank.activate(content["active"])
-        for name, key in content["adapters"].items():
+        self.bank.activate(content.active)
+        for name, key in content.adapters.items():
             adapter = adapters.read(self._root / "adapters" / key)
             if (expected := self._adapter_path(name, adapter.content_hash()).name) != key:
                 raise AdapterError(
@@ -176,23 +194,3 @@ class ServerState:
                     f" {name!r}; move the state folder away to start empty"
                 )
             self.bank.add(name, adapter)
-
-
-def _take(path: Path) -> TextIO:
-    stream = path.open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise TargetError(f"{path.parent}: another server uses this state folder") from None
-    return stream
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] == 1 and {"base_hash", "active", "bundles", "adapters"} <= content.keys():
-            return dict(content)
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise TargetError(f"{path}: not a server state of format 1; move it away to start empty")

@@ -7,7 +7,6 @@ transformers' own code for all others. Both choose the same greedy tokens.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -32,22 +31,14 @@ class Decoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class CacheSize:
-    """Rows a decoder may hold at once, and the longest one."""
-
-    rows: int
-    limit: int
-
-
-def make_decoder(model: PreTrainedModel, router: Router, size: CacheSize) -> Decoder:
+def make_decoder(model: PreTrainedModel, router: Router, cache: KVCache) -> Decoder:
     """The fastest decoder that runs this model; the log says why it is the slower one.
 
     Raises:
         UnsupportedModel: neither runs it.
     """
-    why = obstacle(model, limit=size.limit)
+    why = obstacle(model, limit=cache.limit)
     if not why:
-        return LlamaDecoder(model, KVCache(size.rows, size.limit))
+        return LlamaDecoder(model, cache)
     _LOG.info("transformers' own forward is used, which is slower: %s", why)
-    return GeneralDecoder(model, router, KVCache(size.rows, size.limit))
+    return GeneralDecoder(model, router, cache)

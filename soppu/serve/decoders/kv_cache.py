@@ -14,19 +14,12 @@ _FIRST_LENGTH = 256
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one forward runs: T tokens each of b rows.
+    """What one forward runs: T tokens each of b rows."""
 
-    Attributes:
-        ids: (b, T) int64; a row with fewer tokens than T is padded at its end.
-        rows: b different rows of the cache, ascending.
-        starts: how many tokens of each row the cache holds already.
-        counts: how many of the T tokens are the row's own.
-    """
-
-    ids: Tensor
-    rows: Sequence[int]
-    starts: Sequence[int]
-    counts: Sequence[int]
+    ids: Tensor  # (b, T) int64; a row with fewer tokens than T is padded at its end
+    rows: Sequence[int]  # b different rows of the cache, ascending
+    starts: Sequence[int]  # how many tokens of each row the cache holds already
+    counts: Sequence[int]  # how many of the T tokens are the row's own
 
     @property
     def fresh(self) -> bool:
@@ -60,11 +53,9 @@ class Step:
         return self.ids.shape[1] if self.fresh else max(self.starts) + self.ids.shape[1]
 
     def mask(self, dtype: torch.dtype, *, window: int = 0) -> Tensor:
-        """(b, T, seen), 0 where a token may attend and the smallest number where not.
+        """(b, T, seen) to add to scores: 0 where a token may attend, the smallest `dtype` has where not.
 
-        Args:
-            dtype: of the scores it is added to.
-            window: a token sees itself and the window - 1 before it; 0 lets it see all.
+        A token sees itself and the `window` - 1 before it; with 0 it sees all.
         """
         keys = torch.arange(self.seen, device=self.ids.device)
         distance = self.positions[:, :, None] - keys

@@ -24,7 +24,16 @@ class GeneralDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, router: Router, cache: KVCache) -> None:
-        check(model)
+        config = model.config
+        if odd := sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYERS)):
+            raise UnsupportedModel(
+                f"{config.model_type}: layers of type {odd[0]}; served are {', '.join(_LAYERS)}"
+            )
+        placed = model._can_compile_fullgraph and not getattr(config, "alibi", False)
+        if not placed or config.model_type == "bloom":
+            raise UnsupportedModel(
+                f"{config.model_type}: it does not run over a static cache with positions row by row"
+            )
         self.cache = cache
         self._model = model
         self._router = router
@@ -81,16 +90,3 @@ class _Slots(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this forward, of the longest row."""
         return max(self._step.starts)
-
-
-def check(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModel where a layer keeps a state other than keys and values."""
-    config = model.config
-    if odd := sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYERS)):
-        raise UnsupportedModel(
-            f"{config.model_type}: layers of type {odd[0]}; served are {', '.join(_LAYERS)}"
-        )
-    if not model._can_compile_fullgraph or getattr(config, "alibi", False) or config.model_type == "bloom":
-        raise UnsupportedModel(
-            f"{config.model_type}: it does not run over a static cache with positions row by row"
-        )

@@ -23,19 +23,6 @@ from soppu.serve.refusals import failed
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class BatchSize:
-    """How much a batch does at once.
-
-    Attributes:
-        rows: requests under way.
-        prefill: prompt tokens read in one step, which bounds how long decoding rows wait.
-    """
-
-    rows: int
-    prefill: int
-
-
 @dataclass(eq=False)
 class _Row:
     """A request, the `number`-th to arrive, and its place in the cache, which holds `held` of its ids."""
@@ -50,22 +37,17 @@ class _Row:
         """Ids not yet in the cache; 1 where the prompt is read and only the next token is needed."""
         return len(self.generation.ids) - self.held
 
-    @property
-    def done(self) -> bool:
-        return self.generation.done
-
 
 class Batch:
-    """The running rows of one decoder. One thread calls `join` and `step`.
+    """The running rows of one decoder, at most as many as its cache has. One thread calls `join` and `step`.
 
-    Attributes:
-        failures: forwards that have failed in a row.
+    A step reads at most `prefill` prompt tokens, which bounds how long decoding rows wait.
     """
 
-    def __init__(self, decoder: Decoder, size: BatchSize, *, device: torch.device) -> None:
-        self.failures = 0
+    def __init__(self, decoder: Decoder, *, prefill: int, device: torch.device) -> None:
+        self.failures = 0  # forwards that have failed in a row
         self._decoder = decoder
-        self._size = size
+        self._prefill = prefill
         self._device = device
         self._joined = 0
         self._rows: list[_Row] = []  # by place
@@ -78,12 +60,11 @@ class Batch:
     @property
     def free(self) -> int:
         """Rows that may join now."""
-        return self._size.rows - len(self._rows)
+        return self._decoder.cache.rows - len(self._rows)
 
     def join(self, generation: Generation) -> None:
         """Give a request the first free place; it takes part from the next step on."""
-        taken = {row.place for row in self._rows}
-        place = next(place for place in range(self._size.rows) if place not in taken)
+        place = min(set(range(self._decoder.cache.rows)).difference(row.place for row in self._rows))
         self._joined += 1
         self._rows.append(_Row(generation, place, self._joined))
         self._rows.sort(key=lambda row: row.place)
@@ -105,9 +86,9 @@ class Batch:
         """Remove the rows that are finished or cancelled; their places are free at once."""
         for row in self._rows:
             # its prompt is half read: whether its numbers are finite is not known yet
-            if row.done and row.held and row.missing > 1:
+            if row.generation.done and row.held and row.missing > 1:
                 self._decoder.cache.clear(row.place)
-        self._rows = [row for row in self._rows if not row.done]
+        self._rows = [row for row in self._rows if not row.generation.done]
         if not self._rows:
             self._routed = ([], Routing([]))  # which holds the tensors of a bundle version
 
@@ -121,18 +102,18 @@ class Batch:
         """The rows whose prompts are read next: the longest-waiting, and those that fit beside it, padded."""
         unread = [row for row in self._rows if row.missing > 1 or not row.held]
         unread.sort(key=lambda row: (not row.held, row.number))
-        if not unread or unread[0].held or unread[0].missing > self._size.prefill:
+        if not unread or unread[0].held or unread[0].missing > self._prefill:
             return unread[:1]
         chosen: list[_Row] = []
         for row in unread:
             width = max(other.missing for other in [*chosen, row])
-            if width * (len(chosen) + 1) > self._size.prefill:
+            if width * (len(chosen) + 1) > self._prefill:
                 break
             chosen.append(row)
         return sorted(chosen, key=lambda row: row.place)
 
     def _read(self, rows: list[_Row]) -> None:
-        counts = [min(row.missing, self._size.prefill) for row in rows]
+        counts = [min(row.missing, self._prefill) for row in rows]
         ids = [
             row.generation.ids[row.held : row.held + count] for row, count in zip(rows, counts, strict=True)
         ]
@@ -166,7 +147,7 @@ class Batch:
             if not math.isfinite(logprob):
                 row.generation.fail(_not_finite(row.generation))
                 self._decoder.cache.clear(row.place)
-            elif not row.done:  # cancelled during the forward, or failed at its choice
+            elif not row.generation.done:  # cancelled during the forward, or failed at its choice
                 row.generation.push(token, logprob)
 
     def _forward(self, rows: list[_Row], work: Callable[[list[_Row]], None]) -> None:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soppu.errors import ConfigError
 from soppu.serve.bank.bank import AdapterBank
-from soppu.serve.decoders.decoder import CacheSize, make_decoder
-from soppu.serve.engine.batch import Batch, BatchSize
+from soppu.serve.decoders.decoder import make_decoder
+from soppu.serve.decoders.kv_cache import KVCache
+from soppu.serve.engine.batch import Batch
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
 from soppu.serve.refusals import incomplete, invalid, overloaded
 
@@ -23,23 +24,14 @@ _UNHEALTHY_AFTER = 3
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Limits of an engine.
+    """Limits of an engine; the model's own limits of tokens may be lower."""
 
-    Attributes:
-        max_batch: rows decoded together.
-        max_queue: requests that may wait; one more is refused with 429.
-        max_input_tokens: longest prompt; the model's own limit may be lower.
-        max_total_tokens: prompt and answer together; the model's own limit may be lower.
-        prefill_tokens: prompt tokens read in one step, which bounds how long decoding rows wait.
-        gather_seconds: how long an idle engine waits for more requests after the first.
-    """
-
-    max_batch: int = 32
-    max_queue: int = 128
-    max_input_tokens: int = 1024
-    max_total_tokens: int = 2048
-    prefill_tokens: int = 256
-    gather_seconds: float = 0.002
+    max_batch: int = 32  # rows decoded together
+    max_queue: int = 128  # requests that may wait; one more is refused with 429
+    max_input_tokens: int = 1024  # longest prompt
+    max_total_tokens: int = 2048  # prompt and answer together
+    prefill_tokens: int = 256  # prompt tokens read in one step, which bounds how long decoding rows wait
+    gather_seconds: float = 0.002  # how long an idle engine waits for more requests after the first
 
     def __post_init__(self) -> None:
         """Refuse limits that no request could meet. Raises ConfigError."""
@@ -65,9 +57,8 @@ class Engine:
         self.max_total_tokens = min(options.max_total_tokens, positions)
         self.max_input_tokens = min(options.max_input_tokens, self.max_total_tokens - 1)
         self._vocabulary = vocabulary(model, tokenizer)
-        decoder = make_decoder(model, bank.router, CacheSize(options.max_batch, self.max_total_tokens))
-        size = BatchSize(options.max_batch, options.prefill_tokens)
-        self._batch = Batch(decoder, size, device=model.device)
+        decoder = make_decoder(model, bank.router, KVCache(options.max_batch, self.max_total_tokens))
+        self._batch = Batch(decoder, prefill=options.prefill_tokens, device=model.device)
         self._waiting: deque[Generation] = deque()
         self._condition = threading.Condition()
         self._tokenizing = threading.Lock()
@@ -118,9 +109,8 @@ class Engine:
     def submit(self, request: GenerationRequest, *, sink: Sink | None = None) -> Generation:
         """Queue a request; its adapter is resolved now.
 
-        Args:
-            sink: called from the engine's thread with every token, or with the error; by default the events
-                wait in the returned generation.
+        `sink` is called from the engine's thread with every token, or with the error; by default these wait
+        in the generation.
 
         Raises:
             RequestError: 422 prompt too long, 424 adapter not served, 429 queue full, 500 engine closed.
@@ -131,8 +121,7 @@ class Engine:
         with self._condition:
             if self._closed:
                 raise incomplete()
-            if len(self._waiting) >= self.options.max_queue:
-                self._purge()
+            self._purge()
             if len(self._waiting) >= self.options.max_queue:
                 raise overloaded()
             self._waiting.append(generation)
@@ -200,8 +189,7 @@ class Engine:
 
     def _purge(self) -> None:
         """Drop requests cancelled while they waited. The condition is held."""
-        if any(row.done for row in self._waiting):
-            self._waiting = deque(row for row in self._waiting if not row.done)
+        self._waiting = deque(row for row in self._waiting if not row.done)
 
 
 def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

@@ -15,31 +15,22 @@ from transformers import PreTrainedTokenizerBase
 
 from soppu.errors import RequestError
 from soppu.serve.bank.bank import Resolved
-from soppu.serve.engine.detokenizer import Detokenizer
 from soppu.serve.engine.sampling import Sampler, Sampling
 
 _LOG = logging.getLogger(__name__)
+_INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to generate.
+    """What to generate."""
 
-    Attributes:
-        inputs: the prompt, not empty.
-        adapter_id: see `AdapterBank.resolve`; "" is the base model.
-        max_new_tokens: None generates up to the server's limit.
-        stop: the text ends with the first of these that appears in it.
-        truncate: keep only the last so many tokens of the prompt; None keeps all.
-        ignore_eos: go on after the end-of-text token.
-    """
-
-    inputs: str
-    adapter_id: str = ""
-    max_new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    truncate: int | None = None
-    ignore_eos: bool = False
+    inputs: str  # the prompt, not empty
+    adapter_id: str = ""  # see `AdapterBank.resolve`; "" is the base model
+    max_new_tokens: int | None = None  # None generates up to the server's limit
+    stop: tuple[str, ...] = ()  # the text ends with the first of these that appears in it
+    truncate: int | None = None  # keep only the last so many tokens of the prompt; None keeps all
+    ignore_eos: bool = False  # go on after the end-of-text token
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -54,16 +45,13 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of a generation. Times are seconds; `first` and `total` count from the submission.
+    """The end of a generation. Times are seconds; `first` and `total` count from the submission."""
 
-    `reason` is "eos_token", "stop_sequence" or "length". `seed` is None where nothing was drawn.
-    """
-
-    reason: str
+    reason: str  # "eos_token", "stop_sequence" or "length"
     text: str
     prompt_tokens: int
     generated_tokens: int
-    seed: int | None
+    seed: int | None  # None where nothing was drawn
     queued: float
     first: float
     total: float
@@ -71,19 +59,13 @@ class Finish:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token.
-
-    Attributes:
-        text: what this token adds to the text; a special token's own spelling, which is not part of the text.
-        logprob: natural logarithm of the model's own probability, before penalty, temperature and cuts.
-        finish: set on the last token only.
-    """
+    """One generated token."""
 
     id: int
-    text: str
-    logprob: float
+    text: str  # what it adds to the text; a special token's own spelling, which is not part of the text
+    logprob: float  # natural logarithm of the model's own probability, before penalty, temperature and cuts
     special: bool
-    finish: Finish | None = None
+    finish: Finish | None = None  # set on the last token only
 
 
 Event = TokenEvent | RequestError
@@ -98,6 +80,44 @@ class Job:
     resolved: Resolved
     prompt: tuple[int, ...]
     limit: int
+
+
+class Detokenizer:
+    """Token ids to text deltas that concatenate to the decoded text. Not for stop sequences.
+
+    A byte-level token may end inside a character: those bytes are held back until the character is whole, or
+    until `flush`. Only a short window is decoded for each token, so a text of n tokens costs O(n).
+    Only for invalid UTF-8 from SentencePiece's byte tokens may the deltas differ from the decoded whole: its
+    decoder takes back bytes. tokenizers' `DecodeStream` raises there and cannot be flushed, hence this class.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # first token of the window
+        self._settled = 0  # first token whose text is not entirely out
+        self._shown = 0  # characters of the window's text that are out
+
+    def push(self, token_id: int) -> str:
+        """The text this token completes, often "" in the middle of a character."""
+        self._ids.append(token_id)
+        window = self._decode(self._ids[self._start :])
+        whole = window.rstrip(_INCOMPLETE)
+        delta = whole[self._shown :]
+        self._shown = max(self._shown, len(whole))
+        if delta and whole == window:  # a token without text gives the next one no context
+            self._start, self._settled = self._settled, len(self._ids)
+            self._shown = len(self._decode(self._ids[self._start :]))
+        return delta
+
+    def flush(self) -> str:
+        """What was held back, as replacement characters: call once, at the end."""
+        return self._decode(self._ids[self._start :])[self._shown :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
 
 class Generation:
@@ -150,7 +170,7 @@ class Generation:
         if reason in ("eos_token", "length"):
             delta += self._detokenizer.flush()
         if reason == "stop_sequence":
-            delta = self._cut(delta)
+            delta = delta[: self._stop_end(delta) - len(self._text)]
         self._text += delta
         special = token_id in self._vocabulary.special
         text = self._vocabulary.tokenizer.decode([token_id]) if special else delta
@@ -176,23 +196,15 @@ class Generation:
         request = self.job.request
         if token_id in self._vocabulary.eos and not request.ignore_eos:
             return "eos_token"
-        if self._stop_end(delta) is not None:
+        if self._stop_end(delta):
             return "stop_sequence"
         return "length" if len(self.ids) - len(self.job.prompt) >= self.job.limit else ""
 
-    def _stop_end(self, delta: str) -> int | None:
-        """Where the first stop sequence that `delta` completes ends, in the text with `delta`."""
-        text = self._text + delta
-        ends = []
-        for stop in self.job.request.stop:
-            start = text.find(stop, max(0, len(self._text) - len(stop) + 1))
-            if start >= 0:
-                ends.append(start + len(stop))
-        return min(ends, default=None)
-
-    def _cut(self, delta: str) -> str:
-        end = self._stop_end(delta)
-        return delta[: end - len(self._text)] if end is not None else delta
+    def _stop_end(self, delta: str) -> int:
+        """Where the first stop sequence that `delta` completes ends, in the text with `delta`; 0 for none."""
+        text, old = self._text + delta, len(self._text)
+        starts = {stop: text.find(stop, max(0, old - len(stop) + 1)) for stop in self.job.request.stop}
+        return min((start + len(stop) for stop, start in starts.items() if start >= 0), default=0)
 
     def _finish(self, reason: str) -> Finish:
         return Finish(

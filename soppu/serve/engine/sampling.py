@@ -19,23 +19,14 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of a request, already validated.
+    """Sampling parameters of a request, already validated."""
 
-    Attributes:
-        do_sample: False takes the likeliest token (after the repetition penalty).
-        temperature: > 0, divides the logits.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches p, 0 < p <= 1.
-        repetition_penalty: > 0; 1 is off. Prompt and generated tokens count (arXiv:1909.05858).
-        seed: None draws one.
-    """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    do_sample: bool = False  # False takes the likeliest token (after the repetition penalty)
+    temperature: float = 1.0  # > 0, divides the logits
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches p, 0 < p <= 1
+    repetition_penalty: float = 1.0  # > 0; 1 is off. Prompt and generated tokens count (arXiv:1909.05858)
+    seed: int | None = None  # None draws one
 
 
 class Sampler:
@@ -56,12 +47,7 @@ class Sampler:
         return not self.sampling.do_sample and self.sampling.repetition_penalty == 1.0
 
     def choose(self, logits: Tensor, ids: Sequence[int]) -> int:
-        """The next token id. O(v log v).
-
-        Args:
-            logits: (vocabulary,) fp32, on the CPU.
-            ids: prompt and generated tokens so far.
-        """
+        """The next token id for `logits` (v,), fp32 on the CPU, after the tokens `ids`. O(v log v)."""
         scores: Tensor = self._process(torch.LongTensor([ids]), logits[None])[0]
         if not self.sampling.do_sample:
             return int(scores.argmax())

@@ -27,29 +27,17 @@ class Layers:
 
 @dataclass(frozen=True, eq=False)
 class SharedChange:
-    """What m rows of one cluster of one bundle add at M modules that share an input.
+    """What m rows of one cluster of one bundle add at M modules that share an input."""
 
-    Attributes:
-        rows: (m,) their places in the batch; None where they are all of it.
-        bases: of the modules.
-        P: (m, M, k_out, c) cores of the rows, or their left factors; contiguous.
-        Q: (m, M, c, k_in) right factors or None.
-    """
-
-    rows: Tensor | None
-    bases: Bases
-    P: Tensor
-    Q: Tensor | None
+    rows: Tensor | None  # (m,) their places in the batch; None where they are all of it
+    bases: Bases  # of the modules
+    P: Tensor  # (m, M, k_out, c) cores of the rows, or their left factors; contiguous
+    Q: Tensor | None  # (m, M, c, k_in) right factors
 
     def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
-        """Add x V Q^T P^T U^T to the outputs.
+        """Add x V Q^T P^T U^T, x (b tokens, i), to the layers' outputs y (b tokens, o), in place.
 
         O(m tokens (i k_in + c (k_in + k_out) + o k_out)) a module.
-
-        Args:
-            x: (b tokens, i) input of the layers.
-            y: (b tokens, o) outputs of all of them, changed in place.
-            tokens: of every row.
         """
         t = self.bases.V(_pick(x, self.rows, tokens))
         m, M = self.P.shape[:2]

@@ -20,65 +20,41 @@ class Stack:
     """The cores of m users at M modules in one tensor, so that a batch's are gathered once for all of them.
 
     The modules have cores of one shape, and their users are in the same places.
-
-    Attributes:
-        P: (M, m, k_out, c), see `SharedFactors`.
-        Q: (M, m, c, k_in) or None.
-        bases: of modules of this stack that share an input; filled by `Routing`.
     """
 
-    P: Tensor
-    Q: Tensor | None
+    P: Tensor  # (M, m, k_out, c), see `SharedFactors`
+    Q: Tensor | None  # (M, m, c, k_in)
+    # of modules of this stack that share an input; filled by `Routing`
     bases: dict[tuple[object, ...], Bases] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Bases:
-    """The bases of M modules that share an input, as two products.
+    """The bases of M modules that share an input, as two products."""
 
-    Attributes:
-        V: input (m, i) -> (m, M k_in).
-        U: (m, M k_out) -> (m, o) outputs of all layers of that input, 0 where no module is theirs.
-    """
-
-    V: PackedLinear
-    U: PackedLinear
+    V: PackedLinear  # input (m, i) -> (m, M k_in)
+    U: PackedLinear  # (m, M k_out) -> (m, o) outputs of all layers of that input, 0 where no module is theirs
 
 
 @dataclass(frozen=True, eq=False)
 class SharedFactors:
-    """What m users of one cluster change at one module: D = U P_m Q_m V^T, norms and gains folded into P.
+    """What m users of one cluster change at one module: D = U P_m Q_m V^T, norms and gains folded into P."""
 
-    Attributes:
-        U: (o, k_out) output basis of the cluster.
-        V: (i, k_in) input basis of the cluster.
-        P: (m, k_out, c) left core factors; the full cores (m, k_out, k_in) where Q is None.
-        Q: (m, c, k_in) right core factors, or None.
-        stack: what P and Q are a part of; None where they stand alone.
-        number: their place in it.
-    """
-
-    U: Tensor
-    V: Tensor
-    P: Tensor
-    Q: Tensor | None
-    stack: Stack | None = None
-    number: int = 0
+    U: Tensor  # (o, k_out) output basis of the cluster
+    V: Tensor  # (i, k_in) input basis of the cluster
+    P: Tensor  # (m, k_out, c) left core factors; the full cores (m, k_out, k_in) where Q is None
+    Q: Tensor | None  # (m, c, k_in) right core factors
+    stack: Stack | None = None  # what P and Q are a part of; None where they stand alone
+    number: int = 0  # their place in it
 
 
 @dataclass(frozen=True, eq=False)
 class OwnRows:
-    """The LoRA pairs of a bundle's users at one module, all users' ranks in one tensor.
+    """The LoRA pairs of a bundle's users at one module, all users' ranks in one tensor."""
 
-    Attributes:
-        A: (w, i) rows of all A.
-        B: (w, o) columns of all B, as rows.
-        starts: (n + 1,) int64; user n has the rows from starts[n] up to, not including, starts[n + 1].
-    """
-
-    A: Tensor
-    B: Tensor
-    starts: Tensor
+    A: Tensor  # (w, i) rows of all A
+    B: Tensor  # (w, o) columns of all B, as rows
+    starts: Tensor  # (n + 1,) int64; user n has the rows from starts[n] up to, not including, starts[n + 1]
 
     def pair(self, index: int) -> LoraPair | None:
         """One user's pair, without a copy; None where the user has none here."""
@@ -88,17 +64,11 @@ class OwnRows:
 
 @dataclass(frozen=True, eq=False)
 class ModuleFactors:
-    """Everything the n users of a bundle change at one module.
+    """Everything the n users of a bundle change at one module."""
 
-    Attributes:
-        shared: cluster -> its bases and cores, for the clusters that serve a user here.
-        place: (n,) int64 place of every user in the cores of the user's cluster; -1 where there is none.
-        own: pairs of the users who have numbers of their own here; None where nobody has.
-    """
-
-    shared: Mapping[int, SharedFactors]
-    place: Tensor
-    own: OwnRows | None
+    shared: Mapping[int, SharedFactors]  # cluster -> its bases and cores, where it serves a user here
+    place: Tensor  # (n,) int64 place of every user in the cores of the user's cluster; -1 where there is none
+    own: OwnRows | None  # pairs of the users who have numbers of their own here; None where nobody has
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from soppu.adapter import LoraPair
 from soppu.serve.layers.deltas import Change, Layers, PairChange, SharedChange
@@ -53,12 +54,9 @@ class Routing:
         return self._changes[layers]
 
     def apply(self, layers: Layers, x: Tensor, y: Tensor) -> None:
-        """Add the changes of layers to their outputs, in place; rows of the base stay.
+        """Add the changes of layers to their outputs y (b T, o), in place; rows of the base stay.
 
-        Args:
-            layers: those whose input is x.
-            x: (b T, i), b the rows of this routing, every row's T tokens together.
-            y: (b T, o) the outputs of all of them.
+        Their input x is (b T, i), b the rows of this routing, every row's T tokens together.
         """
         for change in self.changes(layers):
             change.add(x, y, x.shape[0] // self.rows)
@@ -130,15 +128,8 @@ class Routing:
     def _pair_change(self, columns: slice, members: list[tuple[int, LoraPair]]) -> PairChange:
         pairs = [pair for _, pair in members]
         rows = None if len(pairs) == self.rows else _index([row for row, _ in members], pairs[0].A)
-        rank = max(pair.rank for pair in pairs)
-        if all(pair.rank == rank for pair in pairs):
-            A, B = torch.stack([pair.A for pair in pairs]), torch.stack([pair.B for pair in pairs])
-            return PairChange(rows, columns, A=A, B=B)
-        A = pairs[0].A.new_zeros(len(pairs), rank, pairs[0].A.shape[1])
-        B = pairs[0].B.new_zeros(len(pairs), pairs[0].B.shape[0], rank)
-        for position, pair in enumerate(pairs):
-            A[position, : pair.rank] = pair.A
-            B[position, :, : pair.rank] = pair.B
+        A = pad_sequence([pair.A for pair in pairs], batch_first=True)
+        B = pad_sequence([pair.B.mT for pair in pairs], batch_first=True).mT
         return PairChange(rows, columns, A=A, B=B)
 
     def _rows(self, here: Places, like: Tensor) -> Tensor | None:

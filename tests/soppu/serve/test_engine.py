@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from soppu.errors import RequestError
 from soppu.federation.emulator import SUPPORTED
 from soppu.serve.bank.bank import AdapterBank
-from soppu.serve.engine.detokenizer import Detokenizer
 from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.serve.engine.generation import GenerationRequest, TokenEvent
+from soppu.serve.engine.generation import Detokenizer, GenerationRequest, TokenEvent
 from soppu.serve.engine.sampling import Sampler, Sampling, processors
 from tests.soppu.serve import tiny
 

@@ -18,8 +18,8 @@ from soppu.compress import CompressOptions, compress
 from soppu.compress.bundle.bundle import Bundle
 from soppu.models import linear_shapes
 from soppu.serve.bank.bank import AdapterBank
-from soppu.serve.decoders.decoder import CacheSize, make_decoder
-from soppu.serve.decoders.kv_cache import Step
+from soppu.serve.decoders.decoder import make_decoder
+from soppu.serve.decoders.kv_cache import KVCache, Step
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import GenerationRequest
 from soppu.serve.layers.routing import Routing
@@ -82,7 +82,7 @@ def served_logits(
 ) -> Tensor:
     """Logits (adapters, v) after `ids`, one row for each adapter, in one batch."""
     b = len(adapters)
-    decoder = make_decoder(model, bank.router, CacheSize(rows=b, limit=len(ids)))
+    decoder = make_decoder(model, bank.router, KVCache(rows=b, limit=len(ids)))
     step = Step(torch.tensor([ids] * b), range(b), starts=[0] * b, counts=[len(ids)] * b)
     return decoder.forward(step, Routing([bank.resolve(adapter).where for adapter in adapters]))
 

@@ -343,9 +343,11 @@ def test_a_state_folder_is_one_servers_and_one_bases(start: Start, shared: Bundl
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleError, match="SHA-256"):
         ServerState.open(tmp_path / "state", bank)
-    (tmp_path / "state" / "state.json").write_text("[]")
-    with pytest.raises(TargetError, match="not a server state"):
-        ServerState.open(tmp_path / "state", bank)
+    whole = json.loads((tmp_path / "state" / "state.json").read_text())
+    for damaged in ("[]", "{", json.dumps(whole | {"format": 2}), json.dumps(whole | {"bundles": 5})):
+        (tmp_path / "state" / "state.json").write_text(damaged)
+        with pytest.raises(TargetError, match="not a server state of format 1; move it away to start empty"):
+            ServerState.open(tmp_path / "state", bank)
 
 
 def test_a_stored_adapter_that_is_not_the_one_that_was_put_is_refused_at_the_start(

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from soppu.models import DTYPES
-from soppu.serve.decoders.dtype import fastest_dtype
-from soppu.serve.layers.packed_linear import PackedLinear, can_pack
+from soppu.serve.layers.packed_linear import PackedLinear, can_pack, fastest_dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

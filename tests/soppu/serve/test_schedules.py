@@ -16,11 +16,11 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.errors import ConfigError
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.decoders import decoder as decoders
-from soppu.serve.decoders.decoder import CacheSize, make_decoder
+from soppu.serve.decoders.decoder import make_decoder
 from soppu.serve.decoders.kv_cache import KVCache
 from soppu.serve.decoders.llama import LlamaDecoder
 from soppu.serve.decoders.transformers_decoder import GeneralDecoder
-from soppu.serve.engine.batch import Batch, BatchSize
+from soppu.serve.engine.batch import Batch
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Vocabulary
 from tests.soppu.serve import tiny
@@ -76,8 +76,7 @@ class House:
         return ids
 
 
-def make(house: House, kind: str, size: CacheSize) -> LlamaDecoder | GeneralDecoder:
-    cache = KVCache(size.rows, size.limit)
+def make(house: House, kind: str, cache: KVCache) -> LlamaDecoder | GeneralDecoder:
     if kind == "general":
         return GeneralDecoder(house.model, house.bank.router, cache)
     return LlamaDecoder(house.model, cache)
@@ -98,8 +97,8 @@ def test_any_schedule_gives_every_row_its_own_greedy_tokens(
         chance = random.Random(seed)
         rows = chance.randint(1, 5)
         batch = Batch(
-            make(house, kind, CacheSize(rows, 128)),
-            BatchSize(rows, prefill=chance.choice([3, 16, 64])),
+            make(house, kind, KVCache(rows, 128)),
+            prefill=chance.choice([3, 16, 64]),
             device=torch.device("cpu"),
         )
         waiting = [
@@ -126,9 +125,7 @@ def test_any_schedule_gives_every_row_its_own_greedy_tokens(
 
 def test_a_row_that_joins_gets_its_first_token_while_the_others_go_on() -> None:
     house = House.of("llama")
-    batch = Batch(
-        make(house, "lean", CacheSize(2, 128)), BatchSize(2, prefill=64), device=torch.device("cpu")
-    )
+    batch = Batch(make(house, "lean", KVCache(2, 128)), prefill=64, device=torch.device("cpu"))
     first, second = (house.generation("", [5, 6, 7], 40) for _ in range(2))
     batch.join(first)
     for _ in range(4):
@@ -144,9 +141,7 @@ def test_a_row_that_joins_gets_its_first_token_while_the_others_go_on() -> None:
 
 def test_a_long_prompt_is_read_in_parts_between_the_tokens_of_the_others() -> None:
     house = House.of("llama")
-    batch = Batch(
-        make(house, "lean", CacheSize(2, 128)), BatchSize(2, prefill=10), device=torch.device("cpu")
-    )
+    batch = Batch(make(house, "lean", KVCache(2, 128)), prefill=10, device=torch.device("cpu"))
     short, long = house.generation("", [5], 60), house.generation("plain", list(range(2, 57)), 3)
     batch.join(short)
     batch.step()
@@ -166,9 +161,7 @@ def test_a_slot_left_by_a_row_with_numbers_that_are_not_finite_is_clean_for_the_
     slot = house.bank.resolve("bad").where
     for pair in slot.pairs.values():  # type: ignore[union-attr]
         pair.B.fill_(float("nan"))
-    batch = Batch(
-        make(house, "lean", CacheSize(2, 128)), BatchSize(2, prefill=64), device=torch.device("cpu")
-    )
+    batch = Batch(make(house, "lean", KVCache(2, 128)), prefill=64, device=torch.device("cpu"))
     bad, good = house.generation("bad", list(range(9, 29)), 5), house.generation("", [5, 6], 12)
     batch.join(bad)
     batch.step()
@@ -186,8 +179,8 @@ def test_a_slot_left_by_a_row_with_numbers_that_are_not_finite_is_clean_for_the_
 
 def test_the_cache_is_not_copied_when_rows_come_and_go() -> None:
     house = House.of("llama")
-    lean = make(house, "lean", CacheSize(3, 128))
-    batch = Batch(lean, BatchSize(3, prefill=64), device=torch.device("cpu"))
+    lean = make(house, "lean", KVCache(3, 128))
+    batch = Batch(lean, prefill=64, device=torch.device("cpu"))
     batch.join(house.generation("", [5], 2))
     batch.step()
     places = [layer.data_ptr() for layer in lean.cache.layers.values()]
@@ -199,14 +192,14 @@ def test_the_cache_is_not_copied_when_rows_come_and_go() -> None:
 
 
 def test_each_family_gets_the_decoder_that_can_run_it() -> None:
-    size = CacheSize(2, 64)
+    cache = KVCache(2, 64)
     kinds = {
-        family: type(make_decoder(tiny.model(family), None, size)) for family in ("llama", "qwen3", "gpt2")
+        family: type(make_decoder(tiny.model(family), None, cache)) for family in ("llama", "qwen3", "gpt2")
     }  # type: ignore[arg-type]
     assert kinds == {"llama": LlamaDecoder, "qwen3": LlamaDecoder, "gpt2": GeneralDecoder}
     narrow = tiny.model("mistral")
     narrow.config.sliding_window = 16
-    assert isinstance(make_decoder(narrow, None, size), GeneralDecoder)  # type: ignore[arg-type]
+    assert isinstance(make_decoder(narrow, None, cache), GeneralDecoder)  # type: ignore[arg-type]
     assert "below the 64 tokens" in decoders.obstacle(narrow, limit=64)
 
 

@@ -32,7 +32,8 @@ def test_only_inputs_are_needed() -> None:
     assert parsed.generation.adapter_id == ""
     assert parsed.generation.max_new_tokens is None
     assert parsed.generation.sampling == Sampling()
-    assert (parsed.details, parsed.full_text, parsed.stream) == (False, False, False)
+    asked = parsed.parameters
+    assert (asked.details, asked.return_full_text, parsed.stream) == (False, False, False)
 
 
 def test_what_the_lorax_client_sends_is_accepted() -> None:
@@ -64,7 +65,7 @@ def test_what_the_lorax_client_sends_is_accepted() -> None:
         stream=True,
     )
     assert parsed.generation.adapter_id == "u/1"
-    assert parsed.details and parsed.stream and parsed.adapter_source == "local"
+    assert parsed.parameters.details and parsed.stream and parsed.parameters.adapter_source == "local"
 
 
 def test_unknown_keys_are_ignored_and_a_route_may_fix_the_stream_flag() -> None:
@@ -163,7 +164,7 @@ def test_an_unknown_adapter_source_is_a_424_as_in_lorax() -> None:
     error = refused({"adapter_id": "a", "adapter_source": "ftp"})
     assert (error.status, error.error_type) == (424, "generation")
     assert "Invalid source 'ftp'" in str(error)
-    assert parse({"adapter_source": "HUB"}).adapter_source == "hub"
+    assert parse({"adapter_source": "HUB"}).parameters.adapter_source == "hub"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Engine:
 
 
 class Control:
-    """One server's bundles and adapters; one change at a time. Implements `soppu.serve.bank.protocol.Served`.
+    """One server's bundles and adapters; one change at a time. Implements `soppu.serve.api.admin.Served`.
 
     Args:
         base_hash: of the model that is served; `base_model` is the name it was loaded by.
