@@ -142,7 +142,9 @@ def second_moments(
     layers = _layers(model, modules)
     if not blocks:
         raise ModelError("no text to take second moments of; at least one block is needed")
-    body = _runs(model, modules)
+    # the head is a large part of a small model's forward, and is left out where that will do
+    prefix = f"{model.base_model_prefix}."
+    body = model.base_model if all(name.startswith(prefix) for name in modules) else model
     tally = _Tally(skip=1 if centred else 0)
     hooks = [layer.register_forward_pre_hook(partial(tally.see, name)) for name, layer in layers.items()]
     try:
@@ -153,7 +155,10 @@ def second_moments(
     finally:
         for hook in hooks:
             hook.remove()
-    return _collect(tally, modules, centred=centred)
+    if unseen := [name for name in modules if name not in tally.leader]:
+        raise ModelError(f"{unseen[0]}: no token of the text has reached this layer")
+    squares = {leader: tally.moments(leader, centred=centred) for leader in tally.squares}
+    return {name: squares[tally.leader[name]] for name in modules}
 
 
 def save(
@@ -230,19 +235,6 @@ def _layers(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
             kind = type(there[name]).__name__ if name in there else "no such module"
             raise ModelError(f"{name}: the base model has {kind} there, expected an nn.Linear or a Conv1D")
     return {name: there[name] for name in modules}
-
-
-def _runs(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
-    """The model without its head where that will do: the head is a large part of a small model's forward."""
-    prefix = f"{model.base_model_prefix}."
-    return model.base_model if all(name.startswith(prefix) for name in modules) else model
-
-
-def _collect(tally: _Tally, modules: Sequence[str], *, centred: bool) -> dict[str, Tensor]:
-    if unseen := [name for name in modules if name not in tally.leader]:
-        raise ModelError(f"{unseen[0]}: no token of the text has reached this layer")
-    squares = {leader: tally.moments(leader, centred=centred) for leader in tally.squares}
-    return {name: squares[tally.leader[name]] for name in modules}
 
 
 def _upper(C: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from soppu.compress.codec.basis import Bases, Basis
 from soppu.compress.fleet.leading import EXACT_NUMBERS, EXACT_SIDE, FEW_COLUMNS
@@ -22,10 +21,8 @@ from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.cluster import Clustering
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.tucker import CoreFit, core_energy
-from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.methods.coding import Coding
-from soppu.compress.methods.fit import Fit
-from soppu.compress.numbers.coders import CoreCoder, SideCoder
+from soppu.compress.methods.coding import Coding, CoreCoder, Fit
+from soppu.compress.numbers.coders import SideCoder
 from soppu.compress.options import CompressOptions, ratio
 from soppu.errors import BundleError
 
@@ -39,21 +36,12 @@ _MOST_EVERY = 8
 
 @dataclass(frozen=True, eq=False)
 class GrownRanges:
-    """A fleet in core space: what every rank and every coding starts from.
-
-    Attributes:
-        grown: module -> cores, and the joint fit at the rank of the options.
-    """
+    """A fleet in core space: what every rank and every coding starts from."""
 
     passes: Passes
     options: CompressOptions
-    grown: Mapping[str, range_finder.Grown]
+    grown: Mapping[str, range_finder.Grown]  # module -> cores, and the joint fit at the rank of the options
     progress: Progress
-
-    @property
-    def cores(self) -> dict[str, Cores]:
-        """Module -> cores."""
-        return {name: one.cores for name, one in self.grown.items()}
 
 
 def fit(
@@ -73,10 +61,11 @@ def grow_ranges(passes: Passes, options: CompressOptions, *, progress: Progress)
     """Grow the ranges of every module. O(n (o + i) r (K + r)) each, K the directions in the end."""
     fleet = passes.fleet
     enough = min((options.clusters + 1) * options.rank + _CORE_SPARE, _MOST_WIDTH)
-    most = max(_widest(fleet), enough)
-    rank = min(
-        options.clusters * options.rank, most // 2 - 2 * range_finder.GROWTH_SPARE
-    )  # a growth there has to be
+    columns = len(fleet.users) * int(fleet.ranks.amax(1).sum())
+    # directions that all cores together have room for
+    most = max(min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_GROWN), enough)
+    # a growth there has to be
+    rank = min(options.clusters * options.rank, most // 2 - 2 * range_finder.GROWTH_SPARE)
     sampled = -(-_SAMPLE // fleet.batch_size)  # batches
     every = max(min(-(-fleet.batch_count // sampled), _MOST_EVERY), 1)
     search = range_finder.Search(every=every, most_width=most, max_steps=0, seed=options.seed)
@@ -96,18 +85,12 @@ def _narrow(grown: range_finder.Grown, enough: int) -> range_finder.Grown:
     return grown.narrowed(enough) if narrowest > 1.5 * enough else grown
 
 
-def _widest(fleet: Fleet) -> int:
-    """Directions that all cores together have room for."""
-    columns = len(fleet.users) * int(fleet.ranks.amax(1).sum())
-    return min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_GROWN)
-
-
 def joint(ranges: GrownRanges, rank: int) -> Clustering:
     """The bases of every module at a rank, and who uses which. O(n K r (K + r)) a step and module."""
     options = ranges.options
     if options.clusters > 1:
         return cluster.fit(
-            ranges.cores,
+            {name: one.cores for name, one in ranges.grown.items()},
             clusters=options.clusters,
             rank=rank,
             max_steps=options.max_steps,
@@ -139,7 +122,12 @@ def certificates(ranges: GrownRanges, grouped: Clustering) -> dict[str, Certific
     its own users leave.
     """
     if ranges.options.clusters > 1:
-        return {name: _unbounded(ranges.grown[name].cores, fits) for name, fits in grouped.fits.items()}
+        unbounded = {}
+        for name, fits in grouped.fits.items():
+            total = ranges.grown[name].cores.total
+            left = max(total - sum(one.objective[-1] for one in fits), 0.0)
+            unbounded[name] = Certificate(0.0, left, total, total)
+        return unbounded
     shapes = ranges.passes.fleet.shapes.values()
     sides = sum(max([side**2 for side in shape if side <= EXACT_SIDE], default=0) for shape in shapes)
     exact = EXACT_SIDE if sides <= EXACT_NUMBERS else 0
@@ -149,11 +137,6 @@ def certificates(ranges: GrownRanges, grouped: Clustering) -> dict[str, Certific
         for name, (one,) in grouped.fits.items()
     }
     return ranges.passes.run(searches, ranges.progress, note="certificate")
-
-
-def _unbounded(cores: Cores, fits: tuple[CoreFit, ...]) -> Certificate:
-    left = max(cores.total - sum(one.objective[-1] for one in fits), 0.0)
-    return Certificate(0.0, left, cores.total, cores.total)
 
 
 def _search(ranges: GrownRanges, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
@@ -205,43 +188,30 @@ def _worst(found: Fit, fleet: Fleet) -> float:
 
 
 def _at_rank(ranges: GrownRanges, rank: int) -> tuple[Fit, Clustering]:
-    options, fleet = ranges.options, ranges.passes.fleet
-    grouped = joint(ranges, rank)
-    bases: dict[str, tuple[Bases, ...]] = {}
-    coders: dict[str, tuple[CoreCoder, ...]] = {}
-    for name, cores in ranges.cores.items():
-        pairs = [_lifted(ranges, name, cores, fitted.U, fitted.V) for fitted in grouped.fits[name]]
-        bases[name] = tuple(pairs)
-        coders[name] = tuple(_coder(pair, ranges.passes.whiteners.get(name), options) for pair in pairs)
-    coding = Coding(bases, coders, grouped.cluster, fleet.norm)
-    prices = torch.zeros(len(fleet.users), dtype=torch.float64)
-    coded = coding.run(ranges.passes, prices, progress=ranges.progress, note=f"coding, rank {rank}")
-    unknown = {name: Certificate.without_basis(0) for name in bases}  # certified once a fit is kept
-    made = Fit(
+    options, passes = ranges.options, ranges.passes
+    grouped, bases, coders = joint(ranges, rank), {}, {}
+    for name, fits in grouped.fits.items():
+        pairs = [_coded(ranges, name, fitted) for fitted in fits]
+        bases[name], coders[name] = zip(*pairs, strict=True)
+    coding = Coding(
         bases=bases,
+        coders=coders,
         cluster=grouped.cluster,
-        pages=coded.pages,
-        squared=coded.squared,
-        certificates=unknown,
+        certificates=dict.fromkeys(bases, Certificate.without_basis(0)),  # certified once a fit is kept
         steps={name: max(one.steps for one in fits) for name, fits in grouped.fits.items()},
-        numbers=coded.numbers,
         storage=f"basis {_bits(options.basis_bits)}, cores {_bits(options.core_bits)}",
     )
-    return made, grouped
+    prices = torch.zeros(len(passes.fleet.users), dtype=torch.float64)
+    return coding.run(passes, prices, progress=ranges.progress, note=f"coding, rank {rank}"), grouped
 
 
-def _lifted(ranges: GrownRanges, name: str, cores: Cores, u: Tensor, v: Tensor) -> Bases:
-    """Bases in feature space, as stored, from their coordinates in core space."""
-    options = ranges.options
-    out, inn = cores.basis_out @ u, cores.basis_in @ v
-    whitener = ranges.passes.whiteners.get(name)
-    if whitener is not None:
-        inn = whitener.back(inn.mT).mT
-    return Basis.make(out, options.basis_bits), Basis.make(inn, options.basis_bits)
-
-
-def _coder(pair: Bases, whitener: Whitener | None, options: CompressOptions) -> CoreCoder:
-    return CoreCoder(
+def _coded(ranges: GrownRanges, name: str, found: CoreFit) -> tuple[Bases, CoreCoder]:
+    """Bases in feature space, as stored, from their coordinates in core space; and what codes with them."""
+    options, cores, whitener = ranges.options, ranges.grown[name].cores, ranges.passes.whiteners.get(name)
+    inn = cores.basis_in @ found.V
+    inn = inn if whitener is None else whitener.back(inn.mT).mT
+    pair = Basis.make(cores.basis_out @ found.U, options.basis_bits), Basis.make(inn, options.basis_bits)
+    return pair, CoreCoder(
         left=SideCoder.make(pair[0].matrix()),
         right=SideCoder.make(pair[1].matrix(), whitener=whitener),
         width=options.core_bits,
