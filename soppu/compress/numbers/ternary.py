@@ -68,7 +68,7 @@ def faithful(
     signs = {key: part.reshape(tensors[key].shape) for key, part in zip(keys, parts, strict=True)}
     gain = (alpha * tau.std()).square() * lora_scale
     return {
-        name: Ternary(*(signs[f"{name}.lora_{side}.weight"] for side in "BA"), gain.repeat(pair.rank))
+        name: Ternary(signs[f"{name}.lora_B.weight"], signs[f"{name}.lora_A.weight"], gain.repeat(pair.rank))
         for name, pair in adapter.pairs.items()
     }
 
