@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ class _Tally:
         self.squares: dict[str, Tensor] = {}
         self._skip = skip
         self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
+        self._tokens: Counter[str] = Counter()
         self._last: tuple[Tensor, int, str] | None = None
 
     def see(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -60,7 +61,7 @@ class _Tally:
             self._sums[name] = rows.new_zeros(rows.shape[1])
         self.squares[name].addmm_(rows.T, rows)
         self._sums[name].add_(rows.sum(0))
-        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
+        self._tokens[name] += len(rows)
 
     def moments(self, name: str, *, centred: bool) -> Tensor:
         """The mean of x x^T of a module that leads, about the mean of x or about zero. float32."""

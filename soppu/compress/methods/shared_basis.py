@@ -61,9 +61,9 @@ def grow_ranges(passes: Passes, options: CompressOptions, *, progress: Progress)
     """Grow the ranges of every module. O(n (o + i) r (K + r)) each, K the directions in the end."""
     fleet = passes.fleet
     enough = min((options.clusters + 1) * options.rank + _CORE_SPARE, _MOST_WIDTH)
-    columns = len(fleet.users) * int(fleet.ranks.amax(1).sum())
+    together = len(fleet.users) * int(fleet.ranks.amax(1).sum())
     # directions that all cores together have room for
-    most = max(min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_GROWN), enough)
+    most = max(min(_MOST_NUMBERS // max(2 * together, 1), _MOST_GROWN), enough)
     # a growth there has to be
     rank = min(options.clusters * options.rank, most // 2 - 2 * range_finder.GROWTH_SPARE)
     sampled = -(-_SAMPLE // fleet.batch_size)  # batches
@@ -75,14 +75,11 @@ def grow_ranges(passes: Passes, options: CompressOptions, *, progress: Progress)
         one = replace(search, every=1, width=columns) if columns <= FEW_COLUMNS else search
         searches[name] = range_finder.grow(range_finder.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
-    near = {name: _narrow(grown[name], enough).cpu() for name in fleet.shapes}
-    return GrownRanges(passes, options, near, progress)
-
-
-def _narrow(grown: range_finder.Grown, enough: int) -> range_finder.Grown:
-    """Without directions that hardly count, where there are many: they cost time at every later step."""
-    narrowest = min(grown.cores.left.shape[2], grown.cores.right.shape[2])
-    return grown.narrowed(enough) if narrowest > 1.5 * enough else grown
+    for name, whole in grown.items():
+        # directions that hardly count, where there are many, cost time at every later step
+        if min(whole.cores.left.shape[2], whole.cores.right.shape[2]) > 1.5 * enough:
+            grown[name] = whole.narrowed(enough)
+    return GrownRanges(passes, options, {name: grown[name].cpu() for name in fleet.shapes}, progress)
 
 
 def joint(ranges: GrownRanges, rank: int) -> Clustering:
@@ -165,8 +162,12 @@ def _search(ranges: GrownRanges, size_of: Callable[[Fit], int]) -> tuple[Fit, Cl
         guess = line[0] + int((allowed - line[1]) / slope) if allowed and tries % 3 else (low + high) // 2
         rank = min(max(guess, low + 1), high - 1)
     if good is None:
+        if size:
+            nearest = f"rank 1 takes {size:,.0f} bytes, {ratio(fleet.parameters, int(size)):.2f}x"
+        else:
+            nearest = f"the worst user's error is {_worst(found, fleet):.2g} at the largest"
         raise BundleError(
-            f"no shared rank from 1 to {most} meets the target ({target}): {_nearest(found, size, fleet)};"
+            f"no shared rank from 1 to {most} meets the target ({target}): {nearest};"
             " the method residual has no such limit"
         )
     return good
@@ -175,12 +176,6 @@ def _search(ranges: GrownRanges, size_of: Callable[[Fit], int]) -> tuple[Fit, Cl
 def _most_rank(cores: Cores, asked: int) -> int:
     """The largest rank that makes a difference to a module."""
     return min(asked, cores.left.shape[2], cores.right.shape[2], max(cores.columns, 1))
-
-
-def _nearest(found: Fit, size: float, fleet: Fleet) -> str:
-    if size:
-        return f"rank 1 takes {size:,.0f} bytes, {ratio(fleet.parameters, int(size)):.2f}x"
-    return f"the worst user's error is {_worst(found, fleet):.2g} at the largest"
 
 
 def _worst(found: Fit, fleet: Fleet) -> float:
