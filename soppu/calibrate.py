@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ class _Tally:
         self.squares: dict[str, Tensor] = {}
         self._skip = skip
         self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
+        self._tokens: Counter[str] = Counter()
         self._last: tuple[Tensor, int, str] | None = None
 
     def see(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -60,7 +61,7 @@ class _Tally:
             self._sums[name] = rows.new_zeros(rows.shape[1])
         self.squares[name].addmm_(rows.T, rows)
         self._sums[name].add_(rows.sum(0))
-        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
+        self._tokens[name] += len(rows)
 
     def moments(self, name: str, *, centred: bool) -> Tensor:
         """The mean of x x^T of a module that leads, about the mean of x or about zero. float32."""
@@ -142,7 +143,9 @@ def second_moments(
     layers = _layers(model, modules)
     if not blocks:
         raise ModelError("no text to take second moments of; at least one block is needed")
-    body = _runs(model, modules)
+    # the head is a large part of a small model's forward, and is left out where that will do
+    prefix = f"{model.base_model_prefix}."
+    body = model.base_model if all(name.startswith(prefix) for name in modules) else model
     tally = _Tally(skip=1 if centred else 0)
     hooks = [layer.register_forward_pre_hook(partial(tally.see, name)) for name, layer in layers.items()]
     try:
@@ -153,7 +156,10 @@ def second_moments(
     finally:
         for hook in hooks:
             hook.remove()
-    return _collect(tally, modules, centred=centred)
+    if unseen := [name for name in modules if name not in tally.leader]:
+        raise ModelError(f"{unseen[0]}: no token of the text has reached this layer")
+    squares = {leader: tally.moments(leader, centred=centred) for leader in tally.squares}
+    return {name: squares[tally.leader[name]] for name in modules}
 
 
 def save(
@@ -230,19 +236,6 @@ def _layers(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
             kind = type(there[name]).__name__ if name in there else "no such module"
             raise ModelError(f"{name}: the base model has {kind} there, expected an nn.Linear or a Conv1D")
     return {name: there[name] for name in modules}
-
-
-def _runs(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
-    """The model without its head where that will do: the head is a large part of a small model's forward."""
-    prefix = f"{model.base_model_prefix}."
-    return model.base_model if all(name.startswith(prefix) for name in modules) else model
-
-
-def _collect(tally: _Tally, modules: Sequence[str], *, centred: bool) -> dict[str, Tensor]:
-    if unseen := [name for name in modules if name not in tally.leader]:
-        raise ModelError(f"{unseen[0]}: no token of the text has reached this layer")
-    squares = {leader: tally.moments(leader, centred=centred) for leader in tally.squares}
-    return {name: squares[tally.leader[name]] for name in modules}
 
 
 def _upper(C: Tensor) -> Tensor:

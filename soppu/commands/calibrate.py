@@ -109,15 +109,10 @@ def _table(moments: dict[str, Tensor]) -> None:
     groups: dict[int, list[str]] = {}
     for name, C in moments.items():
         groups.setdefault(id(C), []).append(name)
-    rows = [
-        (
-            name,
-            str(moments[name].shape[0]),
-            f"{whitening.participation(moments[name]):.1f}",
-            ", ".join(other.rpartition(".")[2] for other in others),
-        )
-        for name, *others in groups.values()
-    ]
+    rows = []
+    for name, *others in groups.values():
+        used, leaves = whitening.participation(moments[name]), (other.rpartition(".")[2] for other in others)
+        rows.append((name, str(len(moments[name])), f"{used:.1f}", ", ".join(leaves)))
     heads = ("module", "features", "in use", "shared by")
     click.echo(tables.render(heads, rows, right=(1, 2), width=tables.terminal_width()))
     click.echo()

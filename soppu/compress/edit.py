@@ -22,13 +22,11 @@ from soppu.compress.fleet import survey as fleets
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.canonical import canonical
 from soppu.compress.methods.coding import ModuleCoder
-from soppu.compress.methods.plan import ModulePlan, Setting
-from soppu.compress.numbers.allocate import choose
+from soppu.compress.methods.plan import ModulePlan
+from soppu.compress.numbers.allocate import Costs, choose
 from soppu.compress.numbers.coders import SideCoder
 from soppu.compress.numbers.components import Components
-from soppu.compress.numbers.costs import Costs
 from soppu.compress.numbers.errors import relative_errors, squared_errors
-from soppu.compress.numbers.quantise import FLOATS, QUANTISERS
 from soppu.errors import AdapterError, BundleError, ConfigError
 
 BASIS, RESIDUAL, QUEUED = "basis", "residual", "queued"
@@ -135,7 +133,7 @@ class _Bench:
     """One newcomer before the bases of one cluster: decomposed once, coded as often as it takes."""
 
     def __init__(self, bundle: Bundle, newcomer: Fleet, cluster: int, *, shared_only: bool = False) -> None:
-        setting = Setting(Costs(), (*QUANTISERS, *FLOATS), 0)
+        costs = Costs()
         self.cluster, self.norm = cluster, newcomer.norm
         (batch,) = newcomer.batches()
         self.deltas = {name: batch.factors(name) for name in bundle.shapes}
@@ -145,8 +143,8 @@ class _Bench:
         for name, (o, i) in bundle.shapes.items():
             u, v = bundle.matrices(name, cluster)
             plan = ModulePlan(0 if u is None else u.shape[1], 0 if v is None else v.shape[1])
-            menus = setting.menus(o, i, plan, shared_only=shared_only)
-            self.coders[name] = ModuleCoder(SideCoder.make(u), SideCoder.make(v), menus, None)
+            menus = plan.menus(o, i, costs, shared_only=shared_only)
+            self.coders[name] = ModuleCoder(SideCoder.make(u), SideCoder.make(v), None, menus)
         self._sides = {
             name: coder.sides(self.factors[name], self.norm) for name, coder in self.coders.items()
         }
@@ -163,9 +161,7 @@ class _Bench:
         parts = [part for part, _ in coded]
         squared = torch.stack(
             [
-                squared_errors(
-                    *self.deltas[name], part, (coder.left.basis, coder.right.basis), norm=self.norm
-                )
+                squared_errors(*self.deltas[name], part, coder.bases, norm=self.norm)
                 for (name, coder), part in zip(self.coders.items(), parts, strict=True)
             ]
         )

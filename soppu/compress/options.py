@@ -5,26 +5,17 @@ Methods, ranges and defaults are those of `soppu.config.CompressSettings`. Not f
 
 from __future__ import annotations
 
-from typing import Annotated, Self, get_args
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, field_validator
 
-from soppu.config import (
-    CALIBRATION,
-    BasisBits,
-    CompressConfig,
-    CompressSettings,
-    CoreBits,
-    one_target,
-)
+from soppu.config import CALIBRATION, CompressConfig, CompressSettings, one_target
 from soppu.config import METHODS as METHODS
 from soppu.config import SHARED_METHODS as SHARED_METHODS
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Natural, settings
 
-BASIS_BITS: tuple[int, ...] = get_args(BasisBits)
-CORE_BITS: tuple[int, ...] = get_args(CoreBits)
 DEFAULT_RATIO = 16.0  # of methods that need a target and were given none
 _BYTES_A_NUMBER = 2  # a ratio is against adapters kept in 16 bits a number
 

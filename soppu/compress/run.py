@@ -16,13 +16,10 @@ from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.whitening import Whitener, make
 from soppu.compress.methods import residual, shared_basis, ternary
-from soppu.compress.methods.fit import Fit, Question
+from soppu.compress.methods.coding import Fit
 from soppu.compress.numbers.errors import LOST, relative_errors
-from soppu.compress.numbers.quantise import QUANTISERS
 from soppu.compress.options import SHARED_METHODS, CompressOptions, ratio
 from soppu.errors import BundleError
-
-_FLOAT_WIDTHS = (16, 32)
 
 
 def compress(
@@ -100,20 +97,9 @@ def _nothing_left(passes: Passes, build: _Builder, lost: tuple[str, ...], *, siz
 
 
 def _fit(passes: Passes, options: CompressOptions, *, build: _Builder, progress: Progress) -> Fit:
-    if options.method in SHARED_METHODS:
-        return shared_basis.fit(passes, options, size_of=build.size, progress=progress)
-    if options.method == "ternary":
-        return ternary.fit(
-            passes.fleet, options, whiteners=passes.whiteners, size_of=build.size, progress=progress
-        )
-    question = Question(
-        target=options.target,
-        most_rank=0 if options.method == "svd" else options.rank,
-        widths=(*QUANTISERS, *_FLOAT_WIDTHS),
-        seed=options.seed,
-        size_of=build.size,
-    )
-    return residual.fit(passes, question, progress=progress)
+    fit = ternary.fit if options.method == "ternary" else residual.fit
+    fit = shared_basis.fit if options.method in SHARED_METHODS else fit
+    return fit(passes, options, size_of=build.size, progress=progress)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,20 @@ from hypothesis import strategies as st
 
 from soppu import config as configuration
 from soppu.compress.numbers.quantise import COORDS, FLOATS, QUANTISERS
-from soppu.compress.options import BASIS_BITS, CORE_BITS, DEFAULT_RATIO, METHODS, CompressOptions
-from soppu.config import OPERATIONAL, CompressConfig, Config, FederationConfig, LoraSettings
+from soppu.compress.options import DEFAULT_RATIO, METHODS, CompressOptions
+from soppu.config import (
+    OPERATIONAL,
+    BasisBits,
+    CompressConfig,
+    Config,
+    CoreBits,
+    FederationConfig,
+    LoraSettings,
+)
 from soppu.errors import ConfigError
 from soppu.federation import wire
+
+BASIS_BITS, CORE_BITS = get_args(BasisBits), get_args(CoreBits)
 
 
 def write(tmp_path: Path, text: str) -> Path:

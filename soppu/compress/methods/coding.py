@@ -1,12 +1,10 @@
-"""The coding pass of the default method: a batch of users becomes components, with the error each user is
-left with.
-"""
+"""The coding pass: a batch of users becomes components, with the error each user is left with."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,40 +12,59 @@ from torch import Tensor
 from soppu.compress.codec.basis import Bases
 from soppu.compress.codec.page import Page, PageWriter
 from soppu.compress.fleet.passes import Passes, Progress
-from soppu.compress.fleet.survey import Batch
+from soppu.compress.fleet.survey import Batch, Fleet
 from soppu.compress.linalg.canonical import Canonical
+from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.numbers.allocate import Menu, Sides, choose
 from soppu.compress.numbers.coders import SideCoder, with_gains
-from soppu.compress.numbers.components import Components, concatenate
+from soppu.compress.numbers.components import Components, Side, concatenate
 from soppu.compress.numbers.errors import squared_errors
+from soppu.compress.numbers.quantise import quantise_coords
+
+_CANCELLED = 1e-6  # a squared error below this share was the difference of sums, and has lost its digits
 
 
 @dataclass(frozen=True, eq=False)
-class ModuleCoder:
-    """Everything the coding of one module needs."""
+class Coder(ABC):
+    """What codes the users of one cluster at one module."""
 
     left: SideCoder
     right: SideCoder
-    menus: tuple[Menu, Menu]
-    whitener: Whitener | None
+    whitener: Whitener | None  # weighs errors on the input side
+
+    @property
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Output and input basis as stored."""
+        return self.left.basis, self.right.basis
 
     def code(self, factors: Canonical, norm: Tensor, price: Tensor) -> tuple[Components, Tensor]:
         """The components of b users and their squared errors in the metric of the fit, (b,)."""
+        parts = self._parts(factors, norm, price)
+        return with_gains(factors, parts, self.bases, norm=norm, whitener=self.whitener)
+
+    @abstractmethod
+    def _parts(self, factors: Canonical, norm: Tensor, price: Tensor) -> Components:
+        """The components, their gains still to be found."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCoder(Coder):
+    """Codes every singular component in the cheapest of the forms of two menus, that of either side."""
+
+    menus: tuple[Menu, Menu]
+
+    def _parts(self, factors: Canonical, norm: Tensor, price: Tensor) -> Components:
         user, x, stored, sides = self._rows(factors, norm)
         choice = choose(sides, *self.menus, price[user])
         keep = choice.keep & (sides.energy > 0)
-        out, inn = choice.out[keep], choice.inn[keep]
-        parts = Components(
+        (left, out), (right, inn) = zip(self.menus, (choice.out[keep], choice.inn[keep]), strict=True)
+        return Components(
             user=user[keep],
             gain=torch.zeros(int(keep.sum())),
-            left=self.left.code(x[keep], self.menus[0].coords_width[out], self.menus[0].own_width[out]),
-            right=self.right.code(
-                stored[keep], self.menus[1].coords_width[inn], self.menus[1].own_width[inn]
-            ),
+            left=self.left.code(x[keep], left.coords_width[out], left.own_width[out]),
+            right=self.right.code(stored[keep], right.coords_width[inn], right.own_width[inn]),
         )
-        bases = (self.left.basis, self.right.basis)
-        return with_gains(factors, parts, bases, norm=norm, whitener=self.whitener)
 
     def sides(self, factors: Canonical, norm: Tensor) -> Sides:
         """What decides how the components of b users are coded; nothing is coded."""
@@ -57,75 +74,85 @@ class ModuleCoder:
         """Whose components, their left and right vectors as stored, and where these stand to the bases."""
         users, r = factors.s.shape
         user = torch.arange(users).repeat_interleave(r)
-        x = factors.X.mT.reshape(users * r, -1)
-        y = factors.Y.mT.reshape(users * r, -1)
+        x, y = factors.X.mT.flatten(0, 1), factors.Y.mT.flatten(0, 1)
         energy = factors.s.double().reshape(-1).square() / norm[user].square().clamp(min=1e-300)
         stored = y if self.whitener is None else self.whitener.back(y).float()
-        weight = stored.square().sum(1)
-        return (
-            user,
-            x,
-            stored,
-            Sides(energy.float(), _inside(x, self.left), self._inside_in(stored, y), weight),
-        )
-
-    def _inside_in(self, stored: Tensor, y: Tensor) -> Tensor:
-        if self.whitener is None:
-            return _inside(y, self.right)
-        if self.right.basis is None or self.right.solve is None:
-            return torch.zeros(len(y))
-        near = self.whitener.forward((stored @ self.right.solve.mT) @ self.right.basis.mT)
-        return (1 - (y.double() - near).square().sum(1)).clamp(min=0).float()
+        rho_in = _inside(y, stored, self.right, self.whitener)
+        sides = Sides(energy.float(), _inside(x, x, self.left), rho_in, stored.square().sum(1))
+        return user, x, stored, sides
 
 
-def _inside(rows: Tensor, coder: SideCoder) -> Tensor:
+def _inside(rows: Tensor, stored: Tensor, coder: SideCoder, whitener: Whitener | None = None) -> Tensor:
     """(m,) energy of unit rows inside the basis as stored."""
     if coder.basis is None or coder.solve is None:
         return torch.zeros(len(rows))
-    near = (rows @ coder.solve.mT) @ coder.basis.mT
-    return (1 - (rows - near).square().sum(1)).clamp(min=0)
+    near = (stored @ coder.solve.mT) @ coder.basis.mT
+    near = near if whitener is None else whitener.forward(near)
+    return (1 - (rows - near).square().sum(1)).clamp(min=0).float()
 
 
-_CANCELLED = 1e-6  # a squared error below this share was the difference of sums, and has lost its digits
+@dataclass(frozen=True, eq=False)
+class CoreCoder(Coder):
+    """Codes the deltas of one module inside one pair of bases; the price of a bit changes nothing."""
+
+    width: int  # of the coordinates
+    diagonal: bool  # whether cores are diagonal, as JD-Diag makes them
+
+    def _parts(self, factors: Canonical, norm: Tensor, price: Tensor) -> Components:
+        assert self.left.solve is not None and self.right.solve is not None
+        k_out, k_in = len(self.left.solve), len(self.right.solve)
+        present = (factors.s[:, 0] > 0).nonzero()[:, 0]
+        user, axis = present.repeat_interleave(k_out), torch.arange(k_out).repeat(len(present))
+        if self.diagonal:
+            sides = self.left.axes(axis), self.right.axes(axis)
+            return Components(user, torch.zeros(len(user)), *sides)
+        x = factors.X.mT @ self.left.solve.mT
+        stored = factors.Y.mT if self.whitener is None else self.whitener.back(factors.Y.mT).to(x.dtype)
+        cores = (x * factors.s[:, :, None]).mT @ (stored @ self.right.solve.mT)
+        count = (factors.s > 0).sum(1)
+        if k_out * k_in <= (k_out + k_in) * min(int(count.max()), k_out, k_in):
+            rows = self._coords(cores[present].flatten(0, 1), self.right)
+            return Components(user, torch.zeros(len(user)), self.left.axes(axis), rows)
+        p, sigma, qt = torch.linalg.svd(cores.double(), full_matrices=False)
+        keep = (torch.arange(sigma.shape[1]) < count[:, None]) & (sigma > 0)
+        user = keep.nonzero()[:, 0]
+        left, right = self._coords(p.mT[keep].float(), self.left), self._coords(qt[keep].float(), self.right)
+        return Components(user, torch.zeros(len(user)), left, right)
+
+    def _coords(self, rows: Tensor, side: SideCoder) -> Side:
+        """Rows (m, k), brought to a largest entry of 1: the gain takes the scale up."""
+        assert side.basis is not None
+        scaled = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        width = torch.full((len(rows),), self.width, dtype=torch.uint8)
+        return Side.of_coordinates(quantise_coords(scaled, self.width), width, features=len(side.basis))
 
 
-class Coder(Protocol):
-    """What codes the users of one cluster at one module."""
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A compressed fleet: what every method gives back."""
 
-    @property
-    def left(self) -> SideCoder:
-        """Of the output side."""
-
-    @property
-    def right(self) -> SideCoder:
-        """Of the input side."""
-
-    @property
-    def whitener(self) -> Whitener | None:
-        """Weighs errors on the input side."""
-
-    def code(self, factors: Canonical, norm: Tensor, price: Tensor) -> tuple[Components, Tensor]:
-        """The components of b users and their squared errors in the metric of the fit, (b,)."""
-        ...
+    bases: Mapping[str, tuple[Bases, ...]]  # module -> of every cluster; in a module all have the same ranks
+    cluster: Tensor  # (n,) int64 whose bases a user's coordinates refer to
+    pages: tuple[Page, ...]  # all users, in order
+    squared: Tensor  # (modules, n) float64 squared Frobenius errors as stored
+    certificates: Mapping[str, Certificate]  # module -> what a shared basis of this rank can do at all
+    steps: Mapping[str, int]  # module -> alternations made
+    numbers: int  # how many numbers bases and components hold
+    storage: str  # how they are kept, in words
 
 
 @dataclass(frozen=True, eq=False)
 class Coding:
-    """How a whole fleet is coded.
-
-    Attributes:
-        bases: module -> output and input basis of every cluster.
-        coders: module -> the coder of every cluster.
-        cluster: (n,) int64 which cluster a user is in.
-        norm: (n,) what gains are relative to.
-    """
+    """How a whole fleet is coded, and what else its Fit says."""
 
     bases: Mapping[str, tuple[Bases, ...]]
-    coders: Mapping[str, tuple[Coder, ...]]
+    coders: Mapping[str, tuple[Coder, ...]]  # module -> the coder of every cluster
     cluster: Tensor
-    norm: Tensor
+    certificates: Mapping[str, Certificate]
+    steps: Mapping[str, int]
+    storage: str
 
-    def run(self, passes: Passes, prices: Tensor, *, progress: Progress, note: str) -> Coded:
+    def run(self, passes: Passes, prices: Tensor, *, progress: Progress, note: str) -> Fit:
         """Code every user, `prices` (n,) the multiplier of each: one pass over the adapters."""
         fleet = passes.fleet
         writer, squared = PageWriter(), torch.zeros_like(fleet.norms)
@@ -136,7 +163,16 @@ class Coding:
             writer.add([parts for parts, _ in coded], users=batch.size)
             progress(note, batch.first + batch.size, len(fleet.users))
         shared = sum(s.rows.numel() for pairs in self.bases.values() for pair in pairs for s in pair)
-        return Coded(writer.close(), squared, writer.numbers + shared)
+        return Fit(
+            bases=self.bases,
+            cluster=self.cluster,
+            pages=writer.close(),
+            squared=squared,
+            certificates=self.certificates,
+            steps=self.steps,
+            numbers=writer.numbers + shared,
+            storage=self.storage,
+        )
 
     def _module(self, name: str, batch: Batch, passes: Passes, price: Tensor) -> tuple[Components, Tensor]:
         """Components of one module, users numbered from 0, and (b,) squared errors as stored.
@@ -144,7 +180,7 @@ class Coding:
         Users are coded cluster by cluster, and put back into their order.
         """
         here = slice(batch.first, batch.first + batch.size)
-        norm, cluster = self.norm[here], self.cluster[here]
+        norm, cluster = passes.fleet.norm[here], self.cluster[here]
         form = passes.form(batch, name).cpu()  # integers and bytes are made there
         parts, squared = [], torch.zeros(batch.size, dtype=torch.float64)
         for number in cluster.unique().tolist():
@@ -154,8 +190,7 @@ class Coding:
             small = squared[users] < _CANCELLED * own.norm.square()
             if coder.whitener is not None or bool(small.any()):
                 B, A = (side[users].cpu() for side in batch.factors(name))
-                bases = (coder.left.basis, coder.right.basis)
-                squared[users] = squared_errors(B, A, part, bases, norm=norm[users])
+                squared[users] = squared_errors(B, A, part, coder.bases, norm=norm[users])
             parts.append(part.renumbered(users))
         whole = concatenate(parts)
         if len(parts) > 1:
@@ -163,10 +198,7 @@ class Coding:
         return whole, squared
 
 
-@dataclass(frozen=True, eq=False)
-class Coded:
-    """What a coding pass gives: pages, (modules, n) squared errors as stored, how many numbers are kept."""
-
-    pages: tuple[Page, ...]
-    squared: Tensor
-    numbers: int
+def nothing_shared(fleet: Fleet) -> dict[str, Certificate]:
+    """Module -> the certificate of a fleet without bases."""
+    counts = (fleet.norms > 0).sum(1).tolist()
+    return {name: Certificate.without_basis(n) for name, n in zip(fleet.shapes, counts, strict=True)}

@@ -6,13 +6,12 @@ Decides with the model of `soppu.compress.numbers.allocate`; nothing is coded he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from soppu.compress.numbers.allocate import Choice, Menu, Sides, choose, menu
-from soppu.compress.numbers.costs import Costs
+from soppu.compress.numbers.allocate import Choice, Costs, Menu, Sides, choose, menu
 
 RANKS = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 BASIS_WIDTHS = (4, 5, 6, 8)
@@ -29,95 +28,53 @@ class ModulePlan:
     width_out: int = 8
     width_in: int = 8
 
+    def menus(self, o: int, i: int, costs: Costs, *, shared_only: bool = False) -> tuple[Menu, Menu]:
+        """The forms of both sides of a module; `shared_only` leaves out those with own numbers."""
+        out = menu(o, self.k_out, costs, shared_only=shared_only)
+        return out, menu(i, self.k_in, costs, shared_only=shared_only)
+
 
 @dataclass(frozen=True, eq=False)
 class ModuleStats:
-    """What is known of the components of all users at one module, before any is coded.
+    """What is known of the components of all users at one module, before any is coded."""
 
-    Attributes:
-        out: o.
-        inn: i.
-        user: (m,) whose component it is.
-        energy: (m,) squared singular value over the user's whole squared norm.
-        missed_out: (m, len(ranks)) share of the left vector outside the first ranks[j] basis vectors.
-        missed_in: (m, len(ranks)) the same on the input side.
-        weight_in: (m,) squared length of the right vector as stored.
-        ranks: the ranks the columns speak of, ascending, the first 0.
-    """
+    out: int  # features of the output side
+    inn: int  # features of the input side
+    user: Tensor  # (m,) whose component it is
+    energy: Tensor  # (m,) squared singular value over the user's whole squared norm
+    missed_out: Tensor  # (m, len(ranks)) share of the left vector outside the first ranks[j] basis vectors
+    missed_in: Tensor  # (m, len(ranks)) the same on the input side
+    weight_in: Tensor  # (m,) squared length of the right vector as stored
+    ranks: tuple[int, ...]  # the ranks that the columns speak of, ascending, the first 0
 
-    out: int
-    inn: int
-    user: Tensor
-    energy: Tensor
-    missed_out: Tensor
-    missed_in: Tensor
-    weight_in: Tensor
-    ranks: tuple[int, ...]
-
-    def sides(self, plan: ModulePlan, costs: Costs) -> Sides:
-        """The components as seen from the bases of `plan`, whose rounding counts as missed."""
-        return Sides(
-            energy=self.energy,
-            rho_out=self._inside(self.missed_out, plan.k_out, costs.distortion.get(plan.width_out, 0.0)),
-            rho_in=self._inside(self.missed_in, plan.k_in, costs.distortion.get(plan.width_in, 0.0)),
-            weight_in=self.weight_in,
-        )
+    def pick(self, plan: ModulePlan, costs: Costs, multiplier: Tensor | float) -> Choice:
+        """The best form of every component as seen from the bases of `plan`, whose rounding is missed too."""
+        rho_out = self._inside(self.missed_out, plan.k_out, costs.distortion[plan.width_out])
+        rho_in = self._inside(self.missed_in, plan.k_in, costs.distortion[plan.width_in])
+        sides = Sides(self.energy, rho_out, rho_in, self.weight_in)
+        return choose(sides, *plan.menus(self.out, self.inn, costs), multiplier)
 
     def _inside(self, missed: Tensor, k: int, noise: float) -> Tensor:
-        return (
-            (1 - missed[:, self.ranks.index(k)].float()) * (1 - noise)
-            if k
-            else missed.new_zeros(len(missed)).float()
-        )
+        if not k:
+            return torch.zeros(len(missed))
+        return (1 - missed[:, self.ranks.index(k)].float()) * (1 - noise)
+
+    def basis_bits(self, plan: ModulePlan, costs: Costs) -> float:
+        """Bits both bases take."""
+        out = plan.k_out * self.out * costs.rate[plan.width_out]
+        return out + plan.k_in * self.inn * costs.rate[plan.width_in]
 
     def sample(self, users: int) -> ModuleStats:
         """The components of the first `users` users."""
         keep = self.user < users
-        return replace(
-            self,
-            **{
-                name: getattr(self, name)[keep]
-                for name in ("user", "energy", "missed_out", "missed_in", "weight_in")
-            },
-        )
+        return replace(self, **{name: getattr(self, name)[keep] for name in COLUMNS})
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is the same for all modules: what numbers cost, and which widths may be used."""
-
-    costs: Costs
-    widths: tuple[int, ...]
-    most_rank: int
-    _menus: dict[tuple[int, int, bool], Menu] = field(default_factory=dict, repr=False, compare=False)
-
-    def pick(self, stats: ModuleStats, plan: ModulePlan, multiplier: Tensor | float) -> Choice:
-        """The best form of every component of a module."""
-        left, right = self.menus(stats.out, stats.inn, plan)
-        return choose(stats.sides(plan, self.costs), left, right, multiplier)
-
-    def menus(self, out: int, inn: int, plan: ModulePlan, *, shared_only: bool = False) -> tuple[Menu, Menu]:
-        """The forms of both sides of a module; `shared_only` leaves out those with own numbers."""
-        sizes = ((out, plan.k_out), (inn, plan.k_in))
-        left, right = (self._menu(features, k, shared_only) for features, k in sizes)
-        return left, right
-
-    def _menu(self, features: int, k: int, shared_only: bool) -> Menu:
-        key = (features, k, shared_only)
-        if key not in self._menus:
-            self._menus[key] = menu(features, k, self.costs, widths=self.widths, shared_only=shared_only)
-        return self._menus[key]
-
-    def basis_bits(self, stats: ModuleStats, plan: ModulePlan) -> float:
-        """Bits both bases of a module take."""
-        rate = self.costs.rate
-        return plan.k_out * stats.out * rate.get(plan.width_out, 32.0) + plan.k_in * stats.inn * rate.get(
-            plan.width_in, 32.0
-        )
+COLUMNS = ("user", "energy", "missed_out", "missed_in", "weight_in")  # of ModuleStats: an entry a component
 
 
 def best(
-    stats: ModuleStats, setting: Setting, *, multiplier: float, share: float, start: ModulePlan | None
+    stats: ModuleStats, costs: Costs, *, multiplier: float, share: float, start: ModulePlan | None
 ) -> ModulePlan:
     """Ranks and widths with the least cost for a module, by coordinate descent.
 
@@ -128,21 +85,13 @@ def best(
     """
 
     def cost(plan: ModulePlan) -> float:
-        choice = setting.pick(stats, plan, multiplier)
+        choice = stats.pick(plan, costs, multiplier)
         users = float(choice.error.sum()) + multiplier * float(choice.bits.sum())
-        return users / share + multiplier * setting.basis_bits(stats, plan)
+        return users / share + multiplier * stats.basis_bits(plan, costs)
 
-    allowed = [k for k in stats.ranks if k <= setting.most_rank]
-    starts = (
-        [start] if start else [_at(k, stats.ranks) for k in sorted({min(s, allowed[-1]) for s in _STARTS})]
-    )
-    found = [_descend(plan, cost, allowed) for plan in starts]
-    return min(found, key=lambda pair: pair[0])[1]
-
-
-def _at(start: int, ranks: Sequence[int]) -> ModulePlan:
-    k = max(rank for rank in ranks if rank <= start)
-    return ModulePlan(k, k, 5, 5)
+    largest = sorted({max(k for k in stats.ranks if k <= most) for most in _STARTS})
+    starts = [start] if start else [ModulePlan(k, k, 5, 5) for k in largest]
+    return min((_descend(plan, cost, stats.ranks) for plan in starts), key=lambda pair: pair[0])[1]
 
 
 def _descend(
@@ -172,22 +121,20 @@ def bisect(bits: Callable[[float], float], target: float, *, steps: int = 28) ->
 
 
 def total_bits(
-    stats: Sequence[ModuleStats], plans: Sequence[ModulePlan], setting: Setting, multiplier: Tensor | float
+    stats: Sequence[ModuleStats], plans: Sequence[ModulePlan], costs: Costs, multiplier: float
 ) -> float:
     """Bits of all components and bases. O(components)."""
-    spent = 0.0
-    for one, plan in zip(stats, plans, strict=True):
-        price = multiplier[one.user] if isinstance(multiplier, Tensor) else multiplier
-        spent += float(setting.pick(one, plan, price).bits.double().sum()) + setting.basis_bits(one, plan)
-    return spent
+    return sum(
+        float(one.pick(plan, costs, multiplier).bits.double().sum()) + one.basis_bits(plan, costs)
+        for one, plan in zip(stats, plans, strict=True)
+    )
 
 
 def user_errors(
-    stats: Sequence[ModuleStats], plans: Sequence[ModulePlan], setting: Setting, multiplier: Tensor
+    stats: Sequence[ModuleStats], plans: Sequence[ModulePlan], costs: Costs, multiplier: Tensor
 ) -> Tensor:
     """(n,) squared relative error expected of every user, at a multiplier for each. O(components)."""
     error = torch.zeros(len(multiplier), dtype=torch.float64)
     for one, plan in zip(stats, plans, strict=True):
-        choice = setting.pick(one, plan, multiplier[one.user])
-        error.index_add_(0, one.user, choice.error.double())
+        error.index_add_(0, one.user, one.pick(plan, costs, multiplier[one.user]).error.double())
     return error

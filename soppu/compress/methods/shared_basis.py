@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from soppu.compress.codec.basis import Bases, Basis
 from soppu.compress.fleet.leading import EXACT_NUMBERS, EXACT_SIDE, FEW_COLUMNS
@@ -22,10 +21,8 @@ from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.cluster import Clustering
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.tucker import CoreFit, core_energy
-from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.methods.coding import Coding
-from soppu.compress.methods.fit import Fit
-from soppu.compress.numbers.coders import CoreCoder, SideCoder
+from soppu.compress.methods.coding import Coding, CoreCoder, Fit
+from soppu.compress.numbers.coders import SideCoder
 from soppu.compress.options import CompressOptions, ratio
 from soppu.errors import BundleError
 
@@ -39,21 +36,12 @@ _MOST_EVERY = 8
 
 @dataclass(frozen=True, eq=False)
 class GrownRanges:
-    """A fleet in core space: what every rank and every coding starts from.
-
-    Attributes:
-        grown: module -> cores, and the joint fit at the rank of the options.
-    """
+    """A fleet in core space: what every rank and every coding starts from."""
 
     passes: Passes
     options: CompressOptions
-    grown: Mapping[str, range_finder.Grown]
+    grown: Mapping[str, range_finder.Grown]  # module -> cores, and the joint fit at the rank of the options
     progress: Progress
-
-    @property
-    def cores(self) -> dict[str, Cores]:
-        """Module -> cores."""
-        return {name: one.cores for name, one in self.grown.items()}
 
 
 def fit(
@@ -73,10 +61,11 @@ def grow_ranges(passes: Passes, options: CompressOptions, *, progress: Progress)
     """Grow the ranges of every module. O(n (o + i) r (K + r)) each, K the directions in the end."""
     fleet = passes.fleet
     enough = min((options.clusters + 1) * options.rank + _CORE_SPARE, _MOST_WIDTH)
-    most = max(_widest(fleet), enough)
-    rank = min(
-        options.clusters * options.rank, most // 2 - 2 * range_finder.GROWTH_SPARE
-    )  # a growth there has to be
+    together = len(fleet.users) * int(fleet.ranks.amax(1).sum())
+    # directions that all cores together have room for
+    most = max(min(_MOST_NUMBERS // max(2 * together, 1), _MOST_GROWN), enough)
+    # a growth there has to be
+    rank = min(options.clusters * options.rank, most // 2 - 2 * range_finder.GROWTH_SPARE)
     sampled = -(-_SAMPLE // fleet.batch_size)  # batches
     every = max(min(-(-fleet.batch_count // sampled), _MOST_EVERY), 1)
     search = range_finder.Search(every=every, most_width=most, max_steps=0, seed=options.seed)
@@ -86,20 +75,11 @@ def grow_ranges(passes: Passes, options: CompressOptions, *, progress: Progress)
         one = replace(search, every=1, width=columns) if columns <= FEW_COLUMNS else search
         searches[name] = range_finder.grow(range_finder.Sizes(len(fleet.users), *shape, q), rank, one)
     grown = passes.run(searches, progress, note="basis")
-    near = {name: _narrow(grown[name], enough).cpu() for name in fleet.shapes}
-    return GrownRanges(passes, options, near, progress)
-
-
-def _narrow(grown: range_finder.Grown, enough: int) -> range_finder.Grown:
-    """Without directions that hardly count, where there are many: they cost time at every later step."""
-    narrowest = min(grown.cores.left.shape[2], grown.cores.right.shape[2])
-    return grown.narrowed(enough) if narrowest > 1.5 * enough else grown
-
-
-def _widest(fleet: Fleet) -> int:
-    """Directions that all cores together have room for."""
-    columns = len(fleet.users) * int(fleet.ranks.amax(1).sum())
-    return min(_MOST_NUMBERS // max(2 * columns, 1), _MOST_GROWN)
+    for name, whole in grown.items():
+        # directions that hardly count, where there are many, cost time at every later step
+        if min(whole.cores.left.shape[2], whole.cores.right.shape[2]) > 1.5 * enough:
+            grown[name] = whole.narrowed(enough)
+    return GrownRanges(passes, options, {name: grown[name].cpu() for name in fleet.shapes}, progress)
 
 
 def joint(ranges: GrownRanges, rank: int) -> Clustering:
@@ -107,7 +87,7 @@ def joint(ranges: GrownRanges, rank: int) -> Clustering:
     options = ranges.options
     if options.clusters > 1:
         return cluster.fit(
-            ranges.cores,
+            {name: one.cores for name, one in ranges.grown.items()},
             clusters=options.clusters,
             rank=rank,
             max_steps=options.max_steps,
@@ -139,7 +119,12 @@ def certificates(ranges: GrownRanges, grouped: Clustering) -> dict[str, Certific
     its own users leave.
     """
     if ranges.options.clusters > 1:
-        return {name: _unbounded(ranges.grown[name].cores, fits) for name, fits in grouped.fits.items()}
+        unbounded = {}
+        for name, fits in grouped.fits.items():
+            total = ranges.grown[name].cores.total
+            left = max(total - sum(one.objective[-1] for one in fits), 0.0)
+            unbounded[name] = Certificate(0.0, left, total, total)
+        return unbounded
     shapes = ranges.passes.fleet.shapes.values()
     sides = sum(max([side**2 for side in shape if side <= EXACT_SIDE], default=0) for shape in shapes)
     exact = EXACT_SIDE if sides <= EXACT_NUMBERS else 0
@@ -149,11 +134,6 @@ def certificates(ranges: GrownRanges, grouped: Clustering) -> dict[str, Certific
         for name, (one,) in grouped.fits.items()
     }
     return ranges.passes.run(searches, ranges.progress, note="certificate")
-
-
-def _unbounded(cores: Cores, fits: tuple[CoreFit, ...]) -> Certificate:
-    left = max(cores.total - sum(one.objective[-1] for one in fits), 0.0)
-    return Certificate(0.0, left, cores.total, cores.total)
 
 
 def _search(ranges: GrownRanges, size_of: Callable[[Fit], int]) -> tuple[Fit, Clustering]:
@@ -182,8 +162,12 @@ def _search(ranges: GrownRanges, size_of: Callable[[Fit], int]) -> tuple[Fit, Cl
         guess = line[0] + int((allowed - line[1]) / slope) if allowed and tries % 3 else (low + high) // 2
         rank = min(max(guess, low + 1), high - 1)
     if good is None:
+        if size:
+            nearest = f"rank 1 takes {size:,.0f} bytes, {ratio(fleet.parameters, int(size)):.2f}x"
+        else:
+            nearest = f"the worst user's error is {_worst(found, fleet):.2g} at the largest"
         raise BundleError(
-            f"no shared rank from 1 to {most} meets the target ({target}): {_nearest(found, size, fleet)};"
+            f"no shared rank from 1 to {most} meets the target ({target}): {nearest};"
             " the method residual has no such limit"
         )
     return good
@@ -194,54 +178,35 @@ def _most_rank(cores: Cores, asked: int) -> int:
     return min(asked, cores.left.shape[2], cores.right.shape[2], max(cores.columns, 1))
 
 
-def _nearest(found: Fit, size: float, fleet: Fleet) -> str:
-    if size:
-        return f"rank 1 takes {size:,.0f} bytes, {ratio(fleet.parameters, int(size)):.2f}x"
-    return f"the worst user's error is {_worst(found, fleet):.2g} at the largest"
-
-
 def _worst(found: Fit, fleet: Fleet) -> float:
     return float((found.squared.sum(0) / fleet.norm.square().clamp(min=1e-300)).max().sqrt())
 
 
 def _at_rank(ranges: GrownRanges, rank: int) -> tuple[Fit, Clustering]:
-    options, fleet = ranges.options, ranges.passes.fleet
-    grouped = joint(ranges, rank)
-    bases: dict[str, tuple[Bases, ...]] = {}
-    coders: dict[str, tuple[CoreCoder, ...]] = {}
-    for name, cores in ranges.cores.items():
-        pairs = [_lifted(ranges, name, cores, fitted.U, fitted.V) for fitted in grouped.fits[name]]
-        bases[name] = tuple(pairs)
-        coders[name] = tuple(_coder(pair, ranges.passes.whiteners.get(name), options) for pair in pairs)
-    coding = Coding(bases, coders, grouped.cluster, fleet.norm)
-    prices = torch.zeros(len(fleet.users), dtype=torch.float64)
-    coded = coding.run(ranges.passes, prices, progress=ranges.progress, note=f"coding, rank {rank}")
-    unknown = {name: Certificate.without_basis(0) for name in bases}  # certified once a fit is kept
-    made = Fit(
+    options, passes = ranges.options, ranges.passes
+    grouped, bases, coders = joint(ranges, rank), {}, {}
+    for name, fits in grouped.fits.items():
+        pairs = [_coded(ranges, name, fitted) for fitted in fits]
+        bases[name], coders[name] = zip(*pairs, strict=True)
+    coding = Coding(
         bases=bases,
+        coders=coders,
         cluster=grouped.cluster,
-        pages=coded.pages,
-        squared=coded.squared,
-        certificates=unknown,
+        certificates=dict.fromkeys(bases, Certificate.without_basis(0)),  # certified once a fit is kept
         steps={name: max(one.steps for one in fits) for name, fits in grouped.fits.items()},
-        numbers=coded.numbers,
         storage=f"basis {_bits(options.basis_bits)}, cores {_bits(options.core_bits)}",
     )
-    return made, grouped
+    prices = torch.zeros(len(passes.fleet.users), dtype=torch.float64)
+    return coding.run(passes, prices, progress=ranges.progress, note=f"coding, rank {rank}"), grouped
 
 
-def _lifted(ranges: GrownRanges, name: str, cores: Cores, u: Tensor, v: Tensor) -> Bases:
-    """Bases in feature space, as stored, from their coordinates in core space."""
-    options = ranges.options
-    out, inn = cores.basis_out @ u, cores.basis_in @ v
-    whitener = ranges.passes.whiteners.get(name)
-    if whitener is not None:
-        inn = whitener.back(inn.mT).mT
-    return Basis.make(out, options.basis_bits), Basis.make(inn, options.basis_bits)
-
-
-def _coder(pair: Bases, whitener: Whitener | None, options: CompressOptions) -> CoreCoder:
-    return CoreCoder(
+def _coded(ranges: GrownRanges, name: str, found: CoreFit) -> tuple[Bases, CoreCoder]:
+    """Bases in feature space, as stored, from their coordinates in core space; and what codes with them."""
+    options, cores, whitener = ranges.options, ranges.grown[name].cores, ranges.passes.whiteners.get(name)
+    inn = cores.basis_in @ found.V
+    inn = inn if whitener is None else whitener.back(inn.mT).mT
+    pair = Basis.make(cores.basis_out @ found.U, options.basis_bits), Basis.make(inn, options.basis_bits)
+    return pair, CoreCoder(
         left=SideCoder.make(pair[0].matrix()),
         right=SideCoder.make(pair[1].matrix(), whitener=whitener),
         width=options.core_bits,

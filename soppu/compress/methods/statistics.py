@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.canonical import Canonical
 from soppu.compress.linalg.sketch import Power, Ranges
 from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.methods.plan import RANKS, ModuleStats, Setting
-from soppu.compress.numbers import costs
-
-if TYPE_CHECKING:
-    from soppu.compress.methods.fit import Question
+from soppu.compress.methods.plan import COLUMNS, RANKS, ModuleStats
+from soppu.compress.numbers.allocate import Costs, measure
+from soppu.compress.options import CompressOptions
 
 _SKETCH_SPARE = 24  # columns of a sketch beyond the largest rank
 _MEASURED = 8  # users whose vectors say what numbers cost
@@ -29,17 +27,13 @@ _MEASURED = 8  # users whose vectors say what numbers cost
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What the passes before the coding find.
-
-    Attributes:
-        leading: module -> the leading K directions of either side; empty where no basis is wanted.
-        modules: one entry for every module.
-    """
+    """What the passes before the coding find."""
 
     passes: Passes
-    leading: Mapping[str, Power]
-    modules: list[ModuleStats]
-    setting: Setting
+    leading: Mapping[str, Power]  # module -> its leading K directions; empty where no basis is wanted
+    modules: list[ModuleStats]  # one entry for every module
+    costs: Costs
+    progress: Progress
 
     @property
     def fleet(self) -> Fleet:
@@ -47,38 +41,46 @@ class Statistics:
         return self.passes.fleet
 
 
-def gather(passes: Passes, question: Question, *, progress: Progress) -> Statistics:
+def gather(passes: Passes, options: CompressOptions, *, progress: Progress) -> Statistics:
     """Find the leading directions, then the statistics: three passes over the adapters, one without bases."""
     fleet, leading = passes.fleet, dict[str, Power]()
-    if question.most_rank:
-        width = question.most_rank + _SKETCH_SPARE
-        leading = find_leading(passes, width=width, seed=question.seed, progress=progress)
+    if options.method != "svd":
+        width = options.rank + _SKETCH_SPARE
+        leading = find_leading(passes, width=width, seed=options.seed, progress=progress)
+    allowed = tuple(k for k in RANKS if k <= options.rank)
     ranges = {name: side.ranges.cpu() for name, side in leading.items()}
     table: dict[str, list[ModuleStats]] = {name: [] for name in fleet.shapes}
     vectors: list[Tensor] = []
     for batch in fleet.batches():
         for name in fleet.shapes:
             factors = passes.form(batch, name).cpu()
-            whitener = passes.whiteners.get(name)
-            table[name].append(_stats(factors, batch.first, fleet.norm, ranges.get(name), whitener))
+            norm = fleet.norm[batch.first : batch.first + batch.size]
+            stats = _stats(factors, norm, allowed, ranges.get(name), passes.whiteners.get(name))
+            table[name].append(replace(stats, user=stats.user + batch.first))
             if batch.first == 0:
                 vectors += _leading(factors)
         progress("statistics", batch.first + batch.size, len(fleet.users))
-    setting = Setting(costs.measure(vectors), question.widths, question.most_rank)
-    modules = [_joined(parts) for parts in table.values()]
-    return Statistics(passes, leading, modules, setting)
+    modules = []
+    for parts in table.values():
+        columns: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in COLUMNS}
+        modules.append(replace(parts[0], **columns))
+    return Statistics(passes, leading, modules, measure(vectors), progress)
 
 
 def _stats(
-    factors: Canonical, first: int, norm: Tensor, ranges: Ranges | None, whitener: Whitener | None
+    factors: Canonical,
+    norm: Tensor,
+    allowed: tuple[int, ...],
+    ranges: Ranges | None,
+    whitener: Whitener | None,
 ) -> ModuleStats:
     """The components of one batch at one module; those of zero energy are left out."""
     users, r = factors.s.shape
-    user = torch.arange(first, first + users).repeat_interleave(r)
+    user = torch.arange(users).repeat_interleave(r)
     total = norm[user].square().clamp(min=torch.finfo(torch.float32).tiny)
     energy = (factors.s.double().reshape(-1).square() / total).float()
-    left, right = factors.X.mT.reshape(-1, factors.X.shape[1]), factors.Y.mT.reshape(-1, factors.Y.shape[1])
-    ranks = tuple(k for k in RANKS if ranges is None or k <= ranges.out.shape[1])
+    left, right = factors.X.mT.flatten(0, 1), factors.Y.mT.flatten(0, 1)
+    ranks = (0,) if ranges is None else tuple(k for k in allowed if k <= ranges.out.shape[1])
     weight = torch.ones(len(user)) if whitener is None else whitener.back(right).square().sum(1).float()
     keep = energy > 0
     return ModuleStats(
@@ -89,7 +91,7 @@ def _stats(
         missed_out=_missed(left[keep], None if ranges is None else ranges.out, ranks),
         missed_in=_missed(right[keep], None if ranges is None else ranges.inn, ranks),
         weight_in=weight[keep],
-        ranks=ranks if ranges is not None else (0,),
+        ranks=ranks,
     )
 
 
@@ -110,14 +112,3 @@ def _leading(factors: Canonical) -> list[Tensor]:
     """
     half = -(-factors.s.shape[1] // 2)
     return [side[:_MEASURED, :, :half].mT.reshape(-1, side.shape[1]) for side in (factors.X, factors.Y)]
-
-
-def _joined(parts: list[ModuleStats]) -> ModuleStats:
-    return replace(
-        parts[0],
-        user=torch.cat([part.user for part in parts]),
-        energy=torch.cat([part.energy for part in parts]),
-        missed_out=torch.cat([part.missed_out for part in parts]),
-        missed_in=torch.cat([part.missed_in for part in parts]),
-        weight_in=torch.cat([part.weight_in for part in parts]),
-    )

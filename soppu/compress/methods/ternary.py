@@ -6,21 +6,20 @@ found that a target allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from soppu.adapter import LoraAdapter
+from soppu.adapter import LoraPair
 from soppu.compress.codec.basis import Basis
 from soppu.compress.codec.golomb import bits_per_value
 from soppu.compress.codec.page import PageWriter
-from soppu.compress.fleet.passes import Progress
-from soppu.compress.fleet.survey import Fleet
+from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.linalg.canonical import canonical
-from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.whitening import Whitener
-from soppu.compress.methods.fit import Fit
+from soppu.compress.methods.coding import Fit, nothing_shared
 from soppu.compress.numbers import ternary
 from soppu.compress.numbers.coders import with_gains
 from soppu.compress.numbers.components import Components, Side
@@ -36,25 +35,21 @@ _LEAST, _MOST = 1e-4, 0.75  # densities; above, the second is no smaller than tw
 
 
 def fit(
-    fleet: Fleet,
-    options: CompressOptions,
-    *,
-    whiteners: Mapping[str, Whitener],
-    size_of: Callable[[Fit], int],
-    progress: Progress,
+    passes: Passes, options: CompressOptions, *, size_of: Callable[[Fit], int], progress: Progress
 ) -> Fit:
     """Compress a fleet by ternary signs: one pass over the adapters, or one for each density tried.
 
     Raises:
         BundleError: no density meets the target.
     """
-    allowed = options.target.most_bytes(fleet.parameters)
+    parameters = passes.fleet.parameters
+    allowed = options.target.most_bytes(parameters)
     if not allowed:
-        return _at_density(fleet, options, options.density, whiteners=whiteners, progress=progress)
+        return _at_density(passes, options, options.density, progress=progress)
     aim, good, density = float(allowed), None, 0.0
     for _ in range(_TRIES):
-        density = _density(8 * aim / fleet.parameters)
-        found = _at_density(fleet, options, density, whiteners=whiteners, progress=progress)
+        density = _density(8 * aim / parameters)
+        found = _at_density(passes, options, density, progress=progress)
         size = size_of(found)
         if size <= allowed:
             good = found
@@ -77,55 +72,41 @@ def _density(bits: float) -> float:
     return low
 
 
-def _at_density(
-    fleet: Fleet,
-    options: CompressOptions,
-    density: float,
-    *,
-    whiteners: Mapping[str, Whitener],
-    progress: Progress,
-) -> Fit:
+def _at_density(passes: Passes, options: CompressOptions, density: float, *, progress: Progress) -> Fit:
+    fleet, whiteners = passes.fleet, passes.whiteners
     writer, squared = PageWriter(), torch.zeros_like(fleet.norms)
     for place, (user, adapter) in enumerate(fleet.adapters.items()):
-        signs = _signs(adapter, options, density)
-        norm = fleet.norm[place : place + 1]
-        parts = []
-        for row, name in enumerate(fleet.shapes):
+        if options.faithful:
+            signs = ternary.faithful(adapter, density=density, alpha=options.alpha)
+        else:
+            signs = ternary.fixed(adapter, density=density)
+        norm, parts = fleet.norm[place : place + 1], []
+        for row, (name, (o, i)) in enumerate(fleet.shapes.items()):
             if name not in signs:
-                parts.append(_nothing(*fleet.shapes[name]))
+                nothing = Ternary(torch.zeros(o, 0), torch.zeros(0, i), torch.zeros(0))
+                parts.append(_components(nothing, norm))
                 continue
-            part = _components(signs[name], norm)
+            part, pair = _components(signs[name], norm), adapter.pairs[name]
             if not options.faithful:
-                part = _refined(adapter, name, part, norm, whiteners.get(name), options.alpha)
-            pair = adapter.pairs[name]
+                part = _refined(pair, part, norm, whiteners.get(name), options.alpha)
             squared[row, place] = squared_errors(pair.B[None], pair.A[None], part, (None, None), norm=norm)[0]
             parts.append(part)
         writer.add(parts, users=1)
         progress(f"coding {user}", place + 1, len(fleet.users))
-    pages = writer.close()
-    nothing = {
+    bases = {
         name: ((Basis.make(torch.zeros(o, 0), 0), Basis.make(torch.zeros(i, 0), 0)),)
         for name, (o, i) in fleet.shapes.items()
     }
     return Fit(
-        bases=nothing,
+        bases=bases,
         cluster=torch.zeros(len(fleet.users), dtype=torch.int64),
-        pages=pages,
+        pages=writer.close(),
         squared=squared,
-        certificates={
-            name: Certificate.without_basis(int((norms > 0).sum()))
-            for name, norms in zip(fleet.shapes, fleet.norms, strict=True)
-        },
+        certificates=nothing_shared(fleet),
         steps=dict.fromkeys(fleet.shapes, 0),
         numbers=writer.numbers,
         storage=f"signs, density {density:.3g}",
     )
-
-
-def _signs(adapter: LoraAdapter, options: CompressOptions, density: float) -> dict[str, Ternary]:
-    if options.faithful:
-        return ternary.faithful(adapter, density=density, alpha=options.alpha)
-    return ternary.fixed(adapter, density=density)
 
 
 def _components(signs: Ternary, norm: Tensor) -> Components:
@@ -141,15 +122,9 @@ def _components(signs: Ternary, norm: Tensor) -> Components:
 
 
 def _refined(
-    adapter: LoraAdapter, name: str, part: Components, norm: Tensor, whitener: Whitener | None, alpha: float
+    pair: LoraPair, part: Components, norm: Tensor, whitener: Whitener | None, alpha: float
 ) -> Components:
     """Gains that leave the least error, in the metric of a whitener if there is one; then times alpha."""
-    pair = adapter.pairs[name]
     factors = canonical(pair.B[None].float(), pair.A[None].float(), whitener=whitener)
     made, _ = with_gains(factors, part, (None, None), norm=norm, whitener=whitener)
-    return Components(made.user, (made.gain * alpha).half().float(), made.left, made.right)
-
-
-def _nothing(o: int, i: int) -> Components:
-    left, right = (Side.of_own(torch.zeros(0, features), TERNARY) for features in (o, i))
-    return Components(torch.zeros(0, dtype=torch.int64), torch.zeros(0), left, right)
+    return replace(made, gain=(made.gain * alpha).half().float())

@@ -12,19 +12,51 @@ for one lambda over all users, modules and components is the convex hull of what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from soppu.compress.numbers.costs import Costs
-from soppu.compress.numbers.quantise import COORDS
+from soppu.compress.numbers.quantise import COORDS, FLOATS, QUANTISERS, quantise, scale_of
 
+_FLOAT_DISTORTION = {16: 2.0**-24, 32: 2.0**-48}
 _OVERHEAD = 24.0  # bits: gain and modes of one component
 _BETA = 16.0  # bits: the weight of an own part beside coordinates
 _ROUNDS = 3
 _CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """What numbers cost in bits and lose in precision; Gaussian numbers unless measured."""
+
+    rate: Mapping[int, float] = field(  # width -> bits a number
+        default_factory=lambda: {w: q.rate for w, q in QUANTISERS.items()} | {w: float(w) for w in FLOATS}
+    )
+    distortion: Mapping[int, float] = field(  # width -> share of squared error left
+        default_factory=lambda: {w: q.distortion for w, q in QUANTISERS.items()} | _FLOAT_DISTORTION
+    )
+
+
+def measure(rows: Sequence[Tensor]) -> Costs:
+    """Costs of vectors like these: tensors (m, d), zero rows left out. O(widths size)."""
+    costs = Costs()
+    rate, distortion = dict(costs.rate), dict(costs.distortion)
+    used = [part[part.square().sum(1) > 0] for part in rows]
+    numbers = sum(part.numel() for part in used)
+    for width in QUANTISERS if numbers else ():
+        counts, lost = torch.zeros(256, dtype=torch.float64), 0.0
+        for part in used:
+            q = quantise(part, width)
+            rest = part - scale_of(part, q)[:, None] * q
+            lost += float((rest.square().sum(1) / part.square().sum(1)).sum())
+            counts += torch.bincount((q + 128).long().reshape(-1), minlength=256)
+        shares = counts[counts > 0] / numbers
+        rate[width] = max(float(-(shares * shares.log2()).sum()) * 1.01, 0.35)
+        distortion[width] = lost / sum(map(len, used))
+    return Costs(rate, distortion)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,19 +82,16 @@ class Menu:
         return (self.own * w + self.missed * rest + self.both * rest * w + self.fixed).clamp(max=1.0)
 
 
-def menu(features: int, k: int, costs: Costs, *, widths: Sequence[int], shared_only: bool = False) -> Menu:
+@lru_cache(maxsize=256)
+def menu(features: int, k: int, costs: Costs, *, shared_only: bool = False) -> Menu:
     """All forms of a side with `features` numbers, or k coordinates, or both. O(widths)."""
-    rows: list[tuple[float, ...]] = []
-    if not shared_only:
-        rows += [(0, w, features * costs.rate[w], costs.distortion[w], 0, 0, 0) for w in widths]
+    own = [] if shared_only else [(w, features * costs.rate[w], costs.distortion[w]) for w in costs.rate]
+    rows: list[tuple[float, ...]] = [(0, w, bits, lost, 0, 0, 0) for w, bits, lost in own]
     for c, limit in COORDS.items() if k else ():
-        bits, noise = k * coords_rate(k, c) * costs.coords, k / (12 * limit**2)
-        rows.append((c, 0, bits, 0, 1, 0, noise))
-        if c > 4 and not shared_only:
-            rows += [
-                (c, w, bits + _BETA + features * costs.rate[w], 0, 0, costs.distortion[w], noise)
-                for w in widths
-            ]
+        shared, noise = k * coords_rate(k, c), k / (12 * limit**2)
+        rows.append((c, 0, shared, 0, 1, 0, noise))
+        if c > 4:
+            rows += [(c, w, shared + _BETA + bits, 0, 0, lost, noise) for w, bits, lost in own]
     columns = torch.tensor(rows, dtype=torch.float32).T
     return Menu(columns[0].to(torch.uint8), columns[1].to(torch.uint8), *columns[2:])
 
@@ -75,19 +104,12 @@ def coords_rate(k: int, width: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """What is known of m components of one module before they are coded.
+    """What is known of m components of one module before they are coded."""
 
-    Attributes:
-        energy: (m,) squared singular value over the user's whole squared norm.
-        rho_out: (m,) share of the left vector inside the output basis.
-        rho_in: (m,) the same on the input side.
-        weight_in: (m,) squared length of the right vector as it is stored, 1 unless whitened.
-    """
-
-    energy: Tensor
-    rho_out: Tensor
-    rho_in: Tensor
-    weight_in: Tensor
+    energy: Tensor  # (m,) squared singular value over the user's whole squared norm
+    rho_out: Tensor  # (m,) share of the left vector inside the output basis
+    rho_in: Tensor  # (m,) the same on the input side
+    weight_in: Tensor  # (m,) squared length of the right vector as it is stored, 1 unless whitened
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +128,9 @@ def choose(sides: Sides, left: Menu, right: Menu, multiplier: Tensor | float) ->
 
     The two sides are settled in turn, three times over, from the other side free of error.
     """
-    size = len(sides.energy)
-    price = torch.as_tensor(multiplier, dtype=torch.float32).expand(size)
-    parts = [
-        _choose(_slice(sides, start), left, right, price[start : start + _CHUNK])
-        for start in range(0, max(size, 1), _CHUNK)
-    ]
+    price = torch.as_tensor(multiplier, dtype=torch.float32).expand(len(sides.energy))
+    pieces = (column.split(_CHUNK) for column in (*vars(sides).values(), price))
+    parts = [_choose(Sides(*four), left, right, one) for *four, one in zip(*pieces, strict=True)]
     return Choice(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -131,8 +150,3 @@ def _choose(sides: Sides, left: Menu, right: Menu, price: Tensor) -> tuple[Tenso
     bits = left.bits[out] + right.bits[inn] + _OVERHEAD
     keep = error + price * bits < sides.energy
     return out, inn, keep, torch.where(keep, error, sides.energy), torch.where(keep, bits, 0.0)
-
-
-def _slice(sides: Sides, start: int) -> Sides:
-    part = slice(start, start + _CHUNK)
-    return Sides(sides.energy[part], sides.rho_out[part], sides.rho_in[part], sides.weight_in[part])

@@ -24,23 +24,14 @@ from soppu.compress.numbers.quantise import AXIS
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One side of m components at a module with d features and a basis of rank k.
+    """One side of m components at a module with d features and a basis of rank k."""
 
-    Attributes:
-        coords_width: (m,) uint8 width of the coordinates, 0 = none, AXIS = a unit vector that takes no bits.
-        own_width: (m,) uint8 width of the user's own numbers, 0 = none.
-        axis: (m,) int64 which unit vector, where `coords_width` is AXIS; elsewhere 0.
-        coords: (those with a width above AXIS, k) float32.
-        own: (those with an own width, d) float32 holding integers, or floats for widths 16 and 32.
-        beta: (m,) float32 weight of the own part; 1 where there are no coordinates, 0 where nothing is own.
-    """
-
-    coords_width: Tensor
-    own_width: Tensor
-    axis: Tensor
-    coords: Tensor
-    own: Tensor
-    beta: Tensor
+    coords_width: Tensor  # (m,) uint8, 0 = no coordinates, AXIS = a unit vector that takes no bits
+    own_width: Tensor  # (m,) uint8 width of the user's own numbers, 0 = none
+    axis: Tensor  # (m,) int64 which unit vector, where `coords_width` is AXIS; elsewhere 0
+    coords: Tensor  # (those with a width above AXIS, k) float32
+    own: Tensor  # (those with an own width, d) float32 of integers, or floats for widths 16 and 32
+    beta: Tensor  # (m,) float32 weight of the own part; 1 without coordinates, 0 where nothing is own
 
     @classmethod
     def of_axes(cls, axis: Tensor, *, features: int, k: int) -> Side:
@@ -116,19 +107,12 @@ def _among(has: Tensor, chosen: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """m components of some users at one module, ordered by user.
+    """m components of some users at one module, ordered by user."""
 
-    Attributes:
-        user: (m,) int64 whose component it is.
-        gain: (m,) float32, relative to the user's norm.
-        left: the output side.
-        right: the input side.
-    """
-
-    user: Tensor
-    gain: Tensor
-    left: Side
-    right: Side
+    user: Tensor  # (m,) int64 whose component it is
+    gain: Tensor  # (m,) float32, relative to the user's norm
+    left: Side  # of the output
+    right: Side  # of the input
 
     def __len__(self) -> int:
         return len(self.user)
@@ -161,22 +145,11 @@ def ordinals(user: Tensor) -> Tensor:
     return torch.arange(len(user)) - starts[user]
 
 
-def grids(
-    parts: Components, bases: tuple[Tensor | None, Tensor | None], *, users: int
-) -> tuple[Tensor, Tensor]:
-    """The sides of all components by user: L (users, c, o) and R (users, c, i) float64, padded with zeros.
-
-    c is the largest number of components a user has. O(users c (o + i) k).
-    """
-    left, right = (
-        spread(side.vectors(basis), parts.user, users=users)
-        for side, basis in zip((parts.left, parts.right), bases, strict=True)
-    )
-    return left, right
-
-
 def spread(rows: Tensor, user: Tensor, *, users: int) -> Tensor:
-    """Rows (m, d) of components ordered by user, user by user: (users, c, d) float64, padded with zeros."""
+    """Rows (m, d) of components ordered by user, user by user: (users, c, d) float64, padded with zeros.
+
+    c is the largest number of components a user has.
+    """
     width = int(torch.bincount(user).max()) if len(user) else 0
     grid = rows.new_zeros((users, width, rows.shape[1]), dtype=torch.float64)
     grid[user, ordinals(user)] = rows.double()
@@ -194,5 +167,4 @@ def concatenate(parts: Sequence[Components]) -> Components:
 
 
 def _concatenate(sides: Sequence[Side]) -> Side:
-    names = ("coords_width", "own_width", "axis", "coords", "own", "beta")
-    return Side(**{name: torch.cat([getattr(side, name) for side in sides]) for name in names})
+    return Side(*(torch.cat(column) for column in zip(*(vars(side).values() for side in sides), strict=True)))

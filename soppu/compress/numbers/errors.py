@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soppu.compress.numbers.components import Components, grids, ordinals
+from soppu.compress.numbers.components import Components, ordinals, spread
 
 LOST = 1 - 1e-6  # a relative error from here on says that nothing is left
 
@@ -18,18 +18,15 @@ def squared_errors(
     The difference is one low-rank product, [B, -L^T g] [A; R]. O(b (o + i) (r + c)^2).
 
     Args:
-        B: (b, o, r) with A (b, r, i) the deltas.
-        parts: components of the users 0 to b - 1.
+        B: (b, o, r) with A (b, r, i) the deltas; their components are those of the users 0 to b - 1.
         bases: output and input basis as stored.
         norm: (b,) what gains are relative to.
     """
-    left, right = grids(parts, bases, users=len(norm))
+    sides = zip((parts.left, parts.right), bases, strict=True)
+    left, right = (spread(side.vectors(basis), parts.user, users=len(norm)) for side, basis in sides)
     gains = parts.gain.double() * norm.double()[parts.user]
-    scaled = left.clone()
-    scaled[parts.user, ordinals(parts.user)] *= gains[:, None]
-    out = torch.cat([B.double(), -scaled.mT], 2)
-    inn = torch.cat([A.double(), right], 1)
-    return squared_norms(out, inn)
+    left[parts.user, ordinals(parts.user)] *= gains[:, None]
+    return squared_norms(torch.cat([B.double(), -left.mT], 2), torch.cat([A.double(), right], 1))
 
 
 def squared_norms(left: Tensor, right: Tensor) -> Tensor:
@@ -37,11 +34,8 @@ def squared_norms(left: Tensor, right: Tensor) -> Tensor:
 
     That of two triangular factors, so what cancels gives the square of round-off. O((o + i) c^2).
     """
-    return torch.linalg.matrix_norm(_triangle(left) @ _triangle(right.mT).mT).square()
-
-
-def _triangle(x: Tensor) -> Tensor:
-    return torch.linalg.qr(x, mode="r").R
+    out, inn = (torch.linalg.qr(side, mode="r").R for side in (left, right.mT))
+    return torch.linalg.matrix_norm(out @ inn.mT).square()
 
 
 def relative_errors(squared: Tensor, norm: Tensor) -> Tensor:

@@ -19,19 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Quantiser:
-    """One uniform quantiser.
+    """One uniform quantiser."""
 
-    Attributes:
-        limit: largest integer in size.
-        step: step size as a multiple of the vector's root mean square.
-        distortion: squared error a unit-variance Gaussian number keeps.
-        rate: its entropy in bits.
-    """
-
-    limit: int
-    step: float
-    distortion: float
-    rate: float
+    limit: int  # largest integer in size
+    step: float  # step size as a multiple of the vector's root mean square
+    distortion: float  # squared error a unit-variance Gaussian number keeps
+    rate: float  # its entropy in bits
 
 
 # Distortion and rate: Gaussian numbers, with the best gain; a fit measures its own before it relies on them.
@@ -47,7 +40,6 @@ QUANTISERS: Mapping[int, Quantiser] = MappingProxyType(
 )
 TERNARY = 1  # -1, 0, 1, mostly zeros: made by `soppu.compress.numbers.ternary`, not by `quantise`
 FLOATS: Mapping[int, torch.dtype] = MappingProxyType({16: torch.float16, 32: torch.float32})
-WIDTHS = tuple(QUANTISERS)
 
 # Coordinates in a basis are spread unevenly: uniform steps over [-1, 1], and the entropy code makes zeros
 # cheap.

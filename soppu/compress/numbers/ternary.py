@@ -23,17 +23,11 @@ _ROUNDS = 2  # a third lowers the error by less than a hundredth of it
 
 @dataclass(frozen=True, eq=False)
 class Ternary:
-    """One module's change as D ~ B diag(gain) A.
+    """One module's change as D ~ B diag(gain) A."""
 
-    Attributes:
-        B: (o, r) int8 of -1, 0 and 1.
-        A: (r, i) int8 likewise.
-        gain: (r,) float32.
-    """
-
-    B: Tensor
-    A: Tensor
-    gain: Tensor
+    B: Tensor  # (o, r) int8 of -1, 0 and 1
+    A: Tensor  # (r, i) int8 likewise
+    gain: Tensor  # (r,) float32
 
     def pair(self) -> LoraPair:
         """The same change as float32 factors, every gain shared between both sides. O((o + i) r)."""
@@ -61,8 +55,9 @@ def faithful(
         AdapterError: no tensors, shapes that do not fit, NaN or Inf.
     """
     validate(adapter, who="adapter")
-    _positive("alpha", alpha)
-    _positive("lora_scale", lora_scale)
+    for name, value in (("alpha", alpha), ("lora_scale", lora_scale)):
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} = {value!r}, allowed: a finite number above 0")
     tensors = {}
     for name, pair in adapter.pairs.items():
         tensors[f"{name}.lora_A.weight"] = pair.A.float()
@@ -73,11 +68,7 @@ def faithful(
     signs = {key: part.reshape(tensors[key].shape) for key, part in zip(keys, parts, strict=True)}
     gain = (alpha * tau.std()).square() * lora_scale
     return {
-        name: Ternary(
-            B=signs[f"{name}.lora_B.weight"],
-            A=signs[f"{name}.lora_A.weight"],
-            gain=gain.repeat(pair.rank),
-        )
+        name: Ternary(signs[f"{name}.lora_B.weight"], signs[f"{name}.lora_A.weight"], gain.repeat(pair.rank))
         for name, pair in adapter.pairs.items()
     }
 
@@ -195,8 +186,3 @@ def _best_gains(pair: LoraPair, B: Tensor, A: Tensor) -> Tensor:
     """The least-squares gains: (B^T B o A A^T) g = diag(B^T D A^T), the smallest where that is singular."""
     aim = ((B.mT @ pair.B.double()) * (A @ pair.A.double().mT)).sum(1)
     return (torch.linalg.pinv((B.mT @ B) * (A @ A.mT), hermitian=True) @ aim).float()
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name} = {value!r}, allowed: a finite number above 0")

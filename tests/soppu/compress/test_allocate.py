@@ -9,14 +9,12 @@ import torch
 from soppu.compress.methods.plan import (
     ModulePlan,
     ModuleStats,
-    Setting,
     best,
     bisect,
     total_bits,
     user_errors,
 )
-from soppu.compress.numbers.allocate import Sides, choose, coords_rate, menu
-from soppu.compress.numbers.costs import Costs, measure
+from soppu.compress.numbers.allocate import Costs, Sides, choose, coords_rate, measure, menu
 from soppu.compress.numbers.quantise import QUANTISERS
 
 WIDTHS = tuple(QUANTISERS)
@@ -32,7 +30,7 @@ def sides(m: int = 40, seed: int = 0) -> Sides:
 @pytest.mark.parametrize("multiplier", [1e-9, 1e-7, 1e-6, 1e-5])
 @pytest.mark.parametrize(("k_out", "k_in"), [(0, 0), (0, 8), (8, 0), (8, 16)])
 def test_a_choice_is_near_the_best_of_all_pairs_of_forms(multiplier, k_out, k_in):
-    left, right = menu(90, k_out, Costs(), widths=WIDTHS), menu(130, k_in, Costs(), widths=WIDTHS)
+    left, right = menu(90, k_out, Costs()), menu(130, k_in, Costs())
     held = sides()
     found = choose(held, left, right, multiplier)
     d_out = left.errors(held.rho_out, torch.ones(40))[:, :, None]
@@ -46,7 +44,7 @@ def test_a_choice_is_near_the_best_of_all_pairs_of_forms(multiplier, k_out, k_in
 
 
 def test_bits_fall_and_errors_rise_with_the_price():
-    left, right = menu(64, 8, Costs(), widths=WIDTHS), menu(64, 8, Costs(), widths=WIDTHS)
+    left, right = menu(64, 8, Costs()), menu(64, 8, Costs())
     made = [choose(sides(), left, right, 10.0**power) for power in range(-10, -2)]
     bits, errors = [float(one.bits.sum()) for one in made], [float(one.error.sum()) for one in made]
     assert bits == sorted(bits, reverse=True) and errors == sorted(errors)
@@ -54,13 +52,13 @@ def test_bits_fall_and_errors_rise_with_the_price():
 
 
 def test_components_of_no_energy_are_left_out():
-    left = right = menu(64, 0, Costs(), widths=WIDTHS)
+    left = right = menu(64, 0, Costs())
     held = Sides(torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.ones(3))
     assert not choose(held, left, right, 1e-12).keep.any()
 
 
 def test_a_price_for_each_component_is_the_same_as_one_after_the_other():
-    left = right = menu(64, 4, Costs(), widths=WIDTHS)
+    left = right = menu(64, 4, Costs())
     held = sides(6)
     prices = torch.tensor([1e-8, 1e-7, 1e-6, 1e-5, 1e-8, 1e-6])
     both = choose(held, left, right, prices)
@@ -103,11 +101,11 @@ def stats(n: int, *, shared: float, seed: int = 0) -> ModuleStats:
 
 
 def plan_for(held: ModuleStats, bits_a_user: float) -> ModulePlan:
-    setting, n = Setting(Costs(), WIDTHS, 16), int(held.user.max()) + 1
+    costs, n = Costs(), int(held.user.max()) + 1
     plan = ModulePlan()
     for _ in range(3):
-        price = bisect(partial(total_bits, [held], [plan], setting), bits_a_user * n)
-        plan = best(held, setting, multiplier=price, share=1.0, start=None)
+        price = bisect(partial(total_bits, [held], [plan], costs), bits_a_user * n)
+        plan = best(held, costs, multiplier=price, share=1.0, start=None)
     return plan
 
 
@@ -123,10 +121,10 @@ def test_one_user_alone_gets_no_basis():
 
 
 def test_errors_by_user_add_up_to_those_of_all():
-    held, setting = stats(7, shared=0.5), Setting(Costs(), WIDTHS, 16)
+    held, costs = stats(7, shared=0.5), Costs()
     plan = ModulePlan(8, 8, 5, 5)
-    each = user_errors([held], [plan], setting, torch.full((7,), 1e-6))
-    assert float(each.sum()) == pytest.approx(float(setting.pick(held, plan, 1e-6).error.sum()), rel=1e-5)
+    each = user_errors([held], [plan], costs, torch.full((7,), 1e-6))
+    assert float(each.sum()) == pytest.approx(float(held.pick(plan, costs, 1e-6).error.sum()), rel=1e-5)
 
 
 def test_bisection_finds_the_least_price_within_the_budget():
