@@ -171,5 +171,5 @@ def test_certificate_of_nothing_is_zero():
 def test_report_without_a_key_is_refused(key):
     value = report().to_dict()
     del value[key]
-    with pytest.raises(KeyError, match=key):
+    with pytest.raises(ValueError, match=key):
         CompressionReport.from_dict(value)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from soppu import compress
 from soppu.compress import CompressOptions
-from soppu.compress.options import BASIS_BITS, CORE_BITS, DEFAULT_RATIO, METHODS, Target
+from soppu.compress.options import DEFAULT_RATIO, Target
+from soppu.config import METHODS, BasisBits, CoreBits
 from soppu.errors import ConfigError
 
 
@@ -54,10 +57,10 @@ def test_every_fault_is_listed():
         CompressOptions(rank=-1, basis_bits=9, device="gpu")
 
 
-@pytest.mark.parametrize("bits", BASIS_BITS)
+@pytest.mark.parametrize("bits", get_args(BasisBits))
 def test_every_width_may_be_asked_for(bits):
     assert CompressOptions(method="joint", basis_bits=bits).basis_bits == bits
-    assert CompressOptions(method="joint", core_bits=max(CORE_BITS)).core_bits == 32
+    assert CompressOptions(method="joint", core_bits=max(get_args(CoreBits))).core_bits == 32
 
 
 @pytest.mark.parametrize("method", METHODS)
