@@ -136,7 +136,7 @@ class _Bench:
         self.coders = {}
         for name, (o, i) in bundle.shapes.items():
             u, v = bundle.matrices(name, cluster)
-            plan = ModulePlan(0 if u is None else u.shape[1], 0 if v is None else v.shape[1])
+            plan = ModulePlan(*(side.k for side in bundle.bases[name][cluster]))
             menus = setting.menus(o, i, plan, shared_only=shared_only)
             self.coders[name] = ModuleCoder(SideCoder.make(u), SideCoder.make(v), menus, None)
         self._sides = {

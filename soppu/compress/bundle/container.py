@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from reprlib import repr as show
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def check_page(bundle: Bundle, number: int, *, source: str) -> None:
         counts = torch.bincount(part.user - first, minlength=users)
         if bool((counts > most).any()):
             user = int((counts > most).nonzero()[0])
-            found = f"{int(counts[user])} components of {schema.show(bundle.users[first + user])}"
+            found = f"{int(counts[user])} components of {show(bundle.users[first + user])}"
             raise BundleError(f"{where}: {found}, allowed: {int(most[user])}, whose rank is {int(own[user])}")
         if not bool(torch.isfinite(part.gain * bundle.norm[part.user]).all()):
             raise BundleError(f"{where}: a gain times a norm is not a finite number")
@@ -176,7 +177,7 @@ def _report(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Tenso
             for name, row, rank in zip(names, table, ranks, strict=True)
         },
         certificates={
-            name: Certificate(*row[:4], confidence=1 - row[4])
+            name: Certificate(row[0], row[1], row[2], row[3], confidence=1 - row[4])
             for name, row in zip(names, tensors["certificates"].tolist(), strict=True)
         },
     )

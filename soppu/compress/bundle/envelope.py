@@ -37,9 +37,6 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
 def decode(data: bytes, *, source: str) -> dict[str, Tensor]:
     """The tensors of a bundle file, the bytes checked: nothing yet is known about what they mean.
 
-    Args:
-        source: the file named in messages.
-
     Raises:
         BundleError: truncated, not safetensors, no SOPPU metadata, another format version, or damaged.
     """

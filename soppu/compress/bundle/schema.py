@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from reprlib import repr as show  # short, however large or deep the value is
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -130,5 +130,5 @@ def _check_report(report: Mapping[str, Any], *, modules: int, source: str) -> No
         raise BundleError(f"{source}: report: steps must be a list of {modules} integers of 0 or more")
 
 
-def _wholes(values: Any, least: int) -> bool:
+def _wholes(values: object, least: int) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(whole(value, least) for value in values)

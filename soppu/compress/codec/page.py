@@ -134,7 +134,9 @@ class _Reader:
 
     def sides(self, codes: Sequence[SideModes]) -> list[Side]:
         """The sides of all modules, in order."""
-        betas = self._betas(codes)
+        ends = np.cumsum([int(code.has_beta.sum()) for code in codes])
+        flat = streams.unpack_floats(next(self._parts), count=int(ends[-1]), width=16, source=self.source)
+        betas = np.split(flat, ends[:-1])
         pieces: list[dict[tuple[str, int], Floats]] = [{} for _ in codes]
         held: dict[tuple[str, int], list[tuple[int, int]]] = {numbers: [] for numbers in NUMBERS}
         for place, code in enumerate(codes):
@@ -146,11 +148,6 @@ class _Reader:
             for place, size in wanted:
                 pieces[place][field, width], at = flat[at : at + size], at + size
         return [_side(*one) for one in zip(codes, pieces, betas, strict=True)]
-
-    def _betas(self, codes: Sequence[SideModes]) -> list[Floats]:
-        ends = np.cumsum([int(code.has_beta.sum()) for code in codes])
-        flat = streams.unpack_floats(next(self._parts), count=int(ends[-1]), width=16, source=self.source)
-        return np.split(flat, ends[:-1])
 
 
 def _side(code: SideModes, pieces: dict[tuple[str, int], Floats], betas: Floats) -> Side:
