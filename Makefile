@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM = false
 # LAPACK on two threads that share busy cores is many times slower than on one
 test test-fast bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status vllm test test-fast lint format docs bench bench-compression bench-serve clean
+.PHONY: help setup demo up down status vllm test test-fast lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -57,10 +57,19 @@ test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or 
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: setup      ## ruff, mypy, who imports whom, what is installed for nothing
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint-types lint-style lint-imports lint-packages
+
+lint-types:
+	$(BIN)/mypy --cache-dir=/dev/null   # an incremental run at times loses submodules of a package
+
+lint-style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --cache-dir=/dev/null   # an incremental run at times loses submodules of a package
+
+lint-imports:
 	$(BIN)/lint-imports --no-cache --no-logo
+
+lint-packages:
 	$(BIN)/deptry --no-ansi .
 
 format: setup    ## let ruff rewrite the files

@@ -33,8 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.record import RESULTS, circumstances, store
 from soppu.serve.vllm_plugin.worker import kernels
-from soppu.serve.vllm_plugin.worker.layout import Linear, Part
-from soppu.serve.vllm_plugin.worker.resident import Basis, Resident
+from soppu.serve.vllm_plugin.worker.resident import Basis, Linear, Part, Resident
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096), "down_proj": (4096, 14336)}  # (o, i)

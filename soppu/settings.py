@@ -19,6 +19,7 @@ _ALLOWED = {
     "bool_type": "true or false",
     "string_type": "a text",
     "list_type": "a list",
+    "tuple_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",
     "dataclass_type": "a table",

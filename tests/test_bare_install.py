@@ -23,6 +23,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from soppu.cli import COMMANDS
+from soppu.evaluate import html
+from tests.soppu.evaluate.example import make_report
 
 ROOT = Path(__file__).parents[1]
 OF_EXTRAS = {"prefect", "flwr", "ray", "starlette", "uvicorn", "fastapi", "docker", "pytest"}
@@ -134,6 +136,14 @@ def test_compress_inspect_and_export(bare: Bare, users: tuple[PreTrainedModel, P
         assert config["r"] in (8, 16, 32, 64, 128)
         wrapped = PeftModel.from_pretrained(model, folder / "lorax" / user, adapter_name=user)
         assert user in wrapped.peft_config
+
+
+def test_report_renders_the_page(bare: Bare, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(make_report(2)))
+    done = bare.run("soppu", "report", "--open", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.strip()).read_text(encoding="utf-8")
+    assert page == html.page(make_report(2))
 
 
 def test_every_command_but_serve_loads(bare: Bare, tmp_path: Path) -> None:

@@ -106,9 +106,13 @@ def test_the_one_test_recipe_runs_a_test_that_is_there() -> None:
 
 
 def test_the_hooks_before_a_commit_are_those_of_make_lint() -> None:
-    makefile = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    makefile = (ROOT / "Makefile").read_text()
+    started = makefile.split("\nlint:")[1].split("\n\n")[0]
+    targets = re.findall(r"^(lint-\w+):\n((?:\t.*\n)+)", makefile, re.M)
+    assert targets and all(name in started for name, _ in targets)
+    linters = {word for _, lines in targets for word in re.findall(r"\$\(BIN\)/(\S+)", lines)}
     hooks = re.findall(r"entry: \.venv/bin/(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
-    assert {"ruff", "mypy", "lint-imports"} <= set(hooks) <= set(re.findall(r"\$\(BIN\)/(\S+)", makefile))
+    assert {"ruff", "mypy", "lint-imports"} <= set(hooks) <= linters
 
 
 def test_the_readmes_figures_are_the_measured_ones() -> None:

@@ -173,9 +173,9 @@ def test_imports_follow_the_picture_and_the_rooms(copy: Path) -> None:
             "serve.bank.bank -> soppu.serve.api",
         ),
         (
-            "soppu/serve/vllm_plugin/frontend/routes.py",
-            "from soppu.serve.vllm_plugin.worker import op",
-            "frontend.routes -> soppu.serve.vllm_plugin.worker",
+            "soppu/serve/vllm_plugin/frontend/control.py",
+            "from soppu.serve.vllm_plugin.worker import step",
+            "frontend.control -> soppu.serve.vllm_plugin.worker",
         ),
         ("soppu/serve/engine/sampling.py", "from soppu.serve.engine import engine", ".sampling -> .engine"),
         ("soppu/imagined.py", "", "- soppu.imagined"),

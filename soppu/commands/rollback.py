@@ -8,8 +8,7 @@ import click
 
 from soppu.errors import RegistryError, TargetError
 from soppu.registry import Registry
-from soppu.stages.publish import previous_bundles, refuse_forgotten
-from soppu.targets import kinds
+from soppu.stages.publish import previous_bundles, refuse_forgotten, target_class
 
 
 @click.command("rollback")
@@ -36,7 +35,7 @@ def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> Non
     with registry.publishing(url):  # between a publication's switch and its record, neither is ours to change
         here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]
         kind = here[0].target if here else "embedded"
-        target = kinds.of(kind)(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
+        target = target_class(kind)(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
         if not target.is_up():
             raise TargetError(f"{url}: nobody answers there")
         live = target.active()

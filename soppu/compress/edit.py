@@ -20,7 +20,7 @@ from soppu.compress.codec import page
 from soppu.compress.codec.page import Page, numbers
 from soppu.compress.fleet import survey as fleets
 from soppu.compress.fleet.survey import Fleet
-from soppu.compress.linalg.canonical import decompose
+from soppu.compress.linalg.canonical import canonical
 from soppu.compress.methods.coding import ModuleCoder
 from soppu.compress.methods.plan import ModulePlan, Setting
 from soppu.compress.numbers.allocate import choose
@@ -132,7 +132,7 @@ class _Bench:
         self.cluster, self.norm = cluster, newcomer.norm
         (batch,) = newcomer.batches()
         self.deltas = {name: batch.factors(name) for name in bundle.shapes}
-        self.factors = {name: decompose(B, A) for name, (B, A) in self.deltas.items()}
+        self.factors = {name: canonical(B, A) for name, (B, A) in self.deltas.items()}
         self.coders = {}
         for name, (o, i) in bundle.shapes.items():
             u, v = bundle.matrices(name, cluster)

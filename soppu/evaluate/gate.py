@@ -8,12 +8,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import InstanceOf
 
 from soppu.config import GateConfig
 from soppu.errors import GateError
 from soppu.evaluate.losses import UserLosses
+from soppu.settings import Flag, Real, allowed
+
+Text = Annotated[InstanceOf[str], allowed("a text")]  # a name with a lone surrogate is one, too
 
 TOLERANCE = 0.01
 """Nats a token. A personal gain up to this is too small to be a ratio's denominator."""
@@ -23,32 +28,20 @@ _NAMED = 10  # users spelt out in one reason; the rest is counted
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate decided, and the figures it decided on.
+    """What the gate decided, and the figures it decided on."""
 
-    Attributes:
-        passed: whether the bundle may be published.
-        reasons: one line for each broken rule; empty when passed.
-        mean_gain_kept: compressed gain / personal gain, both summed over the users whose personal adapter
-            beats the base model; 0 where there is no such user.
-        worst_user: who keeps the least of a gain above `TOLERANCE`; "" if nobody gained that much.
-        worst_gain_kept: what that user keeps; 0 without such a user.
-        improved_share: share of the measured users whose personal loss is below the base model's.
-        max_relative_error: largest relative error of one user's adapter.
-        worst_error_user: whose that is.
-        unmeasured: users of the bundle without a held-out loss, judged by their relative error alone.
-        limits: the rules as configured, config key -> value.
-    """
-
-    passed: bool
-    reasons: tuple[str, ...]
-    mean_gain_kept: float
-    worst_user: str
-    worst_gain_kept: float
-    improved_share: float
-    max_relative_error: float
-    worst_error_user: str
-    unmeasured: tuple[str, ...] = ()
-    limits: Mapping[str, float] = field(default_factory=dict)
+    passed: Flag  # whether the bundle may be published
+    reasons: tuple[Text, ...]  # one line for each broken rule; empty when passed
+    # compressed gain / personal gain, both summed over the users whose personal adapter beats the base model;
+    # 0 where there is no such user
+    mean_gain_kept: Real
+    worst_user: Text  # who keeps the least of a gain above `TOLERANCE`; "" if nobody gained that much
+    worst_gain_kept: Real  # what that user keeps; 0 without such a user
+    improved_share: Real  # of the measured users, those whose personal loss is below the base model's
+    max_relative_error: Real  # largest relative error of one user's adapter
+    worst_error_user: Text  # whose that is
+    unmeasured: tuple[Text, ...]  # users of the bundle without a held-out loss: judged by their error alone
+    limits: dict[Text, Real]  # the rules as configured, config key -> value
 
     def raise_if_refused(self) -> None:
         """Raise GateError with every reason, unless the bundle passed."""
@@ -60,7 +53,6 @@ class Verdict:
         return dataclasses.asdict(self) | {
             "reasons": list(self.reasons),
             "unmeasured": list(self.unmeasured),
-            "limits": dict(self.limits),
         }
 
     @classmethod
@@ -88,6 +80,8 @@ def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], opt
     """
     finite = [one for one in losses if all(map(math.isfinite, (one.base, one.personal, one.compressed)))]
     improved = [one for one in finite if one.gain > 0]
+    gained = math.fsum(one.gain for one in improved)
+    kept = math.fsum(one.base - one.compressed for one in improved)
     sizeable = {one.user: one.gain_kept for one in improved if one.gain > TOLERANCE}
     worst = min(sizeable, key=sizeable.__getitem__, default="")
     errors = {user: value for user, value in relative_error.items() if math.isfinite(value)}
@@ -96,7 +90,7 @@ def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], opt
     figures = Verdict(
         passed=False,
         reasons=(),
-        mean_gain_kept=_mean_gain_kept(improved),
+        mean_gain_kept=kept / gained if gained else 0.0,
         worst_user=worst,
         worst_gain_kept=sizeable.get(worst, 0.0),
         improved_share=sum(one.personal < one.base for one in losses) / len(losses) if losses else 0.0,
@@ -107,19 +101,14 @@ def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], opt
     )
     found = (
         _not_measured(losses, relative_error),
-        _not_finite(losses, relative_error),
+        _listed("not finite", _not_finite(losses, relative_error)),
         _total(figures, options) if finite else "",
-        _each(finite, options),
-        _error(errors, options),
+        _each(finite, options.min_user_gain_kept),
+        _error(errors, options.max_relative_error),
         _improved(losses, figures, options) if losses else "",
     )
-    reasons = tuple(reason for reason in found if reason)
+    reasons = tuple(filter(None, found))
     return dataclasses.replace(figures, passed=not reasons, reasons=reasons)
-
-
-def _mean_gain_kept(improved: Sequence[UserLosses]) -> float:
-    gained = math.fsum(one.gain for one in improved)
-    return math.fsum(one.base - one.compressed for one in improved) / gained if gained else 0.0
 
 
 def _not_measured(losses: Sequence[UserLosses], relative_error: Mapping[str, float]) -> str:
@@ -127,20 +116,17 @@ def _not_measured(losses: Sequence[UserLosses], relative_error: Mapping[str, flo
         return "no user's held-out loss was measured"
     faults = [f"{one.user} (no held-out examples)" for one in losses if one.examples < 1]
     faults += [f"{one.user} (no relative error)" for one in losses if one.user not in relative_error]
-    return f"not measured: {_named(faults)}" if faults else ""
+    return _listed("not measured", faults)
 
 
-def _not_finite(losses: Sequence[UserLosses], relative_error: Mapping[str, float]) -> str:
-    faults = [
-        f"{one.user} {name} loss {value}"
+def _not_finite(losses: Sequence[UserLosses], relative_error: Mapping[str, float]) -> list[str]:
+    figures = [
+        (f"{one.user} {name} loss", getattr(one, name))
         for one in losses
-        for name, value in (("base", one.base), ("personal", one.personal), ("compressed", one.compressed))
-        if not math.isfinite(value)
+        for name in ("base", "personal", "compressed")
     ]
-    faults += [
-        f"{user} relative error {value}" for user, value in relative_error.items() if not math.isfinite(value)
-    ]
-    return f"not finite: {_named(faults)}" if faults else ""
+    figures += [(f"{user} relative error", value) for user, value in relative_error.items()]
+    return [f"{name} {value}" for name, value in figures if not math.isfinite(value)]
 
 
 def _total(figures: Verdict, options: GateConfig) -> str:
@@ -153,8 +139,7 @@ def _total(figures: Verdict, options: GateConfig) -> str:
     )
 
 
-def _each(finite: Sequence[UserLosses], options: GateConfig) -> str:
-    limit = options.min_user_gain_kept
+def _each(finite: Sequence[UserLosses], limit: float) -> str:
     faults = []
     for one in sorted(finite, key=lambda one: one.gain_kept):
         if one.gain > TOLERANCE:
@@ -165,16 +150,13 @@ def _each(finite: Sequence[UserLosses], options: GateConfig) -> str:
                 f"{one.user} had no gain and goes from {one.base:.4f} to {one.compressed:.4f} nats a token,"
                 f" more than {TOLERANCE} above the base model"
             )
-    return (
-        f"gate.min_user_gain_kept: at least {limit} of every user's gain: {_named(faults)}" if faults else ""
-    )
+    return _listed(f"gate.min_user_gain_kept: at least {limit} of every user's gain", faults)
 
 
-def _error(errors: Mapping[str, float], options: GateConfig) -> str:
-    limit = options.max_relative_error
+def _error(errors: Mapping[str, float], limit: float) -> str:
     over = sorted((user for user in errors if errors[user] > limit), key=lambda user: -errors[user])
     faults = [f"{user} {_shown(errors[user], limit)}" for user in over]
-    return f"gate.max_relative_error: relative error at most {limit}: {_named(faults)}" if faults else ""
+    return _listed(f"gate.max_relative_error: relative error at most {limit}", faults)
 
 
 def _improved(losses: Sequence[UserLosses], figures: Verdict, options: GateConfig) -> str:
@@ -182,16 +164,18 @@ def _improved(losses: Sequence[UserLosses], figures: Verdict, options: GateConfi
     if share >= limit:
         return ""
     behind = [one for one in losses if not one.personal < one.base]
-    faults = [f"{one.user} ({one.personal:.4f}, base {one.base:.4f})" for one in behind]
-    return (
+    return _listed(
         f"gate.min_improved_users: the personal adapter beats the base model for {_shown(share, limit)} of"
-        f" the users, at least {limit}; not for {_named(faults)}"
+        f" the users, at least {limit}; not for",
+        [f"{one.user} ({one.personal:.4f}, base {one.base:.4f})" for one in behind],
     )
 
 
-def _named(faults: Sequence[str]) -> str:
+def _listed(rule: str, faults: Sequence[str]) -> str:
+    """The reason with its first faults spelt out and the rest counted; "" without any."""
     rest = len(faults) - _NAMED
-    return ", ".join(faults[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{rule}: {', '.join(faults[:_NAMED])}{more}" if faults else ""
 
 
 def _shown(value: float, limit: float) -> str:

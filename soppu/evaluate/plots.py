@@ -7,19 +7,21 @@ bytes.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from io import StringIO
+from statistics import fmean
 from typing import Any
 
 import matplotlib.style
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from soppu.evaluate.wording import duration, printable, ratio, size
+from soppu.evaluate.wording import duration, ratio, shortened, size
 from soppu.module_names import split_layer
 
 FEW = 24
@@ -29,26 +31,20 @@ FEW = 24
 INK, MUTED, LINE = "#1f2329", "#59636f", "#d1d9e1"
 BASE, PERSONAL, COMPRESSED = "#8c959e", "#0072b2", "#e69f01"
 _REST = (PERSONAL, COMPRESSED, "#009e73", "#cc79a7", "#d55e00", "#56b4e9", BASE)
+_WAYS = {"base": BASE, "personal": PERSONAL, "compressed": COMPRESSED}
 # The page sets these variables, once for light and once for dark.
-_THEME = {
-    INK: "ink",
-    MUTED: "muted",
-    LINE: "line",
-    BASE: "base",
-    PERSONAL: "personal",
-    COMPRESSED: "compressed",
-}
+_THEME = {INK: "ink", MUTED: "muted", LINE: "line"} | {colour: name for name, colour in _WAYS.items()}
 _WIDTH = 9.0  # inches; the page scales it
 _BARS = 40  # modules above which the panels of errors stand below each other
 _LABEL = 16  # characters of a name beside a bar
 _FONT = "DejaVu Sans"  # comes with matplotlib; what texts are measured with
 _STYLE: dict[str, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     "font.family": [_FONT],
     "font.size": 9,
-    "text.color": INK,
     "text.parse_math": False,  # names come from outside
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -58,42 +54,36 @@ _STYLE: dict[str, Any] = {
     "axes.grid.axis": "y",
     "grid.color": LINE,
     "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
     "svg.fonttype": "none",
 }
 
 Row = Mapping[str, Any]
+FloatArray = npt.NDArray[np.float64]
 
 
 def figures(report: Row) -> dict[str, str]:
     """Every figure the report has data for: name -> SVG text."""
-    drawings: dict[str, tuple[str, Callable[[], Figure]]] = {}
-    if users := [user for user in report["users"] if user["loss_base"] is not None]:
-        drawings["losses"] = ("Held-out loss and gain of every user", lambda: losses(users))
-    if modules := report["compression"]["by_module"]:
-        drawings["errors"] = ("Relative reconstruction error by layer", lambda: errors(modules))
-    drawings["sizes"] = ("Parameters and bytes before and after", lambda: sizes(report["compression"]))
-    if stages := report["stages"]:
-        drawings["stages"] = ("Seconds a stage took", lambda: stage_times(stages))
-    return {name: draw(figure, name=name, label=label) for name, (label, figure) in drawings.items()}
-
-
-def style(name: str = "soppu") -> AbstractContextManager[None]:
-    """The defaults of matplotlib with this report's settings on top, for as long as the block runs."""
-    return matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}])
+    users = [user for user in report["users"] if user["loss_base"] is not None]
+    made = report["compression"]
+    drawings: tuple[tuple[str, str, Callable[[Any], Figure], Any], ...] = (
+        ("losses", "Held-out loss and gain of every user", losses, users),
+        ("errors", "Relative reconstruction error by layer", errors, made["by_module"]),
+        ("sizes", "Parameters and bytes before and after", sizes, made),
+        ("stages", "Seconds a stage took", stage_times, report["stages"]),
+    )
+    return {
+        name: draw(partial(figure, data), name=name, label=label)
+        for name, label, figure, data in drawings
+        if data
+    }
 
 
 def draw(figure: Callable[[], Figure], *, name: str, label: str) -> str:
     """SVG text of a figure: ids begin with `name`, colours are the page's variables, no metadata."""
     out = StringIO()
-    with style(name), warnings.catch_warnings():
+    style = matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}])
+    with style, warnings.catch_warnings():
         # The browser has fonts for what the measuring font lacks.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -111,18 +101,16 @@ def losses(users: Sequence[Row]) -> Figure:
     """Loss three ways above, gain over the base model below: bars for few users, sorted curves for many."""
     figure = Figure(figsize=(_WIDTH, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
-    base, personal, compressed = (
-        [_or_nan(user[f"loss_{name}"]) for user in users] for name in ("base", "personal", "compressed")
-    )
-    gains = [[b - value for b, value in zip(base, values, strict=True)] for values in (personal, compressed)]
+    ways = {name: np.array([user[f"loss_{name}"] for user in users], dtype=float) for name in _WAYS}
+    gains = {name: ways["base"] - ways[name] for name in ("personal", "compressed")}
     if len(users) <= FEW:
-        _bars(above, {"base": base, "personal": personal, "compressed": compressed})
-        _bars(below, {"personal": gains[0], "compressed": gains[1]})
+        _bars(above, ways)
+        _bars(below, gains)
         _name_users(above, [])
         _name_users(below, [user["id"] for user in users])
     else:
-        _quantiles(above, {"base": base, "personal": personal, "compressed": compressed})
-        _sorted_gains(below, *gains)
+        _quantiles(above, ways)
+        _sorted_gains(below, gains["personal"], gains["compressed"])
     above.set_title("Held-out loss, three ways (lower is better)")
     above.set_ylabel("nats a token")
     below.set_title("Gain over the base model (higher is better)")
@@ -145,10 +133,8 @@ def errors(by_module: Mapping[str, Mapping[str, float | None]]) -> Figure:
     stacked = len(by_module) > _BARS
     weights = [1.0 if stacked else max(1.0, 0.7 * len(panels[name])) for name in names]
     figure = Figure(figsize=(_WIDTH, 2.4 * len(names) if stacked else 3.1), layout="constrained")
-    if stacked:
-        grid = figure.subplots(len(names), 1, sharey=True, squeeze=False)[:, 0]
-    else:
-        grid = figure.subplots(1, len(names), sharey=True, squeeze=False, width_ratios=weights)[0]
+    shape = {"nrows": len(names)} if stacked else {"ncols": len(names), "width_ratios": weights}
+    grid = figure.subplots(**shape, sharey=True, squeeze=False).ravel()
     for axes, name, weight in zip(grid, names, weights, strict=True):
         share = 1.0 if stacked else weight / sum(weights)
         _error_panel(axes, panels[name], points=0.9 * 72 * _WIDTH * share)
@@ -170,13 +156,10 @@ def sizes(compression: Row) -> Figure:
     )
     for axes, (key, label, words) in zip(figure.subplots(1, 2), shown, strict=True):
         before, after = compression[f"{key}_before"], compression[f"{key}_after"]
-        drawn = axes.barh([0, 1], [before, after], color=[PERSONAL, COMPRESSED], height=0.6)
-        axes.bar_label(drawn, [words(before), words(after)], padding=4)
-        axes.set_yticks([0, 1], ["all adapters", "bundle"])
-        axes.invert_yaxis()
+        bars = [("all adapters", before, words(before)), ("bundle", after, words(after))]
+        _lying_bars(axes, bars, colours=[PERSONAL, COMPRESSED])
         axes.set_xlim(0, 1.35 * max(before, after, 1))
         axes.set_xticks([])
-        axes.grid(visible=False)
         axes.set_title(f"{label}, {ratio(before, after)} fewer")
         axes.spines["bottom"].set_visible(False)
     return figure
@@ -186,59 +169,60 @@ def stage_times(stages: Sequence[Row]) -> Figure:
     """Wall time of every stage, first at the top."""
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.32 * len(stages)), layout="constrained")
     axes = figure.subplots()
-    seconds = [stage["seconds"] for stage in stages]
-    rows = list(range(len(stages)))
-    drawn = axes.barh(rows, seconds, color=PERSONAL, height=0.6)
-    words = [
-        duration(stage["seconds"]) + (f", {stage['attempts']} attempts" if stage["attempts"] > 1 else "")
-        for stage in stages
-    ]
-    axes.bar_label(drawn, words, padding=4)
-    axes.set_yticks(rows, [_label(stage["name"]) for stage in stages])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(*seconds, 1e-3))
+    bars = []
+    for stage in stages:
+        retried = f", {stage['attempts']} attempts" if stage["attempts"] > 1 else ""
+        bars.append((stage["name"], stage["seconds"], duration(stage["seconds"]) + retried))
+    _lying_bars(axes, bars, colours=[PERSONAL])
+    axes.set_xlim(0, 1.25 * max(*(stage["seconds"] for stage in stages), 1e-3))
     axes.set_xlabel("wall time (s)")
-    axes.grid(visible=False)
     axes.grid(visible=True, axis="x")
     return figure
 
 
-def _bars(axes: Axes, series: Mapping[str, Sequence[float]]) -> None:
-    colours = {"base": BASE, "personal": PERSONAL, "compressed": COMPRESSED}
+def _lying_bars(axes: Axes, bars: Sequence[tuple[str, float, str]], *, colours: Sequence[str]) -> None:
+    """Bars from the top down: a name before each, words behind it."""
+    names, lengths, words = zip(*bars, strict=True)
+    drawn = axes.barh(range(len(bars)), lengths, color=colours, height=0.6)
+    axes.bar_label(drawn, words, padding=4)
+    axes.set_yticks(range(len(bars)), [shortened(name, limit=_LABEL) for name in names])
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+
+
+def _bars(axes: Axes, series: Mapping[str, FloatArray]) -> None:
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
-        left = [index - 0.4 + number * width for index in range(len(values))]
-        axes.bar(left, values, width=0.92 * width, align="edge", color=colours[name], label=name)
+        left = np.arange(len(values)) - 0.4 + number * width
+        axes.bar(left, values, width=0.92 * width, align="edge", color=_WAYS[name], label=name)
 
 
 def _name_users(axes: Axes, ids: Sequence[str]) -> None:
     axes.tick_params(axis="x", length=0)
-    names = [_label(one) for one in ids]
+    names = [shortened(one, limit=_LABEL) for one in ids]
     crowded = sum(len(name) + 2 for name in names) > 100
     turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(range(len(names)), names, **turned)
 
 
-def _quantiles(axes: Axes, series: Mapping[str, Sequence[float]]) -> None:
+def _quantiles(axes: Axes, series: Mapping[str, FloatArray]) -> None:
     """Each way's losses, sorted on their own: the share of users at or below a loss."""
-    for (name, values), colour in zip(series.items(), (BASE, PERSONAL, COMPRESSED), strict=True):
-        known = sorted(value for value in values if math.isfinite(value))
-        shares = [100 * (index + 0.5) / len(known) for index in range(len(known))]
+    for name, values in series.items():
+        known = np.sort(values[np.isfinite(values)])
+        shares = 100 * (np.arange(len(known)) + 0.5) / len(known)
         dashes = (0, (4, 2)) if name == "compressed" else "-"
-        axes.plot(shares, known, color=colour, linewidth=2, linestyle=dashes, label=name)
+        axes.plot(shares, known, color=_WAYS[name], linewidth=2, linestyle=dashes, label=name)
     axes.set_xlabel("share of users with at most this loss (%)")
     axes.set_xlim(0, 100)
 
 
-def _sorted_gains(axes: Axes, personal: Sequence[float], compressed: Sequence[float]) -> None:
-    pairs = sorted(
-        (pair for pair in zip(personal, compressed, strict=True) if all(map(math.isfinite, pair))),
-        reverse=True,
-    )
-    ranks = range(1, len(pairs) + 1)
-    axes.plot(ranks, [pair[1] for pair in pairs], ".", color=COMPRESSED, markersize=3.5)
-    axes.plot(ranks, [pair[0] for pair in pairs], color=PERSONAL, linewidth=2)
-    axes.set_xlim(0, len(pairs) + 1)
+def _sorted_gains(axes: Axes, personal: FloatArray, compressed: FloatArray) -> None:
+    known = np.isfinite(personal) & np.isfinite(compressed)
+    order = np.lexsort((compressed[known], personal[known]))[::-1]
+    ranks = range(1, len(order) + 1)
+    axes.plot(ranks, compressed[known][order], ".", color=COMPRESSED, markersize=3.5)
+    axes.plot(ranks, personal[known][order], color=PERSONAL, linewidth=2)
+    axes.set_xlim(0, len(order) + 1)
     axes.set_xlabel("users, by the gain of their personal adapter")
 
 
@@ -256,12 +240,12 @@ def _error_panel(axes: Axes, kinds: Mapping[str, Mapping[int, Sequence[float]]],
     step = 0.8 / len(kinds)
     for number, (kind, values) in enumerate(sorted(kinds.items())):
         colour = _REST[number % len(_REST)]
-        axes.bar([0], [0], color=colour, label=_label(kind, limit=24))
+        axes.bar([0], [0], color=colour, label=shortened(kind, limit=24))
         for layer, shares in values.items():
             if shares:
                 percents = [100 * share for share in shares]
                 span = (layers.index(layer) - 0.4 + number * step, 0.92 * step)
-                axes.bar([span[0]], [_mean(percents)], span[1], align="edge", color=colour, alpha=0.55)
+                axes.bar([span[0]], [fmean(percents)], span[1], align="edge", color=colour, alpha=0.55)
                 _users_on_bar(axes, percents, span=span, points=points / len(layers) * span[1])
     axes.tick_params(axis="x", length=0)
     every = 4 if len(layers) > 16 else 1
@@ -290,16 +274,3 @@ def _users_on_bar(axes: Axes, values: Sequence[float], *, span: tuple[float, flo
     thick = min(2.4, 0.4 * points)
     axes.plot([middle] * 2, [ordered[0], ordered[-1]], color=INK, linewidth=thick / 3)
     axes.plot([middle] * 2, [ordered[tenth], ordered[-1 - tenth]], color=INK, linewidth=thick)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _label(text: str, *, limit: int = _LABEL) -> str:
-    shown = printable(text)
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -23,7 +23,6 @@ from soppu.errors import ReportError
 from soppu.evaluate import html, schema
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
-from soppu.evaluate.schema import FORMAT
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -45,71 +44,24 @@ def describe_hardware() -> str:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of the pipeline: wall time of the attempt that succeeded, and how many it took."""
-
-    name: str
-    seconds: float
-    attempts: int = 1
-
-
-@dataclass(frozen=True)
-class Serving:
-    """Where a bundle went live.
-
-    Attributes:
-        target: name of the target, as in `serve.target`.
-        url: the server.
-        bundle_id: the bundle that is active there.
-        canaries: user -> what was wrong with the canary's answer, "" if nothing.
-        prompt: what the sample completions go on from.
-        completions: user -> sample completion; may be empty.
-    """
-
-    target: str
-    url: str
-    bundle_id: str
-    canaries: Mapping[str, str]
-    prompt: str = "def main():"
-    completions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ReportInputs:
-    """What a report is made of.
+    """What a report is made of."""
 
-    Attributes:
-        run: id of the run.
-        config: the configuration it ran with; only its digest, seed and model name are kept.
-        losses: held-out losses of the users measured.
-        adapter_ids: user -> adapter id, everybody in the bundle, in the order the report lists them.
-        compression: the bundle's own report.
-        bytes_before: the adapters' files, added up.
-        bytes_after: the bundle's file.
-        verdict: the gate's.
-        set_id, bundle_id, base_hash: identities, "" where unknown.
-        federation: the parsed result.json of the federated run; None for a recompression.
-        serving: None before publication.
-        stages: in the order they ran.
-        created: UTC, ISO 8601.
-        hardware: the machine in words.
-    """
-
-    run: str
-    config: Config
-    losses: Sequence[UserLosses]
-    adapter_ids: Mapping[str, str]
-    compression: CompressionReport
-    bytes_before: int
-    bytes_after: int
+    run: str  # its id
+    config: Config  # what it ran with; only its digest, seed and model name are kept
+    losses: Sequence[UserLosses]  # of the users measured
+    adapter_ids: Mapping[str, str]  # everybody in the bundle, in the order the report lists them
+    compression: CompressionReport  # the bundle's own
+    bytes_before: int  # the adapters' files, added up
+    bytes_after: int  # the bundle's file
     verdict: Verdict
-    set_id: str = ""
+    set_id: str = ""  # identities are "" where unknown
     bundle_id: str = ""
     base_hash: str = ""
-    federation: Mapping[str, Any] | None = None
-    serving: Serving | None = None
-    stages: Sequence[Stage] = ()
-    created: str = field(default_factory=utc_now)
+    federation: Mapping[str, Any] | None = None  # result.json of the federated run; None for a recompression
+    serving: Mapping[str, Any] | None = None  # what `publish` noted; None before publication
+    stages: Sequence[Mapping[str, Any]] = ()  # name, seconds and attempts, in the order they ran
+    created: str = field(default_factory=utc_now)  # UTC, ISO 8601
     hardware: str = field(default_factory=describe_hardware)
 
 
@@ -122,8 +74,10 @@ def build(inputs: ReportInputs) -> dict[str, Any]:
     told = inputs.federation
     if told is not None and (lacking := sorted(_TOLD - told.keys())):
         raise ReportError(f"result of the federated run: missing: {', '.join(lacking)}")
+    canaries = (inputs.serving or {}).get("canaries", {})
+    ok = bool(canaries) and not any(canaries.values())
     report = {
-        "format": FORMAT,
+        "format": 1,
         "run": inputs.run,
         "created": inputs.created,
         "soppu": __version__,
@@ -132,27 +86,16 @@ def build(inputs: ReportInputs) -> dict[str, Any]:
         "hardware": inputs.hardware,
         "base_model": inputs.config.base.model,
         "base_hash": inputs.base_hash,
-        "plan": told and _without(told["plan"], "json"),
+        "plan": told and {name: told["plan"][name] for name in told["plan"] if name != "json"},
         "align": told and told["align"],
         "users": _users(inputs),
         "federation": told and _federation(told),
         "compression": _compression(inputs),
         "gate": inputs.verdict.to_dict(),
-        "serving": inputs.serving and _serving(inputs.serving),
-        "stages": [asdict(stage) for stage in inputs.stages],
+        "serving": inputs.serving and {**inputs.serving, "canaries_ok": ok},
+        "stages": inputs.stages,
     }
     return schema.check(_plain(report), source="report")
-
-
-def with_publication(
-    report: Mapping[str, Any], serving: Serving | None, *, stages: Sequence[Stage]
-) -> dict[str, Any]:
-    """A copy that says where the bundle is served and holds the stages up to then."""
-    changed = {
-        "serving": serving and _serving(serving),
-        "stages": [asdict(stage) for stage in stages],
-    }
-    return schema.check(_plain({**report, **changed}), source="report")
 
 
 def write(folder: Path, report: dict[str, Any]) -> tuple[Path, Path]:
@@ -231,32 +174,26 @@ def _forms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _compression(inputs: ReportInputs) -> dict[str, Any]:
-    made = inputs.compression
+    made, after = inputs.compression, max(inputs.bytes_after, 1)
     overall = made.overall
     bounds = {
         "relative_lower_bound": overall.relative_lower_bound,
         "relative_achieved": overall.relative_achieved,
         "modules": {name: asdict(part) for name, part in made.certificates.items()},
     }
-    return {
+    # what the report calls as the bundle does; the rest is named or measured otherwise
+    named_alike = {
+        name: value for name, value in vars(made).items() if name in schema.Compression.model_fields
+    }
+    return named_alike | {
         "bundle_id": inputs.bundle_id,
         "set_id": inputs.set_id,
-        "method": made.method,
-        "target": made.target,
         "k": made.rank,
-        "k_used": made.k_used,
-        "clusters": made.clusters,
-        "whitened": made.whitened,
-        "steps": made.steps,
         "dtype": made.storage,
-        "device": made.device,
-        "seconds": made.seconds,
         "bytes_before": inputs.bytes_before,
         "bytes_after": inputs.bytes_after,
-        "ratio": inputs.bytes_before / max(inputs.bytes_after, 1),
-        "ratio_16_bit": ratio(made.parameters_before, max(inputs.bytes_after, 1)),
-        "parameters_before": made.parameters_before,
-        "parameters_after": made.parameters_after,
+        "ratio": inputs.bytes_before / after,
+        "ratio_16_bit": ratio(made.parameters_before, after),
         "relative_error": {
             "rms": made.relative_error_rms,
             "mean": made.relative_error_mean,
@@ -266,15 +203,6 @@ def _compression(inputs: ReportInputs) -> dict[str, Any]:
         "by_module": made.module_error,
         "certificate": asdict(overall) | bounds,
     }
-
-
-def _serving(serving: Serving) -> dict[str, Any]:
-    ok = bool(serving.canaries) and not any(serving.canaries.values())
-    return {**asdict(serving), "canaries_ok": ok}
-
-
-def _without(value: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: item for key, item in value.items() if key != name}
 
 
 def _plain(value: Any) -> Any:

@@ -15,11 +15,13 @@ from soppu.evaluate.wording import (
     bounded,
     certificate,
     curl,
+    errors,
     gain_kept,
     loss,
     made_by,
     percent,
     printable,
+    shortened,
     size,
     smaller,
 )
@@ -34,49 +36,42 @@ _NUMBERS = range(1, 6)
 _MARKUP = re.compile(r"([\\`*_\[\]#|~$])")
 
 
-def text(
-    report: Row, *, report_path: str = "", prefect_url: str = "", server_url: str = "", width: int = 0
-) -> str:
+def text(report: Row, *, report_path: str = "", prefect_url: str = "", width: int = 0) -> str:
     """What `make demo` ends with: the users, a line on compression, the verdict, where to look, a curl line.
 
     Args:
-        report_path: of report.html; "" leaves the line out, as for the URLs.
-        server_url: of the server; "" takes the one the report says the bundle is served at.
+        report_path: of report.html; "" leaves the line out, as for the URL.
         width: columns of the terminal it is for; 0 is plain text, as in `tables.render`.
     """
-    users = report["users"]
-    shown = users if len(users) <= _LISTED else sorted(users, key=_kept)[:_WORST]
+    users, gate = report["users"], report["gate"]
+    shown = users
+    if len(users) > _LISTED:
+        shown = sorted(users, key=lambda user: (user["gain_kept"] is None, user["gain_kept"]))[:_WORST]
     lines = [tables.render(_HEADS, map(_cells, shown), right=_NUMBERS, rule=True, width=width)]
     if len(shown) < len(users):
         lines.append(f"{len(users)} users; these {len(shown)} keep the least, the report lists all")
-    lines += ["", compression_line(report["compression"]), *_verdict(report["gate"]), ""]
-    server_url = server_url or (report["serving"] or {}).get("url", "")
-    places = {"report": report_path, "Prefect": prefect_url, "server": server_url}
+    verdict = f"gate {'passed' if gate['passed'] else 'REFUSED'}"
+    kept = f"all users together keep {percent(gate['mean_gain_kept'])} of their gain"
+    lines += ["", compression_line(report["compression"]), f"{verdict}: {kept}"]
+    lines += [*(f"  - {printable(reason)}" for reason in gate["reasons"]), ""]
+    server = (report["serving"] or {}).get("url", "")
+    places = {"report": report_path, "Prefect": prefect_url, "server": server}
     lines += [f"{name + ':':9}{place}" for name, place in places.items() if place]
-    if asked := curl(report, server_url):
+    if asked := curl(report):
         lines += ["", asked]
     return "\n".join(lines)
 
 
 def compression_line(made: Row) -> str:
     """Size, error and, where there are shared bases, their bound, in one line."""
-    error, part = made["relative_error"], made["certificate"]
-    line = (
-        f"{made_by(made)}: {size(made['bytes_before'])} -> {size(made['bytes_after'])} ({smaller(made)}),"
-        f" relative error {percent(error['rms'])} root mean square, mean {percent(error['mean'])}, worst"
-        f" {percent(error['max'])}"
-    )
+    sizes = f"{size(made['bytes_before'])} -> {size(made['bytes_after'])} ({smaller(made)})"
+    line = f"{made_by(made)}: {sizes}, relative error {errors(made)}"
     if not bounded(made):
         return line
     return (
-        f"{line}; the shared bases alone leave {percent(part['relative_achieved'])}, none of their ranks less"
-        f" than {percent(made['lower_bound'])}"
+        f"{line}; the shared bases alone leave {percent(made['certificate']['relative_achieved'])}, none of"
+        f" their ranks less than {percent(made['lower_bound'])}"
     )
-
-
-def user_rows(report: Row) -> list[dict[str, str]]:
-    """One dict a user with the terminal table's columns, as Prefect's table artifacts want them."""
-    return [dict(zip(_HEADS, _cells(user), strict=True)) for user in report["users"]]
 
 
 def markdown_users(report: Row) -> str:
@@ -91,11 +86,7 @@ def markdown_compression(report: Row) -> str:
         ("bytes", size(made["bytes_before"]), size(made["bytes_after"])),
         ("parameters", f"{made['parameters_before']:,}", f"{made['parameters_after']:,}"),
     ]
-    error = made["relative_error"]
-    facts = (
-        f"{made_by(made)}: {smaller(made)}; relative error {percent(error['rms'])} root mean square, mean"
-        f" {percent(error['mean'])}, worst user {percent(error['max'])}."
-    )
+    facts = f"{made_by(made)}: {smaller(made)}; relative error {errors(made)}."
     verdict = f"Gate: **{'passed' if gate['passed'] else 'refused'}**"
     reasons = [f"- {_mark(reason)}" for reason in gate["reasons"]]
     table = _markdown(("", "adapters", "bundle"), rows, right=(1, 2))
@@ -104,7 +95,7 @@ def markdown_compression(report: Row) -> str:
 
 def _cells(user: Row) -> tuple[str, ...]:
     return (
-        _cut(printable(user["id"])),
+        shortened(user["id"], limit=_LONGEST),
         f"{user['examples']:,}",
         loss(user["loss_base"]),
         loss(user["loss_personal"]),
@@ -112,19 +103,6 @@ def _cells(user: Row) -> tuple[str, ...]:
         gain_kept(user),
         printable(user["adapter_id"]),
     )
-
-
-def _kept(user: Row) -> tuple[bool, float]:
-    """Sorts those who keep least first, those without a figure last."""
-    known = user["gain_kept"] is not None
-    return not known, user["gain_kept"] if known else 0.0
-
-
-def _verdict(gate: Row) -> list[str]:
-    kept = f"all users together keep {percent(gate['mean_gain_kept'])} of their gain"
-    if gate["passed"]:
-        return [f"gate passed: {kept}"]
-    return [f"gate REFUSED: {kept}", *(f"  - {printable(reason)}" for reason in gate["reasons"])]
 
 
 def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
@@ -137,7 +115,3 @@ def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Ite
 def _mark(words: str) -> str:
     """Text with nothing that Markdown or HTML would read as markup."""
     return _MARKUP.sub(r"\\\1", escape(printable(words), quote=False))
-
-
-def _cut(words: str) -> str:
-    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"

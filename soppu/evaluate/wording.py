@@ -5,15 +5,15 @@ The page and the terminal summary share these. Nothing here escapes HTML or Mark
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
-COMPLETION_TOKENS = 24
-_DEFAULT_PROMPT = "def main():"
+_COMPLETION_TOKENS = 24
 
 
 def printable(text: str) -> str:
@@ -22,6 +22,12 @@ def printable(text: str) -> str:
     User ids come from outside; in a terminal or an SVG such a character is more than a glyph.
     """
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def shortened(text: str, *, limit: int) -> str:
+    """Printable, and of at most `limit` characters."""
+    shown = printable(text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def percent(share: float | None, *, digits: int = 1) -> str:
@@ -49,11 +55,13 @@ def gain_kept(user: Mapping[str, Any]) -> str:
 
 def size(count: float) -> str:
     """Bytes in decimal units: 1234567 -> "1.23 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+    if count < 999.5:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB"):
         count /= 1000
-    raise AssertionError("unreachable: GB always returns")
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:.3g} GB"
 
 
 def forms(sent: Mapping[str, Any]) -> str:
@@ -83,6 +91,15 @@ def smaller(compression: Mapping[str, Any]) -> str:
     """How much smaller the bundle is than the files as they were, and than 16 bits for each number."""
     on_disk = ratio(compression["bytes_before"], compression["bytes_after"])
     return f"{on_disk} smaller on disk, {compression['ratio_16_bit']:.2f}× than at 16 bits a number"
+
+
+def errors(compression: Mapping[str, Any]) -> str:
+    """The users' relative errors, as stored, in three figures."""
+    error = compression["relative_error"]
+    return (
+        f"{percent(error['rms'])} root mean square, mean {percent(error['mean'])},"
+        f" worst user {percent(error['max'])}"
+    )
 
 
 def made_by(compression: Mapping[str, Any]) -> str:
@@ -147,27 +164,29 @@ def _bound(compression: Mapping[str, Any]) -> str:
     )
 
 
-def curl(report: Mapping[str, Any], url: str = "") -> str:
-    """A shell line that asks the server for one user's text, quoted for a POSIX shell; "" without a URL.
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    steps = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in steps]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
-    Args:
-        url: of the server; "" takes the one the report says the bundle is served at.
-    """
-    serving = report["serving"] or {}
-    url = url or serving.get("url", "")
-    users = [*serving.get("completions", {}), *(user["id"] for user in report["users"])]
-    if not url or not users:
+
+def curl(report: Mapping[str, Any]) -> str:
+    """A shell line that asks the server for one user's text, quoted for a POSIX shell; "" if unserved."""
+    serving, users = report["serving"], report["users"]
+    if not serving or not users:
         return ""
-    path, body = _asked(serving.get("target", ""), users[0], serving.get("prompt") or _DEFAULT_PROMPT)
-    words = (shlex.quote(f"{url.rstrip('/')}{path}"), shlex.quote(json.dumps(body)))
+    user = next(iter(serving["completions"]), users[0]["id"])
+    path, body = _asked(serving["target"], user, serving["prompt"])
+    words = (shlex.quote(f"{serving['url'].rstrip('/')}{path}"), shlex.quote(json.dumps(body)))
     return f"curl -s {words[0]} -H 'Content-Type: application/json' -d {words[1]}"
 
 
 def _asked(target: str, user: str, prompt: str) -> tuple[str, dict[str, Any]]:
     """Path and body of a request for one user's text, as this kind of server takes it."""
     if target == "vllm":
-        return "/v1/completions", {"model": user, "prompt": prompt, "max_tokens": COMPLETION_TOKENS}
+        return "/v1/completions", {"model": user, "prompt": prompt, "max_tokens": _COMPLETION_TOKENS}
     return "/generate", {
         "inputs": prompt,
-        "parameters": {"adapter_id": user, "max_new_tokens": COMPLETION_TOKENS},
+        "parameters": {"adapter_id": user, "max_new_tokens": _COMPLETION_TOKENS},
     }

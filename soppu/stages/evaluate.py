@@ -42,7 +42,8 @@ def evaluate(
     registry = run.registry()
     members = registry.get_set(set_id)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
-    bench = _Bench(run, layers=_lowest_layer(bundle))
+    lowest = min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))
+    bench = _Bench(run, layers=lowest)
     losses = []
     measured = _with_text(run.config, members)
     for number, (user, heldout) in enumerate(measured.items(), start=1):
@@ -104,8 +105,3 @@ def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Exampl
         except DataError as error:
             _log.warning("not measured: %s", error)
     return dict(sorted(found.items()))
-
-
-def _lowest_layer(bundle: Bundle) -> int:
-    """The lowest full-model layer any module of the bundle sits in."""
-    return min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
-from soppu.evaluate.report import Serving
 from soppu.registry import Registry
 from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.run import Run, open_run
@@ -17,6 +15,7 @@ from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from soppu.targets.http import HttpTarget
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 
+TARGETS: dict[str, type[HttpTarget]] = {"embedded": EmbeddedTarget, "vllm": VllmTarget}
 SERVING = "serving.json"
 SAMPLES = 64  # users whose sample completion goes into the report
 
@@ -55,20 +54,27 @@ def _publish(run: Run, bundle_id: str) -> str:
     target.activate(bundle_id)
     registry.record_publication(target=settings.target, url=settings.url, bundle_id=bundle_id)
     _drop_others(target, keep={bundle_id, *previous_bundles(registry, settings.url, bundle_id)[:1]})
-    serving = Serving(settings.target, settings.url, bundle_id, canaries, settings.canary_prompt)
-    run.write(SERVING, dataclasses.asdict(serving))
+    serving = {
+        "target": settings.target,
+        "url": settings.url,
+        "bundle_id": bundle_id,
+        "canaries": canaries,
+        "prompt": settings.canary_prompt,
+        "completions": {},
+    }
+    run.write(SERVING, serving)
     completions = {
         user: target.complete(settings.canary_prompt, user=user, max_new_tokens=settings.completion_tokens)
         for user in bundle.users[:SAMPLES]
     }
-    run.write(SERVING, dataclasses.asdict(dataclasses.replace(serving, completions=completions)))
+    run.write(SERVING, serving | {"completions": completions})
     return settings.url
 
 
 def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
     """One answer with every user's adapter in the staged bundle; user -> "". TargetError names who failed."""
     settings = run.config.serve
-    canaries = target.canary(
+    faults = target.canary(
         bundle.users,
         settings.canary_prompt,
         bundle_id=bundle_id,
@@ -76,10 +82,9 @@ def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) 
         max_new_tokens=settings.canary_tokens,
         workers=settings.max_batch,
     )
-    failed = [f"{item.user}: {item.reason}" for item in canaries if not item.ok]
-    if failed:
+    if failed := [f"{user}: {why}" for user, why in zip(bundle.users, faults, strict=True) if why]:
         raise TargetError(f"bundle {bundle_id[:12]} stays unpublished, canaries failed: {'; '.join(failed)}")
-    return {item.user: item.reason for item in canaries}
+    return dict.fromkeys(bundle.users, "")
 
 
 def refuse_forgotten(registry: Registry, bundle_id: str) -> None:
@@ -99,6 +104,13 @@ def previous_bundles(registry: Registry, url: str, bundle_id: str) -> list[str]:
     first = len(here) - 1 - here[::-1].index(bundle_id) if bundle_id in here else -1
     others = dict.fromkeys(item for item in [*here[first + 1 :], *here] if item != bundle_id)
     return [item for item in others if not registry.bundle(item).contains_forgotten]
+
+
+def target_class(kind: str) -> type[HttpTarget]:
+    """What pushes to a kind of server, as publications name it. TargetError names the kinds there are."""
+    if kind not in TARGETS:
+        raise TargetError(f"serving target {kind!r}: allowed are {', '.join(TARGETS)}")
+    return TARGETS[kind]
 
 
 def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:

@@ -11,10 +11,10 @@ from soppu.evaluate import report as reports
 from soppu.evaluate import summary
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
-from soppu.evaluate.report import ReportInputs, Serving, Stage
+from soppu.evaluate.report import ReportInputs
 from soppu.stages.federate import RESULT
 from soppu.stages.publish import SERVING
-from soppu.stages.run import Run, open_run
+from soppu.stages.run import open_run
 
 ORDER = ("prepare", "federate", "collect", "compress", "evaluate", "publish")
 
@@ -37,8 +37,9 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     found = run.read(evaluation)
     bundle_id = found["bundle_id"]
     compression = run.read(f"compression-{bundle_id[:16]}.json")
-    federation = run.read(RESULT) or None
-    serving = _serving(run, bundle_id)
+    serving = run.read(SERVING)
+    published = serving.get("bundle_id") == bundle_id  # else it tells of an earlier bundle of this folder
+    noted = [run.read(f"stages/{name}.json") for name in ORDER if published or name != "publish"]
     inputs = ReportInputs(
         run=run.id,
         config=run.config,
@@ -51,26 +52,14 @@ def write_report(run_folder: str, evaluation: str) -> Written:
         set_id=found["set_id"],
         bundle_id=bundle_id,
         base_hash=run.base().hash,
-        federation=federation,
-        serving=serving,
-        stages=_stages(run, published=serving is not None),
+        federation=run.read(RESULT) or None,
+        serving=serving if published else None,
+        stages=[stage for stage in noted if stage],
     )
     report = reports.build(inputs)
     _, html = reports.write(run.folder, report)
     _point_latest(run.folder)
     return Written(html, summary.markdown_users(report), summary.markdown_compression(report))
-
-
-def _serving(run: Run, bundle_id: str) -> Serving | None:
-    """What `publish` noted, if it was this bundle."""
-    noted = run.read(SERVING)
-    return Serving(**noted) if noted.get("bundle_id") == bundle_id else None
-
-
-def _stages(run: Run, *, published: bool) -> list[Stage]:
-    """What the stages noted; a publication of an earlier bundle in this folder is not one of this."""
-    noted = [run.read(f"stages/{name}.json") for name in ORDER if published or name != "publish"]
-    return [Stage(**item) for item in noted if item]
 
 
 def _point_latest(folder: Path) -> None:

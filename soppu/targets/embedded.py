@@ -12,20 +12,14 @@ import requests
 
 import soppu
 from soppu.targets import process
-from soppu.targets.canary import Answered
-from soppu.targets.http import HttpTarget, body
+from soppu.targets.http import Answered, HttpTarget, body
 
 
 @dataclass(frozen=True)
 class ServerLaunch:
-    """How to start a server where none answers.
+    """How to start a server where none answers."""
 
-    Attributes:
-        model: see `soppu.models.resolve`.
-        timeout: seconds until it has to be healthy; loading the model counts.
-    """
-
-    model: str
+    model: str  # see `soppu.models.resolve`
     cache: Path
     state: Path
     log: Path
@@ -33,7 +27,7 @@ class ServerLaunch:
     dtype: str = "float32"
     threads: int = 0
     max_batch: int = 32
-    timeout: float = 180.0
+    timeout: float = 180.0  # seconds until it has to be healthy; loading the model counts
 
 
 class EmbeddedTarget(HttpTarget):
@@ -44,31 +38,26 @@ class EmbeddedTarget(HttpTarget):
 
     def start(self, launch: ServerLaunch) -> bool:
         """Start a server on this machine unless one is up. Waits, returns and raises as `_start` does."""
-        return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
-
-    def _process(self, launch: ServerLaunch) -> process.Launch:
         search = [str(Path(soppu.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, search))}  # also from a checkout, anywhere
         if self._token:
             environment["SOPPU_ADMIN_TOKEN"] = self._token
-        return process.Launch(self._command(launch), launch.log, launch.pid_file, environment)
-
-    def _command(self, launch: ServerLaunch) -> list[str]:
         names = ("model", "cache", "state", "dtype", "threads", "max_batch")
         options = self._options(**{name: getattr(launch, name) for name in names})
-        return [sys.executable, "-m", "soppu.cli", "serve", *options]
+        command = [sys.executable, "-m", "soppu.cli", "serve", *options]
+        server = process.Launch(command, launch.log, launch.pid_file, environment)
+        return self._start(server, timeout=launch.timeout)
 
     def _asked(self, prompt: str, adapter_id: str, max_new_tokens: int) -> dict[str, Any]:
         parameters = {"adapter_id": adapter_id or None, "max_new_tokens": max_new_tokens, "details": True}
         return {"inputs": prompt, "parameters": parameters}
 
     def _answered(self, response: requests.Response) -> Answered:
-        tokens = body(response).get("details", {}).get("tokens", ())
+        answer = body(response)
+        tokens = answer.get("details", {}).get("tokens", ())
         return Answered(
             adapter_id=response.headers.get("x-adapter-id", ""),
             version=response.headers.get("x-adapter-version", ""),
             trace=tuple((int(token["id"]), float(token["logprob"])) for token in tokens),
+            text=answer["generated_text"],
         )
-
-    def _text(self, response: requests.Response) -> str:
-        return str(response.json()["generated_text"])

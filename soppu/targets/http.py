@@ -5,10 +5,12 @@ Subclasses say how their server tells who it is, how a generation is asked for a
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 from urllib.parse import urlsplit
@@ -17,12 +19,25 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from soppu.errors import PortTaken, TargetError
+from soppu.serve.names import header_value
 from soppu.targets import process
-from soppu.targets.canary import Answered, Asked, CanaryResult, fault, is_close
 
 _CONNECT_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ROUNDING = 0.5  # more than rounding changes a logprob: bfloat16 logits from 16 on are 0.125 apart
+Trace = tuple[tuple[int, float], ...]  # (token id, logprob) of every generated token
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came back: `refusal` is the error, "" where there was an answer."""
+
+    refusal: str = ""
+    adapter_id: str = ""
+    version: str = ""
+    trace: Trace = ()
+    text: str = ""
 
 
 class HttpTarget(ABC):
@@ -53,11 +68,7 @@ class HttpTarget(ABC):
 
     @abstractmethod
     def _answered(self, response: requests.Response) -> Answered:
-        """A generation that was not refused, as canaries judge it."""
-
-    @abstractmethod
-    def _text(self, response: requests.Response) -> str:
-        """The text of a generation that was not refused."""
+        """A generation that was not refused."""
 
     def is_up(self) -> bool:
         """Whether a server of this kind and base model answers. False if nothing listens.
@@ -89,8 +100,8 @@ class HttpTarget(ABC):
             )
         return True
 
-    def _start(self, pid_file: Path, make: Callable[[], process.Launch], *, timeout: float) -> bool:
-        """Start what `make` says unless a server is up; wait until it is healthy. False if one was up.
+    def _start(self, server: process.Launch, *, timeout: float) -> bool:
+        """Start `server` unless one is up; wait until it is healthy. False if one was up.
 
         Of several starts with one pid file, one starts a server and the others wait for it.
 
@@ -99,15 +110,11 @@ class HttpTarget(ABC):
             TargetError: the server ended or was not healthy in time; the message holds the end of its log.
                 Or the pid file names a process that still runs, and serves elsewhere.
         """
-        with process.held(pid_file):
+        with process.held(server.pid_file):
             if self.is_up():
                 return False
-            process.start(make(), ready=self._is_healthy, timeout=timeout)
+            process.start(server, ready=self._is_healthy, timeout=timeout)
         return True
-
-    def stop(self, pid_file: Path) -> bool:
-        """End the server that `start` began. False if it was not running any more."""
-        return process.stop(pid_file)
 
     def bundles(self) -> tuple[str, ...]:
         """Ids of the bundles the server holds."""
@@ -142,10 +149,10 @@ class HttpTarget(ABC):
 
     def complete(self, prompt: str, *, user: str = "", max_new_tokens: int = 24) -> str:
         """Greedy text after `prompt` with a user's adapter; "" is the base model. TargetError if refused."""
-        response = self._generate(prompt, user, max_new_tokens)
-        if response.status_code != 200:
-            raise TargetError(f"{self.url}: {refusal(response)}")
-        return self._text(response)
+        answer = self._read(self._generate(prompt, user, max_new_tokens))
+        if answer.refusal:
+            raise TargetError(f"{self.url}: {answer.refusal}")
+        return answer.text
 
     def canary(
         self,
@@ -156,8 +163,10 @@ class HttpTarget(ABC):
         zero_users: Collection[str] = (),
         max_new_tokens: int = 4,
         workers: int = 1,
-    ) -> list[CanaryResult]:
+    ) -> list[str]:
         """Generate once with every user's adapter in a bundle, active or only staged.
+
+        Returns what was wrong with each user's answer, in the order of `users`; "" if nothing was.
 
         A user passes who gets an answer with that very adapter, at least one token, and finite logprobs that
         are not the base model's (but for `zero_users`, whose adapter is empty). Rounding differs with the
@@ -171,25 +180,22 @@ class HttpTarget(ABC):
         Raises:
             TargetError: the base model itself does not answer.
         """
-        base = self._patiently(prompt, "", max_new_tokens)
-        if base.status_code != 200:
-            raise TargetError(f"{self.url}: the base model does not answer: {refusal(base)}")
-        base_trace = self._answered(base).trace
 
-        def ask(user: str) -> Answered:
-            response = self._patiently(prompt, f"{user}@{bundle_id}", max_new_tokens)
-            refused = response.status_code != 200
-            return Answered(refusal(response)) if refused else self._answered(response)
+        def ask(adapter_id: str) -> Answered:
+            return self._read(self._patiently(prompt, adapter_id, max_new_tokens))
 
+        base = ask("")
+        if base.refusal:
+            raise TargetError(f"{self.url}: the base model does not answer: {base.refusal}")
         with ThreadPoolExecutor(workers) as pool:
-            answers = list(pool.map(ask, users))
-        results = []
+            answers = list(pool.map(ask, (f"{user}@{bundle_id}" for user in users)))
+        faults = []
         for user, answer in zip(users, answers, strict=True):
-            asked = Asked(f"{user}@{bundle_id}", version=bundle_id, may_equal_base=user in zero_users)
-            again = not asked.may_equal_base and is_close(answer.trace, base_trace)
-            reason = fault(ask(user) if again else answer, asked, base_trace=base_trace)
-            results.append(CanaryResult(user, not reason, reason))
-        return results
+            base_trace = None if user in zero_users else base.trace
+            if base_trace is not None and is_close(answer.trace, base_trace):
+                answer = ask(f"{user}@{bundle_id}")
+            faults.append(fault(answer, user, bundle_id, base_trace=base_trace))
+        return faults
 
     def _is_healthy(self) -> bool:
         try:
@@ -203,6 +209,9 @@ class HttpTarget(ABC):
             return request("POST", f"{self.url}{self.GENERATE}", json=asked, timeout=self._timeout)
         except requests.RequestException as error:
             raise TargetError(f"{self.url}: no answer to a generation: {error}") from error
+
+    def _read(self, response: requests.Response) -> Answered:
+        return self._answered(response) if response.status_code == 200 else Answered(refusal(response))
 
     def _options(self, **options: object) -> list[str]:
         """The address and `options` as words of a command line."""
@@ -230,6 +239,40 @@ class HttpTarget(ABC):
         if response.status_code >= 300:
             raise TargetError(f"{method} {url}: {refusal(response)}")
         return body(response)
+
+
+def fault(answer: Answered, user: str, version: str, *, base_trace: Trace | None) -> str:
+    """What is wrong with an answer that `user` was asked for in a version of the bundle, "" if nothing.
+
+    `base_trace` is the base model's for the same prompt; None for users whose adapter is empty.
+    """
+    adapter_id = f"{user}@{version}"
+    if answer.refusal:
+        return answer.refusal
+    if answer.adapter_id != header_value(adapter_id) or answer.version != version:
+        return (
+            f"asked for {adapter_id!r} of {version!r}, served by {answer.adapter_id!r} of {answer.version!r}"
+        )
+    if not answer.trace:
+        return "no tokens came back"
+    if not all(math.isfinite(logprob) for _, logprob in answer.trace):
+        return f"logprobs are not finite: {answer.trace}"
+    if answer.trace == base_trace:
+        return "the answer is the base model's: the adapter has no effect"
+    return ""
+
+
+def is_close(trace: Trace, other: Trace) -> bool:
+    """Whether two traces differ by no more than rounding may: logprobs nearly equal as long as tokens are.
+
+    Where two tokens are nearly as probable, rounding decides; what comes after that says nothing.
+    """
+    for (token, logprob), (other_token, other_logprob) in zip(trace, other, strict=False):
+        if abs(logprob - other_logprob) >= _ROUNDING:
+            return False
+        if token != other_token:
+            return True
+    return len(trace) == len(other)
 
 
 def request(method: str, url: str, *, timeout: tuple[float, float], **content: Any) -> requests.Response:

@@ -8,8 +8,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -77,14 +77,12 @@ def start(launch: Launch, *, ready: Callable[[], bool], timeout: float) -> int:
     raise TargetError(f"the server {why}; last lines of {launch.log}:\n{_tail(launch.log, begin)}")
 
 
-@contextmanager
-def held(pid_file: Path) -> Iterator[None]:
+def held(pid_file: Path) -> AbstractContextManager[None]:
     """Let one process, or thread, at a time start what the pid file will name; the others wait.
 
     The lock is the file `<pid_file>.lock`, which stays.
     """
-    with files.exclusive(pid_file.with_name(f"{pid_file.name}.lock")):
-        yield
+    return files.exclusive(pid_file.with_name(f"{pid_file.name}.lock"))
 
 
 def stop(pid_file: Path, *, grace: float = 15.0) -> bool:

@@ -13,33 +13,23 @@ import requests
 from soppu.errors import TargetError
 from soppu.serve.names import header_value, split_version
 from soppu.targets import process
-from soppu.targets.canary import Answered, Trace
-from soppu.targets.http import HttpTarget, body, request
+from soppu.targets.http import Answered, HttpTarget, body, request
 
 
 @dataclass(frozen=True)
 class VllmLaunch:
-    """How to start a vLLM server where none answers.
+    """How to start a vLLM server where none answers."""
 
-    Attributes:
-        python: of an environment with vLLM and this package in it; `make vllm` makes one.
-        model: folder of the base model.
-        bundle: the bundle file served from the start; later ones are published beside it.
-        timeout: seconds until it has to be healthy; compiling the model takes minutes the first time.
-        options: more of vLLM's own command-line options.
-        environment: more variables, for instance SOPPU_MAX_ERROR.
-    """
-
-    python: Path
-    model: Path
-    bundle: Path
+    python: Path  # of an environment with vLLM and this package in it; `make vllm` makes one
+    model: Path  # folder of the base model
+    bundle: Path  # the bundle file served from the start; later ones are published beside it
     log: Path
     pid_file: Path
     served_name: str = "base"
     dtype: str = "auto"
-    timeout: float = 900.0
-    options: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 900.0  # seconds until it has to be healthy; compiling takes minutes the first time
+    options: tuple[str, ...] = ()  # more of vLLM's own command-line options
+    environment: Mapping[str, str] = field(default_factory=dict)  # more, for instance SOPPU_MAX_ERROR
 
 
 class VllmTarget(HttpTarget):
@@ -54,24 +44,17 @@ class VllmTarget(HttpTarget):
         It holds `launch.bundle`, active; bundles published later are gone when it ends. TargetError also if
         there is no such Python.
         """
-        return self._start(launch.pid_file, lambda: self._process(launch), timeout=launch.timeout)
-
-    def _process(self, launch: VllmLaunch) -> process.Launch:
-        if not launch.python.exists():
+        if not launch.python.exists() and not self.is_up():
             raise TargetError(f"{launch.python}: no such Python; `make vllm` makes an environment for vLLM")
-        environment = self._environment(launch)
-        return process.Launch(self._command(launch), launch.log, launch.pid_file, environment)
-
-    def _environment(self, launch: VllmLaunch) -> dict[str, str]:
-        own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), "SOPPU_ADMIN_TOKEN": self._token}
-        quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        return quiet | own | dict(launch.environment)
-
-    def _command(self, launch: VllmLaunch) -> list[str]:
         options = self._options(model=launch.model, served_model_name=launch.served_name, dtype=launch.dtype)
         # the `vllm` script needs metadata that its CPU build does not carry
-        server = ["-m", "vllm.entrypoints.openai.api_server"]
-        return [str(launch.python), *server, *options, *launch.options]
+        module = ["-m", "vllm.entrypoints.openai.api_server"]
+        command = [str(launch.python), *module, *options, *launch.options]
+        own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), "SOPPU_ADMIN_TOKEN": self._token}
+        quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        variables = quiet | own | dict(launch.environment)
+        server = process.Launch(command, launch.log, launch.pid_file, variables)
+        return self._start(server, timeout=launch.timeout)
 
     def _asked(self, prompt: str, adapter_id: str, max_new_tokens: int) -> dict[str, Any]:
         return {
@@ -93,16 +76,12 @@ class VllmTarget(HttpTarget):
 
     def _answered(self, response: requests.Response) -> Answered:
         """The answer names who answered; for a staged user that holds the whole bundle id."""
-        name = str(body(response).get("model", ""))
-        return Answered("", header_value(name), split_version(name)[1], _trace(response))
-
-    def _text(self, response: requests.Response) -> str:
-        return str(response.json()["choices"][0]["text"])
-
-
-def _trace(response: requests.Response) -> Trace:
-    choice = body(response)["choices"][0]
-    numbers = choice["logprobs"]["token_logprobs"]
-    return tuple(
-        (int(token), float(number)) for token, number in zip(choice["token_ids"], numbers, strict=True)
-    )
+        answer = body(response)
+        name, choice = str(answer.get("model", "")), answer["choices"][0]
+        logprobs = map(float, choice["logprobs"]["token_logprobs"])
+        return Answered(
+            adapter_id=header_value(name),
+            version=split_version(name)[1],
+            trace=tuple(zip(map(int, choice["token_ids"]), logprobs, strict=True)),
+            text=choice["text"],
+        )

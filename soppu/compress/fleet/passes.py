@@ -7,16 +7,14 @@ and decomposed again each time. So memory is bounded, and a fleet that fits is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
 
 from soppu.compress.fleet.survey import Batch, Fleet
-from soppu.compress.linalg.canonical import Canonical, decompose
-from soppu.compress.linalg.steps import Steps, begun
+from soppu.compress.linalg.canonical import Canonical, canonical
+from soppu.compress.linalg.sketch import Steps, T, begun
 from soppu.compress.linalg.whitening import Whitener
 
 ROOM = 512 << 20  # bytes of canonical forms that are kept
 Progress = Callable[[str, int, int], None]  # what is done, users done, users in all
-T = TypeVar("T")
 
 
 class Passes:
@@ -38,7 +36,7 @@ class Passes:
         key = (batch.first, module)
         if key in self._kept:
             return self._kept[key]
-        made = decompose(*batch.factors(module), whitener=self.whiteners.get(module), overwrite=True)
+        made = canonical(*batch.factors(module), whitener=self.whiteners.get(module), overwrite=True)
         if made.nbytes <= self._room:
             self._kept[key] = made
             self._room -= made.nbytes

@@ -5,8 +5,12 @@ Nothing here holds more than a batch: adapters may come from a mapping that read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +18,6 @@ from torch import Tensor
 from soppu import base_identity
 from soppu.adapter import LoraAdapter, validate
 from soppu.base_identity import Base
-from soppu.compress.fleet import heap
 from soppu.compress.linalg.tucker import LARGEST_NORM, SMALLEST_NORM
 from soppu.errors import AdapterError
 
@@ -31,39 +34,36 @@ class Batch:
     def __init__(self, fleet: Fleet, first: int, users: tuple[str, ...]) -> None:
         self.first, self.size = first, len(users)
         self._fleet, self._users = fleet, users
-        self._held: list[LoraAdapter] | None = None
-
-    @property
-    def read(self) -> bool:
-        """Whether adapters were read."""
-        return self._held is not None
+        self.held: list[LoraAdapter] | None = None
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """B (b, o, r) and A (b, r, i), narrow adapters padded with zeros. Copied anew at every call."""
-        if self._held is None:
-            self._held = [self._fleet.adapters[user] for user in self._users]
-        return self._fleet.stack(self._held, module)
+        if self.held is None:
+            self.held = [self._fleet.adapters[user] for user in self._users]
+        (o, i), ranks = self._fleet.shapes[module], self._fleet.ranks[list(self._fleet.shapes).index(module)]
+        width = max(int(ranks.max()), 1)  # the largest rank in the fleet
+        make = torch.zeros if bool((ranks < width).any()) else torch.empty
+        # columns lie together, as those of a canonical form do
+        B = make((self.size, width, o), device=self._fleet.device).mT
+        A = make((self.size, width, i), device=self._fleet.device)
+        for row, adapter in enumerate(self.held):
+            pair = adapter.pairs.get(module)
+            if pair is not None:
+                B[row : row + 1, :, : pair.rank] = pair.B[None]  # torch turns a lone matrix in one thread
+                A[row, : pair.rank] = pair.A
+        return B, A
 
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
-    """What a first look at all adapters found out.
+    """What a first look at all adapters found out."""
 
-    Attributes:
-        adapters: user -> adapter; looked up once for every pass at most.
-        adapter_ids: an id for each user, in order.
-        shapes: module -> (o, i), modules in order.
-        ranks: (modules, n) rank of every user's own adapter, 0 where a user does not have the module.
-        norms: (modules, n) float64 Frobenius norms; 0 where a delta is zero or round-off.
-        device: where batches are put.
-    """
-
-    adapters: Mapping[str, LoraAdapter]
-    adapter_ids: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, int]]
-    ranks: Tensor
-    norms: Tensor
-    device: torch.device
+    adapters: Mapping[str, LoraAdapter]  # looked up once for every pass at most
+    adapter_ids: tuple[str, ...]  # an id for each user, in order
+    shapes: Mapping[str, tuple[int, int]]  # module -> (o, i), modules in order
+    ranks: Tensor  # (modules, n) of every user's own adapter, 0 where a user does not have the module
+    norms: Tensor  # (modules, n) float64 Frobenius norms; 0 where a delta is zero or round-off
+    device: torch.device  # where batches are put
     base_model: str
     base_hash: str
     fan_in_fan_out: bool
@@ -100,27 +100,12 @@ class Fleet:
         for first in range(0, len(users), size):
             batch = Batch(self, first, users[first : first + size])
             yield batch
-            freed += batch.size * self._row if batch.read else 0
+            freed += batch.size * self._row if batch.held else 0
             if freed >= _TRIM_NUMBERS and size < len(users):  # memory given back has to be faulted in again
-                heap.trim()
+                trim_heap()
                 freed = 0
         if freed and size < len(users):  # one batch, as of a new user alone, leaves no holes
-            heap.trim()
-
-    def stack(self, held: Sequence[LoraAdapter], module: str) -> tuple[Tensor, Tensor]:
-        """B (b, o, r) and A (b, r, i) of some users at one module; r is the largest rank in the fleet."""
-        (o, i), ranks = self.shapes[module], self.ranks[list(self.shapes).index(module)]
-        width = max(int(ranks.max()), 1)
-        make = torch.zeros if bool((ranks < width).any()) else torch.empty
-        # columns lie together, as those of a canonical form do
-        B = make((len(held), width, o), device=self.device).mT
-        A = make((len(held), width, i), device=self.device)
-        for row, adapter in enumerate(held):
-            pair = adapter.pairs.get(module)
-            if pair is not None:
-                B[row : row + 1, :, : pair.rank] = pair.B[None]  # torch turns a lone matrix in one thread
-                A[row, : pair.rank] = pair.A
-        return B, A
+            trim_heap()
 
 
 def survey(
@@ -214,3 +199,20 @@ def _id(user: str, adapter: LoraAdapter, given: Mapping[str, str] | None) -> str
     if user not in given:
         raise AdapterError(f"{user}: adapter_ids holds no id for this user")
     return given[user]
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library is glibc; elsewhere nothing. Milliseconds.
+
+    glibc puts blocks of up to 32 MiB on a heap that by itself shrinks only at its end. Batch after batch a
+    small block that stays keeps a large hole from being given back, and a process grows by what it does not
+    use.
+    """
+    library = _c_library()
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+@cache
+def _c_library() -> Any:
+    return ctypes.CDLL(None) if sys.platform.startswith("linux") else None

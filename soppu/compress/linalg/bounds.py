@@ -21,33 +21,17 @@ one probe at a time. All polynomials and all combinations of probes at once are 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from soppu.compress.linalg.sketch import Image, ImagePass, Steps
+
 FAILURE = 5e-11  # of the bound of one side; both hold with 1 - 1e-10
 _BISECTIONS = 60
 _MARGIN = 0.1  # share of the energy of a combination of probes that round-off may have taken away
 _SLACK = 64  # in units of the round-off of the deltas and of the trace
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """What C does to a block of one side, float64.
-
-    Attributes:
-        basis: Q (d, K) orthonormal.
-        applied: C Q.
-        probes: Z (d, p) in the complement of Q; p = 0 for none.
-        applied_probes: C Z.
-    """
-
-    basis: Tensor
-    applied: Tensor
-    probes: Tensor
-    applied_probes: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,9 +45,8 @@ class TopSum:
 def top_sum(image: Image, k: int, *, trace: float, eps: float) -> TopSum:
     """Bound from one pass: the probes of `image`, if it has any, have seen C once. O(d (K + p)^2).
 
-    Args:
-        trace: of C, the number of deltas that are not zero.
-        eps: round-off of the numbers the deltas were given in.
+    For all bounds `trace` is that of C, the number of deltas that are not zero, and `eps` the round-off of
+    the numbers they were given in.
     """
     powers = [image.probes, _outside(image.basis, image.applied_probes)]
     return _bound(image, powers, k, trace=trace, eps=eps)
@@ -71,44 +54,41 @@ def top_sum(image: Image, k: int, *, trace: float, eps: float) -> TopSum:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a bound may cost.
+    """What a bound may cost."""
 
-    Attributes:
-        probes: p; without any the bound is certain, and weak.
-        powers: passes q.
-        exact_side: up to so many features, or columns of all deltas, a Gram matrix is summed up instead, and
-            nothing is left to chance.
-        seed: of the probes; Q must not depend on them.
-    """
-
-    probes: int = 32
-    powers: int = 3
+    probes: int = 32  # p; without any the bound is certain, and weak
+    powers: int = 3  # passes q
+    # Up to so many features, or columns of all deltas, a Gram matrix is summed up: nothing is left to chance.
     exact_side: int = 1500
-    seed: int = 1
+    seed: int = 1  # of the probes; Q must not depend on them
 
 
 def sharper_top_sum(
-    basis: Tensor, k: int, *, trace: float, eps: float, effort: Effort
-) -> Generator[Tensor, Tensor, TopSum]:
-    """Bound from `effort.powers` passes over the data, the first of which sees Q too.
-
-    Yields blocks (d, p), and is to be sent C times each of them.
+    basis: Tensor, k: int, *, out: bool, trace: float, eps: float, effort: Effort
+) -> Steps[TopSum]:
+    """Bound from `effort.powers` passes over the deltas, the first of which sees Q too.
 
     Args:
         basis: Q (d, K), K > k: directions close to the leading ones.
-        trace: of C.
-        eps: round-off of the numbers the deltas were given in.
-        effort: how many probes and passes.
+        out: whether C is C_out.
     """
     generator = torch.Generator().manual_seed(effort.seed)
     drawn = torch.randn((len(basis), effort.probes), generator=generator, dtype=torch.float64).to(basis)
     powers = [_outside(basis, drawn)]
-    seen = yield torch.cat([basis, powers[0]], 1)
-    image = Image(basis, seen[:, : basis.shape[1]], powers[0], seen[:, basis.shape[1] :])
+    seen = yield from _applied(torch.cat([basis, powers[0]], 1), out=out)
+    image = Image(basis, seen[:, : basis.shape[1]], seen[:, basis.shape[1] :], powers[0])
     powers.append(_outside(basis, image.applied_probes))
     for _ in range(effort.powers - 1):
-        powers.append(_outside(basis, (yield powers[-1])))
+        seen = yield from _applied(powers[-1], out=out)
+        powers.append(_outside(basis, seen))
     return _bound(image, powers, k, trace=trace, eps=eps)
+
+
+def _applied(block: Tensor, *, out: bool) -> Steps[Tensor]:
+    """C times a block, one pass."""
+    image = ImagePass(block, out=out)
+    yield image, 1
+    return image.finish()
 
 
 def exact_top_sum(gram: Tensor, k: int, *, trace: float, eps: float) -> TopSum:

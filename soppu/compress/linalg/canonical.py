@@ -27,19 +27,12 @@ _LARGE = 1e30  # float32 holds it, its inverse, and some digits of what they are
 
 @dataclass(frozen=True, eq=False)
 class Canonical:
-    """D_n = X_n diag(s_n) Y_n^T for b deltas, q = min(r, o, i) columns.
+    """D_n = X_n diag(s_n) Y_n^T for b deltas, q = min(r, o, i) columns."""
 
-    Attributes:
-        X: (b, o, q) orthonormal columns where s > 0, zero elsewhere; the largest entry of each is positive.
-        s: (b, q) singular values, descending.
-        Y: (b, i, q) like X, without the rule about signs.
-        norm: (b,) float64 Frobenius norms; exactly 0 for a delta that is nothing but round-off.
-    """
-
-    X: Tensor
-    s: Tensor
-    Y: Tensor
-    norm: Tensor
+    X: Tensor  # (b, o, q) orthonormal where s > 0, zero elsewhere; the largest entry of a column is positive
+    s: Tensor  # (b, q) singular values, descending
+    Y: Tensor  # (b, i, q) like X, without the rule about signs
+    norm: Tensor  # (b,) float64 Frobenius norms; exactly 0 for a delta that is nothing but round-off
 
     @property
     def nbytes(self) -> int:
@@ -55,11 +48,14 @@ class Canonical:
         return Canonical(self.X.cpu(), self.s.cpu(), self.Y.cpu(), self.norm.cpu())
 
 
-def canonical(outs: Tensor, ins: Tensor, *, overwrite: bool = False) -> Canonical:
-    """The thin SVD of D_n = outs[n] @ ins[n]. O(b (o + i) r^2).
+def canonical(
+    outs: Tensor, ins: Tensor, *, whitener: Whitener | None = None, overwrite: bool = False
+) -> Canonical:
+    """The thin SVD of D_n = outs[n] @ ins[n], or of what a whitener makes of it.
 
-    X and Y are transposed views of row-major (b, q, o) and (b, q, i): rows make one matrix without a copy.
-    They and s are float64 where a factor is, float32 otherwise; small matrices are float64 always.
+    O(b (o + i) r^2), O(b r i^2) more whitened. X and Y are transposed views of row-major (b, q, o) and
+    (b, q, i): rows make one matrix without a copy. They and s are float64 where a factor is, float32
+    otherwise; small matrices are float64 always.
 
     Args:
         outs: (b, o, r) of any float type, the LoRA scale in them. Narrow adapters have zero columns.
@@ -69,7 +65,12 @@ def canonical(outs: Tensor, ins: Tensor, *, overwrite: bool = False) -> Canonica
     Raises:
         AdapterError: shapes that do not belong together, or a norm that is not finite in float32.
     """
-    _check(outs, ins)
+    if outs.ndim != 3 or ins.ndim != 3 or outs.shape[0] != ins.shape[0] or outs.shape[2] != ins.shape[1]:
+        raise AdapterError(
+            f"factors of shapes {tuple(outs.shape)} and {tuple(ins.shape)}, allowed: (b, o, r) and (b, r, i)"
+        )
+    if whitener is not None:
+        ins = whitener.to(ins.device).forward(ins).to(ins.dtype)
     dtype = torch.float64 if torch.float64 in (outs.dtype, ins.dtype) else torch.float32
     xt, yt = (_rows(side, dtype, overwrite=overwrite) for side in (outs.mT, ins))
     b, r, o = xt.shape
@@ -105,13 +106,6 @@ def _rows(side: Tensor, dtype: torch.dtype, *, overwrite: bool) -> Tensor:
     side = side.detach()
     made = side.to(dtype).contiguous()
     return made if overwrite or made.data_ptr() != side.data_ptr() else made.clone()
-
-
-def _check(outs: Tensor, ins: Tensor) -> None:
-    if outs.ndim != 3 or ins.ndim != 3 or outs.shape[0] != ins.shape[0] or outs.shape[2] != ins.shape[1]:
-        raise AdapterError(
-            f"factors of shapes {tuple(outs.shape)} and {tuple(ins.shape)}, allowed: (b, o, r) and (b, r, i)"
-        )
 
 
 def _step(rows: Tensor) -> int:
@@ -220,14 +214,3 @@ def _core(r_out: Tensor, r_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise AdapterError(f"norm of a delta: {float(norm.max()):.3g}, allowed: up to {LARGEST_NORM:.3g}")
     kept = (s > 0).to(s.dtype)[:, None, :]
     return w * kept, s, zt.mT * kept, norm
-
-
-def decompose(
-    B: Tensor, A: Tensor, *, whitener: Whitener | None = None, overwrite: bool = False
-) -> Canonical:
-    """X_n diag(s_n) Y_n^T = B_n A_n, or what a whitener makes of it. O(b (o + i) r^2), O(b r i^2) more
-    whitened. For `overwrite` see `canonical`.
-    """
-    if whitener is not None:
-        A = whitener.to(A.device).forward(A).to(A.dtype)
-    return canonical(B, A, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Certificate: how far a fit is from the best that any basis of its rank could do."""
+"""What bounds say of a fit."""
 
 from __future__ import annotations
 
@@ -12,20 +12,14 @@ class Certificate:
 
     All but `total` are squared errors of unit-norm adapters, summed. They are those of the fit itself, before
     its tensors are rounded for storage; `lower_bound` holds after rounding too.
-
-    Attributes:
-        lower_bound: no shared basis of this rank, whatever the method, has a smaller error.
-        achieved: the error of the fit.
-        upper_bound: the guarantee of the closed-form start.
-        total: the energy there was to capture, one for every adapter that is not zero.
-        confidence: probability that the lower bound holds: 1 where it follows from the numbers alone, less
-            by a stated amount where random probes had a part in it.
     """
 
-    lower_bound: float
-    achieved: float
-    upper_bound: float
-    total: float
+    lower_bound: float  # no shared basis of this rank, whatever the method, has a smaller error
+    achieved: float  # the error of the fit
+    upper_bound: float  # the guarantee of the closed-form start
+    total: float  # the energy there was to capture, one for every adapter that is not zero
+    # Probability that the lower bound holds: 1 where it follows from the numbers alone, less by a stated
+    # amount where random probes had a part in it.
     confidence: float = 1.0
 
     @classmethod

@@ -9,7 +9,7 @@ users reassigned by their error over all modules until nobody moves; both steps 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,21 +23,16 @@ _FEW, _STARTS_OF_FEW = 64, 16  # few users cost little, and a start more often m
 _MOST_MOVES = 12
 _KMEANS = 25
 _PROBES = 96  # columns that stand for a module's features in the start
+Refit = Callable[[Cores, Tensor], tucker.CoreFit]  # of the members, a mask (n,), at one module
 
 
 @dataclass(frozen=True, eq=False)
 class Clustering:
-    """Who is in which cluster, and the bases of each.
+    """Who is in which cluster, and the bases of each."""
 
-    Attributes:
-        cluster: (n,) int64.
-        fits: module -> the joint fit of every cluster, in core space.
-        errors: squared error of unit-norm deltas over all modules, after the start and every round.
-    """
-
-    cluster: Tensor
-    fits: Mapping[str, tuple[tucker.CoreFit, ...]]
-    errors: tuple[float, ...]
+    cluster: Tensor  # (n,) int64
+    fits: Mapping[str, tuple[tucker.CoreFit, ...]]  # module -> the joint fit of every cluster, in core space
+    errors: tuple[float, ...]  # squared, of unit-norm deltas in all modules, after the start and every round
 
 
 def fit(
@@ -51,34 +46,30 @@ def fit(
         tolerance: share of the energy two quiet steps gain.
         seed: of the starts.
     """
-    how = JointSettings(clusters, rank, max_steps, tolerance)
+
+    def refit(module: Cores, members: Tensor) -> tucker.CoreFit:
+        left, right = module.left[members].mT, module.right[members]
+        energy = tucker.core_energy(left, right)
+        stop = tucker.Stop(max_steps, tolerance * energy, ceiling=energy)
+        return tucker.fit_cores(left, right, rank=rank, stop=stop)
+
+    users = len(next(iter(cores.values())).left)
     if clusters == 1:
-        return _settle(cores, _alone(cores), how)
-    count = _STARTS_OF_FEW if len(next(iter(cores.values())).left) <= _FEW else _STARTS
+        return _settle(cores, torch.zeros(users, dtype=torch.int64), clusters, refit)
+    count = _STARTS_OF_FEW if users <= _FEW else _STARTS
     starts = (start(cores, clusters=clusters, seed=seed + number) for number in range(count))
-    return min((_settle(cores, one, how) for one in starts), key=lambda found: found.errors[-1])
+    return min((_settle(cores, one, clusters, refit) for one in starts), key=lambda fitted: fitted.errors[-1])
 
 
-@dataclass(frozen=True)
-class JointSettings:
-    """How every basis is fitted; the names are those of `fit`."""
-
-    clusters: int
-    rank: int
-    max_steps: int
-    tolerance: float
-
-
-def _settle(cores: Mapping[str, Cores], cluster: Tensor, how: JointSettings) -> Clustering:
+def _settle(cores: Mapping[str, Cores], cluster: Tensor, clusters: int, refit: Refit) -> Clustering:
     """Refit and reassign until nobody moves."""
     errors: list[float] = []
     while True:
         fits = {
-            name: tuple(_fit(module, cluster == c, how) for c in range(how.clusters))
+            name: tuple(refit(module, cluster == c) for c in range(clusters))
             for name, module in cores.items()
         }
-        tables = [_errors(module, fits[name]) for name, module in cores.items()]
-        table = torch.stack(tables).sum(0)
+        table = torch.stack([_errors(module, fits[name]) for name, module in cores.items()]).sum(0)
         here = table.gather(1, cluster[:, None])[:, 0]
         errors.append(float(here.sum()))
         least, nearest = table.min(1)
@@ -86,17 +77,6 @@ def _settle(cores: Mapping[str, Cores], cluster: Tensor, how: JointSettings) -> 
         if bool((moved == cluster).all()) or len(errors) > _MOST_MOVES:
             return Clustering(cluster, fits, tuple(errors))
         cluster = moved
-
-
-def _fit(module: Cores, members: Tensor, how: JointSettings) -> tucker.CoreFit:
-    left, right = module.left[members].mT, module.right[members]
-    energy = tucker.core_energy(left, right)
-    stop = tucker.Stop(how.max_steps, how.tolerance * energy, ceiling=energy)
-    return tucker.fit_cores(left, right, rank=how.rank, stop=stop)
-
-
-def _alone(cores: Mapping[str, Cores]) -> Tensor:
-    return torch.zeros(len(next(iter(cores.values())).left), dtype=torch.int64)
 
 
 def _errors(module: Cores, fits: tuple[tucker.CoreFit, ...]) -> Tensor:

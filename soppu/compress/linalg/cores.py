@@ -12,32 +12,15 @@ from soppu.compress.linalg.tucker import CoreFit, Stop, chunks, fit_cores, parts
 
 
 @dataclass(frozen=True, eq=False)
-class Directions:
-    """What either side asks of every user's columns: out (n, q, p), inn (n, q, p')."""
-
-    out: Tensor
-    inn: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Cores:
-    """n deltas of unit norm, D_n / norm_n ~ basis_out left_n^T right_n basis_in^T.
+    """n deltas of unit norm, D_n / norm_n ~ basis_out left_n^T right_n basis_in^T."""
 
-    Attributes:
-        basis_out: (o, K) float64 orthonormal.
-        basis_in: (i, K').
-        left: (n, q, K) coordinates of the columns of X_n, times `weight`.
-        right: (n, q, K') coordinates of Y_n.
-        weight: (n, q) float64 singular values of the unit-norm delta, zero for a zero delta.
-        norm: (n,) float64 Frobenius norms.
-    """
-
-    basis_out: Tensor
-    basis_in: Tensor
-    left: Tensor
-    right: Tensor
-    weight: Tensor
-    norm: Tensor
+    basis_out: Tensor  # (o, K) float64 orthonormal
+    basis_in: Tensor  # (i, K')
+    left: Tensor  # (n, q, K) coordinates of the columns of X_n, times `weight`
+    right: Tensor  # (n, q, K') coordinates of Y_n
+    weight: Tensor  # (n, q) float64 singular values of the unit-norm delta, zero for a zero delta
+    norm: Tensor  # (n,) float64 Frobenius norms
 
     @property
     def total(self) -> float:
@@ -98,8 +81,10 @@ class Cores:
         stop = Stop(max_steps, least, ceiling=self.total)
         return fit_cores(self.left.mT, self.right, rank=k, stop=stop, start=begin)
 
-    def directions(self, found: CoreFit, width: int) -> Directions:
-        """A step of the alternation, from its `width` leading directions. O(n q K (K + width)).
+    def directions(self, found: CoreFit, width: int) -> tuple[Tensor, Tensor]:
+        """What either side asks of every user's columns: (n, q, width) each. O(n q K (K + width)).
+
+        It is a step of the alternation, from its `width` leading directions.
 
         Z_n = F_n F_n^T P_n W for either side: F_n the columns inside the basis of the other side, P_n their
         coordinates and W the leading space of sum_n P_n^T F_n F_n^T P_n.
@@ -118,7 +103,7 @@ class Cores:
             ]
             made[0].append(weight[:, :, None] * steps[0])
             made[1].append(steps[1])
-        return Directions(torch.cat(made[0]), torch.cat(made[1]))
+        return torch.cat(made[0]), torch.cat(made[1])
 
     def chunks(self) -> Iterator[tuple[Tensor, ...]]:
         """left, right and weight of some users at a time, float64."""

@@ -2,30 +2,24 @@
 
 The basis is sought in K directions of either side, found by a sketch and grown as block Krylov spaces of the
 alternation itself, until a further pass promises too little. For the bounds see `bounds`.
-
-`grow` and `certify` are searches in the sense of `steps`.
+`grow` and `certify` are searches in the sense of `sketch`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from soppu.compress.linalg import bounds
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.cores import Cores
-from soppu.compress.linalg.sketch import CorePass, GramPass, GrowthPass, ImagePass, RangePass, Ranges
-from soppu.compress.linalg.steps import Steps
+from soppu.compress.linalg.sketch import CorePass, GramPass, GrowthPass, RangePass, Ranges, Steps
 from soppu.compress.linalg.tucker import CoreFit
 
 GROWTH_SPARE = 8  # directions that a sketch or a growth takes beyond k
 _COARSE = 6  # times the tolerance will do for a basis in a sample: all users improve it
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,24 +36,18 @@ class Sizes:
 class Search:
     """How far to go.
 
-    Attributes:
-        every: the first ranges are sought in every n-th batch only; 1 = in all of them.
-        width: directions of the sketch, at least k are taken; 0 = k + 8, as many as a growth adds.
-        most_width: directions after which nothing grows any more.
-        growths: most times the ranges grow, by k + 8 directions and two passes a time.
-        max_steps: most alternations after the last growth; each growth is followed by one.
-        tolerance: share of the deltas' energy that the next growth has to promise, judged by the decay of the
-            last two gains, and two alternations in a row have to gain.
-        seed: of the sketch.
+    The ranges grow by k + 8 directions and two passes a time, and each growth is followed by one alternation.
     """
 
-    every: int = 1
-    width: int = 0
-    most_width: int = 512
-    growths: int = 8
-    max_steps: int = 10
+    every: int = 1  # the first ranges are sought in every n-th batch only; 1 = in all of them
+    width: int = 0  # directions of the sketch, at least k are taken; 0 = k + 8, as many as a growth adds
+    most_width: int = 512  # directions after which nothing grows any more
+    growths: int = 8  # most times the ranges grow
+    max_steps: int = 10  # most alternations after the last growth
+    # Share of the deltas' energy that the next growth has to promise, judged by the decay of the last two
+    # gains, and that two alternations in a row have to gain.
     tolerance: float = 3e-4
-    seed: int = 0
+    seed: int = 0  # of the sketch
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +80,8 @@ def grow(sizes: Sizes, rank: int, search: Search) -> Steps[Grown]:
 
     With a sample the same is done in it first. What a few users share stands out more among few, so its basis
     is nearer to the best one than any sketch, for a fraction of the work. All users are then seen in its
-    leading directions, `GROWTH_SPARE` more than the sketch has.
-
-    Args:
-        sizes: of the deltas.
-        rank: k asked for; min(k, o, i, columns of all deltas) is used.
-        search: how far to go.
+    leading directions, `GROWTH_SPARE` more than the sketch has. Of `rank`, min(rank, o, i, columns of all
+    deltas) is used.
     """
     k = min(rank, sizes.o, sizes.i)
     width = min(max(search.width, k) if search.width else k + GROWTH_SPARE, sizes.o, sizes.i)
@@ -179,10 +163,8 @@ def certify(cores: Cores, found: CoreFit, effort: bounds.Effort | None) -> Steps
         top = bounds.exact_top_sum(gram.finish(), k, trace=total, eps=eps)
     else:
         spent = effort or bounds.Effort(probes=0, powers=1)
-        asking = bounds.sharper_top_sum(
-            basis[:, : k + 2 * GROWTH_SPARE], k, trace=total, eps=eps, effort=spent
-        )
-        top = yield from _answered(asking, out=out)
+        near = basis[:, : k + 2 * GROWTH_SPARE]
+        top = yield from bounds.sharper_top_sum(near, k, out=out, trace=total, eps=eps, effort=spent)
     achieved = max(total - found.objective[-1], 0.0)
     return Certificate(
         lower_bound=min(max(total - top.value, 0.0), achieved),
@@ -191,15 +173,3 @@ def certify(cores: Cores, found: CoreFit, effort: bounds.Effort | None) -> Steps
         total=total,
         confidence=top.confidence,
     )
-
-
-def _answered(asking: Generator[Tensor, Tensor, T], *, out: bool) -> Steps[T]:
-    """Answer every block that is asked for with C times it, one pass each."""
-    try:
-        block = next(asking)
-        while True:
-            image = ImagePass(block, out=out)
-            yield image, 1
-            block = asking.send(image.finish())
-    except StopIteration as end:
-        return end.value

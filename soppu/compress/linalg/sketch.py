@@ -10,36 +10,24 @@ Every delta has weight one, D_n / ||D_n||. C_out = sum_n D_n D_n^T / ||D_n||^2, 
     ImagePass    C_out or C_in times any block
     GramPass     C_out or C_in itself, for sides of few features or fleets of few columns
 
-A pass takes batches with `add` and gives its result with `finish`. CorePass and GrowthPass must see the users
-in the same order. Batches are `canonical` forms, or anything else with orthonormal X, Y and s.
+A pass takes batches of b deltas with `add` and gives its result with `finish`. CorePass and GrowthPass must
+see the users in the same order. A search is a generator, so that searches share passes over a fleet: it
+yields (pass, n), the pass it needs and that it is to see every n-th batch, beginning with the first. It goes
+on once the pass has seen them, and returns its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from soppu.compress.linalg.bounds import Image
-from soppu.compress.linalg.canonical import Canonical, canonical
-from soppu.compress.linalg.cores import Cores, Directions
-
-__all__ = [
-    "Canonical",
-    "CorePass",
-    "GramPass",
-    "GrowthPass",
-    "ImagePass",
-    "Power",
-    "PowerPass",
-    "RangePass",
-    "Ranges",
-    "canonical",
-]
+from soppu.compress.linalg.canonical import Canonical
+from soppu.compress.linalg.cores import Cores
 
 _SMALLEST = torch.finfo(torch.float64).tiny
 _SEEDS = 1 << 64
@@ -47,15 +35,28 @@ _BLOCKS = 4
 AT_A_TIME = 1024  # rows in a product with few columns: with all of them it takes up to twice as long
 
 
-class Deltas(Protocol):
-    """Deltas D_n = X_n diag(s_n) Y_n^T: X (b, o, q) and Y (b, i, q) orthonormal where s (b, q) is not 0."""
+T = TypeVar("T")
 
-    @property
-    def X(self) -> Tensor: ...
-    @property
-    def s(self) -> Tensor: ...
-    @property
-    def Y(self) -> Tensor: ...
+
+class Pass(Protocol):
+    """What looks at all deltas of one module once, a batch at a time and in order."""
+
+    def add(self, batch: Canonical) -> None:
+        """Take the next deltas."""
+        ...
+
+
+Asked = tuple[Pass, int]
+Steps = Generator[Asked, None, T]
+
+
+def begun(searches: Mapping[str, Steps[T]], found: dict[str, T]) -> Iterator[tuple[str, Asked]]:
+    """The next pass of every search; those that need none have their result put into `found`."""
+    for name, search in searches.items():
+        try:
+            yield name, next(search)
+        except StopIteration as end:
+            found[name] = end.value
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,27 +66,29 @@ class Ranges:
     out: Tensor
     inn: Tensor
 
+    def cpu(self) -> Ranges:
+        """The same in the CPU's memory; no copy where it is there."""
+        return Ranges(self.out.cpu(), self.inn.cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """What C does to a block of one side, float64."""
+
+    basis: Tensor  # Q (d, K) orthonormal
+    applied: Tensor  # C Q
+    applied_probes: Tensor  # C Z
+    probes: Tensor  # Z (d, p) in the complement of Q; p = 0 for none
+
 
 @dataclass(frozen=True, eq=False)
 class Power:
-    """What a PowerPass found.
+    """What a PowerPass found, of the output and of the input side."""
 
-    Attributes:
-        ranges: an orthonormal basis of C Q on either side, ordered by energy.
-        values_out: (K,) singular values of C_out Q, descending: the j-th is at most the j-th eigenvalue of
-            C_out, and at least the j-th Ritz value of Q.
-        values_in: (K',) likewise.
-        image_out: Q, C_out Q and the probes' images, for `bounds`.
-        image_in: likewise.
-        total: how many deltas were not zero, the trace of either C.
-    """
-
-    ranges: Ranges
-    values_out: Tensor
-    values_in: Tensor
-    image_out: Image
-    image_in: Image
-    total: float
+    ranges: Ranges  # an orthonormal basis of C Q, ordered by energy
+    images: tuple[Image, Image]  # Q, C Q and the probes' images, for `bounds`
+    spectra: tuple[Tensor | None, Tensor | None]  # all eigenvalues of C, ascending; None where not asked for
+    total: float  # how many deltas were not zero, the trace of either C
 
 
 class RangePass:
@@ -107,7 +110,7 @@ class RangePass:
         self._seed = seed % _SEEDS
         self._users = self._most = self._columns = 0
 
-    def add(self, batch: Deltas, users: Sequence[int] | None = None) -> None:
+    def add(self, batch: Canonical, users: Sequence[int] | None = None) -> None:
         """Take b deltas; `users` are their numbers, by default the next b."""
         b, q = batch.s.shape
         numbers = range(self._users, self._users + b) if users is None else users
@@ -136,33 +139,44 @@ class PowerPass:
 
     Args:
         probes: random columns in the complement of Q that ride along, for a sharper bound.
+        exact: of which sides C itself is summed up too, O(d^2 q) a user.
     """
 
-    def __init__(self, ranges: Ranges, *, probes: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, ranges: Ranges, *, probes: int = 0, seed: int = 0, exact: tuple[bool, bool] = (False, False)
+    ) -> None:
         generator = torch.Generator().manual_seed(seed % _SEEDS)
         self._bases = (ranges.out, ranges.inn)
-        self._probes = tuple(_complement(basis, probes, generator) for basis in self._bases)
-        self._applied = tuple(
-            _Applied(torch.cat(pair, 1)) for pair in zip(self._bases, self._probes, strict=True)
-        )
+        self._probes = [_complement(basis, probes, generator) for basis in self._bases]
+        blocks = [torch.cat(pair, 1) for pair in zip(self._bases, self._probes, strict=True)]
+        self._images = [ImagePass(block, out=out) for block, out in zip(blocks, (True, False), strict=True)]
+        self._grams = [
+            basis.new_zeros((len(basis),) * 2) if whole else None
+            for basis, whole in zip(self._bases, exact, strict=True)
+        ]
         self._total = 0
 
-    def add(self, batch: Deltas) -> None:
+    def add(self, batch: Canonical) -> None:
         """Take b deltas."""
-        squared = weights(batch.s).square()
-        for side, vectors in zip(self._applied, (batch.X, batch.Y), strict=True):
-            side.add(vectors, squared)
+        for image, gram, vectors in zip(self._images, self._grams, (batch.X, batch.Y), strict=True):
+            image.add(batch)
+            if gram is not None:
+                columns = rows(vectors * weights(batch.s)[:, None, :].to(vectors)).double()
+                gram += columns.mT @ columns
         self._total += int((batch.s[:, :1] > 0).sum())
 
     def finish(self) -> Power:
-        """Better directions, by the singular value decomposition of C Q. O((o + i) K^2)."""
+        """Better directions, by the SVD of C Q. O((o + i) K^2), and O(d^3) for an exact C."""
+        images = [image.finish() for image in self._images]
         out, inn = (
-            Image(basis, side.image[: basis.shape[1]].mT, probes, side.image[basis.shape[1] :].mT)
-            for basis, side, probes in zip(self._bases, self._applied, self._probes, strict=True)
+            Image(basis, seen[:, : basis.shape[1]], seen[:, basis.shape[1] :], probes)
+            for basis, seen, probes in zip(self._bases, images, self._probes, strict=True)
         )
-        left, values_out, _ = torch.linalg.svd(out.applied, full_matrices=False)
-        right, values_in, _ = torch.linalg.svd(inn.applied, full_matrices=False)
-        return Power(Ranges(left, right), values_out, values_in, out, inn, float(self._total))
+        ranges = Ranges(*(torch.linalg.svd(side.applied, full_matrices=False)[0] for side in (out, inn)))
+        of_out, of_in = (
+            None if gram is None else torch.linalg.eigvalsh(gram).clamp(min=0).cpu() for gram in self._grams
+        )
+        return Power(ranges, (out, inn), (of_out, of_in), float(self._total))
 
 
 class CorePass:
@@ -178,12 +192,15 @@ class CorePass:
         self._made: tuple[Tensor, Tensor, Tensor] | None = None
         self._users = 0
 
-    def add(self, batch: Deltas) -> None:
+    def add(self, batch: Canonical) -> None:
         """Take the next b deltas."""
         b, q = batch.s.shape
         here = slice(self._users, self._users + b)
-        # made whole from the start: parts put together in the end would be there twice
-        out, s, inn = self._made = self._made or self._room(batch)
+        if self._made is None:  # whole from the start: parts put together in the end would be there twice
+            widths = self._ranges.out.shape[1], self._ranges.inn.shape[1]
+            out, inn = (batch.X.new_zeros((*self.size, width)) for width in widths)
+            self._made = out, batch.s.new_zeros(self.size), inn
+        out, s, inn = self._made
         _coordinates(batch.X, self._ranges.out, out[here, :q])
         _coordinates(batch.Y, self._ranges.inn, inn[here, :q])
         s[here, :q] = batch.s
@@ -197,12 +214,6 @@ class CorePass:
         left *= weight.to(left)[:, :, None]
         return Cores(self._ranges.out, self._ranges.inn, left, right, weight, _norms(s))
 
-    def _room(self, batch: Deltas) -> tuple[Tensor, Tensor, Tensor]:
-        n, q = self.size
-        widths = self._ranges.out.shape[1], self._ranges.inn.shape[1]
-        out, inn = (batch.X.new_zeros((n, q, width)) for width in widths)
-        return out, batch.s.new_zeros(self.size), inn
-
 
 class GrowthPass:
     """Accumulates what the basis so far asks for beyond the directions in use. O((o + i) q p) a user.
@@ -211,58 +222,53 @@ class GrowthPass:
     space, from p columns. So the ranges become block Krylov spaces of that step.
     """
 
-    def __init__(self, cores: Cores, directions: Directions) -> None:
-        self._cores, self._directions = cores, directions
-        self._out = cores.basis_out.new_zeros((directions.out.shape[2], len(cores.basis_out)))
-        self._inn = cores.basis_in.new_zeros((directions.inn.shape[2], len(cores.basis_in)))
+    def __init__(self, cores: Cores, directions: tuple[Tensor, Tensor]) -> None:
+        self._directions, self._eps = directions, torch.finfo(cores.left.dtype).eps
+        self._bases = (cores.basis_out, cores.basis_in)
+        self._sums = [
+            basis.new_zeros((side.shape[2], len(basis)))
+            for basis, side in zip(self._bases, directions, strict=True)
+        ]
         self._users = 0
 
-    def add(self, batch: Deltas) -> None:
+    def add(self, batch: Canonical) -> None:
         """Take the next b deltas, in the order of the CorePass."""
         b, q = batch.s.shape
         here = slice(self._users, self._users + b)
-        out, inn = (side[here, :q].flatten(0, 1) for side in (self._directions.out, self._directions.inn))
-        _add_product(self._out, out.to(batch.X.dtype), rows(batch.X))
-        _add_product(self._inn, inn.to(batch.Y.dtype), rows(batch.Y))
+        for total, side, vectors in zip(self._sums, self._directions, (batch.X, batch.Y), strict=True):
+            _add_product(total, side[here, :q].flatten(0, 1).to(vectors.dtype), rows(vectors))
         self._users += b
 
     def finish(self) -> Ranges:
         """The new directions only, orthogonal to the present ones; none where nothing is left to find."""
-        eps = torch.finfo(self._cores.left.dtype).eps
-        return Ranges(
-            _beyond(self._cores.basis_out, self._out.mT, eps),
-            _beyond(self._cores.basis_in, self._inn.mT, eps),
-        )
+        pairs = zip(self._bases, self._sums, strict=True)
+        return Ranges(*(_beyond(basis, total.mT, self._eps) for basis, total in pairs))
 
 
 class ImagePass:
-    """Accumulates C times a block of one side. O(d q p) a user.
-
-    Args:
-        block: (d, p) float64.
-        out: whether C is C_out, with d = o, or C_in.
-    """
+    """Accumulates C times a block (d, p) float64 of one side, C_out with d = o or C_in. O(d q p) a user."""
 
     def __init__(self, block: Tensor, *, out: bool) -> None:
-        self._applied, self._out = _Applied(block), out
+        self._block, self._out = block, out
+        self._image = torch.zeros_like(block.mT)  # products of few rows and many columns are the faster ones
 
-    def add(self, batch: Deltas) -> None:
+    def add(self, batch: Canonical) -> None:
         """Take b deltas."""
-        self._applied.add(batch.X if self._out else batch.Y, weights(batch.s).square())
+        vectors = batch.X if self._out else batch.Y
+        block, self._image = self._block.to(vectors), self._image.to(vectors.device)
+        weight = weights(batch.s).square().to(vectors).reshape(-1, 1)
+        for part, w in zip(rows(vectors).split(AT_A_TIME), weight.split(AT_A_TIME), strict=True):
+            _add_product(self._image, w * (part @ block), part)
 
     def finish(self) -> Tensor:
         """C times the block, (d, p) float64."""
-        return self._applied.image.mT.to(self._applied.block.device)
+        return self._image.mT.to(self._block.device)
 
 
 class GramPass:
-    """Sums up C of one side, or where the deltas have fewer columns than features keeps them all. O(d^2 q) a
-    user.
+    """Sums up C of one side, d features. O(d^2 q) a user.
 
-    Args:
-        features: d.
-        columns: how many the deltas have; where fewer than d, `finish` gives (columns, columns).
-        out: whether C is C_out.
+    Where all deltas have fewer `columns` these are kept instead, and `finish` gives (columns, columns).
     """
 
     def __init__(self, features: int, columns: int, *, out: bool) -> None:
@@ -270,7 +276,7 @@ class GramPass:
         self._kept: list[Tensor] = []
         self._gram: Tensor | None = None
 
-    def add(self, batch: Deltas) -> None:
+    def add(self, batch: Canonical) -> None:
         """Take b deltas."""
         found = rows(batch.X if self._out else batch.Y)
         weight = weights(batch.s).to(found).reshape(-1, 1)
@@ -288,20 +294,6 @@ class GramPass:
             return used @ used.mT
         assert self._gram is not None
         return self._gram
-
-
-class _Applied:
-    """C times a block (d, p) of one side, as it accumulates where the deltas are: image (p, d)."""
-
-    def __init__(self, block: Tensor) -> None:
-        self.block = block
-        self.image = torch.zeros_like(block.mT)  # products of few rows and many columns are the faster ones
-
-    def add(self, vectors: Tensor, squared: Tensor) -> None:
-        block, self.image = self.block.to(vectors), self.image.to(vectors.device)
-        weight = squared.to(vectors).reshape(-1, 1)
-        for part, w in zip(rows(vectors).split(AT_A_TIME), weight.split(AT_A_TIME), strict=True):
-            _add_product(self.image, w * (part @ block), part)
 
 
 def rows(vectors: Tensor) -> Tensor:

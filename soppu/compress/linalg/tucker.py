@@ -39,17 +39,11 @@ class CoreFit:
 
 @dataclass(frozen=True)
 class Stop:
-    """When an alternation ends.
-
-    Attributes:
-        max_steps: most steps.
-        least: energy that is not worth a step: two in a row that gain less end it.
-        ceiling: energy there is to capture; within `least` of it nothing is left to gain.
-    """
+    """When an alternation ends."""
 
     max_steps: int
-    least: float
-    ceiling: float
+    least: float  # energy that is not worth a step: two in a row that gain less end it
+    ceiling: float  # energy there is to capture; within `least` of it nothing is left to gain
 
 
 def fit_cores(
@@ -58,10 +52,8 @@ def fit_cores(
     """Fit one basis to n deltas left_n right_n as they are, their norms the weights. O(n p r (p + r)) a step.
 
     Args:
-        left: (n, p, r).
-        right: (n, r, q).
+        left: (n, p, r) with right (n, r, q).
         rank: k; min(k, p, q) is used.
-        stop: when.
         start: U (p, k) and V (q, k) to begin with; by default the truncated HOSVD.
     """
     k, size = min(rank, left.shape[1], right.shape[2]), max(left.shape[1], right.shape[2])

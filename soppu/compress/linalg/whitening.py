@@ -24,17 +24,11 @@ _ROUNDING = 2.0**-22  # rounding C to float32 moves its eigenvalues by at most 2
 
 @dataclass(frozen=True, eq=False)
 class Whitener:
-    """The square root of a module's second moments, of unit scale, and its inverse. Made by `make`.
+    """The square root of a module's second moments, of unit scale, and its inverse. Made by `make`."""
 
-    Attributes:
-        root: (i, i) symmetric, float64.
-        inverse_root: likewise.
-        scale: tr C / i, the mean square of an input feature: E ||D x||^2 ~ scale * norm(B, A)^2.
-    """
-
-    root: Tensor
-    inverse_root: Tensor
-    scale: float
+    root: Tensor  # (i, i) symmetric, float64
+    inverse_root: Tensor  # likewise
+    scale: float  # tr C / i, the mean square of an input feature: E ||D x||^2 ~ scale * norm(B, A)^2
 
     def forward(self, A: Tensor) -> Tensor:
         """A (.., r, i) -> A C^{1/2} (.., r, i), float64. O(r i^2) each."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from soppu.compress.fleet.leading import Leading, find_ranges, on_cpu
+from soppu.compress.fleet.leading import find_leading
 from soppu.compress.fleet.passes import Passes, Progress
 from soppu.compress.fleet.survey import Fleet
 from soppu.compress.linalg.canonical import Canonical
-from soppu.compress.linalg.sketch import Ranges
+from soppu.compress.linalg.sketch import Power, Ranges
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.methods.plan import RANKS, ModuleStats, Setting
 from soppu.compress.numbers import costs
@@ -37,7 +37,7 @@ class Statistics:
     """
 
     passes: Passes
-    leading: Mapping[str, Leading]
+    leading: Mapping[str, Power]
     modules: list[ModuleStats]
     setting: Setting
 
@@ -49,11 +49,11 @@ class Statistics:
 
 def gather(passes: Passes, question: Question, *, progress: Progress) -> Statistics:
     """Find the leading directions, then the statistics: three passes over the adapters, one without bases."""
-    fleet, leading = passes.fleet, dict[str, Leading]()
+    fleet, leading = passes.fleet, dict[str, Power]()
     if question.most_rank:
         width = question.most_rank + _SKETCH_SPARE
-        leading = find_ranges(passes, width=width, seed=question.seed, progress=progress)
-    ranges = {name: on_cpu(side.ranges) for name, side in leading.items()}
+        leading = find_leading(passes, width=width, seed=question.seed, progress=progress)
+    ranges = {name: side.ranges.cpu() for name, side in leading.items()}
     table: dict[str, list[ModuleStats]] = {name: [] for name in fleet.shapes}
     vectors: list[Tensor] = []
     for batch in fleet.batches():

@@ -17,7 +17,7 @@ from soppu.compress.codec.golomb import bits_per_value
 from soppu.compress.codec.page import PageWriter
 from soppu.compress.fleet.passes import Progress
 from soppu.compress.fleet.survey import Fleet
-from soppu.compress.linalg.canonical import decompose
+from soppu.compress.linalg.canonical import canonical
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.linalg.whitening import Whitener
 from soppu.compress.methods.fit import Fit
@@ -145,7 +145,7 @@ def _refined(
 ) -> Components:
     """Gains that leave the least error, in the metric of a whitener if there is one; then times alpha."""
     pair = adapter.pairs[name]
-    factors = decompose(pair.B[None].float(), pair.A[None].float(), whitener=whitener)
+    factors = canonical(pair.B[None].float(), pair.A[None].float(), whitener=whitener)
     made, _ = with_gains(factors, part, (None, None), norm=norm, whitener=whitener)
     return Components(made.user, (made.gain * alpha).half().float(), made.left, made.right)
 

@@ -80,7 +80,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
             module: LoraPair(self._cast(module, pair.A), self._cast(module, pair.B))
             for module, pair in adapter.pairs.items()
         }
-        loaded = LoadedAdapter.of(adapter, self.base, slot=PairSlot(pairs))
+        loaded = LoadedAdapter.of(adapter, self.base, where=PairSlot(pairs))
         if not loaded.verified:
             _LOG.warning("adapter %r states no base hash; its name and its shapes fit", name)
         with self._changing:

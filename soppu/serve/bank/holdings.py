@@ -18,19 +18,19 @@ from soppu.serve.names import find_version
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """One loaded adapter. `slot` is where its tensors are; `verified`: it states this server's base hash."""
+    """One loaded adapter: `where` its tensors are; `verified`: it states this server's base hash."""
 
-    slot: Any
+    where: Any
     content_hash: str
     rank: int
     verified: bool
 
     @classmethod
-    def of(cls, adapter: LoraAdapter, base: Base, *, slot: Any, **own: Any) -> Self:
+    def of(cls, adapter: LoraAdapter, base: Base, *, where: Any, **own: Any) -> Self:
         """What a listing says about `adapter` on a server of `base`."""
         rank = max(pair.rank for pair in adapter.pairs.values())
         verified = bool(base.hash) and adapter.base_hash == base.hash
-        return cls(slot, adapter.content_hash(), rank, verified, **own)
+        return cls(where, adapter.content_hash(), rank, verified, **own)
 
 
 S = TypeVar("S")
@@ -44,17 +44,17 @@ class Resolved(Generic[S]):
     Attributes:
         adapter_id: "alice", or "alice@<whole bundle id>" where a version was asked for; "" is the base model.
         version: the bundle id, or the adapter's content hash; "" for the base model.
-        slot: where the tensors are; None is the base model.
+        where: the tensors are; None is the base model.
     """
 
     adapter_id: str = ""
     version: str = ""
-    slot: S | None = None
+    where: S | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Holdings(Generic[S, A]):
-    """Bundle id -> user -> slot, name -> adapter, and the active bundle's id. A change is a new one."""
+    """Bundle id -> user -> where, name -> adapter, and the active bundle's id. A change is a new one."""
 
     bundles: Mapping[str, Mapping[str, S]] = field(default_factory=dict)
     adapters: Mapping[str, A] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Holdings(Generic[S, A]):
         )
 
     def users(self, bundle_id: str) -> Mapping[str, S]:
-        """User -> slot. BundleError: the bundle is not loaded."""
+        """User -> where. BundleError: the bundle is not loaded."""
         if bundle_id not in self.bundles:
             raise BundleError(f"bundle {bundle_id[:12]!r} is not loaded; there are {len(self.bundles)}")
         return self.bundles[bundle_id]
@@ -118,7 +118,7 @@ class Holdings(Generic[S, A]):
         """
         if name in self.adapters:
             adapter = self.adapters[name]
-            return Resolved(name, adapter.content_hash, adapter.slot)
+            return Resolved(name, adapter.content_hash, adapter.where)
         active = self.bundles.get(self.active, {})
         if name in active:
             return Resolved(name, self.active, active[name])

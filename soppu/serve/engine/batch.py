@@ -181,7 +181,7 @@ class Batch:
                 self._decoder.cache.clear(row.place)
 
     def _route(self, rows: list[_Row]) -> Routing:
-        return Routing([row.generation.job.resolved.slot for row in rows])
+        return Routing([row.generation.job.resolved.where for row in rows])
 
 
 @torch.inference_mode()

@@ -11,8 +11,6 @@ import os
 
 __all__ = ["register"]
 
-BUNDLE_VARIABLE = "SOPPU_BUNDLE"
-
 
 def register() -> None:
     """Prepare this vLLM process to serve the bundle that SOPPU_BUNDLE names.
@@ -21,13 +19,13 @@ def register() -> None:
         ConfigError: a SOPPU_ variable has a value that is not allowed, or this vLLM is not one the plugin was
             written for.
     """
-    if not os.environ.get(BUNDLE_VARIABLE):
+    if not os.environ.get("SOPPU_BUNDLE"):
         return
-    from soppu.serve.vllm_plugin import refusal, settings, versions  # an idle plugin costs vLLM no import
+    from soppu.serve.vllm_plugin import host, refusal, settings  # an idle plugin costs vLLM no import
 
     refusal.prepare()
     with refusal.noted():
-        versions.check()
+        host.check_version()
         chosen = settings.read(os.environ)
     from soppu.serve.vllm_plugin.frontend import hooks as frontend
     from soppu.serve.vllm_plugin.worker import hooks as worker

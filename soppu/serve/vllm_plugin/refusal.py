@@ -34,24 +34,19 @@ def prepare() -> None:
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Note a SoppuError raised inside; a process that vLLM has started then ends, without a traceback."""
-    try:
-        yield
-    except SoppuError as error:
-        if multiprocessing.parent_process() is None:
-            raise  # a program that runs the engine inside itself may go on
-        _note(error)
-        raise SystemExit(1) from error
+    """Note a SoppuError raised inside.
 
-
-@contextmanager
-def followed() -> Iterator[None]:
-    """End this process, without a traceback, if what failed inside is that another process has refused."""
+    A process that vLLM has started then ends without a traceback; it also does where anything fails inside
+    after another process has refused.
+    """
     try:
         yield
     except Exception as error:
-        if multiprocessing.parent_process() is None or not _said():
-            raise
+        ours = isinstance(error, SoppuError)
+        if multiprocessing.parent_process() is None or not (ours or _said()):
+            raise  # a program that runs the engine inside itself may go on
+        if ours:
+            _note(error)
         raise SystemExit(1) from error
 
 
@@ -62,7 +57,7 @@ def _last_words(kind: type[BaseException], error: BaseException, trace: Tracebac
         sys.__excepthook__(kind, error, trace)
 
 
-def _note(error: SoppuError) -> None:
+def _note(error: BaseException) -> None:
     if name := os.environ.get(_VARIABLE):
         Path(name).write_text(str(error))
 
@@ -73,7 +68,7 @@ def _said() -> str:
 
 
 def _end(path: Path) -> None:
-    said = path.read_text() if path.is_file() else ""
+    said = _said()
     path.unlink(missing_ok=True)
     if said:
         for stream in (sys.stdout, sys.stderr):

@@ -16,23 +16,17 @@ KERNELS = ("auto", "native", "torch", "static")
 
 @dataclass(frozen=True)
 class Settings:
-    """The plugin's settings.
+    """The plugin's settings. A runtime adapter is one that is loaded beside a bundle, on its basis.
 
-    Attributes:
-        bundle: SOPPU_BUNDLE, the bundle file served from the start.
-        max_error: SOPPU_MAX_ERROR, relative error a runtime adapter may have on the resident basis; None
-            allows what the worst user of the bundle has.
-        spare_rows: SOPPU_SPARE_ROWS, runtime adapters a bundle version has room for.
-        kernel: SOPPU_KERNEL, "native" (compiled, CPU only), "torch", "static" (always on a GPU, where passes
-            are recorded and replayed), or "auto": native where it can be built.
-        admin_token: SOPPU_ADMIN_TOKEN, asked for by the admin routes; "" leaves them open.
+    `kernel` is "native" (compiled, CPU only), "torch", "static" (always on a GPU, where passes are recorded
+    and replayed), or "auto": native where it can be built.
     """
 
-    bundle: Path
-    max_error: float | None = None
-    spare_rows: int = 64
+    bundle: Path  # the bundle file served from the start
+    max_error: float | None = None  # relative, of a runtime adapter; None: the bundle's worst user's
+    spare_rows: int = 64  # runtime adapters a bundle version has room for
     kernel: str = "auto"
-    admin_token: str = ""
+    admin_token: str = ""  # asked for by the admin routes; "" leaves them open
 
     def read_bundle(self) -> tuple[Bundle, str]:
         """The bundle served from the start, and its id. Raises BundleError for a damaged one."""
@@ -50,10 +44,13 @@ def read(environment: Mapping[str, str]) -> Settings:
     kernel = environment.get("SOPPU_KERNEL", "auto")
     if kernel not in KERNELS:
         raise ConfigError(f"SOPPU_KERNEL={kernel!r}: allowed are {', '.join(KERNELS)}")
+    rows = environment.get("SOPPU_SPARE_ROWS", "64")
+    if not rows.isdecimal():
+        raise ConfigError(f"SOPPU_SPARE_ROWS={rows!r}: a whole number, 0 or more, is needed")
     return Settings(
         bundle=bundle.resolve(),
         max_error=_error(environment.get("SOPPU_MAX_ERROR", "")),
-        spare_rows=_rows(environment.get("SOPPU_SPARE_ROWS", "64")),
+        spare_rows=int(rows),
         kernel=kernel,
         admin_token=environment.get("SOPPU_ADMIN_TOKEN", ""),
     )
@@ -69,9 +66,3 @@ def _error(text: str) -> float | None:
     if not 0 <= value <= 1:
         raise ConfigError(f"SOPPU_MAX_ERROR={text!r}: a relative error between 0 and 1 is needed")
     return value
-
-
-def _rows(text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"SOPPU_SPARE_ROWS={text!r}: a whole number, 0 or more, is needed")
-    return int(text)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from soppu.compress.linalg import bounds, range_finder
-from soppu.compress.linalg.canonical import canonical
+from soppu.compress.linalg.canonical import Canonical, canonical
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.range_finder import Sizes, certify, grow
-from soppu.compress.linalg.sketch import Deltas
-from soppu.compress.linalg.steps import Steps, begun
+from soppu.compress.linalg.sketch import Steps, begun
 from tests.soppu.compress.dense_joint import JointFit, fix_signs
 
-Batches = Callable[[], Iterable[Deltas]]
+Batches = Callable[[], Iterable[Canonical]]
 _TOGETHER = 64  # users of a batch, where all deltas are in memory
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from soppu.compress.fleet import passes
 from soppu.compress.fleet import survey as fleets
 from soppu.compress.fleet.passes import Passes
 from soppu.compress.linalg.canonical import Canonical
-from soppu.compress.linalg.steps import Steps
+from soppu.compress.linalg.sketch import Steps
 from tests.soppu.compress.large_fit import alone
 
 Make = Callable[..., dict[str, LoraAdapter]]
@@ -123,7 +123,7 @@ def test_the_adapters_given_stay_as_they_are(fleet: Make, method):
 _MEASURE = """
 from pathlib import Path
 import torch
-from soppu.compress.fleet import heap
+from soppu.compress.fleet.survey import trim_heap
 
 BLOCKS, SIZE = 800, 1 << 16  # bytes: below what is ever a mapping of its own
 
@@ -138,7 +138,7 @@ for _ in range(BLOCKS):
     small.append(torch.ones(16))
 held = resident()
 large.clear()
-heap.trim()
+trim_heap()
 assert all(float(one.sum()) == 16 for one in small)
 print((held - resident()) / (BLOCKS * SIZE))
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress.linalg import bounds
+from soppu.compress.linalg import bounds, whitening
 from soppu.compress.linalg.canonical import Canonical, canonical
 from soppu.compress.linalg.cores import Cores
 from soppu.compress.linalg.range_finder import Sizes, grow
@@ -222,10 +222,11 @@ def test_power_pass_improves_the_ranges_and_orders_them_by_energy():
     for batch in batches:
         power.add(batch)
     made = power.finish()
-    for gram, before, after, values in (
-        (covariances(outs, ins)[0], rough.out, made.ranges.out, made.values_out),
-        (covariances(outs, ins)[1], rough.inn, made.ranges.inn, made.values_in),
+    for gram, before, after, image in (
+        (covariances(outs, ins)[0], rough.out, made.ranges.out, made.images[0]),
+        (covariances(outs, ins)[1], rough.inn, made.ranges.inn, made.images[1]),
     ):
+        values = torch.linalg.svdvals(image.applied)
         torch.testing.assert_close(after.mT @ after, torch.eye(12).double(), rtol=0, atol=1e-9)
         energy = (after.mT @ gram @ after).diagonal()
         assert float(energy.sum()) > float((before.mT @ gram @ before).trace())
@@ -241,10 +242,34 @@ def test_images_are_what_c_does_to_directions_and_probes():
     for batch in cut(outs, ins, 7):
         power.add(batch)
     made = power.finish()
-    for image, gram in zip((made.image_out, made.image_in), covariances(outs, ins), strict=True):
+    for image, gram in zip(made.images, covariances(outs, ins), strict=True):
         torch.testing.assert_close(image.applied, gram @ image.basis, rtol=0, atol=1e-4)
         torch.testing.assert_close(image.applied_probes, gram @ image.probes, rtol=0, atol=1e-4)
         assert float((image.basis.mT @ image.probes).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("exact", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_power_pass_gives_all_eigenvalues_of_the_sides_asked_for(exact):
+    outs, ins = fleet(20, 30, 25, 3)
+    power = PowerPass(sketched(cut(outs, ins, 20), 6), exact=exact)
+    for batch in cut(outs, ins, 7):
+        power.add(batch)
+    for spectrum, gram, asked in zip(power.finish().spectra, covariances(outs, ins), exact, strict=True):
+        assert (spectrum is not None) == asked
+        if spectrum is not None:
+            torch.testing.assert_close(spectrum, torch.linalg.eigvalsh(gram), rtol=0, atol=1e-5)
+
+
+def test_a_whitened_form_is_the_form_of_the_whitened_factors():
+    outs, ins = fleet(4, 30, 25, 3)
+    x = draw(200, 25, seed=7)
+    whitener = whitening.make(x.mT @ x / len(x))
+    found, expected = (
+        canonical(outs, ins, whitener=whitener),
+        canonical(outs, whitener.forward(ins).to(ins.dtype)),
+    )
+    assert torch.equal(found.X, expected.X) and torch.equal(found.s, expected.s)
+    assert not torch.allclose(found.s, canonical(outs, ins).s)
 
 
 def cores_of(batches: list[Canonical], ranges: Ranges) -> Cores:
@@ -487,8 +512,8 @@ def test_bounds_from_a_power_pass_hold_and_probes_sharpen_them():
         probed.add(batch)
     truth = float(torch.linalg.eigvalsh(covariances(outs, ins)[0]).flip(0)[:5].sum())
     eps = torch.finfo(torch.float32).eps
-    certain = bounds.top_sum(plain.finish().image_out, 5, trace=60, eps=eps)
-    likely = bounds.top_sum(probed.finish().image_out, 5, trace=60, eps=eps)
+    certain = bounds.top_sum(plain.finish().images[0], 5, trace=60, eps=eps)
+    likely = bounds.top_sum(probed.finish().images[0], 5, trace=60, eps=eps)
     assert truth <= likely.value < certain.value <= 60
     assert certain.confidence == 1 and likely.confidence == 1 - bounds.FAILURE
 

@@ -11,7 +11,7 @@ from soppu.config import Config
 from soppu.evaluate import report
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import UserLosses
-from soppu.evaluate.report import ReportInputs, Serving, Stage
+from soppu.evaluate.report import ReportInputs
 
 HOSTILE = "<script>alert('1')</script>&\"|`$\\foo$\x1b[31m\u202e]]> --><img src=x onerror=y>"
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -90,11 +90,21 @@ def make_federation(users: list[str]) -> dict[str, Any]:
     }
 
 
-def make_serving(users: list[str]) -> Serving:
-    completions = {users[0]: "\n    return {1: '<b>&'}\n"}
-    return Serving(
-        "embedded", "http://127.0.0.1:8099", "b" * 64, dict.fromkeys(users, ""), completions=completions
-    )
+def make_serving(users: list[str]) -> dict[str, Any]:
+    """What soppu/stages/publish.py writes into serving.json."""
+    return {
+        "target": "embedded",
+        "url": "http://127.0.0.1:8099",
+        "bundle_id": "b" * 64,
+        "canaries": dict.fromkeys(users, ""),
+        "prompt": "def main():",
+        "completions": {users[0]: "\n    return {1: '<b>&'}\n"},
+    }
+
+
+def make_stage(name: str, seconds: float, attempts: int = 1) -> dict[str, Any]:
+    """What tasks/recording.py writes into stages/NAME.json."""
+    return {"name": name, "seconds": seconds, "attempts": attempts}
 
 
 def make_inputs(count: int = 8, *, users: list[str] | None = None, **changes: Any) -> ReportInputs:
@@ -115,7 +125,7 @@ def make_inputs(count: int = 8, *, users: list[str] | None = None, **changes: An
         "bundle_id": "b" * 64,
         "federation": told,
         "serving": make_serving(users),
-        "stages": (Stage("federate", 171.0, 2), Stage("compress", 3.4), Stage("publish", 6.5)),
+        "stages": (make_stage("federate", 171.0, 2), make_stage("compress", 3.4), make_stage("publish", 6.5)),
         "created": "2026-01-02T03:04:05+00:00",
         "hardware": "Linux, 2 cores",
     }

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
 from soppu.evaluate import html, plots
 from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
@@ -96,6 +97,26 @@ def test_hostile_texts_stay_texts_everywhere() -> None:
     assert "\x1b" not in text and "\u202e" not in text
     shown = HOSTILE.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd")
     assert page.text.count(shown) >= 10
+
+
+def test_of_a_completion_line_breaks_stay_and_nothing_else_that_is_not_seen() -> None:
+    made = make_report(1)
+    made["serving"].update(prompt="\ta\x1b[2J:\r\n", completions={"user-0000": "\n\u202e<b>\n\n  x\n"})
+    page = Page(html.page(made))
+    assert "    a\ufffd[2J:" in page.data and "\n\ufffd<b>\n\n  x" in page.data
+
+
+@pytest.mark.parametrize(
+    "path", [("hardware",), ("plan", "hash"), ("users", 0, "id"), ("stages", 0, "attempts")]
+)
+def test_a_field_that_is_not_there_is_never_left_blank(path: tuple[Any, ...]) -> None:
+    made = make_report(1)
+    place: Any = made
+    for step in path[:-1]:
+        place = place[step]
+    del place[path[-1]]
+    with pytest.raises((UndefinedError, KeyError), match=path[-1]):
+        html.page(made)
 
 
 def test_every_user_is_in_the_table_with_their_figures() -> None:

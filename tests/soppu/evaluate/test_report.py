@@ -17,9 +17,8 @@ from soppu.compress.bundle.report import CompressionReport
 from soppu.errors import ReportError, SoppuError, StorageError
 from soppu.evaluate import report, schema
 from soppu.evaluate.losses import UserLosses
-from soppu.evaluate.report import ReportInputs, Serving, Stage, build
-from soppu.evaluate.schema import FIELDS
-from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
+from soppu.evaluate.report import ReportInputs, build
+from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report, make_serving, make_stage
 
 ROOT = Path(__file__).parents[3]
 
@@ -156,16 +155,19 @@ def test_the_report_of_a_bundle_read_from_a_file_fits_too() -> None:
 def test_canaries_decide_whether_serving_is_in_order() -> None:
     assert make_report(2)["serving"]["canaries_ok"] is True
     canaries = {"user-0000": "", "user-0001": "no tokens came back"}
-    bad = Serving("embedded", "http://localhost:1", "b", canaries)
+    bad = make_serving(["user-0000"]) | {"canaries": canaries}
     assert make_report(2, serving=bad)["serving"]["canaries_ok"] is False
-    assert make_report(2, serving=replace(bad, canaries={}))["serving"]["canaries_ok"] is False
+    assert make_report(2, serving=bad | {"canaries": {}})["serving"]["canaries_ok"] is False
+    del bad["canaries"]
+    with pytest.raises(ReportError, match=re.escape("serving.canaries: missing")):
+        make_report(2, serving=bad)
 
 
-def test_publication_is_added_to_a_copy() -> None:
+def test_a_publication_changes_nothing_else() -> None:
     inputs = make_inputs(2)
     before = build(replace(inputs, serving=None, stages=()))
     kept = copy.deepcopy(before)
-    after = report.with_publication(before, inputs.serving, stages=[Stage("publish", 1.0)])
+    after = build(replace(inputs, stages=[make_stage("publish", 1.0)]))
     assert before == kept
     assert after["serving"] == build(inputs)["serving"]
     assert [stage["name"] for stage in after["stages"]] == ["publish"]
@@ -197,41 +199,77 @@ def test_a_refused_write_is_a_storage_error(tmp_path: Path) -> None:
         report.write(tmp_path, make_report(1))
 
 
-def _without(value: dict[str, Any], path: str) -> dict[str, Any]:
-    """A copy without the first value the path points at."""
+def _paths(kind: dict[str, Any], path: str = "") -> dict[str, str]:
+    """Path -> type of everything a JSON schema speaks of, in the words of docs/report.md."""
+    types = kind.get("anyOf", [kind])
+    (kind,) = (_resolved(item) for item in types if item.get("type") != "null")
+    word = {"string": "text", "boolean": "flag", "integer": "count", "array": "list"}.get(
+        kind["type"], kind["type"]
+    )
+    found = {path: word + "?" * (len(types) - 1)} if path else {}
+    for name, part in kind.get("properties", {}).items():
+        found |= _paths(part, f"{path}.{name}".lstrip("."))
+    if "items" in kind:
+        found |= _paths(kind["items"], f"{path}[]")
+    if isinstance(kind.get("additionalProperties"), dict):
+        found |= _paths(kind["additionalProperties"], f"{path}{{}}")
+    return found
+
+
+def _resolved(kind: dict[str, Any]) -> dict[str, Any]:
+    return SCHEMA["$defs"][kind["$ref"].rsplit("/", 1)[-1]] if "$ref" in kind else kind
+
+
+SCHEMA = schema.Report.model_json_schema()
+FIELDS = _paths(SCHEMA)
+
+
+def _without(value: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """A copy without the first value the path points at, and the name of that value."""
     changed = copy.deepcopy(value)
-    *parents, leaf = re.findall(r"\[\]|\{\}|[^.\[\]{}]+", path)
-    place: Any = changed
-    for step in parents:
-        place = place[0] if step == "[]" else next(iter(place.values())) if step == "{}" else place[step]
-    del place[leaf]
-    return changed
+    steps = re.findall(r"\[\]|\{\}|[^.\[\]{}]+", path)
+    place, name = changed, ""
+    for step in steps[:-1]:
+        key: Any = 0 if step == "[]" else next(iter(place)) if step == "{}" else step
+        place, name = place[key], name + (f".{key}" if str(key).isidentifier() else f"[{key!r}]")
+    del place[steps[-1]]
+    return changed, f"{name}.{steps[-1]}".lstrip(".")
 
 
 @pytest.mark.parametrize("path", [path for path in FIELDS if not path.endswith(("[]", "{}"))])
 def test_every_field_that_is_missing_is_named(tmp_path: Path, path: str) -> None:
     file = tmp_path / "report.json"
-    file.write_text(json.dumps(_without(make_report(1), path)))
+    lacking, name = _without(make_report(1), path)
+    file.write_text(json.dumps(lacking))
     with pytest.raises(SoppuError) as caught:
         report.read(file)
-    names = re.sub(r"\[[^\]]*\]", "", str(caught.value)).replace(str(file), "")
-    assert re.sub(r"\[\]|\{\}", "", path) + ": missing" in names
-    assert str(file) in str(caught.value)
+    assert str(caught.value) == f"{file}: {name}: missing"
 
 
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
-        (("users", 0, "loss_base"), "low", "users[0].loss_base: expected a finite number, found 'low'"),
-        (("users", 0, "examples"), -1, "users[0].examples: expected a whole number, at least 0, found -1"),
-        (("users", 0, "examples"), True, "users[0].examples: expected a whole number"),
-        (("users", 0), None, "users[0]: expected an object, found None"),
-        (("gate", "passed"), 1, "gate.passed: expected true or false, found 1"),
-        (("gate", "reasons"), "none", "gate.reasons: expected a list"),
-        (("compression",), [], "compression: expected an object, found []"),
-        (("compression", "ratio"), None, "compression.ratio: expected a finite number, found None"),
-        (("plan", "kept", 2), 1.5, "plan.kept[2]: expected a whole number"),
-        (("serving", "canaries", "user-0000"), False, "serving.canaries['user-0000']: expected a text"),
+        (("users", 0, "loss_base"), "low", "users[0].loss_base = 'low', allowed: a number"),
+        (("users", 0, "examples"), -1, "users[0].examples = -1, allowed: at least 0"),
+        (("users", 0, "examples"), True, "users[0].examples = True, allowed: a whole number"),
+        (("users", 0), None, "users[0] = None, allowed: an object"),
+        (("gate", "passed"), 1, "gate.passed = 1, allowed: true or false"),
+        (("gate", "reasons"), "none", "gate.reasons = 'none', allowed: a list"),
+        (("compression",), [], "compression = [], allowed: an object"),
+        (("compression", "ratio"), None, "compression.ratio = None, allowed: a number"),
+        (("compression", "ratio"), True, "compression.ratio = True, allowed: a number"),
+        (("compression", "ratio"), math.nan, "compression.ratio = nan, allowed: a finite number"),
+        (("gate", "limits", "x"), math.inf, "gate.limits.x = inf, allowed: a finite number"),
+        (("gate", "mean_gain_kept"), True, "gate.mean_gain_kept = True, allowed: a number"),
+        (("gate", "unmeasured"), [1], "gate.unmeasured[0] = 1, allowed: a text"),
+        (("stages", 0, "attempts"), True, "stages[0].attempts = True, allowed: a whole number"),
+        (("gate",), None, "gate = None, allowed: a table"),
+        (("plan", "kept", 2), 1.5, "plan.kept[2] = 1.5, allowed: a whole number"),
+        (
+            ("serving", "canaries", "user-0000"),
+            False,
+            "serving.canaries['user-0000'] = False, allowed: a text",
+        ),
     ],
 )
 def test_every_field_of_another_type_is_named(path: tuple[Any, ...], value: object, told: str) -> None:
@@ -251,10 +289,21 @@ def test_all_faults_are_told_at_once() -> None:
         schema.check(made, source="x")
 
 
+def test_of_many_faults_the_first_are_told_and_the_rest_counted() -> None:
+    made = make_report(30)
+    for user in made["users"]:
+        user["examples"] = "x" * 100
+    with pytest.raises(ReportError) as caught:
+        schema.check(made, source="x")
+    *lines, last = str(caught.value).splitlines()
+    assert len(lines) == 20 and last == "x: and 10 more"
+    assert max(map(len, lines)) < 130
+
+
 def test_unknown_fields_are_let_through_and_another_format_is_not() -> None:
     made = make_report(1) | {"new": 1}
     assert schema.check(made, source="x") is made
-    with pytest.raises(ReportError, match="format: found 2, this version reads 1"):
+    with pytest.raises(ReportError, match="format = 2, allowed: 1"):
         schema.check(made | {"format": 2}, source="x")
 
 

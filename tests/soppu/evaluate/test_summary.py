@@ -104,7 +104,9 @@ def test_places_nobody_named_are_left_out() -> None:
 
 
 def test_the_curl_line_is_lorax_json() -> None:
-    line = wording.curl(make_report(2), "http://host:1/")
+    made = make_report(2)
+    made["serving"]["url"] = "http://host:1/"
+    line = wording.curl(made)
     assert line.startswith("curl -s http://host:1/generate -H 'Content-Type: application/json' -d '")
     body = json.loads(line.split(" -d ", 1)[1].strip("'"))
     assert body == {
@@ -115,8 +117,8 @@ def test_the_curl_line_is_lorax_json() -> None:
 
 def test_a_vllm_server_is_asked_as_it_is_asked() -> None:
     made = make_report(2)
-    made["serving"]["target"] = "vllm"
-    line = wording.curl(made, "http://host:1/")
+    made["serving"].update(target="vllm", url="http://host:1/")
+    line = wording.curl(made)
     assert line.startswith("curl -s http://host:1/v1/completions -H ")
     body = json.loads(line.split(" -d ", 1)[1].strip("'"))
     assert body == {"model": "user-0000", "prompt": "def main():", "max_tokens": 24}
@@ -130,7 +132,9 @@ def test_the_curl_line_works_in_a_shell_for_any_user(
     user: str, server: tuple[str, list[dict[str, Any]]], tmp_path: Any
 ) -> None:
     url, seen = server
-    line = summary.text(make_report(users=[user]), server_url=url).splitlines()[-1]
+    made = make_report(users=[user])
+    made["serving"]["url"] = url
+    line = summary.text(made).splitlines()[-1]
     told = subprocess.run(
         ["sh", "-c", line.replace("curl", "curl --noproxy '*'", 1)],
         cwd=tmp_path,
@@ -168,8 +172,16 @@ def test_markdown_of_the_compression_has_figures_certificate_and_verdict() -> No
     assert "Gate: **refused**" in text and "- gate.x: &lt;b&gt;" in text
 
 
+def markdown_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    heads, _, *rows = (
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in summary.markdown_users(report).splitlines()
+    )
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
 def test_rows_for_a_table_artifact() -> None:
-    rows = summary.user_rows(make_report(3))
+    rows = markdown_rows(make_report(3))
     assert [row["user"] for row in rows] == ["user-0000", "user-0001", "user-0002"]
     assert set(rows[0]) == {"user", "examples", "base", "personal", "compressed", "gain kept", "adapter"}
 
@@ -178,7 +190,7 @@ def test_users_without_a_gain_or_without_losses_are_told_apart() -> None:
     inputs = make_inputs(3)
     made = make_report(3, losses=inputs.losses[:2])
     made["users"][1].update(loss_personal=9.0, gain_kept=0.0)
-    rows = summary.user_rows(made)
+    rows = markdown_rows(made)
     assert [row["gain kept"] for row in rows[1:]] == ["no gain", "–"]
 
 

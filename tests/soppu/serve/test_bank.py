@@ -45,21 +45,21 @@ def test_names_resolve_to_the_active_bundle_and_versions_to_any(bank: AdapterBan
     bank.stage(bundle("alice", "bob"), bundle_id=A)
     assert "no bundle is active" in refusal(bank, "alice")
     staged = bank.resolve(f"alice@{A}")
-    assert isinstance(staged.slot, BundleSlot) and staged.version == A
+    assert isinstance(staged.where, BundleSlot) and staged.version == A
     bank.activate(A)
-    assert bank.resolve("alice").slot is staged.slot
-    assert bank.resolve("bob").slot.index == 1  # type: ignore[union-attr]
+    assert bank.resolve("alice").where is staged.where
+    assert bank.resolve("bob").where.index == 1  # type: ignore[union-attr]
     bank.stage(bundle("bob", "alice"), bundle_id=B)
     assert bank.resolve("alice").version == A
     bank.activate(B)
-    assert (bank.resolve("alice").version, bank.resolve("alice").slot.index) == (B, 1)  # type: ignore[union-attr]
-    assert bank.resolve(f"alice@{A}").slot is staged.slot
+    assert (bank.resolve("alice").version, bank.resolve("alice").where.index) == (B, 1)  # type: ignore[union-attr]
+    assert bank.resolve(f"alice@{A}").where is staged.where
     assert bank.bundles() == {A: ("alice", "bob"), B: ("bob", "alice")}
 
 
 def test_the_empty_name_is_the_base_model(bank: AdapterBank) -> None:
     resolved = bank.resolve("")
-    assert (resolved.slot, resolved.version, resolved.adapter_id) == (None, "", "")
+    assert (resolved.where, resolved.version, resolved.adapter_id) == (None, "", "")
 
 
 def test_prefixes_must_name_one_bundle(bank: AdapterBank) -> None:
@@ -77,16 +77,16 @@ def test_prefixes_must_name_one_bundle(bank: AdapterBank) -> None:
 def test_a_user_name_with_an_at_sign_is_found_whole_and_by_version(bank: AdapterBank) -> None:
     bank.stage(bundle("alice@example.com", "alice"), bundle_id=A)
     bank.activate(A)
-    assert bank.resolve("alice@example.com").slot.index == 0  # type: ignore[union-attr]
-    assert bank.resolve(f"alice@example.com@{A}").slot.index == 0  # type: ignore[union-attr]
-    assert bank.resolve(f"alice@{A}").slot.index == 1  # type: ignore[union-attr]
+    assert bank.resolve("alice@example.com").where.index == 0  # type: ignore[union-attr]
+    assert bank.resolve(f"alice@example.com@{A}").where.index == 0  # type: ignore[union-attr]
+    assert bank.resolve(f"alice@{A}").where.index == 1  # type: ignore[union-attr]
 
 
 def test_staging_again_changes_nothing_and_the_active_bundle_cannot_be_dropped(bank: AdapterBank) -> None:
     bank.stage(bundle("alice"), bundle_id=A)
-    slot = bank.resolve(f"alice@{A}").slot
+    slot = bank.resolve(f"alice@{A}").where
     bank.stage(bundle("alice"), bundle_id=A)
-    assert bank.resolve(f"alice@{A}").slot is slot
+    assert bank.resolve(f"alice@{A}").where is slot
     bank.activate(A)
     with pytest.raises(BundleError, match="is active"):
         bank.drop(A)
@@ -131,7 +131,7 @@ def test_a_bundle_is_held_in_the_type_of_the_model_and_bases_once_for_a_cluster(
     bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
     users = {"alice": [["shared"]], "bob": [["shared"], ["own"]], "carol": [["shared"]]}
     bank.stage(handmade.bundle(linear_shapes(tiny.llama()), users, clusters=[0, 0, 1]), bundle_id=A)
-    alice, bob, carol = (bank.resolve(f"{user}@{A}").slot for user in users)
+    alice, bob, carol = (bank.resolve(f"{user}@{A}").where for user in users)
     assert isinstance(alice, BundleSlot) and isinstance(bob, BundleSlot) and isinstance(carol, BundleSlot)
     assert alice.modules is bob.modules is carol.modules
     assert (alice.cluster, bob.cluster, carol.cluster) == (0, 0, 1)
@@ -146,7 +146,7 @@ def test_a_peft_adapter_is_served_by_its_name_and_may_be_replaced(bank: AdapterB
     model = tiny.llama()
     bank.add("dave", tiny.lora(model, seed=1, rank=2))
     first = bank.resolve("dave")
-    assert isinstance(first.slot, PairSlot)
+    assert isinstance(first.where, PairSlot)
     bank.add("dave", tiny.lora(model, seed=2, rank=4))
     assert bank.resolve("dave").version != first.version
     assert bank.adapters()["dave"].rank == 4 and bank.adapters()["dave"].verified

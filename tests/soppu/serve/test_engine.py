@@ -286,7 +286,7 @@ def test_a_broken_adapter_fails_alone_and_a_broken_batch_does_not_end_the_engine
     bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
     adapter = tiny.lora(model, seed=1)
     bank.add("bad", adapter)
-    loaded = bank.resolve("bad").slot
+    loaded = bank.resolve("bad").where
     assert loaded is not None
     for pair in loaded.pairs.values():  # type: ignore[union-attr]
         pair.B.fill_(math.inf)

@@ -84,7 +84,7 @@ def served_logits(
     b = len(adapters)
     decoder = make_decoder(model, bank.router, CacheSize(rows=b, limit=len(ids)))
     step = Step(torch.tensor([ids] * b), range(b), starts=[0] * b, counts=[len(ids)] * b)
-    return decoder.forward(step, Routing([bank.resolve(adapter).slot for adapter in adapters]))
+    return decoder.forward(step, Routing([bank.resolve(adapter).where for adapter in adapters]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

@@ -163,7 +163,7 @@ def test_a_long_prompt_is_read_in_parts_between_the_tokens_of_the_others() -> No
 def test_a_slot_left_by_a_row_with_numbers_that_are_not_finite_is_clean_for_the_next() -> None:
     house = House.of("llama")
     house.bank.add("bad", tiny.lora(house.base, seed=3))
-    slot = house.bank.resolve("bad").slot
+    slot = house.bank.resolve("bad").where
     for pair in slot.pairs.values():  # type: ignore[union-attr]
         pair.B.fill_(float("nan"))
     batch = Batch(

@@ -26,9 +26,10 @@ from soppu.federation.simulation import free_port
 from soppu.models import resolve
 from soppu.serve.api.http import ServerInfo
 from soppu.serve.server import claim_port
-from soppu.targets import http, kinds, process
-from soppu.targets.canary import Answered, Asked, fault, is_close
+from soppu.stages.publish import target_class
+from soppu.targets import http, process
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
+from soppu.targets.http import Answered, fault, is_close
 from tests.latecomer import latecomer
 from tests.soppu.serve import tiny
 
@@ -65,8 +66,7 @@ def test_a_bundle_is_published_tried_activated_and_rolled_back(
     assert not target.publish(files[one], bundle_id=one)
     assert target.active() == ""
     for workers in (1, 4):
-        results = target.canary(users, PROMPT, bundle_id=one, workers=workers)
-        assert [(item.user, item.ok, item.reason) for item in results] == [(user, True, "") for user in users]
+        assert target.canary(users, PROMPT, bundle_id=one, workers=workers) == [""] * len(users)
     target.activate(one)
     expected = tiny.peft_text(tiny.llama(), PROMPT, shared.reconstruct("alice"), tokens=8)
     assert target.complete(PROMPT, user="alice", max_new_tokens=8) == expected
@@ -89,12 +89,11 @@ def test_a_canary_without_effect_fails_unless_it_is_known_to_be_empty(
     bundle_id = replace(shared, norm=norm).save(tmp_path / "zero")
     target.publish(tmp_path / "zero", bundle_id=bundle_id)
     for workers in (1, 8):
-        results = target.canary(["alice", "žofie", "nobody"], PROMPT, bundle_id=bundle_id, workers=workers)
-        assert [item.ok for item in results] == [True, False, False]
-        assert "the adapter has no effect" in results[1].reason
-        assert results[2].reason.startswith("HTTP 424: ") and "'nobody'" in results[2].reason
-    (result,) = target.canary(["žofie"], PROMPT, bundle_id=bundle_id, zero_users={"žofie"})
-    assert result.ok
+        faults = target.canary(["alice", "žofie", "nobody"], PROMPT, bundle_id=bundle_id, workers=workers)
+        assert faults[0] == ""
+        assert "the adapter has no effect" in faults[1]
+        assert faults[2].startswith("HTTP 424: ") and "'nobody'" in faults[2]
+    assert target.canary(["žofie"], PROMPT, bundle_id=bundle_id, zero_users={"žofie"}) == [""]
 
 
 @pytest.fixture
@@ -121,8 +120,7 @@ def test_a_canary_waits_for_a_full_server(
     target, one = EmbeddedTarget(url), next(iter(files))
     target.publish(files[one], bundle_id=one)
     Timer(0.3, gate.set).start()
-    results = target.canary(shared.users * 4, PROMPT, bundle_id=one, workers=8)
-    assert [item.reason for item in results] == [""] * 8
+    assert target.canary(shared.users * 4, PROMPT, bundle_id=one, workers=8) == [""] * 8
 
 
 def test_a_canary_does_not_wait_for_ever(full: tuple[str, Event]) -> None:
@@ -131,16 +129,19 @@ def test_a_canary_does_not_wait_for_ever(full: tuple[str, Event]) -> None:
 
 
 def test_every_fault_of_an_answer_is_named() -> None:
-    asked, base = Asked("alice@v", version="v"), ((1, -0.5),)
-    good = Answered("", "alice@v", "v", ((2, -0.25),))
-    assert fault(good, asked, base_trace=base) == ""
-    assert "served by 'bob@v'" in fault(replace(good, adapter_id="bob@v"), asked, base_trace=base)
-    assert "of 'w'" in fault(replace(good, version="w"), asked, base_trace=base)
-    assert fault(replace(good, trace=()), asked, base_trace=base) == "no tokens came back"
-    assert "not finite" in fault(replace(good, trace=((2, float("nan")),)), asked, base_trace=base)
-    assert "no effect" in fault(replace(good, trace=base), asked, base_trace=base)
-    assert fault(replace(good, trace=base), replace(asked, may_equal_base=True), base_trace=base) == ""
-    assert fault(replace(good, refusal="HTTP 500: x"), asked, base_trace=base) == "HTTP 500: x"
+    base, good = ((1, -0.5),), Answered("", "alice@v", "v", ((2, -0.25),))
+
+    def said(**changes: object) -> str:
+        return fault(replace(good, **changes), "alice", "v", base_trace=base)  # type: ignore[arg-type]
+
+    assert said() == ""
+    assert "served by 'bob@v'" in said(adapter_id="bob@v")
+    assert "of 'w'" in said(version="w")
+    assert said(trace=()) == "no tokens came back"
+    assert "not finite" in said(trace=((2, float("nan")),))
+    assert "no effect" in said(trace=base)
+    assert fault(replace(good, trace=base), "alice", "v", base_trace=None) == ""
+    assert said(refusal="HTTP 500: x") == "HTTP 500: x"
 
 
 def test_what_rounding_may_have_done_is_close_and_nothing_else() -> None:
@@ -289,13 +290,13 @@ def test_a_server_process_is_started_once_serves_restarts_and_stops(tmp_path: Pa
         target.activate(bundle_id)
         assert target.complete(PROMPT, user="alice", max_new_tokens=8) == expected
         assert requests.get(f"{target.url}/soppu/v1/bundles", timeout=5).status_code == 401
-        assert target.stop(options.pid_file) and not target.is_up()
+        assert process.stop(options.pid_file) and not target.is_up()
         assert target.start(options)
         assert target.complete(PROMPT, user="alice", max_new_tokens=8) == expected
     finally:
-        assert target.stop(options.pid_file)
+        assert process.stop(options.pid_file)
     assert not options.pid_file.exists() and not target.is_up()
-    assert not target.stop(options.pid_file)
+    assert not process.stop(options.pid_file)
     log = options.log.read_text()
     assert f"at {target.url}" in log and "Traceback" not in log
 
@@ -312,7 +313,7 @@ def test_two_starts_at_once_start_one_server(tmp_path: Path) -> None:
         assert sorted(started) == [False, True]
         assert process.running(options.pid_file)
     finally:
-        assert target.stop(options.pid_file)
+        assert process.stop(options.pid_file)
     assert not target.is_up()
 
 
@@ -336,7 +337,7 @@ def test_a_pid_file_of_a_process_that_is_gone_ends_nobody(tmp_path: Path) -> Non
     try:
         pid_file = tmp_path / "server.pid"
         pid_file.write_text(json.dumps({"pid": bystander.pid, "mark": "not its start time"}))
-        assert EmbeddedTarget("http://127.0.0.1:1").stop(pid_file) is False
+        assert process.stop(pid_file) is False
         assert bystander.poll() is None and not pid_file.exists()
     finally:
         bystander.kill()
@@ -344,7 +345,7 @@ def test_a_pid_file_of_a_process_that_is_gone_ends_nobody(tmp_path: Path) -> Non
 
 
 def test_targets_are_chosen_by_name_and_secrets_are_not_shown() -> None:
-    assert kinds.of("embedded") is EmbeddedTarget
+    assert target_class("embedded") is EmbeddedTarget
     with pytest.raises(TargetError, match="'lorax': allowed are embedded, vllm"):
-        kinds.of("lorax")
+        target_class("lorax")
     assert "secret" not in repr(ServerInfo("m", "h", admin_token="secret"))

@@ -16,6 +16,7 @@ import requests
 from soppu import adapter as adapters
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import TargetError
+from soppu.targets import process
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 from tests.soppu.serve.vllm_plugin import live
 
@@ -55,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert target.start(launch)
     bundle_id = hashlib.sha256(launch.bundle.read_bytes()).hexdigest()
     yield Server(target, launch, bundle, bundle_id, live.Texts(), folder)
-    assert target.stop(launch.pid_file)
+    assert process.stop(launch.pid_file)
     assert not target.is_up()
 
 
@@ -89,10 +90,10 @@ def test_a_target_completes_and_its_canaries_pass(server: Server) -> None:
     assert target.complete(live.PROMPT, user="ann", max_new_tokens=live.TOKENS) == server.wanted("ann")
     assert target.complete(live.PROMPT, max_new_tokens=live.TOKENS) == server.wanted("")
     for workers in (1, 4):
-        results = target.canary(live.USERS, live.PROMPT, bundle_id=server.bundle_id, workers=workers)
-        assert [(one.ok, one.reason) for one in results] == [(True, "")] * len(live.USERS)
-    (result,) = target.canary(["nobody"], live.PROMPT, bundle_id=server.bundle_id)
-    assert not result.ok and "404" in result.reason
+        faults = target.canary(live.USERS, live.PROMPT, bundle_id=server.bundle_id, workers=workers)
+        assert faults == [""] * len(live.USERS)
+    (fault,) = target.canary(["nobody"], live.PROMPT, bundle_id=server.bundle_id)
+    assert "404" in fault
 
 
 def test_an_adapter_without_effect_fails_its_canary(server: Server) -> None:
@@ -101,9 +102,9 @@ def test_an_adapter_without_effect_fails_its_canary(server: Server) -> None:
     path = server.folder / "nothing.soppu"
     bundle_id = parts.save(path)
     server.target.publish(path, bundle_id=bundle_id)
-    (result,) = server.target.canary(["ann"], live.PROMPT, bundle_id=bundle_id)
-    assert not result.ok and "has no effect" in result.reason
-    assert server.target.canary(["ann"], live.PROMPT, bundle_id=bundle_id, zero_users=["ann"])[0].ok
+    (fault,) = server.target.canary(["ann"], live.PROMPT, bundle_id=bundle_id)
+    assert "has no effect" in fault
+    assert server.target.canary(["ann"], live.PROMPT, bundle_id=bundle_id, zero_users=["ann"]) == [""]
     server.target.drop(bundle_id)
 
 

@@ -29,15 +29,10 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Engine:
-    """What is needed of the running engine.
+    """What is needed of the running engine."""
 
-    Attributes:
-        call: (method of `worker.Worker`, its arguments), on every worker; blocks. Raises BundleError.
-        busy: the rows that requests are on.
-    """
-
-    call: Callable[..., Any]
-    busy: Callable[[], Collection[int]]
+    call: Callable[..., Any]  # (method of `worker.Worker`, its arguments), on each; blocks. BundleError
+    busy: Callable[[], Collection[int]]  # the rows that requests are on
 
 
 class Control:
@@ -96,7 +91,7 @@ class Control:
             bundle = Bundle.load(source, expected_hash=bundle_id)
             self._check(bundle, bundle_id)
             start = self.bank.reserve(bundle)
-            self._call("stage", str(source), bundle_id, start)
+            self._connected().call("stage", str(source), bundle_id, start)
             self.bank.stage(bundle, bundle_id, start)
             return True
 
@@ -130,18 +125,19 @@ class Control:
             if allowed is None:
                 allowed = max(version.bundle.report.relative_error.values())
             projected = projecting.project(adapter, version.bundle, who=name, max_error=allowed)
-            row = self.bank.free_row(active, self._connected().busy())
+            engine = self._connected()
+            row = self.bank.free_row(active, engine.busy())
             if not row:
                 raise AdapterError(
-                    f"{name}: all {version.spare} spare rows are taken; unload an adapter, or start the"
+                    f"{name}: all {len(version.spare)} spare rows are taken; unload an adapter, or start the"
                     " server with a larger SOPPU_SPARE_ROWS"
                 )
             path = self.incoming / "cores.safetensors"
             cores = {module: core.contiguous() for module, core in projected.cores.items()}
             files.write_bytes(path, save(cores))
-            self._call("put", version.start, row, projected.cluster, str(path))
+            engine.call("put", version.rows.start, row, projected.cluster, str(path))
             own = {"bundle_id": active, "error": projected.error}
-            self.bank.take(name, Runtime.of(adapter, self.base, slot=row, **own))
+            self.bank.take(name, Runtime.of(adapter, self.base, where=row, **own))
 
     def drop_adapter(self, name: str) -> None:
         """Forget a runtime adapter. AdapterError if there is none of that name."""
@@ -149,21 +145,17 @@ class Control:
             self.bank.remove(name)
 
     def _free(self, bundle_id: str, version: Version) -> None:
-        rows = range(version.start, version.end)
-        while True:
-            time.sleep(_POLL_SECONDS)  # before looking: a request may be on its way into the engine
-            if not any(row in rows for row in self._connected().busy()):
-                break
-        self._call("drop", version.start)
+        engine = self._connected()
+        time.sleep(_POLL_SECONDS)  # before looking: a request may be on its way into the engine
+        while any(row in version.rows for row in engine.busy()):
+            time.sleep(_POLL_SECONDS)
+        engine.call("drop", version.rows.start)
         _LOG.info("bundle %s: freed", bundle_id[:12])
 
     def _connected(self) -> Engine:
         if self._engine is None:
             raise BundleError("the engine is not up yet")
         return self._engine
-
-    def _call(self, method: str, *args: str | int) -> Any:
-        return self._connected().call(method, *args)
 
     def _check(self, bundle: Bundle, bundle_id: str) -> None:
         who = f"bundle {bundle_id[:12]}"

@@ -25,28 +25,23 @@ class NamedRow:
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """One bundle: its first row, and how many rows there are beside those of its users."""
+    """One bundle: its rows, and which of them are spare: those after its users'."""
 
     bundle: Bundle
-    start: int
-    spare: int
-
-    @property
-    def end(self) -> int:
-        """One past its last row, spare ones included."""
-        return self.start + len(self.bundle.users) + self.spare
+    rows: range
+    spare: range
 
 
 @dataclass(frozen=True, eq=False)
 class Runtime(LoadedAdapter):
-    """An adapter loaded beside the bundle's users, on the bundle's basis: its `slot` is a spare row."""
+    """An adapter loaded beside the bundle's users, on the bundle's basis: `where` is a spare row."""
 
     bundle_id: str
     error: float
 
 
 class Directory(Holder[int, Runtime]):
-    """Rows as slots; row 0 is the base model. Every method may be called from any thread."""
+    """Users by their row, row 0 is the base model. Every method may be called from any thread."""
 
     def __init__(self, *, spare: int) -> None:
         super().__init__()
@@ -74,7 +69,8 @@ class Directory(Holder[int, Runtime]):
     def stage(self, bundle: Bundle, bundle_id: str, start: int) -> None:
         """Answer to "user@<bundle id>" from now on."""
         with self._changing:
-            self._versions[bundle_id] = Version(bundle, start, self._spare)
+            rows = range(start, start + len(bundle.users) + self._spare)
+            self._versions[bundle_id] = Version(bundle, rows, spare=rows[len(bundle.users) :])
             users = {user: start + place for place, user in enumerate(bundle.users)}
             self._become(self._held.stage(bundle_id, users))
 
@@ -95,9 +91,8 @@ class Directory(Holder[int, Runtime]):
 
     def free_row(self, bundle_id: str, busy: Collection[int]) -> int:
         """A spare row of a bundle that no adapter has and no request is on; 0 if there is none."""
-        version, taken = self._versions[bundle_id], {a.slot for a in self._held.adapters.values()}
-        spare = range(version.end - version.spare, version.end)
-        return next((row for row in spare if row not in taken | set(busy)), 0)
+        taken = {a.where for a in self._held.adapters.values()}.union(busy)
+        return next((row for row in self._versions[bundle_id].spare if row not in taken), 0)
 
     def take(self, name: str, adapter: Runtime) -> None:
         """Answer to a runtime adapter's name; one of that name gives its row back."""
@@ -113,12 +108,12 @@ class Directory(Holder[int, Runtime]):
         resolved = self._held.resolve(name)
         if isinstance(resolved, str):
             return None
-        assert resolved.slot is not None
-        return NamedRow(resolved.adapter_id, resolved.slot, resolved.version)
+        assert resolved.where is not None
+        return NamedRow(resolved.adapter_id, resolved.where, resolved.version)
 
     def is_current(self, row: int, version: str) -> bool:
         """Whether a row that was resolved earlier still means the same: False once it was dropped."""
         held = self._held
         if version in held.bundles:
             return True
-        return any(a.slot == row and a.content_hash == version for a in held.adapters.values())
+        return any(a.where == row and a.content_hash == version for a in held.adapters.values())

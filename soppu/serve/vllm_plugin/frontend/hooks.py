@@ -1,4 +1,4 @@
-"""What hangs in vLLM's API server, for the versions in `versions`; engine and workers: `worker.hooks`.
+"""What hangs in vLLM's API server, for the versions in `host`; engine and workers: `worker.hooks`.
 
     where it hangs in                                        what for
     EngineArgs.create_engine_config                          what is refused before an engine starts
@@ -14,18 +14,23 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from soppu import models
-from soppu.errors import AdapterError, BundleError
-from soppu.serve.vllm_plugin import unsupported
-from soppu.serve.vllm_plugin.frontend import routes
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from soppu import __version__, models
+from soppu.errors import AdapterError, BundleError, RequestError
+from soppu.serve.api.admin import AdminApi
+from soppu.serve.api.responses import on_request_error
+from soppu.serve.vllm_plugin import host
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.frontend.directory import Directory
-from soppu.serve.vllm_plugin.replacing import replace
+from soppu.serve.vllm_plugin.host import replace
 from soppu.serve.vllm_plugin.settings import Settings
 
 _MARK = "soppu:"
@@ -82,7 +87,7 @@ class _Names(dict[str, Any]):
 def _create_config(settings: Settings, original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Refuse what can be refused before processes start and weights are read."""
     config = original(args, *rest, **kwargs)
-    unsupported.refuse(config)
+    host.check_options(config)
     served = args.served_model_name or args.model
     names = [served] if isinstance(served, str) else served
     base = models.resolve(config.model_config.model, cache=Path())
@@ -141,34 +146,46 @@ async def _show_available_models(original: Any, serving: Any) -> Any:
 async def _load_lora_adapter(_: Any, serving: Any, request: Any, base_model_name: str | None = None) -> Any:
     async with serving.lora_resolver_lock[request.lora_name]:
         refused = await serving._check_load_lora_adapter_request(request)
-        if refused is not None:
-            return refused
-        try:
-            await asyncio.to_thread(_control().add_adapter, request.lora_name, Path(request.lora_path))
-        except (AdapterError, BundleError) as error:
-            return _error(error)
-    return f"Success: LoRA adapter '{request.lora_name}' added successfully."
+        if refused is None:
+            refused = await _refusal(_control().add_adapter, request.lora_name, Path(request.lora_path))
+    return refused or f"Success: LoRA adapter '{request.lora_name}' added successfully."
 
 
 async def _unload_lora_adapter(_: Any, serving: Any, request: Any) -> Any:
     refused = await serving._check_unload_lora_adapter_request(request)
-    if refused is not None:
-        return refused
-    try:
-        await asyncio.to_thread(_control().drop_adapter, request.lora_name)
-    except AdapterError as error:
-        return _error(error)
-    return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
+    if refused is None:
+        refused = await _refusal(_control().drop_adapter, request.lora_name)
+    return refused or f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
 
-def _error(error: Exception) -> Any:
+async def _refusal(change: Callable[..., None], *args: Any) -> Any:
+    """Run a change; what vLLM answers where it is refused, None where it is made."""
     from vllm.entrypoints.serve import create_error_response
 
-    return create_error_response(
-        message=str(error), err_type="InvalidUserInput", status_code=HTTPStatus.BAD_REQUEST
-    )
+    try:
+        await asyncio.to_thread(change, *args)
+    except (AdapterError, BundleError) as error:
+        return create_error_response(
+            message=str(error), err_type="InvalidUserInput", status_code=HTTPStatus.BAD_REQUEST
+        )
 
 
 def _attach_routes(settings: Settings, original: Any, app: Any, *args: Any, **kwargs: Any) -> None:
+    """Add our server's admin routes (same paths, bodies and answers) and /soppu/v1/info."""
     original(app, *args, **kwargs)
-    routes.attach(app, _control, token=settings.admin_token)
+    admin = AdminApi(_control, token=settings.admin_token)
+    app.router.routes += [Route("/soppu/v1/info", _info, methods=["GET"]), *admin.routes()]
+    app.add_exception_handler(RequestError, on_request_error)
+
+
+async def _info(_: Request) -> Response:
+    control = _control()
+    return JSONResponse(
+        {
+            "server": "soppu-vllm",
+            "version": __version__,
+            "base_hash": control.base.hash,
+            "model_id": control.model,
+            "active": control.bank.active,
+        }
+    )

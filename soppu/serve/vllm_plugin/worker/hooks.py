@@ -1,4 +1,4 @@
-"""What hangs in vLLM's engine and workers, for the versions in `versions`; the API server: `frontend.hooks`.
+"""What hangs in vLLM's engine and workers, for the versions in `host`; the API server: `frontend.hooks`.
 
 Into workers:
     ModelRunner.load_model, VllmConfig.compute_hash     wrapping the adapted layers
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,14 +22,14 @@ import torch
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import SoppuError
 from soppu.serve.vllm_plugin import refusal
-from soppu.serve.vllm_plugin.replacing import replace
+from soppu.serve.vllm_plugin.host import replace
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.vllm_plugin.worker import kernels, op
-from soppu.serve.vllm_plugin.worker.layout import Linear, Part
-from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker import kernels, step
+from soppu.serve.vllm_plugin.worker.resident import Form, Linear, Part
 from soppu.serve.vllm_plugin.worker.static import Limits
 from soppu.serve.vllm_plugin.worker.worker import Worker
 
+_LOG = logging.getLogger("vllm.soppu")  # only loggers below "vllm" are shown
 # Attention reads these weights itself, so it never sees a change of the layer's output.
 _ABSORBED = ("kv_b_proj",)
 
@@ -45,7 +46,7 @@ def install(settings: Settings) -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker as EngineWorker
 
-    op.register()
+    step.register()
     runners = [GPUModelRunner]
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -58,12 +59,7 @@ def install(settings: Settings) -> None:
     replace(GPUModelRunner, "_dummy_run", _dummy_run)
     EngineWorker.soppu_call = _call
     replace(VllmConfig, "compute_hash", _compute_hash)
-    replace(Executor, "__init__", _start_workers)
-
-
-def _start_workers(original: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
-    with refusal.followed():
-        original(executor, *args, **kwargs)
+    Executor.__init__ = refusal.noted()(Executor.__init__)
 
 
 def _load_model(settings: Settings, original: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,27 +82,18 @@ def _attach(runner: Any, settings: Settings) -> Worker:
     for number, linear in enumerate(worker.step.linears):
         layer = layers[linear.name][1]
         layer.quant_method = _adapted(layer.quant_method, number)
-    _Fingerprint.value = worker.fingerprint
+    # what of this worker shows in a compiled graph: which layers call the operator
+    _Fingerprint.value = " ".join(linear.name for linear in worker.step.linears)
     how_much = f"{len(bundle.users)} users, {len(worker.step.linears)} of {len(layers)} layers adapted"
-    _say(f"bundle {bundle_id[:12]}: {how_much}, {getattr(how, '__name__', 'static')} kernel")
+    _LOG.info("bundle %s: %s, %s kernel", bundle_id[:12], how_much, getattr(how, "__name__", "static"))
     return worker
-
-
-def _say(what: str) -> None:
-    from vllm.logger import init_logger
-
-    init_logger("vllm.soppu").info(what)  # only loggers below "vllm" are shown
 
 
 def _limits(config: Any, bundle: Bundle) -> Limits:
     """Buffers for the longest pass, padded ones included, and bases for two bundles like the first."""
     scheduler, recorded = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size
-    clusters = int(bundle.cluster.max()) + 1
-    return Limits(
-        tokens=max(scheduler.max_num_batched_tokens, recorded or 0),
-        requests=scheduler.max_num_seqs,
-        bases=2 * clusters,
-    )
+    tokens, clusters = max(scheduler.max_num_batched_tokens, recorded or 0), int(bundle.cluster.max()) + 1
+    return Limits(tokens, requests=scheduler.max_num_seqs, bases=2 * clusters)
 
 
 def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:

@@ -1,4 +1,7 @@
-"""Resident: one bundle in a worker's memory, as the kernels read it. Which token uses what: `step`."""
+"""Resident: one bundle in a worker's memory, as the kernels read it. Which token uses what: `step`.
+
+The modules of a bundle lie in vLLM's layers, which may be packed (q, k and v in one) and sharded over ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,65 +16,66 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
 from soppu.serve.bank import from_bundle
 from soppu.serve.layers.factors import ModuleFactors, SharedFactors
-from soppu.serve.vllm_plugin.worker.layout import Linear, Part
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of the base model inside a layer, as this rank holds it."""
+
+    module: str  # its name in the base model
+    shape: tuple[int, int]  # (o, i) of the whole module
+    first: int  # first of the module's o rows that this rank holds
+    size: int  # how many it holds
+    at: int  # the column of the layer's output where they begin
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of the engine, as this rank holds it."""
+
+    name: str  # in the engine
+    first: int  # first of the input features that this rank holds
+    size: int  # how many it holds
+    out: int  # columns of this rank's output
+    parts: tuple[Part, ...]  # the modules in it, in the order of their columns
 
 
 @dataclass(frozen=True)
 class Form:
-    """How tensors are kept, and where a bundle's rows lie: row `start` is its first user's.
-
-    `ranks` fixes the rank of every layer, layer name -> k; without it each bundle has what it needs.
-    """
+    """How tensors are kept, and where a bundle's rows lie."""
 
     dtype: torch.dtype
     device: torch.device
-    start: int = 1
+    start: int = 1  # its first user's row
     spare: int = 0
-    ranks: Mapping[str, int] | None = None
+    ranks: Mapping[str, int] | None = None  # layer name -> k; None: what each bundle needs
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """The bases of one cluster at one layer, its m parts side by side, ranks padded with zeros to k.
+    """The bases of one cluster at one layer, its m parts side by side, ranks padded with zeros to k."""
 
-    Attributes:
-        V: (i, m k) input bases.
-        U: (k * sum of part sizes,) output bases of the parts, (k, size) each, end to end.
-        k: the rank all parts have here.
-        offset: where the layer's m cores (k_in, k_out) begin in a row of the table.
-        spans: (m, 2) int64 first column and size of every part.
-    """
-
-    V: Tensor
-    U: Tensor
-    k: int
-    offset: int
-    spans: Tensor
+    V: Tensor  # (i, m k) input bases
+    U: Tensor  # (k * sum of part sizes,) output bases of the parts, (k, size) each, end to end
+    k: int  # the rank all parts have here
+    offset: int  # where the layer's m cores (k_in, k_out) begin in a row of the table
+    spans: Tensor  # (m, 2) int64 first column and size of every part
 
     def outputs(self) -> list[tuple[int, Tensor]]:
         """(first column, U (k, size)) of every part; views."""
-        views, begin = [], 0
-        for at, size in self.spans.tolist():
-            views.append((at, self.U[begin : begin + self.k * size].view(self.k, size)))
-            begin += self.k * size
-        return views
+        starts, sizes = self.spans.T.tolist()
+        views = self.U.split([self.k * size for size in sizes])
+        return [(at, view.view(self.k, -1)) for at, view in zip(starts, views, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """One bundle: bases by layer and cluster, and one row of cores a user.
+    """One bundle: bases by layer and cluster, and one row of cores a user."""
 
-    Attributes:
-        start: the row number of its first user; rows are never used again while a server runs.
-        bases: layer name -> one Basis a cluster.
-        cores: (rows + 1, width) all layers' cores; the last row is zero and serves the base model.
-        cluster: (rows + 1,) int64 whose bases a row refers to.
-    """
-
-    start: int
-    bases: Mapping[str, tuple[Basis, ...]]
-    cores: Tensor
-    cluster: np.ndarray
+    start: int  # the row number of its first user; rows are never used again while a server runs
+    bases: Mapping[str, tuple[Basis, ...]]  # layer name -> one Basis a cluster
+    cores: Tensor  # (rows + 1, width) all layers' cores; the last row is zero and serves the base model
+    cluster: np.ndarray  # (rows + 1,) int64 whose bases a row refers to
 
     @property
     def rows(self) -> int:
@@ -98,7 +102,13 @@ def read(bundle: Bundle, bundle_id: str) -> dict[str, ModuleFactors]:
         BundleError: a damaged page, or users with numbers of their own beside the shared basis.
     """
     factors = from_bundle.read(bundle, cast=lambda _, tensor: tensor.float())
-    refuse_own(factors, bundle_id)
+    own = [f.own.starts[1:] > f.own.starts[:-1] for f in factors.values() if f.own is not None]
+    if own:
+        users = int(torch.stack(own).any(0).sum())
+        raise BundleError(
+            f"bundle {bundle_id[:12]}: {users} users have numbers of their own beside the shared basis, which"
+            " the vLLM plugin cannot apply; compress with --method joint, joint-diag or cluster"
+        )
     return factors
 
 
@@ -130,29 +140,17 @@ def build(
     return resident
 
 
-def refuse_own(factors: Mapping[str, ModuleFactors], bundle_id: str) -> None:
-    """Raise BundleError if a user has numbers outside the shared basis, which cannot be served here."""
-    own = [f.own.starts[1:] > f.own.starts[:-1] for f in factors.values() if f.own is not None]
-    if own:
-        users = int(torch.stack(own).any(0).sum())
-        raise BundleError(
-            f"bundle {bundle_id[:12]}: {users} users have numbers of their own beside the shared basis, which"
-            " the vLLM plugin cannot apply; compress with --method joint, joint-diag or cluster"
-        )
-
-
 def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> int:
     """The rank of a layer's cores; 0 where nobody changes it. BundleError where it exceeds the fixed one."""
     sides = [shared for f in held if f for shared in f.shared.values()]
     needed = max((max(side.U.shape[1], side.V.shape[1]) for side in sides), default=0)
-    if form.ranks is None:
-        return needed
-    if needed > form.ranks[linear.name]:
+    fixed = needed if form.ranks is None else form.ranks[linear.name]
+    if needed > fixed:
         raise BundleError(
-            f"{linear.name}: shared rank {needed}, this server was started with"
-            f" {form.ranks[linear.name]}; restart it with SOPPU_BUNDLE naming this bundle"
+            f"{linear.name}: shared rank {needed}, this server was started with {fixed};"
+            " restart it with SOPPU_BUNDLE naming this bundle"
         )
-    return form.ranks[linear.name]
+    return fixed
 
 
 def _basis(
@@ -165,7 +163,7 @@ def _basis(
         U = torch.zeros(k, part.size)
         if factors is not None:
             V[:, number, : factors.V.shape[1]] = factors.V[linear.first : linear.first + linear.size]
-            U[: factors.U.shape[1]] = _rows(factors.U, part).mT
+            U[: factors.U.shape[1]] = factors.U[part.first : part.first + part.size].mT
         outputs.append(U.flatten())
     return Basis(
         V=V.flatten(1).to(form.device, form.dtype).contiguous(),
@@ -174,10 +172,6 @@ def _basis(
         offset=offset,
         spans=torch.tensor([[part.at, part.size] for part in linear.parts]),
     )
-
-
-def _rows(U: Tensor, part: Part) -> Tensor:
-    return U[part.first : part.first + part.size]
 
 
 def _fill(resident: Resident, basis: Basis, place: int, factors: ModuleFactors, bundle: Bundle) -> None:

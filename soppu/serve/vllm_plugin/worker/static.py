@@ -16,9 +16,8 @@ from torch import Tensor
 
 from soppu.errors import BundleError
 from soppu.serve.vllm_plugin.worker.kernels import CHUNK
-from soppu.serve.vllm_plugin.worker.layout import Linear
-from soppu.serve.vllm_plugin.worker.resident import Resident
-from soppu.serve.vllm_plugin.worker.residents import Residents
+from soppu.serve.vllm_plugin.worker.resident import Linear, Resident
+from soppu.serve.vllm_plugin.worker.step import Residents
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,11 @@ class StaticStep(Residents):
             if row:
                 copies[number] = number + 1
                 places[number] = self._fill(row, number + 1)
-        self._write(np.repeat(copies[which], counts), np.repeat(places[which], counts))
+        tokens, bases, device = int(counts.sum()), self._limits.bases, self._copy.device
+        self._copy[:tokens] = torch.from_numpy(np.repeat(copies[which], counts)).to(device)
+        self._copy[tokens:] = 0  # a replayed pass may be longer than the batch
+        where = np.arange(tokens) * bases + np.repeat(places[which], counts)
+        self._base[:tokens] = torch.from_numpy(where).to(device)
 
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
         """See `Residents.apply`."""
@@ -118,13 +121,6 @@ class StaticStep(Residents):
                 self._copies[copy] = resident.cores[row - start]
                 return self._places[start, int(resident.cluster[row - start])]
         raise self._unknown(row)
-
-    def _write(self, copies: np.ndarray, places: np.ndarray) -> None:
-        tokens, bases = len(copies), self._limits.bases
-        self._copy[:tokens] = torch.from_numpy(copies).to(self._copy.device)
-        self._copy[tokens:] = 0  # a replayed pass may be longer than the batch
-        where = torch.from_numpy(np.arange(tokens) * bases + places)
-        self._base[:tokens] = where.to(self._base.device)
 
 
 def _layer(linear: Linear, first: Resident, bases: int) -> _Layer:

@@ -5,20 +5,19 @@ Arguments are strings and numbers: tensors go through files, which every worker 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from soppu.compress.bundle.bundle import Bundle
-from soppu.serve.vllm_plugin.worker import layout, op, resident
+from soppu.errors import BundleError
+from soppu.serve.vllm_plugin.worker import resident, step
 from soppu.serve.vllm_plugin.worker.kernels import Kernel
-from soppu.serve.vllm_plugin.worker.layout import Linear
-from soppu.serve.vllm_plugin.worker.resident import Form
-from soppu.serve.vllm_plugin.worker.residents import Residents
+from soppu.serve.vllm_plugin.worker.resident import Form, Linear
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
-from soppu.serve.vllm_plugin.worker.step import Step
+from soppu.serve.vllm_plugin.worker.step import Residents, Step
 
 
 class Worker:
@@ -39,7 +38,7 @@ class Worker:
         self._form, self.first_id = form, bundle_id
         factors = resident.read(bundle, bundle_id)
         shapes = {name: bundle.shapes[name] for name in factors}
-        chosen = layout.adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
+        chosen = adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
         first = resident.build(bundle, factors, chosen, form)
         self.step: Residents
         if isinstance(how, Limits):
@@ -48,12 +47,7 @@ class Worker:
         else:
             self.step = Step(chosen, how)
             self.step.add(first)
-        op.serve(self.step)
-
-    @property
-    def fingerprint(self) -> str:
-        """What of this worker shows in a compiled graph: which layers call the operator."""
-        return " ".join(linear.name for linear in self.step.linears)
+        step.serve(self.step)
 
     def stage(self, path: str, bundle_id: str, start: int) -> int:
         """Load a bundle file beside what is there; the number of its rows.
@@ -63,8 +57,13 @@ class Worker:
         """
         bundle, who = Bundle.load(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
         factors = resident.read(bundle, bundle_id)
-        layout.check_within(factors, self.step.linears, who=who)
-        layout.adapted(self.step.linears, {name: bundle.shapes[name] for name in factors}, who=who)
+        prepared = {part.module for linear in self.step.linears for part in linear.parts}
+        if missing := sorted(factors.keys() - prepared):
+            raise BundleError(
+                f"{who}: {missing[0]} is not among the {len(prepared)} modules this server was started with;"
+                " restart it with SOPPU_BUNDLE naming this bundle"
+            )
+        adapted(self.step.linears, {name: bundle.shapes[name] for name in factors}, who=who)
         staged = resident.build(bundle, factors, self.step.linears, replace(self._form, start=start))
         self.step.add(staged)
         return staged.rows
@@ -83,3 +82,22 @@ class Worker:
     def first(self) -> str:
         """Id of the bundle that was there from the start."""
         return self.first_id
+
+
+def adapted(linears: Sequence[Linear], shapes: Mapping[str, tuple[int, int]], *, who: str) -> list[Linear]:
+    """The layers that the modules in `shapes` lie in, each with those parts alone, sorted by name.
+
+    Raises:
+        BundleError: a module that no layer holds, or that has another shape there; the message names it.
+    """
+    held = {part.module: part for linear in linears for part in linear.parts}
+    for name, shape in shapes.items():
+        if name not in held:
+            raise BundleError(
+                f"{who}: {name}: the engine has no such linear layer; it has {len(held)}, among them"
+                f" {', '.join(sorted(held)[:3])}"
+            )
+        if held[name].shape != shape:
+            raise BundleError(f"{who}: {name}: shape {shape}, the base model has {held[name].shape}")
+    chosen = (replace(line, parts=tuple(p for p in line.parts if p.module in shapes)) for line in linears)
+    return sorted((line for line in chosen if line.parts), key=lambda line: line.name)

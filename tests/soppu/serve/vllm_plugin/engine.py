@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
-from soppu.serve.vllm_plugin.worker.layout import Linear, Part
+from soppu.serve.vllm_plugin.worker.resident import Linear, Part
 from tests.soppu.serve import handmade
 
 SHAPES: Mapping[str, tuple[int, int]] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.serve.vllm_plugin.worker import build, kernels
+from soppu.serve.vllm_plugin.worker import kernels
 from soppu.serve.vllm_plugin.worker.resident import Basis
 
 USERS = 5
@@ -16,7 +16,7 @@ SIZES = (16 * (16 + 8 + 4 + 2 + 1) + 3, 48)
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if why := build.load():
+    if why := kernels.load():
         pytest.skip(f"no compiled kernel: {why}")
 
 

@@ -11,15 +11,15 @@ import pytest
 
 from soppu.errors import ConfigError
 from soppu.serve import vllm_plugin
-from soppu.serve.vllm_plugin import settings, versions
+from soppu.serve.vllm_plugin import host, settings
 
 
 def test_another_vllm_is_refused_with_both_versions_named() -> None:
-    versions.check("0.32.0")
-    versions.check("0.32.1+cpu")
+    host.check_version("0.32.0")
+    host.check_version("0.32.1+cpu")
     for found in ("0.31.2", "0.33.0", "1.0"):
         with pytest.raises(ConfigError, match=rf"supports vLLM 0\.32\.x, found {found}"):
-            versions.check(found)
+            host.check_version(found)
 
 
 def test_without_a_bundle_the_plugin_imports_and_changes_nothing() -> None:
@@ -31,7 +31,7 @@ def test_without_a_bundle_the_plugin_imports_and_changes_nothing() -> None:
 
 
 def test_with_a_bundle_and_no_vllm_the_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    if versions.installed():
+    if host.installed():
         pytest.skip("vLLM is installed in this environment")
     monkeypatch.setenv("SOPPU_BUNDLE", "any")
     with pytest.raises(ConfigError, match=r"supports vLLM 0\.32\.x, found none"):

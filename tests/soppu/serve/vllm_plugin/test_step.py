@@ -11,11 +11,12 @@ from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin.worker import build, kernels, layout, resident
+from soppu.serve.vllm_plugin.worker import kernels, resident
 from soppu.serve.vllm_plugin.worker.kernels import Kernel
 from soppu.serve.vllm_plugin.worker.resident import Form
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.worker.step import Step
+from soppu.serve.vllm_plugin.worker.worker import adapted
 from tests.soppu.serve import handmade
 from tests.soppu.serve.vllm_plugin import engine
 
@@ -31,7 +32,7 @@ LAYERS = ("block.qkv_proj", "block.o_proj")
 
 
 def _native() -> How:
-    if why := build.load():
+    if why := kernels.load():
         pytest.skip(f"no compiled kernel: {why}")
     return kernels.native
 
@@ -57,12 +58,12 @@ def _bundle(**changes: object) -> Bundle:
 def _step(bundle: Bundle, kernel: How, **form: object) -> Step | StaticStep:
     factors = resident.read(bundle, "b" * 64)
     shapes = {name: bundle.shapes[name] for name in factors}
-    linears = layout.adapted(engine.linears(), shapes, who="bundle")
+    linears = adapted(engine.linears(), shapes, who="bundle")
     chosen = Form(**{"dtype": torch.float32, "device": torch.device("cpu"), "start": 1, "spare": 2} | form)  # type: ignore[arg-type]
     return _made(linears, kernel, resident.build(bundle, factors, linears, chosen))
 
 
-def _made(linears: list[layout.Linear], kernel: How, first: resident.Resident) -> Step | StaticStep:
+def _made(linears: list[resident.Linear], kernel: How, first: resident.Resident) -> Step | StaticStep:
     if isinstance(kernel, Limits):
         return StaticStep(linears, first, kernel)
     step = Step(linears, kernel)
@@ -135,8 +136,8 @@ def test_ranks_of_every_size(kernel: How, k_out: int, k_in: int) -> None:
     users = {"ann": [("shared",) * 2], "bob": [("shared",) * 40]}  # thin core factors, and full cores
     bundle = handmade.bundle(wide, users, sizes=handmade.Sizes(k_out=k_out, k_in=k_in))
     factors = resident.read(bundle, "b" * 64)
-    part = layout.Part("block.o_proj", wide["block.o_proj"], first=0, size=80, at=5)
-    linear = layout.Linear("block.o_proj", first=0, size=96, out=90, parts=(part,))
+    part = resident.Part("block.o_proj", wide["block.o_proj"], first=0, size=80, at=5)
+    linear = resident.Linear("block.o_proj", first=0, size=96, out=90, parts=(part,))
     form = Form(torch.float32, torch.device("cpu"))
     step = _made([linear], kernel, resident.build(bundle, factors, [linear], form))
     step.begin(np.array([2, 1]), np.array([5, 6]))
@@ -163,7 +164,7 @@ def test_ranks_of_a_tensor_parallel_server_add_up(size: int) -> None:
     x = {"block.qkv_proj": torch.randn(3, 20), "block.o_proj": torch.randn(3, 24)}
     columns, summed = [], torch.zeros(3, 20)
     for rank in range(size):
-        linears = layout.adapted(engine.linears(rank=rank, size=size), dict(bundle.shapes), who="bundle")
+        linears = adapted(engine.linears(rank=rank, size=size), dict(bundle.shapes), who="bundle")
         step = Step(linears, kernels.plain)
         step.add(resident.build(bundle, factors, linears, Form(torch.float32, torch.device("cpu"))))
         step.begin(_rows(bundle, tokens), np.ones(3, dtype=np.int64))
@@ -221,9 +222,9 @@ def test_own_numbers_are_refused_by_name_and_count() -> None:
 def test_a_module_the_engine_lacks_is_named() -> None:
     bundle = handmade.bundle({"block.w_proj": (4, 4)}, {"ann": [("shared",)]}, sizes=handmade.Sizes(3, 3))
     with pytest.raises(BundleError, match=r"block\.w_proj: the engine has no such linear layer"):
-        layout.adapted(engine.linears(), bundle.shapes, who="bundle")
+        adapted(engine.linears(), bundle.shapes, who="bundle")
     with pytest.raises(BundleError, match=r"block\.q_proj: shape \(4, 4\), the base model has \(24, 20\)"):
-        layout.adapted(engine.linears(), {"block.q_proj": (4, 4)}, who="bundle")
+        adapted(engine.linears(), {"block.q_proj": (4, 4)}, who="bundle")
 
 
 def test_a_recorded_pass_serves_whoever_is_in_the_batch_when_it_is_replayed() -> None:
