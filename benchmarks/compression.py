@@ -29,7 +29,8 @@ from benchmarks.record import RESULTS, circumstances, commit, store
 from soppu.adapter import LoraAdapter
 from soppu.compress import CompressOptions, compress
 from soppu.compress.methods.plan import RANKS
-from soppu.compress.options import METHODS, SHARED_METHODS, ratio
+from soppu.compress.options import ratio
+from soppu.config import METHODS, SHARED_METHODS
 from soppu.errors import BundleError
 
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)

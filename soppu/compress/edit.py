@@ -37,21 +37,14 @@ _FREE = 1e-30  # the price of a bit where only the error counts
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """What became of a new user.
-
-    Attributes:
-        outcome: "basis" if coordinates were enough, "residual" if own numbers were needed, "queued" if the
-        user
-            waits for the next compression; then `bundle` is the one that was given.
-        bundle: with the user in it, unless queued.
-        error: relative error of the user as stored, or the least found where queued.
-        added: bytes of the new page.
+    """What became of a new user: "basis" if coordinates were enough, "residual" if own numbers were needed,
+    "queued" if the user waits for the next compression.
     """
 
     outcome: str
-    bundle: Bundle
-    error: float
-    added: int
+    bundle: Bundle  # with the user in it; the one that was given where queued
+    error: float  # relative error of the user as stored, or the least found where queued
+    added: int  # bytes of the new page
 
 
 def project(
@@ -138,11 +131,10 @@ class _Bench:
         (batch,) = newcomer.batches()
         self.deltas = {name: batch.factors(name) for name in bundle.shapes}
         self.factors = {name: canonical(B, A) for name, (B, A) in self.deltas.items()}
-        self.norms = newcomer.norms
         self.coders = {}
         for name, (o, i) in bundle.shapes.items():
             u, v = bundle.matrices(name, cluster)
-            plan = ModulePlan(0 if u is None else u.shape[1], 0 if v is None else v.shape[1])
+            plan = ModulePlan(*(side.k for side in bundle.bases[name][cluster]))
             menus = plan.menus(o, i, costs, shared_only=shared_only)
             self.coders[name] = ModuleCoder(SideCoder.make(u), SideCoder.make(v), None, menus)
         self._sides = {
@@ -170,9 +162,7 @@ class _Bench:
 
 
 def _with_own(bench: _Bench, max_error: float) -> _Coded:
-    """The user with own numbers where the basis falls short: the model proposes a price, the coding
-    corrects it.
-    """
+    """The user with own numbers where the basis falls short, at a price the coding corrects."""
     aim = max_error**2
     for _ in range(_TRIES):
         low, high = -20.0, 0.0
@@ -230,6 +220,7 @@ def forget(bundle: Bundle, user: str) -> Bundle:
     shared = any(side.k for pairs in bundle.bases.values() for pair in pairs for side in pair)
     report, gone = bundle.report, bundle.adapter_ids[index]
     pages, taken = _pages_without(bundle, index)
+    sizes = zip(bundle.shapes.values(), bundle.ranks[:, index].tolist(), strict=True)
     return replace(
         bundle,
         users=tuple(name for name in bundle.users if name != user),
@@ -243,7 +234,7 @@ def forget(bundle: Bundle, user: str) -> Bundle:
             report,
             relative_error=_without(report.relative_error, user),
             module_error={name: _without(errors, user) for name, errors in report.module_error.items()},
-            parameters_before=report.parameters_before - _parameters(bundle, index),
+            parameters_before=report.parameters_before - sum((o + i) * rank for (o, i), rank in sizes),
             parameters_after=report.parameters_after - taken,
         ),
         _last={},
@@ -267,11 +258,6 @@ def _pages_without(bundle: Bundle, index: int) -> tuple[tuple[Page, ...], int]:
         made.append(replace(one, first=first))
         first += one.users
     return tuple(made), taken
-
-
-def _parameters(bundle: Bundle, index: int) -> int:
-    sizes = zip(bundle.shapes.values(), bundle.ranks[:, index].tolist(), strict=True)
-    return sum((o + i) * rank for (o, i), rank in sizes)
 
 
 def _without(values: Mapping[str, float], user: str) -> dict[str, float]:

@@ -32,21 +32,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """What `export` wrote."""
 
-    Attributes:
-        folders: user -> folder.
-        rank: the one rank of all of them.
-        modules: how many modules each has.
-        layers: decoder layers the modules were spread over; 0 where modules have no layer.
-        bytes: of all weights files.
-    """
-
-    folders: dict[str, Path]
-    rank: int
-    modules: int
-    layers: int
-    bytes: int
+    folders: dict[str, Path]  # of every user
+    rank: int  # the one rank of all of them
+    modules: int  # how many each has
+    layers: int  # decoder layers the modules were spread over; 0 where modules have no layer
+    bytes: int  # of all weights files
 
 
 def export(

@@ -11,8 +11,6 @@ import torch
 from pydantic import Field, field_validator
 
 from soppu.config import CALIBRATION, CompressConfig, CompressSettings, one_target
-from soppu.config import METHODS as METHODS
-from soppu.config import SHARED_METHODS as SHARED_METHODS
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Natural, settings
 
@@ -22,17 +20,11 @@ _BYTES_A_NUMBER = 2  # a ratio is against adapters kept in 16 bits a number
 
 @settings("compress")
 class Target:
-    """At most one of these is not zero; ConfigError for more, or one out of its range.
+    """At most one of these is not zero; ConfigError for more, or one out of its range."""
 
-    Attributes:
-        ratio: bytes of the adapters at 16 bits a number, over bytes of the bundle file.
-        max_bytes: size of the bundle file, at most.
-        max_error: relative error of every user, at most.
-    """
-
-    ratio: Amount = 0.0
-    max_bytes: Natural = 0
-    max_error: Annotated[Amount, Field(lt=1)] = 0.0
+    ratio: Amount = 0.0  # bytes of the adapters at 16 bits a number, over bytes of the bundle file
+    max_bytes: Natural = 0  # size of the bundle file
+    max_error: Annotated[Amount, Field(lt=1)] = 0.0  # relative error of every user
 
     _one_target = field_validator("max_bytes", "max_error")(one_target)
 
@@ -67,14 +59,11 @@ class CompressOptions(CompressSettings):
     in one of several bases; "ternary" is ComPEFT. At most one target may be given; residual, svd and ternary
     take a size; a ratio of 16 is taken where residual and svd are given no target.
 
-    Attributes:
-        seed: of sketches and of cluster starts. Recorded in the report.
-
     Raises:
         ConfigError: a value outside its range; the message lists every fault.
     """
 
-    seed: Natural = 0
+    seed: Natural = 0  # of sketches and of cluster starts
 
     @classmethod
     def of(cls, config: CompressConfig, *, seed: int = 0) -> Self:

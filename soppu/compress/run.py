@@ -18,7 +18,8 @@ from soppu.compress.linalg.whitening import Whitener, make
 from soppu.compress.methods import residual, shared_basis, ternary
 from soppu.compress.methods.coding import Fit
 from soppu.compress.numbers.errors import LOST, relative_errors
-from soppu.compress.options import SHARED_METHODS, CompressOptions, ratio
+from soppu.compress.options import CompressOptions, ratio
+from soppu.config import SHARED_METHODS
 from soppu.errors import BundleError
 
 
@@ -51,14 +52,11 @@ def compress(
     started = time.perf_counter()
     tell = progress or (lambda what, done, total: None)
     fleet = fleets.survey(adapters, adapter_ids=adapter_ids, device=options.torch_device())
-    whiteners = _whiteners(fleet, moments or {}, options.shrink)
-    build = _Builder(fleet, options, whitened=bool(whiteners))
-    passes = Passes(fleet, whiteners)
-    found = _fit(passes, options, build=build, progress=tell)
-    bundle = build.bundle(found)
+    task = _Task(Passes(fleet, _whiteners(fleet, moments or {}, options.shrink)), options)
+    bundle = task.bundle(task.fit(tell))
     lost = bundle.report.lost_users
     if lost and len(lost) == int((fleet.norm > 0).sum()):
-        raise BundleError(_nothing_left(passes, build, lost, size=len(bundle.to_bytes())))
+        raise BundleError(_nothing_left(task, lost, size=len(bundle.to_bytes())))
     report = replace(bundle.report, seconds=time.perf_counter() - started)
     return replace(bundle, report=report)
 
@@ -77,9 +75,9 @@ def _whiteners(fleet: Fleet, moments: Mapping[str, Tensor], shrink: float) -> di
     return made
 
 
-def _nothing_left(passes: Passes, build: _Builder, lost: tuple[str, ...], *, size: int) -> str:
+def _nothing_left(task: _Task, lost: tuple[str, ...], *, size: int) -> str:
     """Why a bundle is refused, with the smallest size found at which something is kept: fits up to eight."""
-    options, parameters = build.options, passes.fleet.parameters
+    options, fleet = task.options, task.passes.fleet
     names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
     said = f"nothing of {names} would be left ({options.method}, target {options.target or 'none'})"
     if not options.target:
@@ -87,34 +85,32 @@ def _nothing_left(passes: Passes, build: _Builder, lost: tuple[str, ...], *, siz
     for more in (int(size * 2.0**step) for step in range(-4, 4)):
         try:
             allowed = replace(options, ratio=0.0, max_error=0.0, max_bytes=size + more)
-            found = _fit(passes, allowed, build=replace(build, options=allowed), progress=lambda *_: None)
+            found = replace(task, options=allowed).fit(lambda *_: None)
         except BundleError:
             continue
-        if bool((found.squared.sum(0) < (LOST * passes.fleet.norm).square()).any()):
-            times = int(100 * ratio(parameters, size + more)) / 100
+        if bool((found.squared.sum(0) < (LOST * fleet.norm).square()).any()):
+            times = int(100 * ratio(fleet.parameters, size + more)) / 100
             return f"{said}; from {size + more} bytes, a ratio of {times:g}, on something is kept"
     return f"{said}; the file takes {size} bytes even so; ask for --max-error"
 
 
-def _fit(passes: Passes, options: CompressOptions, *, build: _Builder, progress: Progress) -> Fit:
-    fit = ternary.fit if options.method == "ternary" else residual.fit
-    fit = shared_basis.fit if options.method in SHARED_METHODS else fit
-    return fit(passes, options, size_of=build.size, progress=progress)
-
-
 @dataclass(frozen=True, eq=False)
-class _Builder:
-    """Turns a fit into the bundle it is; a fit towards a number of bytes asks for its size on the way."""
+class _Task:
+    """Makes a fit, and the bundle it is; a fit towards a number of bytes asks for its size on the way."""
 
-    fleet: Fleet
+    passes: Passes
     options: CompressOptions
-    whitened: bool
+
+    def fit(self, progress: Progress) -> Fit:
+        fit = ternary.fit if self.options.method == "ternary" else residual.fit
+        fit = shared_basis.fit if self.options.method in SHARED_METHODS else fit
+        return fit(self.passes, self.options, size_of=self.size, progress=progress)
 
     def size(self, fit: Fit) -> int:
         return len(self.bundle(fit).to_bytes())
 
     def bundle(self, fit: Fit) -> Bundle:
-        fleet = self.fleet
+        fleet = self.passes.fleet
         return Bundle(
             users=fleet.users,
             adapter_ids=fleet.adapter_ids,
@@ -131,16 +127,15 @@ class _Builder:
         )
 
     def _report(self, fit: Fit) -> CompressionReport:
-        fleet, options = self.fleet, self.options
+        fleet, options = self.passes.fleet, self.options
         errors = relative_errors(fit.squared.sum(0), fleet.norm).tolist()
         tables = relative_errors(fit.squared, fleet.norms)
-        present = fleet.ranks > 0
         return CompressionReport(
             method=options.method,
             rank=options.rank,
             clusters=options.clusters,
             target=str(options.target),
-            whitened=self.whitened,
+            whitened=bool(self.passes.whiteners),
             seed=options.seed,
             device=fleet.device.type,
             storage=fit.storage,
@@ -152,11 +147,9 @@ class _Builder:
             relative_error=dict(zip(fleet.users, errors, strict=True)),
             module_error={
                 name: {
-                    user: error
-                    for user, error, has in zip(fleet.users, row.tolist(), here.tolist(), strict=True)
-                    if has
+                    user: e for user, e, r in zip(fleet.users, row.tolist(), rank.tolist(), strict=True) if r
                 }
-                for name, row, here in zip(fleet.shapes, tables, present, strict=True)
+                for name, row, rank in zip(fleet.shapes, tables, fleet.ranks, strict=True)
             },
             certificates=fit.certificates,
         )

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from soppu import config as configuration
 from soppu.compress.numbers.quantise import COORDS, FLOATS, QUANTISERS
-from soppu.compress.options import DEFAULT_RATIO, METHODS, CompressOptions
+from soppu.compress.options import DEFAULT_RATIO, CompressOptions
 from soppu.config import (
+    METHODS,
     OPERATIONAL,
     BasisBits,
     CompressConfig,
@@ -160,8 +161,9 @@ def test_compress_has_the_keys_and_values_of_the_library() -> None:
     assert [item.name for item in dataclasses.fields(ours)] == [*names, "whiten", "calibration_examples"]
     defaults = {name: getattr(library, name) for name in names}
     assert {name: getattr(ours, name) for name in names} == defaults | {"ratio": DEFAULT_RATIO}
-    assert (*QUANTISERS, *FLOATS) == BASIS_BITS and (*COORDS, *FLOATS) == CORE_BITS  # what there is code for
-    for name, words in {"method": METHODS, "basis_bits": BASIS_BITS, "core_bits": CORE_BITS}.items():
+    basis_bits, core_bits = get_args(BasisBits), get_args(CoreBits)
+    assert (*QUANTISERS, *FLOATS) == basis_bits and (*COORDS, *FLOATS) == core_bits  # what there is code for
+    for name, words in {"method": METHODS, "basis_bits": basis_bits, "core_bits": core_bits}.items():
         with pytest.raises(ConfigError, match=f"{name} = 0, allowed: {', '.join(map(str, words))}$"):
             configuration.from_dict({"compress": {name: 0}})
     assert CompressOptions.of(CompressConfig(rank=5), seed=7) == CompressOptions(

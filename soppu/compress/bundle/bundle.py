@@ -30,37 +30,21 @@ Matrices = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """The compressed adapters of n users of one base model.
+    """The compressed adapters of n users of one base model."""
 
-    Attributes:
-        users: names, in the order of every n-sized tensor.
-        adapter_ids: what each user's components were made from, same order.
-        base_model: hub id or folder of the base model.
-        base_hash: hash of the base model's files, "" if unknown.
-        fan_in_fan_out: True where the base stores weights as (i, o).
-        shapes: full-model module name -> (o, i), in order.
-        ranks: (modules, n) rank of every user's own adapter; 0 where a user does not have the module.
-        bases: module -> output and input basis of every cluster.
-        cluster: (n,) int64 whose bases a user's coordinates refer to.
-        norm: (n,) float32 Frobenius norm of every user's whole adapter, which gains are relative to.
-        pages: all users' components as bytes, in order.
-        report: how the bundle was made, and how good it is.
-        basis_saw: adapter ids of users who were taken out since the bases were fitted; a refit forgets them.
-    """
-
-    users: tuple[str, ...]
-    adapter_ids: tuple[str, ...]
-    base_model: str
-    base_hash: str
-    fan_in_fan_out: bool
-    shapes: Mapping[str, tuple[int, int]]
-    ranks: Tensor
-    bases: Mapping[str, tuple[Bases, ...]]
-    cluster: Tensor
-    norm: Tensor
-    pages: tuple[Page, ...]
+    users: tuple[str, ...]  # names, in the order of every n-sized tensor
+    adapter_ids: tuple[str, ...]  # what each user's components were made from
+    base_model: str  # hub id or folder
+    base_hash: str  # of the base model's files, "" if unknown
+    fan_in_fan_out: bool  # True where the base stores weights as (i, o)
+    shapes: Mapping[str, tuple[int, int]]  # full-model module name -> (o, i), in order
+    ranks: Tensor  # (modules, n) of every user's own adapter; 0 where a user does not have the module
+    bases: Mapping[str, tuple[Bases, ...]]  # module -> output and input basis of every cluster
+    cluster: Tensor  # (n,) int64 whose bases a user's coordinates refer to
+    norm: Tensor  # (n,) float32 Frobenius norm of every user's whole adapter, which gains are relative to
+    pages: tuple[Page, ...]  # all users' components as bytes, in order
     report: CompressionReport
-    basis_saw: tuple[str, ...] = ()
+    basis_saw: tuple[str, ...] = ()  # adapter ids of users taken out since the bases were fitted
     _last: dict[int, list[Components]] = field(default_factory=dict, repr=False)
 
     @property
@@ -82,14 +66,8 @@ class Bundle:
             BundleError: the page is damaged, which only `load` of a file made to mislead can leave.
         """
         if number not in self._last:
-            found = self.pages[number]
-            made = page.decode(
-                found.data,
-                page_shapes(self.shapes, self.bases),
-                users=found.users,
-                first=found.first,
-                source=f"page {number}",
-            )
+            held, shapes = self.pages[number], page_shapes(self.shapes, self.bases)
+            made = page.decode(held.data, shapes, users=held.users, first=held.first, source=f"page {number}")
             self._last.clear()
             self._last[number] = made
         return self._last[number]
@@ -166,7 +144,8 @@ class Bundle:
         if expected_hash and (found := hashlib.sha256(data).hexdigest()) != expected_hash:
             raise BundleError(f"{source}: SHA-256 is {found[:12]}, expected {expected_hash[:12]}")
         bundle = cls(**container.decode(data, source=source))
-        container.check_pages(bundle, source=source)
+        for number in range(len(bundle.pages)):
+            container.check_page(bundle, number, source=source)
         return bundle
 
     @cached_property

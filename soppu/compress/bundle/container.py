@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from reprlib import repr as show
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from soppu.errors import BundleError
 if TYPE_CHECKING:
     from soppu.compress.bundle.bundle import Bundle
 
+_FIELDS = ("base_model", "base_hash", "fan_in_fan_out")  # of a Bundle, as they are in the metadata
+_LISTS = ("users", "adapter_ids", "basis_saw")
 _FREE_METADATA = 1 << 20  # bytes of JSON in any file
 _METADATA_SHARE = 8  # and for each byte of the file
 _MOST_METADATA = 1 << 28
@@ -42,7 +45,7 @@ def encode(bundle: Bundle) -> bytes:
     text = json.dumps(meta, sort_keys=True, separators=(",", ":"), allow_nan=False)
     tensors = _tensors(bundle) | {"meta": _bytes(zlib.compress(text.encode(), 9))}
     schema.check_tensors(meta, tensors, "bundle")
-    data = envelope.encode({}, tensors)
+    data = envelope.encode(tensors)
     if len(text) > _most_text(len(data)):
         raise BundleError(
             f"{len(text)} bytes of metadata, allowed in a file of {len(data)}: {_most_text(len(data))}"
@@ -54,13 +57,14 @@ def _tensors(bundle: Bundle) -> dict[str, Tensor]:
     report, names = bundle.report, list(bundle.shapes)
     certificates = [report.certificates[name] for name in names]
     flat = [side for name in names for pair in bundle.bases[name] for side in pair]
+    errors = [[report.module_error[name].get(user, 0.0) for user in bundle.users] for name in names]
     tensors = {
         "bases": _bytes(basis.encode(flat)),
         "ranks": _packed_counts(bundle.ranks, "rank"),
         "cluster": _packed_counts(bundle.cluster, "cluster"),
         "norm": bundle.norm.float(),
         "error": torch.tensor([report.relative_error[user] for user in bundle.users]),
-        "module_error": _module_errors(bundle),
+        "module_error": torch.tensor(errors).half(),
         "certificates": torch.tensor(
             [[c.lower_bound, c.achieved, c.upper_bound, c.total, 1 - c.confidence] for c in certificates]
         ),
@@ -69,25 +73,11 @@ def _tensors(bundle: Bundle) -> dict[str, Tensor]:
 
 
 def decode(data: bytes, *, source: str) -> dict[str, Any]:
-    """The fields of the Bundle in a file of format 2. Its pages are for `check_pages`. Raises BundleError."""
-    header, tensors = envelope.decode(data, source=source)
+    """The fields of the Bundle in a file of format 2. Its pages are for `check_page`. Raises BundleError."""
+    tensors = envelope.decode(data, source=source)
     meta = envelope.parse(_metadata_text(tensors, len(data), source), source)
     schema.check(meta, source)
     schema.check_tensors(meta, tensors, source)
-    return _assemble(meta, tensors, source)
-
-
-def check_pages(bundle: Bundle, *, source: str) -> None:
-    """Decode every page and hold its components against what the bundle says of its users. O(size).
-
-    Raises:
-        BundleError: a page that is damaged, or holds more than its users can have.
-    """
-    for number in range(len(bundle.pages)):
-        _check_page(bundle, number, source)
-
-
-def _assemble(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     names, n = [entry["name"] for entry in meta["modules"]], len(meta["users"])
     shapes = {entry["name"]: (entry["out"], entry["in"]) for entry in meta["modules"]}
     ranks = _counts(tensors["ranks"], (len(names), n), f"{source}: ranks")
@@ -99,11 +89,8 @@ def _assemble(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], source: st
         for number, (first, users) in enumerate(zip(firsts, meta["pages"], strict=False))
     )
     return dict(
-        users=tuple(meta["users"]),
-        adapter_ids=tuple(meta["adapter_ids"]),
-        base_model=meta["base_model"],
-        base_hash=meta["base_hash"],
-        fan_in_fan_out=meta["fan_in_fan_out"],
+        **{name: meta[name] for name in _FIELDS},
+        **{name: tuple(meta[name]) for name in _LISTS},
         shapes=shapes,
         ranks=ranks,
         bases=_bases(meta, tensors["bases"].numpy().tobytes(), source),
@@ -111,11 +98,15 @@ def _assemble(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], source: st
         norm=tensors["norm"],
         pages=pages,
         report=_report(meta, tensors, ranks),
-        basis_saw=tuple(meta["basis_saw"]),
     )
 
 
-def _check_page(bundle: Bundle, number: int, source: str) -> None:
+def check_page(bundle: Bundle, number: int, *, source: str) -> None:
+    """Decode a page and hold its components against what the bundle says of its users. O(size).
+
+    Raises:
+        BundleError: a page that is damaged, or holds more than its users can have.
+    """
     try:
         parts = bundle.components(number)
     except BundleError as error:
@@ -130,7 +121,7 @@ def _check_page(bundle: Bundle, number: int, source: str) -> None:
         counts = torch.bincount(part.user - first, minlength=users)
         if bool((counts > most).any()):
             user = int((counts > most).nonzero()[0])
-            found = f"{int(counts[user])} components of {schema.show(bundle.users[first + user])}"
+            found = f"{int(counts[user])} components of {show(bundle.users[first + user])}"
             raise BundleError(f"{where}: {found}, allowed: {int(most[user])}, whose rank is {int(own[user])}")
         if not bool(torch.isfinite(part.gain * bundle.norm[part.user]).all()):
             raise BundleError(f"{where}: a gain times a norm is not a finite number")
@@ -139,12 +130,8 @@ def _check_page(bundle: Bundle, number: int, source: str) -> None:
 def _metadata(bundle: Bundle) -> dict[str, Any]:
     report = bundle.report
     return {
-        "users": list(bundle.users),
-        "adapter_ids": list(bundle.adapter_ids),
-        "base_model": bundle.base_model,
-        "base_hash": bundle.base_hash,
-        "fan_in_fan_out": bundle.fan_in_fan_out,
-        "basis_saw": list(bundle.basis_saw),
+        **{name: getattr(bundle, name) for name in _FIELDS},
+        **{name: list(getattr(bundle, name)) for name in _LISTS},
         "clusters": len(next(iter(bundle.bases.values()))),
         "pages": [one.users for one in bundle.pages],
         "modules": [
@@ -194,12 +181,6 @@ def _report(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Tenso
             for name, row in zip(names, tensors["certificates"].tolist(), strict=True)
         },
     )
-
-
-def _module_errors(bundle: Bundle) -> Tensor:
-    errors = bundle.report.module_error
-    rows = [[errors[name].get(user, 0.0) for user in bundle.users] for name in bundle.shapes]
-    return torch.tensor(rows).half()
 
 
 def _packed_counts(counts: Tensor, what: str) -> Tensor:

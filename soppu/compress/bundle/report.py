@@ -4,68 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
 
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.errors import LOST
 
-# What a report says of the bundle as a whole, and as what; the rest is per user or per module.
-SETTINGS: Mapping[str, type] = MappingProxyType(
-    {
-        "method": str,
-        "rank": int,
-        "clusters": int,
-        "target": str,
-        "whitened": bool,
-        "seed": int,
-        "device": str,
-        "storage": str,
-        "parameters_before": int,
-        "parameters_after": int,
-    }
-)
-
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What was asked, what came out, and at which error.
-
-    Attributes:
-        method: name of the method.
-        rank: largest shared rank asked for.
-        clusters: bases a module has.
-        target: what the bundle had to reach, in words; "" where the method's own settings decided.
-        whitened: whether errors on the inputs were weighed by calibration.
-        seed: the seed asked for.
-        device: "cpu" or "cuda".
-        storage: how numbers are kept, in words.
-        parameters_before: numbers in the adapters.
-        parameters_after: numbers in the bundle: bases, coordinates, own numbers, gains.
-        seconds: wall time of the fit; 0 in a report read from a file, whose bytes must not depend on a clock.
-        k_used: module -> shared rank used, the larger of its two sides; 0 = no basis.
-        steps: module -> alternations made.
-        relative_error: user -> relative error over all modules, as stored.
-        module_error: module -> user -> relative error, as stored; users without the module are left out.
-        certificates: module -> Certificate.
-    """
+    """What was asked, what came out, and at which error: modules and users by name, errors as stored."""
 
     method: str
-    rank: int
-    clusters: int
-    target: str
-    whitened: bool
-    seed: int
-    device: str
-    storage: str
-    parameters_before: int
-    parameters_after: int
-    seconds: float
-    k_used: Mapping[str, int]
-    steps: Mapping[str, int]
-    relative_error: Mapping[str, float]
-    module_error: Mapping[str, Mapping[str, float]]
+    rank: int  # largest shared rank asked for
+    clusters: int  # bases a module has
+    target: str  # what the bundle had to reach, in words; "" where the method's own settings decided
+    whitened: bool  # whether errors on the inputs were weighed by calibration
+    seed: int  # the seed asked for
+    device: str  # "cpu" or "cuda"
+    storage: str  # how numbers are kept, in words
+    parameters_before: int  # numbers in the adapters
+    parameters_after: int  # numbers in the bundle: bases, coordinates, own numbers, gains
+    seconds: float  # wall time of the fit; 0 if read from a file, whose bytes must not depend on a clock
+    k_used: Mapping[str, int]  # module -> shared rank used, the larger of its two sides; 0 = no basis
+    steps: Mapping[str, int]  # module -> alternations made
+    relative_error: Mapping[str, float]  # user -> relative error over all modules
+    module_error: Mapping[str, Mapping[str, float]]  # module -> user -> relative error, of users who have it
     certificates: Mapping[str, Certificate]
 
     def settings(self) -> dict[str, Any]:
@@ -124,21 +90,11 @@ class CompressionReport:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> CompressionReport:
-        """The inverse of `to_dict`; a missing `seconds` is 0. Raises KeyError, TypeError or ValueError."""
-        return cls(
-            **{name: kind(value[name]) for name, kind in SETTINGS.items()},
-            seconds=float(value.get("seconds", 0.0)),
-            k_used={name: int(k) for name, k in value["k_used"].items()},
-            steps={name: int(steps) for name, steps in value["steps"].items()},
-            relative_error=_floats(value["relative_error"]),
-            module_error={name: _floats(errors) for name, errors in value["module_error"].items()},
-            certificates={name: _certificate(part) for name, part in value["certificates"].items()},
-        )
+        """The inverse of `to_dict`; a missing `seconds` is 0. Raises ValueError naming every fault."""
+        return TypeAdapter(cls).validate_python({"seconds": 0.0, **value})
 
 
-def _certificate(part: Mapping[str, Any]) -> Certificate:
-    return Certificate(**{item.name: float(part[item.name]) for item in fields(Certificate)})
-
-
-def _floats(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}
+# What a report says of the bundle as a whole, and as what; the rest is per user or per module.
+SETTINGS = {
+    name: kind for name, kind in get_type_hints(CompressionReport).items() if kind in (str, int, bool)
+}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from reprlib import repr as show  # short, however large or deep the value is
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,7 +31,11 @@ def check(meta: Mapping[str, Any], source: str) -> None:
         ("fan_in_fan_out", lambda v: isinstance(v, bool), "true or false"),
         ("basis_saw", names, "a list of ids"),
         ("clusters", lambda v: whole(v, 1, MOST_U16), f"an integer from 1 to {MOST_U16}"),
-        ("pages", lambda v: _pages(v, meta), "integers of 1 or more that add up to the users"),
+        (
+            "pages",
+            lambda v: _wholes(v, 1) and sum(v) == len(meta["users"]),
+            "integers of 1 or more that add up to the users",
+        ),
         ("modules", lambda v: isinstance(v, list) and bool(v), "a list with a module or more"),
         ("report", lambda v: isinstance(v, dict), "an object"),
     )
@@ -92,11 +96,6 @@ def whole(value: object, least: int, most: int = _MOST_INTEGER) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def show(value: object) -> str:
-    """A short repr, however large or deep the value is."""
-    return reprlib.repr(value)
-
-
 def _check_module(entry: Any, *, clusters: int, where: str) -> None:
     if not isinstance(entry, dict) or any(key not in entry for key in _MODULE_KEYS):
         raise BundleError(f"{where}: expected an object with {', '.join(_MODULE_KEYS)}")
@@ -107,7 +106,7 @@ def _check_module(entry: Any, *, clusters: int, where: str) -> None:
         raise BundleError(
             f"{where}: out {show(o)}, in {show(i)}; expected integers from 1 to {MOST_FEATURES}"
         )
-    if not (isinstance(k, list) and len(k) == 2 and whole(k[0], 0, o) and whole(k[1], 0, i)):
+    if not (_wholes(k, 0) and len(k) == 2 and k[0] <= o and k[1] <= i):
         raise BundleError(f"{where}: k {show(k)}, expected two integers, from 0 to out {o} and to in {i}")
     good = isinstance(widths, list) and len(widths) == clusters
     if not (good and all(_pair_of_widths(pair, k) for pair in widths)):
@@ -117,9 +116,8 @@ def _check_module(entry: Any, *, clusters: int, where: str) -> None:
 
 
 def _pair_of_widths(pair: Any, k: list[int]) -> bool:
-    if not isinstance(pair, list) or len(pair) != 2:
-        return False
-    return all(whole(w, 0) and (w in _WIDTHS if rank else w == 0) for w, rank in zip(pair, k, strict=True))
+    fits = _wholes(pair, 0) and len(pair) == 2
+    return fits and all(w in _WIDTHS if rank else w == 0 for w, rank in zip(pair, k, strict=True))
 
 
 def _check_report(report: Mapping[str, Any], *, modules: int, source: str) -> None:
@@ -128,9 +126,9 @@ def _check_report(report: Mapping[str, Any], *, modules: int, source: str) -> No
             found = show(report.get(key))
             raise BundleError(f"{source}: report: {key!r} is {found}, expected {kind.__name__} of 0 or more")
     steps = report.get("steps")
-    if not (isinstance(steps, list) and len(steps) == modules and all(whole(x, 0) for x in steps)):
+    if not (_wholes(steps, 0) and len(steps) == modules):
         raise BundleError(f"{source}: report: steps must be a list of {modules} integers of 0 or more")
 
 
-def _pages(value: Any, meta: Mapping[str, Any]) -> bool:
-    return isinstance(value, list) and all(whole(x, 1) for x in value) and sum(value) == len(meta["users"])
+def _wholes(values: object, least: int) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(whole(value, least) for value in values)

@@ -18,15 +18,10 @@ _WIDTHS = (*QUANTISERS, *FLOATS)
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """k vectors of d features.
+    """k vectors of d features."""
 
-    Attributes:
-        width: of the numbers they are kept in; 0 where k = 0.
-        rows: (k, d) float32, integers up to the width 8, floats from 16 on.
-    """
-
-    width: int
-    rows: Tensor
+    width: int  # of the numbers they are kept in; 0 where k = 0
+    rows: Tensor  # (k, d) float32, integers up to the width 8, floats from 16 on
 
     @classmethod
     def make(cls, columns: Tensor, width: int) -> Basis:

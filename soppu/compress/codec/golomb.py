@@ -34,7 +34,6 @@ from soppu.errors import AdapterError, BundleError, ConfigError
 
 Signs = NDArray[np.int8]
 _Places = NDArray[np.int64]
-_Bits = NDArray[np.uint8]
 
 _COUNT = struct.Struct("<Q")
 _HEAD = struct.Struct("<BII")
@@ -52,7 +51,9 @@ def bits_per_value(density: float) -> float:
     Raises:
         ConfigError: a density outside 0 to 1.
     """
-    p = _share(density)
+    if not 0 <= density <= 1:
+        raise ConfigError(f"a density of {density!r}, allowed: 0 to 1")
+    p = float(density)
     return p * (1 + _bits_per_gap(p, _rice(p))) if p else 0.0
 
 
@@ -137,20 +138,18 @@ def _decode(reader: _Reader, block: Signs) -> None:
         raise BundleError(f"{reader.source}: a block of {count} nonzeros in code {code} and {length} bytes")
     if not count:
         return
-    at = (
-        _mask(reader, length, block.size)
-        if code == _MASK
-        else _places(reader, code, count, length, block.size)
-    )
+    if code == _MASK:
+        bitmap = streams.inflate(bytes(reader.take(length)), size=-(-block.size // 8), source=reader.source)
+        at = _ones(bitmap)
+    else:
+        at = _places(reader, code, count, length, block.size)
     if at.size != count or at[-1] >= block.size:
         raise BundleError(f"{reader.source}: nonzeros are not the {count} in {block.size} numbers announced")
     block[at] = np.int8(1) - 2 * reader.bits(count).view(np.int8)
 
 
-def _mask(reader: _Reader, length: int, size: int) -> _Places:
-    """The places of nonzeros from their bitmap."""
-    data = streams.inflate(bytes(reader.take(length)), size=-(-size // 8), source=reader.source)
-    return np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8)).view(np.bool_))
+def _ones(field: bytes | memoryview) -> _Places:
+    return np.flatnonzero(np.unpackbits(np.frombuffer(field, np.uint8)).view(np.bool_))
 
 
 def _places(reader: _Reader, code: int, count: int, length: int, size: int) -> _Places:
@@ -159,7 +158,7 @@ def _places(reader: _Reader, code: int, count: int, length: int, size: int) -> _
     divisor = (3 if thirds else 1) << bits
     if length > (size // divisor + count + 7) // 8:
         raise BundleError(f"{reader.source}: {length} bytes of quotients for {count} nonzeros in {size}")
-    ends = np.flatnonzero(np.unpackbits(np.frombuffer(reader.take(length), np.uint8)).view(np.bool_))
+    ends = _ones(reader.take(length))
     if ends.size != count or ends[-1] < 8 * length - 8:
         raise BundleError(f"{reader.source}: {ends.size} quotients in {length} bytes, {count} announced")
     if code == 0:
@@ -192,7 +191,7 @@ class _Reader:
         taken, self._data = self._data[:count], self._data[count:]
         return taken
 
-    def bits(self, count: int) -> _Bits:
+    def bits(self, count: int) -> NDArray[np.uint8]:
         """The `count` bits of a field as 0 and 1."""
         field = np.frombuffer(self.take(-(-count // 8)), np.uint8)
         if count % 8 and field[-1] & (0xFF >> count % 8):
@@ -233,9 +232,3 @@ def _bits_per_gap(p: float, code: int) -> float:
 def _ends_within(p: float, length: int) -> float:
     """1 - (1 - p)^length: the probability of a gap shorter than `length`."""
     return -math.expm1(length * math.log1p(-p)) if p < 1 else 1.0
-
-
-def _share(density: float) -> float:
-    if not 0 <= density <= 1:
-        raise ConfigError(f"a density of {density!r}, allowed: 0 to 1")
-    return float(density)

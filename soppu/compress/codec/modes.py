@@ -48,14 +48,7 @@ class SideModes:
     """The modes of one side of one module, taken apart: which component has numbers of which width."""
 
     def __init__(self, modes: Modes, counts: Counts, *, features: int, k: int) -> None:
-        """O(m).
-
-        Args:
-            modes: (m,) of this side, checked.
-            counts: (users,) components of each.
-            features: o or i.
-            k: rank of the basis, 0 = none.
-        """
+        """From (m,) checked modes, (users,) counts of components, o or i, the rank of the basis. O(m)."""
         self.coords_width = np.array(COORDS_WIDTHS, np.uint8)[modes >> 4]
         self.own_width = np.array(OWN_WIDTHS, np.uint8)[modes & 15]
         self.axis = np.where(self.coords_width == AXIS, places(counts), 0)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from soppu.compress.codec import golomb, modes, streams
 from soppu.compress.codec.basis import Bases
@@ -23,6 +22,8 @@ from soppu.errors import BundleError
 
 MOST_COMPONENTS = (1 << 16) - 1  # of a user at a module
 _STREAMS = 4 + len(NUMBERS)
+_LIMITS = {("coords", width): limit for width, limit in COORDS.items()}  # the largest integer of a stream
+_LIMITS |= {("own", TERNARY): 1} | {("own", width): made.limit for width, made in QUANTISERS.items()}
 _FREE_TERNARY = 1 << 20  # numbers of any stream; from there on it has to have bytes for them
 _MOST_TERNARY = 512  # numbers for one byte
 _PAGE_NUMBERS = 1 << 22  # a page is read as a whole: small enough for one user, large enough for its tables
@@ -68,7 +69,7 @@ def encode(parts: Sequence[Components], *, users: int) -> bytes:
         _check(part, here)
     codes = np.concatenate([modes.encode(part) for part in parts])
     gains = np.concatenate([part.gain.numpy() for part in parts])
-    betas = np.concatenate([side.beta.numpy()[_has_beta(side)] for side in sides])
+    betas = np.concatenate([s.beta[(s.coords_width > 0) & (s.own_width > 0)].numpy() for s in sides])
     made = [
         streams.deflate(counts.astype("<u2").tobytes()),
         streams.deflate(codes.tobytes()),
@@ -133,7 +134,9 @@ class _Reader:
 
     def sides(self, codes: Sequence[SideModes]) -> list[Side]:
         """The sides of all modules, in order."""
-        betas = self._betas(codes)
+        ends = np.cumsum([int(code.has_beta.sum()) for code in codes])
+        flat = streams.unpack_floats(next(self._parts), count=int(ends[-1]), width=16, source=self.source)
+        betas = np.split(flat, ends[:-1])
         pieces: list[dict[tuple[str, int], Floats]] = [{} for _ in codes]
         held: dict[tuple[str, int], list[tuple[int, int]]] = {numbers: [] for numbers in NUMBERS}
         for place, code in enumerate(codes):
@@ -145,11 +148,6 @@ class _Reader:
             for place, size in wanted:
                 pieces[place][field, width], at = flat[at : at + size], at + size
         return [_side(*one) for one in zip(codes, pieces, betas, strict=True)]
-
-    def _betas(self, codes: Sequence[SideModes]) -> list[Floats]:
-        ends = np.cumsum([int(code.has_beta.sum()) for code in codes])
-        flat = streams.unpack_floats(next(self._parts), count=int(ends[-1]), width=16, source=self.source)
-        return np.split(flat, ends[:-1])
 
 
 def _side(code: SideModes, pieces: dict[tuple[str, int], Floats], betas: Floats) -> Side:
@@ -187,10 +185,6 @@ def _check(part: Components, counts: Counts) -> None:
             raise BundleError("an axis that is not the place of the component among those of its user")
 
 
-def _has_beta(side: Side) -> NDArray[np.bool_]:
-    return ((side.coords_width > 0) & (side.own_width > 0)).numpy()
-
-
 def _rows(side: Side, field: str, width: int) -> Floats:
     if field == "own":
         return side.own[side.own_width[side.own_width > 0] == width].numpy()
@@ -202,8 +196,8 @@ def _pack(numbers: Floats, field: str, width: int) -> bytes:
     if width in FLOATS:
         return streams.pack_floats(numbers, width)
     integers = np.rint(numbers)
-    if field == "coords" or width != TERNARY or not integers.size:
-        return streams.pack(integers, _limit(field, width))
+    if width != TERNARY or not integers.size:
+        return streams.pack(integers, _LIMITS[field, width])
     data = golomb.encode(integers.astype(np.int8))
     if integers.size > _most_ternary(data):
         raise BundleError(f"{integers.size} ternary numbers in {len(data)} bytes: too few of them are not 0")
@@ -213,12 +207,10 @@ def _pack(numbers: Floats, field: str, width: int) -> bytes:
 def _unpack(data: bytes, count: int, field: str, width: int, *, source: str) -> Floats:
     if width in FLOATS:
         return streams.unpack_floats(data, count=count, width=width, source=source)
-    if field == "coords":
-        steps = streams.unpack(data, count=count, limit=_limit(field, width), source=source)
-        return steps.astype(np.float32) / np.float32(COORDS[width])
     if width != TERNARY or not count:
-        limit = _limit(field, width)
-        return streams.unpack(data, count=count, limit=limit, source=source).astype(np.float32)
+        limit = _LIMITS[field, width]
+        steps = streams.unpack(data, count=count, limit=limit, source=source).astype(np.float32)
+        return steps / np.float32(limit) if field == "coords" else steps
     if count > _most_ternary(data):
         raise BundleError(f"{source}: {count} ternary numbers announced, {len(data)} bytes cannot hold them")
     return golomb.decode(data, size=count, source=source).astype(np.float32)
@@ -226,12 +218,6 @@ def _unpack(data: bytes, count: int, field: str, width: int, *, source: str) -> 
 
 def _most_ternary(data: bytes) -> int:
     return max(_FREE_TERNARY, _MOST_TERNARY * len(data))
-
-
-def _limit(field: str, width: int) -> int:
-    if field == "coords":
-        return COORDS[width]
-    return 1 if width == TERNARY else QUANTISERS[width].limit
 
 
 class PageWriter:

@@ -66,7 +66,7 @@ def rewritten(
     change(file.inner)
     tensors = load(file.close())
     retensor(tensors)
-    return envelope.encode({}, tensors)
+    return envelope.encode(tensors)
 
 
 def refused(data: bytes, *words: str) -> str:
@@ -275,7 +275,7 @@ def test_files_of_other_kinds_are_refused():
     refused(save(zeros, metadata={"soppu": '{"format":2,"format":2}'}), "'format' is there twice")
     refused(save({}, metadata={"soppu": "[" * 200_000}), "not JSON")
     refused(save({"x": torch.zeros(2, dtype=torch.int64)}, metadata={"soppu": '{"format":2}'}), "tensor 'x'")
-    refused(envelope.encode({}, zeros), "'meta' is missing")
+    refused(envelope.encode(zeros), "'meta' is missing")
 
 
 @pytest.mark.parametrize("version", [0, 1, 3, "1", "2", None, True, 1.0, 2.0, 1.5, [2]])

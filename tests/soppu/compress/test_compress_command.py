@@ -13,7 +13,8 @@ from soppu.cli import main
 from soppu.commands.compress import compress_command
 from soppu.compress import Bundle
 from soppu.compress.fleet import passes
-from soppu.compress.options import METHODS, ratio
+from soppu.compress.options import ratio
+from soppu.config import METHODS
 
 SETTINGS = {
     "residual": ["--max-error", "0.2"],

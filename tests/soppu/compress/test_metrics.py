@@ -171,5 +171,14 @@ def test_certificate_of_nothing_is_zero():
 def test_report_without_a_key_is_refused(key):
     value = report().to_dict()
     del value[key]
-    with pytest.raises(KeyError, match=key):
+    with pytest.raises(ValueError, match=key):
         CompressionReport.from_dict(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [("rank", "many"), ("k_used", {"q": 1.5}), ("relative_error", 1.0), ("certificates", {"q": {}})],
+)
+def test_report_with_a_value_of_another_kind_is_refused(key, wrong):
+    with pytest.raises(ValueError, match=key):
+        CompressionReport.from_dict(report().to_dict() | {key: wrong})

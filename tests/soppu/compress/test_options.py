@@ -6,8 +6,8 @@ import pytest
 
 from soppu import compress
 from soppu.compress import CompressOptions
-from soppu.compress.options import DEFAULT_RATIO, METHODS, Target
-from soppu.config import BasisBits, CoreBits
+from soppu.compress.options import DEFAULT_RATIO, Target
+from soppu.config import METHODS, BasisBits, CoreBits
 from soppu.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from soppu.compress import Bundle
-from soppu.compress.options import METHODS
+from soppu.config import METHODS
 from soppu.errors import BundleError
 from tests.soppu.compress import stored
 from tests.soppu.compress.mutate import File
