@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -168,16 +167,16 @@ class Registry:
             raise RegistryError(f"unknown set {set_id!r}")
         return dict(members)
 
-    def put_bundle(self, path_or_bytes: Path | bytes, *, set_id: str, run: str = "") -> str:
+    def put_bundle(self, data: bytes, *, set_id: str, run: str = "") -> str:
         """Store a bundle compressed from a set. Idempotent. Returns the SHA-256 of the file, 64 hex digits.
 
         Raises:
-            RegistryError: unknown set, no such file, or the bundle is stored for another set already.
+            RegistryError: unknown set, or the bundle is stored for another set already.
             StorageError: a write was refused; files and catalogue are what they were.
         """
         self.get_set(set_id)
-        bundle_id = _sha256(path_or_bytes)
-        fill = partial(_write_bundle, path_or_bytes)
+        bundle_id = hashlib.sha256(data).hexdigest()
+        fill = partial(files.write_bytes, data=data)
         self._blobs.put(_bundle_key(bundle_id), fill, partial(_check_bundle, bundle_id))
         with self._catalogue.write() as session:
             frozen = session.get_one(AdapterSet, set_id, with_for_update=True)
@@ -336,20 +335,3 @@ def _check_bundle(bundle_id: str, path: Path) -> Path:
     if (found := files.sha256_file(path)) != bundle_id:
         raise RegistryError(f"bundle {bundle_id}: its stored copy is damaged: sha256 {found}")
     return path
-
-
-def _sha256(path_or_bytes: Path | bytes) -> str:
-    if isinstance(path_or_bytes, bytes):
-        return hashlib.sha256(path_or_bytes).hexdigest()
-    try:
-        return files.sha256_file(path_or_bytes)
-    except OSError as error:
-        raise RegistryError(f"bundle {path_or_bytes}: cannot be read: {error}") from error
-
-
-def _write_bundle(path_or_bytes: Path | bytes, path: Path) -> None:
-    if isinstance(path_or_bytes, bytes):
-        files.write_bytes(path, path_or_bytes)
-        return
-    with files.atomic_path(path) as temporary:
-        shutil.copyfile(path_or_bytes, temporary)
