@@ -48,7 +48,9 @@ def open_blobs(root: str | Path, *, cache: str | Path = "") -> Blobs:
         raise RegistryError(f"registry {name}: {error}") from error
     if isinstance(system, LocalFileSystem):
         return LocalBlobs(Path(path))
-    return RemoteBlobs(system, path, name=name, cache=Path(cache) if cache else _cache_of(str(root)))
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    usual = Path(home, "soppu", "registry", hashlib.sha256(str(root).encode()).hexdigest()[:16])
+    return RemoteBlobs(system, path, name=name, cache=Path(cache or usual))
 
 
 class LocalBlobs:
@@ -223,11 +225,6 @@ class RemoteBlobs:
 
 
 Blobs = LocalBlobs | RemoteBlobs
-
-
-def _cache_of(root: str) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "soppu" / "registry" / hashlib.sha256(root.encode()).hexdigest()[:16]
 
 
 def _files_of(made: Path, target: str) -> list[tuple[Path, str]]:

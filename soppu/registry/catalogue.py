@@ -194,7 +194,8 @@ class Catalogue:
         """
         try:
             parsed = sa.make_url(url)
-            if not create and _missing_file(parsed):
+            in_file = parsed.get_backend_name() == "sqlite"  # connecting would create it
+            if not create and in_file and not Path(parsed.database or "").is_file():
                 raise RegistryError(f"catalogue {parsed.database}: there is no registry")
             catalogue = cls(_engine(parsed))
         except (SQLAlchemyError, ImportError) as error:
@@ -265,11 +266,6 @@ def _disk_refused(error: SQLAlchemyError) -> bool:
     # Even a reader has to write a little, next to a SQLite file that nobody has open.
     name = getattr(error.orig, "sqlite_errorname", "") if isinstance(error, DBAPIError) else ""
     return str(name).startswith(("SQLITE_IOERR", "SQLITE_FULL"))
-
-
-def _missing_file(url: sa.URL) -> bool:
-    # Connecting would create it.
-    return url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
 
 
 def _engine(url: sa.URL) -> sa.Engine:

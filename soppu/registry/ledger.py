@@ -140,13 +140,11 @@ def hold(session: Session, owner: User, holding: Holding) -> None:
 
 
 def check_held(session: Session, pairs: list[tuple[str, str]]) -> None:
-    """RegistryError naming the first user who does not hold the adapter beside them. Locks the users."""
+    """RegistryError naming the first user who does not hold the adapter beside them."""
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
-        users = [user for user, _ in chunk]
-        lock = sa.select(User.id).where(User.id.in_(users)).order_by(User.id).with_for_update()
-        session.execute(lock)
-        query = sa.select(Holding.user_id, Holding.adapter_id).where(Holding.user_id.in_(users)).distinct()
+        of_them = Holding.user_id.in_([user for user, _ in chunk])
+        query = sa.select(Holding.user_id, Holding.adapter_id).where(of_them).distinct()
         held = {(user, adapter_id) for user, adapter_id in session.execute(query)}
         for user, adapter_id in chunk:
             if (user, adapter_id) not in held:
@@ -165,7 +163,11 @@ def current_set(session: Session, *, base: Base | None = None) -> dict[str, str]
 
 
 def freeze_current(session: Session, base: Base, *, chosen: Mapping[str, str], run: str) -> str:
-    """Make `chosen` current, then freeze everybody's current adapter of one base; raises as `freeze` does."""
+    """Make `chosen` current, then fix everybody's current adapter of one base as a set; its id.
+
+    Raises:
+        RegistryError: nobody is in the set, or one in `chosen` does not hold the adapter named.
+    """
     # every user, in the order of ids: nobody's adapter changes before the transaction ends
     session.execute(sa.select(User.id).order_by(User.id).with_for_update())
     check_held(session, sorted(chosen.items()))
@@ -184,15 +186,9 @@ def freeze_current(session: Session, base: Base, *, chosen: Mapping[str, str], r
             base,
             base_identity.CURE,
         )
-    return freeze(session, members)
-
-
-def freeze(session: Session, adapter_ids: Mapping[str, str]) -> str:
-    """Fix user -> adapter id as a set; its id. RegistryError: no users, or one who does not hold theirs."""
-    pairs = sorted(adapter_ids.items())
-    if not pairs:
+    if not members:
         raise RegistryError("a set needs at least one user, got none")
-    check_held(session, pairs)
+    pairs = sorted(members.items())
     set_id = f"s-{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]}"
     if insert_if_absent(session, AdapterSet, id=set_id, contains_forgotten=False, created_at=now()):
         rows = [{"set_id": set_id, "user_id": user, "adapter_id": held} for user, held in pairs]

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.base_identity import Base
 from soppu.errors import AdapterError, RegistryError, StorageError
-from soppu.registry import Registry, ledger
+from soppu.registry import Registry
 from soppu.registry.blobs import LocalBlobs
 from soppu.registry.catalogue import Base as Tables
 from soppu.registry.catalogue import Catalogue, Holding, Publication, User, now
@@ -44,8 +44,8 @@ def make_adapter(seed: int, *, features: int = 8, rank: int = 2) -> LoraAdapter:
 
 
 def freeze(registry: Registry, adapter_ids: Mapping[str, str]) -> str:
-    with registry._catalogue.write() as session:
-        return ledger.freeze(session, adapter_ids)
+    """A set of these alone: nobody's adapter is of the base it is for."""
+    return registry.freeze_current(Base("nobody's", "0" * 64), chosen=adapter_ids)
 
 
 def folder_of(registry: Registry, adapter_id: str) -> Path:
@@ -333,31 +333,6 @@ def test_who_is_chosen_is_in_the_set_though_their_adapter_names_its_base_otherwi
     chosen = {"ann": registry.put_adapter(unstamped, user="ann")}
     bob = registry.put_adapter(make_adapter(2), user="bob")
     assert registry.get_set(registry.freeze_current(MODEL, chosen=chosen)) == {**chosen, "bob": bob}
-
-
-def test_a_nightly_takes_who_has_no_base_hash_by_the_base_name_and_says_whom_it_leaves_out(
-    registry: Registry, caplog: pytest.LogCaptureFixture
-) -> None:
-    bases = {
-        "hashed": MODEL,
-        "renamed": Base("else/where", BASE),
-        "named": Base("org/Tiny"),
-        "folder": Base("/models/tiny/"),
-        "another": Base("tiny", "c" * 64),
-        "mute": Base(),
-        "vague": Base("/runs/7/final"),
-    }
-    for number, (user, base) in enumerate(bases.items()):
-        adapter = LoraAdapter(make_adapter(number).pairs, base_model=base.name, base_hash=base.hash)
-        registry.put_adapter(adapter, user=user)
-    assert registry.get_set(registry.freeze_current(MODEL)).keys() == {"hashed", "renamed", "named", "folder"}
-    (said,) = caplog.messages
-    assert said.startswith("left out of the set: mute, vague: ") and "--base" in said
-    assert list(registry.current_set(base=MODEL)) == ["folder", "hashed", "named", "renamed"]
-    caplog.clear()
-    chosen = {user: registry.current(user) for user in ("mute", "vague")}
-    assert chosen.items() < registry.get_set(registry.freeze_current(MODEL, chosen=chosen)).items()
-    assert caplog.messages == []
 
 
 def _publish_and_record(root: str, url: str, bundle_ids: list[str]) -> None:
