@@ -379,19 +379,6 @@ def test_a_forgotten_user_cannot_be_frozen_again_by_a_run_that_began_before(regi
     assert registry.current_set() == {"ann": chosen["ann"]}
 
 
-def test_a_freeze_reads_base_hashes_from_the_catalogue_and_no_tensors(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ann = registry.put_adapter(make_adapter(1), user="ann")
-    other = LoraAdapter(make_adapter(2).pairs, base_model="tiny", base_hash="c" * 64)
-    bob = registry.put_adapter(other, user="bob")
-    monkeypatch.setattr(Registry, "get_adapter", lambda *_: pytest.fail("tensors were read"))
-    assert registry.get_set(registry.freeze_current(MODEL)) == {"ann": ann}
-    assert registry.get_set(registry.freeze_current(Base("tiny", "c" * 64))) == {"bob": bob}
-    with pytest.raises(RegistryError, match="at least one user"):
-        registry.freeze_current(Base("tiny", "d" * 64))
-
-
 def test_bundles_are_named_by_their_bytes(registry: Registry) -> None:
     set_id = freeze(registry, {"alice": registry.put_adapter(make_adapter(1), user="alice")})
     bundle_id = registry.put_bundle(b"basis and cores", set_id=set_id, run="r1")

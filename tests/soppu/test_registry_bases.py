@@ -9,6 +9,7 @@ import torch
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.base_identity import Base
+from soppu.errors import RegistryError
 from soppu.registry import Registry
 
 MODEL = Base("org/Tiny", "b" * 64)
@@ -27,7 +28,9 @@ def registry(tmp_path: Path) -> Registry:
     opened = Registry.open(tmp_path / "registry")
     for number, (user, base) in enumerate({**OF_IT, **NOT_OF_IT, **UNKNOWN}.items()):
         pair = LoraPair(torch.full((1, 4), float(number)), torch.ones(4, 1))
-        opened.put_adapter(LoraAdapter({"layers.0.q": pair}, base.name, base.hash), user=user)
+        opened.put_adapter(
+            LoraAdapter({"model.layers.0.self_attn.q_proj": pair}, base.name, base.hash), user=user
+        )
     return opened
 
 
@@ -48,3 +51,13 @@ def test_who_is_chosen_is_not_left_out(registry: Registry, caplog: pytest.LogCap
     chosen = {user: registry.current(user) for user in UNKNOWN}
     assert registry.get_set(registry.freeze_current(MODEL, chosen=chosen)).keys() == OF_IT.keys() | UNKNOWN
     assert caplog.messages == []
+
+
+def test_a_freeze_reads_bases_from_the_catalogue_and_no_tensors(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry, "get_adapter", lambda *_: pytest.fail("tensors were read"))
+    other = registry.get_set(registry.freeze_current(Base("any", "c" * 64)))
+    assert other == {"another": registry.current("another")}
+    with pytest.raises(RegistryError, match="at least one user"):
+        registry.freeze_current(Base("any", "d" * 64))
