@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ from soppu.errors import AdapterError
 from soppu.module_names import split_layer
 from soppu.peft_config import LoraFields
 
+Place = TypeVar("Place")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 IDENTITY_FILE = "soppu.json"
@@ -76,19 +77,12 @@ class LoraPair:
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
-    """A set of LoRA pairs for one base model.
+    """A set of LoRA pairs for one base model."""
 
-    Attributes:
-        pairs: full-model module name -> LoraPair, scale already folded into B.
-        base_model: hub id or folder, as written to `base_model_name_or_path`.
-        base_hash: hash of the base model's files (`soppu.models.BaseModel.hash`), "" if unknown.
-        fan_in_fan_out: True where the base stores weights as (i, o), as GPT-2's Conv1D does.
-    """
-
-    pairs: Mapping[str, LoraPair]
-    base_model: str = ""
-    base_hash: str = ""
-    fan_in_fan_out: bool = False
+    pairs: Mapping[str, LoraPair]  # by full-model module name, scale already folded into B
+    base_model: str = ""  # hub id or folder, as written to `base_model_name_or_path`
+    base_hash: str = ""  # hash of the base model's files (`soppu.models.BaseModel.hash`), "" if unknown
+    fan_in_fan_out: bool = False  # the base stores weights as (i, o), as GPT-2's Conv1D does
     _hash: str = field(default="", init=False, repr=False)
 
     @property
@@ -118,6 +112,31 @@ class LoraAdapter:
         return {
             name: (int(pair.B.shape[0]), pair.rank, int(pair.A.shape[1])) for name, pair in self.pairs.items()
         }
+
+
+class AdaptersOnDemand(Mapping[str, LoraAdapter], Generic[Place]):
+    """User -> adapter, in the order of `places`: what a compression of many users takes.
+
+    Nothing is kept: memory is what the caller holds at a time, and every pass reads again.
+    """
+
+    def __init__(self, places: Mapping[str, Place], read: Callable[[Place], LoraAdapter]) -> None:
+        """Take down where adapters are; `read` gives the one at a place, and raises what it raises."""
+        self._places = dict(places)
+        self._read = read
+
+    def __getitem__(self, user: str) -> LoraAdapter:
+        """Read the user's adapter, each time. KeyError for somebody else."""
+        return self._read(self._places[user])
+
+    def __contains__(self, user: object) -> bool:
+        return user in self._places  # the mixin's would read the adapter
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def validate(adapter: LoraAdapter, *, who: str) -> None:
@@ -209,16 +228,9 @@ def read(folder: Path) -> LoraAdapter:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return files.read_object(path, error=AdapterError, cure="write it again with PEFT's save_pretrained")
     except (FileNotFoundError, NotADirectoryError):
         raise _absent(path) from None
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not JSON: {error}; write it again with PEFT's save_pretrained") from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: holds a {type(value).__name__}, expected an object as PEFT writes it")
-    return value
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -25,18 +25,12 @@ _ANY_MODEL = re.compile(
 
 @dataclass(frozen=True)
 class Base:
-    """A base model as somebody knows it.
+    """A base model as somebody knows it."""
 
-    Attributes:
-        name: hub id, folder or alias, "" if unknown.
-        hash: of its files (`soppu.models.BaseModel.hash`), "" if unknown.
-    """
-
-    name: str = ""
-    hash: str = ""
+    name: str = ""  # hub id, folder or alias, "" if unknown
+    hash: str = ""  # of its files (`soppu.models.BaseModel.hash`), "" if unknown
 
     def __str__(self) -> str:
-        """For messages."""
         return f"{self.hash[:12] or 'unknown'} ({self.name or 'no name'})"
 
     def joined(self, other: Base) -> Base:

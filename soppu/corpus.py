@@ -10,7 +10,7 @@ import ast
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +22,7 @@ _NOT_USERS = {"test", "tests", "site-packages", "ensurepip", "encodings", "__pyc
 def packages(*, least: int = 1) -> list[str]:
     """Packages with at least `least` examples, most examples first, then by name."""
     counts = {
-        folder.name: len(functions(folder.name))
-        for folder in _root().iterdir()
-        if (folder / "__init__.py").exists() and folder.name not in _NOT_USERS
+        folder.name: len(functions(folder.name)) for folder in _root().iterdir() if is_package(folder.name)
     }
     return sorted((name for name in counts if counts[name] >= least), key=lambda name: (-counts[name], name))
 
@@ -37,14 +35,14 @@ def functions(package: str) -> tuple[tuple[str, str], ...]:
         for path in sorted((_root() / package).rglob("*.py"))
         if not _NOT_USERS.intersection(path.relative_to(_root()).parts)
     )
-    return _unique(pair for path in paths for pair in _from_file(path))
+    return _from_files(paths)
 
 
 @cache
 def public_functions() -> tuple[tuple[str, str], ...]:
     """The same from the single-file modules, which are nobody's: public text for the server."""
     paths = (path for path in sorted(_root().glob("*.py")) if path.stem in sys.stdlib_module_names)
-    return _unique(pair for path in paths for pair in _from_file(path))
+    return _from_files(paths)
 
 
 def is_package(name: str) -> bool:
@@ -56,8 +54,8 @@ def _root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _unique(pairs: Iterator[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple(dict.fromkeys(pairs))
+def _from_files(paths: Iterable[Path]) -> tuple[tuple[str, str], ...]:
+    return tuple(dict.fromkeys(pair for path in paths for pair in _from_file(path)))
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, str]]:

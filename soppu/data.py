@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from soppu import corpus, files
 from soppu.config import DataConfig
 from soppu.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STDLIB = "stdlib"
 STDLIB_PUBLIC = "stdlib-public"
@@ -65,16 +68,6 @@ class Block:
 
     ids: Tensor
     labels: Tensor
-
-
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer here."""
-
-    eos_token_id: int
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        ...
 
 
 def list_users(config: DataConfig) -> list[str]:
@@ -134,7 +127,9 @@ def source_digest(source: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def tokenize(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int) -> list[Block]:
+def tokenize(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int
+) -> list[Block]:
     """Token blocks of at most `max_tokens`; the prompt is masked from the loss.
 
     A prompt longer than half a block loses its beginning (but not a token that the tokenizer begins every
@@ -199,23 +194,19 @@ def _read_source(source: str) -> dict[str, list[Example]]:
 @lru_cache(maxsize=64)
 def _read_jsonl(path: Path, changed: int, size: int) -> tuple[tuple[str, Example], ...]:
     """A file's lines; `changed` and `size` are there for the cache, since every user asks for the file."""
-    return tuple(_parse_jsonl(path))
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    return tuple(_parse(line, f"{path}:{number}") for number, line in lines if line.strip())
 
 
-def _parse_jsonl(path: Path) -> Iterable[tuple[str, Example]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8"))
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON in UTF-8: {error}") from None
-        missing = [key for key in _KEYS if not isinstance(value, dict) or not isinstance(value.get(key), str)]
-        if missing:
-            raise DataError(
-                f"{path}:{number}: lacks the text key {', '.join(missing)}; needed: {', '.join(_KEYS)}"
-            )
-        if not value["completion"]:
-            raise DataError(f"{path}:{number}: user {value['user_id']!r}: completion is empty")
-        yield value["user_id"], Example(value["prompt"], value["completion"])
+def _parse(line: bytes, where: str) -> tuple[str, Example]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON in UTF-8: {error}") from None
+    missing = [key for key in _KEYS if not isinstance(value, dict) or not isinstance(value.get(key), str)]
+    if missing:
+        raise DataError(f"{where}: lacks the text key {', '.join(missing)}; needed: {', '.join(_KEYS)}")
+    if not value["completion"]:
+        raise DataError(f"{where}: user {value['user_id']!r}: completion is empty")
+    return value["user_id"], Example(value["prompt"], value["completion"])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from soppu.errors import StorageError
-
-_CHUNK = 1 << 20
+from soppu.errors import SoppuError, StorageError
 
 
 @contextmanager
@@ -68,11 +68,23 @@ def write_text(path: Path, text: str) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex. O(size), constant memory."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_object(path: Path, *, error: type[SoppuError], cure: str) -> dict[str, Any]:
+    """Read a JSON object. `error`, which ends in `cure`, if it is none or unreadable; OSError if absent."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as refused:
+        raise error(f"{path}: cannot be read: {refused.strerror}") from None
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{path}: not JSON: {fault}; {cure}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a {type(value).__name__}, expected an object; {cure}")
+    return value
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -37,21 +36,16 @@ from soppu.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STAMP = "soppu-base.json"
+_AGAIN = "copy or download the folder again"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model on this machine.
+    """A base model on this machine."""
 
-    Attributes:
-        name: what the user asked for: hub id, folder or alias.
-        path: the folder that holds it.
-        hash: SHA-256 over its configuration and weights, 64 hex.
-    """
-
-    name: str
-    path: Path
-    hash: str
+    name: str  # what the user asked for: hub id, folder or alias
+    path: Path  # the folder that holds it
+    hash: str  # SHA-256 over its configuration and weights, 64 hex
 
     @property
     def base(self) -> Base:
@@ -166,16 +160,6 @@ def _reading(base: BaseModel, what: str) -> Iterator[None]:
         ) from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}; copy or download the folder again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds a {type(value).__name__}, expected an object; download it again")
-    return value
-
-
 def _from_hub(name: str) -> BaseModel:
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
@@ -193,7 +177,7 @@ def _hash_folder(folder: Path) -> str:
         raise ModelError(
             f"base model {folder}: no *.safetensors beside config.json; load and save_pretrained writes them"
         )
-    config = _read_object(folder / "config.json")
+    config = files.read_object(folder / "config.json", error=ModelError, cure=_AGAIN)
     for volatile in ("transformers_version", "_name_or_path"):  # differ between machines, say nothing
         config.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -203,7 +187,7 @@ def _hash_folder(folder: Path) -> str:
 
 
 def _verified(name: str, folder: Path) -> BaseModel:
-    recorded = str(_read_object(folder / _STAMP).get("hash"))
+    recorded = str(files.read_object(folder / _STAMP, error=ModelError, cure=_AGAIN).get("hash"))
     found = _hash_folder(folder)
     if found != recorded:
         raise ModelError(

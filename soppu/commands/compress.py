@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from soppu import calibrate
-from soppu.adapter import WEIGHTS_FILE, LoraAdapter
+from soppu.adapter import WEIGHTS_FILE, AdaptersOnDemand, LoraAdapter
 from soppu.base_identity import Base
 from soppu.commands.base import BASE, reader
 from soppu.commands.describe import summary, table
@@ -19,7 +19,6 @@ from soppu.commands.folders import named_folders
 from soppu.compress import CompressOptions, compress
 from soppu.config import METHODS, TARGETS, CompressSettings
 from soppu.errors import BundleError
-from soppu.reading import AdaptersOnDemand
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FIELDS = CompressSettings.__pydantic_fields__  # type: ignore[attr-defined]

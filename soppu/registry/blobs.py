@@ -11,9 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -28,45 +27,6 @@ from soppu.errors import RegistryError, StorageError
 T = TypeVar("T")
 Check = Callable[[Path], T]
 _PASSWORD = re.compile(r"(://[^/:@]*):[^/@]*@")
-
-
-class Blobs(ABC):
-    """A store of blobs. A key is a path below the root: "bundles/x.safetensors", or a folder "adapters/a-0".
-
-    A folder counts as stored when it holds `soppu.json`, which is written last.
-    """
-
-    name: str
-    here: Path  # a folder on this machine: the root itself, or the cache of a remote one
-
-    @abstractmethod
-    def has(self, key: str) -> bool:
-        """True if the blob is there, whole."""
-
-    @abstractmethod
-    def put(self, key: str, fill: Callable[[Path], None], check: Check[Any]) -> None:
-        """Store what `fill` writes at the path it is given; a blob that is there already is only checked.
-
-        Raises:
-            StorageError: the write was refused; nothing of it can be seen.
-            RegistryError: `check` refused the new blob, or the one that was there.
-        """
-
-    @abstractmethod
-    def fetch(self, key: str, check: Check[T]) -> T:
-        """Hand a local path of the blob to `check` and return its answer.
-
-        Raises:
-            RegistryError: the blob is absent, cannot be read, or `check` refused it.
-        """
-
-    @abstractmethod
-    def size(self, key: str) -> int:
-        """Bytes of one file. RegistryError if it is absent."""
-
-    @abstractmethod
-    def remove(self, key: str) -> None:
-        """Delete a blob and whatever an interrupted write of it left. StorageError if that is refused."""
 
 
 def open_blobs(root: str | Path, *, cache: str | Path = "") -> Blobs:
@@ -88,67 +48,88 @@ def open_blobs(root: str | Path, *, cache: str | Path = "") -> Blobs:
         raise RegistryError(f"registry {name}: {error}") from error
     if isinstance(system, LocalFileSystem):
         return LocalBlobs(Path(path))
-    return RemoteBlobs(system, path, name=name, cache=Path(cache) if cache else _cache_of(str(root)))
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    usual = Path(home, "soppu", "registry", hashlib.sha256(str(root).encode()).hexdigest()[:16])
+    return RemoteBlobs(system, path, name=name, cache=Path(cache or usual))
 
 
-class LocalBlobs(Blobs):
-    """Blobs in a folder: written beside their place, synced to disk, then renamed."""
+class LocalBlobs:
+    """Blobs in a folder: written beside their place, synced to disk, then renamed.
+
+    A key is a path below the root: "bundles/x.safetensors", or a folder "adapters/a-0", which counts once it
+    holds `soppu.json`, written last. `here` is a folder on this machine.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = self.here = root
         self.name = str(root)
 
     def has(self, key: str) -> bool:
-        """A file, or a folder with its last file written."""
+        """True if the blob is there, whole: a file, or a folder with its last file written."""
         path = self.root / key
         return path.is_file() or (path / IDENTITY_FILE).is_file()
 
     def put(self, key: str, fill: Callable[[Path], None], check: Check[Any]) -> None:
-        """Write beside the place, sync, rename: see `Blobs.put`."""
+        """Store what `fill` writes at the path it is given; a blob that is there already is only checked.
+
+        Raises:
+            StorageError: the write was refused; nothing of it can be seen.
+            RegistryError: `check` refused the new blob, or the one that was there.
+        """
         path = self.root / key
         if path.exists():
             self.fetch(key, check)
             return
-        with _refused(f"{self.name}: {key} was not written"):
+        with _failing(StorageError, f"{self.name}: {key} was not written"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _beside(path) as temporary:
+            temporary = _temporary(path)
+            try:
                 fill(temporary)
                 check(temporary)
                 _seal(temporary)
-                moved = _move(temporary, path)
+                temporary.rename(path)
+            except OSError:
+                if not path.exists():
+                    raise
+                self.fetch(key, check)  # somebody was faster; files of one name hold the same bytes
+            finally:
+                _delete(temporary)
             files.sync(path.parent)
-        if not moved:
-            self.fetch(key, check)
 
     def fetch(self, key: str, check: Check[T]) -> T:
-        """Check the blob where it lies."""
+        """Hand a local path of the blob to `check` and return its answer.
+
+        Raises:
+            RegistryError: the blob is absent, cannot be read, or `check` refused it.
+        """
         path = self.root / key
         if not path.exists():
             raise RegistryError(f"{self.name}: {key} is not in the store")
-        with _unreadable(f"{self.name}: {key}"):
+        with _failing(RegistryError, f"{self.name}: {key} cannot be read"):
             return check(path)
 
     def size(self, key: str) -> int:
-        """Bytes of one file."""
-        with _unreadable(f"{self.name}: {key}"):
+        """Bytes of one file. RegistryError if it is absent."""
+        with _failing(RegistryError, f"{self.name}: {key} cannot be read"):
             return (self.root / key).stat().st_size
 
-    def remove(self, key: str) -> None:
-        """Rename away, then delete: a folder half deleted is never found under its own name."""
+    def remove(self, key: str, *, unfinished: bool = True) -> None:
+        """Delete a blob and, if `unfinished`, what was begun in its place. StorageError if that is refused.
+
+        It is renamed first: a folder half deleted is never found under its own name.
+        """
         path = self.root / key
-        with _refused(f"{self.name}: {key} was not removed"):
-            for left in [path, *path.parent.glob(f".{path.name}.*")]:
-                _take_away(left, _temporary(path))
-
-    def drop(self, key: str) -> None:
-        """Delete a blob, but not what others may be writing in its place now. StorageError if refused."""
-        path = self.root / key
-        with _refused(f"{self.name}: {key} was not removed"):
-            _take_away(path, _temporary(path))
+        left_over = path.parent.glob(f".{path.name}.*") if unfinished else ()
+        with _failing(StorageError, f"{self.name}: {key} was not removed"):
+            for left in [path, *left_over]:
+                aside = _temporary(path)
+                with suppress(FileNotFoundError):  # gone already is what was asked for
+                    left.rename(aside)
+                _delete(aside)
 
 
-class RemoteBlobs(Blobs):
-    """Blobs behind an fsspec file system, read through a local cache that is checked on every use."""
+class RemoteBlobs:
+    """The same behind an fsspec file system, read through a local cache that is checked on every use."""
 
     def __init__(self, system: Any, root: str, *, name: str, cache: Path) -> None:
         self._system = system
@@ -159,7 +140,7 @@ class RemoteBlobs(Blobs):
 
     def has(self, key: str) -> bool:
         """A file, or a folder whose last file was uploaded."""
-        with self._failures(RegistryError, f"{key} cannot be looked up"):
+        with self._failing(RegistryError, f"{key} cannot be looked up"):
             self._system.invalidate_cache()  # other machines write here too
             path = self._path(key)
             return bool(self._system.isfile(path) or self._system.isfile(f"{path}/{IDENTITY_FILE}"))
@@ -169,11 +150,12 @@ class RemoteBlobs(Blobs):
         if self.has(key):
             self.fetch(key, check)
             return
-        with _refused(f"{self.name}: {key} was not written"), tempfile.TemporaryDirectory() as folder:
+        refused = f"{key} was not written"
+        with _failing(StorageError, f"{self.name}: {refused}"), tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / Path(key).name
             fill(made)
             check(made)
-            with self._failures(StorageError, f"{key} was not written"):
+            with self._failing(StorageError, refused):
                 for file, target in _files_of(made, self._path(key)):
                     self._upload(file, target)
 
@@ -183,7 +165,7 @@ class RemoteBlobs(Blobs):
             try:
                 return self._cache.fetch(key, check)
             except RegistryError:
-                self._cache.drop(key)  # a copy only: the root decides what is true
+                self._cache.remove(key, unfinished=False)  # a copy only: the root decides what is true
         if not self.has(key):
             raise RegistryError(f"{self.name}: {key} is not in the store")
         self._cache.put(key, lambda path: self._download(key, path), check)
@@ -191,13 +173,13 @@ class RemoteBlobs(Blobs):
 
     def size(self, key: str) -> int:
         """Bytes of one file at the root."""
-        with self._failures(RegistryError, f"{key} cannot be read"):
+        with self._failing(RegistryError, f"{key} cannot be read"):
             return int(self._system.size(self._path(key)))
 
     def remove(self, key: str) -> None:
         """Delete at the root and in the cache of this machine; copies on others are never read again."""
         path = self._path(key)
-        with self._failures(StorageError, f"{key} was not removed"):
+        with self._failing(StorageError, f"{key} was not removed"):
             self._system.invalidate_cache()
             self._rm_file(f"{path}/{IDENTITY_FILE}")  # from here on the folder is not a blob any more
             for found in self._system.find(path):
@@ -206,6 +188,10 @@ class RemoteBlobs(Blobs):
                 with suppress(OSError):  # somebody writes into it again; an empty folder is no blob
                     self._system.rmdir(path)
         self._cache.remove(key)
+
+    def _failing(self, error: type[RegistryError], what: str) -> AbstractContextManager[None]:
+        # fsspec's backends share no base exception: botocore, gcsfs, paramiko and others pass through.
+        return _failing(error, f"{self.name}: {what}", on=Exception)
 
     def _rm_file(self, file: str) -> None:
         with suppress(FileNotFoundError):  # gone already is what was asked for
@@ -227,7 +213,7 @@ class RemoteBlobs(Blobs):
 
     def _download(self, key: str, path: Path) -> None:
         source = self._path(key)
-        with self._failures(RegistryError, f"{key} cannot be fetched"):
+        with self._failing(RegistryError, f"{key} cannot be fetched"):
             if self._system.isfile(source):
                 self._system.get_file(source, str(path))
                 return
@@ -237,20 +223,8 @@ class RemoteBlobs(Blobs):
                 if not name.startswith("."):
                     self._system.get_file(found, str(path / name))
 
-    @contextmanager
-    def _failures(self, error: type[RegistryError], what: str) -> Iterator[None]:
-        try:
-            yield
-        except RegistryError:
-            raise
-        # fsspec's backends share no base exception: botocore, gcsfs, paramiko and others pass through.
-        except Exception as cause:
-            raise error(f"{self.name}: {what}: {cause}") from cause
 
-
-def _cache_of(root: str) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "soppu" / "registry" / hashlib.sha256(root.encode()).hexdigest()[:16]
+Blobs = LocalBlobs | RemoteBlobs
 
 
 def _files_of(made: Path, target: str) -> list[tuple[Path, str]]:
@@ -261,44 +235,17 @@ def _files_of(made: Path, target: str) -> list[tuple[Path, str]]:
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def _failing(error: type[RegistryError], what: str, *, on: type[Exception] = OSError) -> Iterator[None]:
     try:
         yield
     except RegistryError:
         raise
-    except OSError as error:
-        raise StorageError(f"{what}: {error}") from error
-
-
-@contextmanager
-def _unreadable(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RegistryError:
-        raise
-    except FileNotFoundError:
-        raise RegistryError(f"{what} is not in the store") from None
-    except OSError as error:
-        raise RegistryError(f"{what} cannot be read: {error}") from error
+    except on as cause:
+        raise error(f"{what}: {cause}") from cause
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    temporary = _temporary(path)
-    try:
-        yield temporary
-    finally:
-        _delete(temporary)
-
-
-def _take_away(path: Path, aside: Path) -> None:
-    with suppress(FileNotFoundError):  # gone already is what was asked for
-        path.rename(aside)
-    _delete(aside)
 
 
 def _delete(path: Path) -> None:
@@ -319,14 +266,3 @@ def _seal(path: Path) -> None:
         file.chmod(0o444)
         files.sync(file)
     files.sync(path)
-
-
-def _move(temporary: Path, path: Path) -> bool:
-    """Rename into place; False if somebody was faster. Files of one name hold the same bytes (checked)."""
-    try:
-        temporary.rename(path)
-    except OSError:
-        if not path.exists():
-            raise
-        return False
-    return True

@@ -106,8 +106,8 @@ class SetMember(Base):
     adapter_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_adapters.id"), index=True)
 
 
-class BundleRecord(Base):
-    """A stored bundle and the set it was compressed from."""
+class Bundle(Base):
+    """A stored bundle and the set it was compressed from; whether one of its users was forgotten since."""
 
     __tablename__ = "soppu_bundles"
     id: Mapped[str] = mapped_column(_name(64), primary_key=True)
@@ -117,7 +117,7 @@ class BundleRecord(Base):
     created_at: Mapped[str] = mapped_column(sa.String(32))
 
 
-class PublicationRecord(Base):
+class Publication(Base):
     """One switch of one serving target to a bundle; the newest row of a target and URL is in force."""
 
     __tablename__ = "soppu_publications"
@@ -126,6 +126,11 @@ class PublicationRecord(Base):
     url: Mapped[str] = mapped_column(sa.Text)
     bundle_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_bundles.id"))
     at: Mapped[str] = mapped_column(sa.String(32))
+
+    @property
+    def place(self) -> str:
+        """Target and URL in one string, for people."""
+        return f"{self.target} {self.url}".strip()
 
 
 def now() -> str:
@@ -159,7 +164,8 @@ def insert_if_absent(session: Session, table: type[Base], **values: Any) -> bool
         with session.begin_nested():
             session.execute(sa.insert(table).values(**values))
     except IntegrityError:
-        if session.get(table, _key(table, values), with_for_update=True) is None:
+        key = tuple(values.get(column.name) for column in sa.inspect(table).primary_key)
+        if session.get(table, key, with_for_update=True) is None:
             raise
         return False
     return True
@@ -188,7 +194,8 @@ class Catalogue:
         """
         try:
             parsed = sa.make_url(url)
-            if not create and _missing_file(parsed):
+            in_file = parsed.get_backend_name() == "sqlite"  # connecting would create it
+            if not create and in_file and not Path(parsed.database or "").is_file():
                 raise RegistryError(f"catalogue {parsed.database}: there is no registry")
             catalogue = cls(_engine(parsed))
         except (SQLAlchemyError, ImportError) as error:
@@ -223,7 +230,7 @@ class Catalogue:
     def write(self) -> Iterator[Session]:
         """A session that commits at the end, or leaves everything as it was. StorageError if it cannot."""
         try:
-            with Session(self._writer) as session, session.begin():
+            with Session(self._writer, expire_on_commit=False) as session, session.begin():
                 yield session
         except SQLAlchemyError as error:
             raise StorageError(f"catalogue {self.name}: nothing was changed: {_reason(error)}") from error
@@ -251,10 +258,6 @@ class Catalogue:
                 raise
 
 
-def _key(table: type[Base], values: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(values.get(column.name) for column in sa.inspect(table).primary_key)
-
-
 def _reason(error: SQLAlchemyError) -> str:
     return str(getattr(error, "orig", None) or error)
 
@@ -263,11 +266,6 @@ def _disk_refused(error: SQLAlchemyError) -> bool:
     # Even a reader has to write a little, next to a SQLite file that nobody has open.
     name = getattr(error.orig, "sqlite_errorname", "") if isinstance(error, DBAPIError) else ""
     return str(name).startswith(("SQLITE_IOERR", "SQLITE_FULL"))
-
-
-def _missing_file(url: sa.URL) -> bool:
-    # Connecting would create it.
-    return url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
 
 
 def _engine(url: sa.URL) -> sa.Engine:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from soppu import base_identity
 from soppu.adapter import LoraAdapter
+from soppu.base_identity import Base
 from soppu.errors import RegistryError
 from soppu.registry.catalogue import (
     Adapter,
     AdapterSet,
-    BundleRecord,
+    Bundle,
     Holding,
-    PublicationRecord,
+    Publication,
     SchemaRow,
     SetMember,
     User,
@@ -29,94 +32,44 @@ from soppu.registry.catalogue import (
     now,
 )
 
+_LOG = logging.getLogger(__name__)
 _CHUNK = 500  # users in one statement; databases limit how many parameters it may have
 
 
 @dataclass(frozen=True)
-class Publication:
-    """One switch of a serving target to a bundle.
-
-    Attributes:
-        target: the kind of target, "embedded" for one.
-        url: where it listens, "" if it has no address.
-        bundle_id: the bundle served from then on.
-        at: UTC ISO time of the switch.
-    """
-
-    target: str
-    url: str
-    bundle_id: str
-    at: str
-
-    @property
-    def place(self) -> str:
-        """Target and URL in one string, for people."""
-        return f"{self.target} {self.url}".strip()
-
-
-@dataclass(frozen=True)
 class UserRow:
-    """A user and their current adapter.
-
-    Attributes:
-        at: UTC ISO time at which the adapter became current; `run` and `metrics` came with it.
-        versions: how many rows the user's history has.
-        published: place (`Publication.place`) -> the adapter of this user that is served there now.
-    """
+    """A user and their current adapter."""
 
     user: str
     adapter_id: str
-    at: str
+    at: str  # UTC ISO: the adapter became current then, `run` and `metrics` came with it
     run: str
     metrics: Mapping[str, float]
-    versions: int
-    published: Mapping[str, str]
+    versions: int  # rows of the user's history
+    published: Mapping[str, str]  # place (`Publication.place`) -> the user's adapter that is served there now
 
 
 @dataclass(frozen=True)
 class HistoryRow:
-    """One adapter that was a user's current one from `at` on.
-
-    Attributes:
-        current: True on the user's newest row.
-        published: the places (`Publication.place`) that serve this version now.
-    """
+    """One adapter that was a user's current one from `at` on."""
 
     adapter_id: str
     at: str
     run: str
     metrics: Mapping[str, float]
-    current: bool
-    published: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class BundleRow:
-    """A stored bundle. `contains_forgotten` says that one of its users has been forgotten since."""
-
-    bundle_id: str
-    set_id: str
-    run: str
-    at: str
-    contains_forgotten: bool
+    current: bool  # the user's newest row
+    published: tuple[str, ...]  # the places (`Publication.place`) that serve this version now
 
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """What forgetting a user did, and what it could not do.
-
-    Attributes:
-        adapters_removed: adapters deleted now, because nobody holds them any more.
-        sets_touched: sets that contain the user, now marked so.
-        bundles_touched: bundles made from those sets, now marked so.
-        publications_still_serving: targets whose bundle holds a core of the user, until they get another one.
-    """
+    """What forgetting a user did, and what it could not do."""
 
     user: str
-    adapters_removed: tuple[str, ...]
-    sets_touched: tuple[str, ...]
-    bundles_touched: tuple[str, ...]
-    publications_still_serving: tuple[Publication, ...]
+    adapters_removed: tuple[str, ...]  # those that nobody else held
+    sets_touched: tuple[str, ...]  # sets that contain the user, now marked so
+    bundles_touched: tuple[str, ...]  # bundles made from those sets, now marked so
+    publications_still_serving: tuple[Publication, ...]  # they hold the user's core until they are replaced
 
 
 def find_user(session: Session, user: str, *, lock: bool = False) -> User:
@@ -159,7 +112,10 @@ def claim_adapter(session: Session, adapter_id: str, adapter: LoraAdapter) -> Ad
 
 
 def identity(session: Session) -> str:
-    """The database's birth mark, and how much was deleted since."""
+    """Names this registry: its birth mark, and how many adapters were deleted from it since.
+
+    What was concluded from a registry (a cached result that holds ids) is void when this changes.
+    """
     birth = session.scalar(sa.select(SchemaRow.birth))
     deleted = session.scalar(sa.select(sa.func.coalesce(sa.func.sum(Adapter.removals), 0)))
     return f"{birth}-{deleted}"
@@ -184,29 +140,34 @@ def hold(session: Session, owner: User, holding: Holding) -> None:
 
 
 def check_held(session: Session, pairs: list[tuple[str, str]]) -> None:
-    """RegistryError naming the first user who does not hold the adapter beside them. Locks the users."""
+    """RegistryError naming the first user who does not hold the adapter beside them."""
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
-        users = [user for user, _ in chunk]
-        lock = sa.select(User.id).where(User.id.in_(users)).order_by(User.id).with_for_update()
-        session.execute(lock)
-        query = sa.select(Holding.user_id, Holding.adapter_id).where(Holding.user_id.in_(users)).distinct()
+        of_them = Holding.user_id.in_([user for user, _ in chunk])
+        query = sa.select(Holding.user_id, Holding.adapter_id).where(of_them).distinct()
         held = {(user, adapter_id) for user, adapter_id in session.execute(query)}
         for user, adapter_id in chunk:
             if (user, adapter_id) not in held:
                 raise RegistryError(f"user {user!r} does not hold adapter {adapter_id!r}")
 
 
-def current_set(session: Session, *, base_hash: str = "") -> dict[str, str]:
-    """As `Registry.current_set`."""
-    query = sa.select(User.id, Holding.adapter_id).join(Holding, User.holding_id == Holding.id)
-    if base_hash:
-        query = query.join(Adapter, Adapter.id == Holding.adapter_id).where(Adapter.base_hash == base_hash)
-    return dict(sorted((user, adapter_id) for user, adapter_id in session.execute(query)))
+def current_set(session: Session, *, base: Base | None = None) -> dict[str, str]:
+    """User -> current adapter id, sorted, of all who are not forgotten; of one base model if given."""
+    query = (
+        sa.select(User.id, Holding.adapter_id, Adapter.base_model, Adapter.base_hash)
+        .join(Holding, User.holding_id == Holding.id)
+        .join(Adapter, Adapter.id == Holding.adapter_id)
+    )
+    rows = sorted(session.execute(query).tuples())
+    return {user: held for user, held, *of in rows if base is None or base_identity.same(Base(*of), base)}
 
 
-def freeze_current(session: Session, base_hash: str, *, chosen: Mapping[str, str], run: str) -> str:
-    """Make `chosen` current, then freeze everybody's current adapter of one base; raises as `freeze` does."""
+def freeze_current(session: Session, base: Base, *, chosen: Mapping[str, str], run: str) -> str:
+    """Make `chosen` current, then fix everybody's current adapter of one base as a set; its id.
+
+    Raises:
+        RegistryError: nobody is in the set, or one in `chosen` does not hold the adapter named.
+    """
     # every user, in the order of ids: nobody's adapter changes before the transaction ends
     session.execute(sa.select(User.id).order_by(User.id).with_for_update())
     check_held(session, sorted(chosen.items()))
@@ -215,15 +176,19 @@ def freeze_current(session: Session, base_hash: str, *, chosen: Mapping[str, str
         if before[user] != adapter_id:  # a run of an earlier configuration, again; or one that was overtaken
             new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics={}, at=now())
             hold(session, find_user(session, user), new)
-    return freeze(session, {**current_set(session, base_hash=base_hash), **chosen})
-
-
-def freeze(session: Session, adapter_ids: Mapping[str, str]) -> str:
-    """Fix user -> adapter id as a set; its id. RegistryError: no users, or one who does not hold theirs."""
-    pairs = sorted(adapter_ids.items())
-    if not pairs:
+    members = {**current_set(session, base=base), **chosen}
+    unhashed = sa.select(User.id).join(Holding, User.holding_id == Holding.id).join(Adapter)
+    if left_out := set(session.scalars(unhashed.where(Adapter.base_hash == ""))) - members.keys():
+        _LOG.warning(
+            "left out of the set: %s: their adapters have no base hash, and a base name that does not say it"
+            " is %s; %s",
+            ", ".join(sorted(left_out)),
+            base,
+            base_identity.CURE,
+        )
+    if not members:
         raise RegistryError("a set needs at least one user, got none")
-    check_held(session, pairs)
+    pairs = sorted(members.items())
     set_id = f"s-{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]}"
     if insert_if_absent(session, AdapterSet, id=set_id, contains_forgotten=False, created_at=now()):
         rows = [{"set_id": set_id, "user_id": user, "adapter_id": held} for user, held in pairs]
@@ -249,38 +214,34 @@ def drop_holdings(session: Session, user: str) -> None:
 def mark_forgotten(session: Session, user: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Mark every set and bundle that contains the user; the ids of both, sorted."""
     sets = sa.select(SetMember.set_id).where(SetMember.user_id == user)
-    bundles = sa.select(BundleRecord.id).where(BundleRecord.set_id.in_(sets))
-    for table, key in ((AdapterSet, AdapterSet.id), (BundleRecord, BundleRecord.set_id)):
+    bundles = sa.select(Bundle.id).where(Bundle.set_id.in_(sets))
+    for table, key in ((AdapterSet, AdapterSet.id), (Bundle, Bundle.set_id)):
         session.execute(sa.update(table).where(key.in_(sets)).values(contains_forgotten=True))
     return tuple(sorted(session.scalars(sets))), tuple(sorted(session.scalars(bundles)))
 
 
-def publications(session: Session, /, *, limit: int | None = None, **of: str | None) -> list[Publication]:
-    """What was published, newest first; `of` names columns that must be equal, None leaves one out."""
-    query = sa.select(PublicationRecord).order_by(PublicationRecord.id.desc())
-    query = query.filter_by(**{name: value for name, value in of.items() if value is not None})
-    return [_publication(row) for row in session.scalars(query.limit(limit))]
+def publications(session: Session) -> list[Publication]:
+    """Every publication ever recorded, newest first."""
+    return list(session.scalars(sa.select(Publication).order_by(Publication.id.desc())))
 
 
 def serving(session: Session, user: str | None = None) -> list[tuple[Publication, str, str]]:
     """(publication in force, user, adapter served there) of every user or of one. O(users x targets)."""
-    newest = sa.select(sa.func.max(PublicationRecord.id)).group_by(
-        PublicationRecord.target, PublicationRecord.url
-    )
+    newest = sa.select(sa.func.max(Publication.id)).group_by(Publication.target, Publication.url)
     query = (
-        sa.select(PublicationRecord, SetMember.user_id, SetMember.adapter_id)
-        .join(BundleRecord, BundleRecord.id == PublicationRecord.bundle_id)
-        .join(SetMember, SetMember.set_id == BundleRecord.set_id)
-        .where(PublicationRecord.id.in_(newest))
-        .order_by(PublicationRecord.target, PublicationRecord.url)
+        sa.select(Publication, SetMember.user_id, SetMember.adapter_id)
+        .join(Bundle, Bundle.id == Publication.bundle_id)
+        .join(SetMember, SetMember.set_id == Bundle.set_id)
+        .where(Publication.id.in_(newest))
+        .order_by(Publication.target, Publication.url)
     )
     if user is not None:
         query = query.where(SetMember.user_id == user)
-    return [(_publication(row), member, adapter_id) for row, member, adapter_id in session.execute(query)]
+    return list(session.execute(query).tuples())
 
 
 def current_adapter(session: Session, user: str) -> str:
-    """As `Registry.current`."""
+    """The id of the user's current adapter. RegistryError if the user is unknown or forgotten."""
     query = sa.select(Holding.adapter_id).join(User, User.holding_id == Holding.id).where(User.id == user)
     adapter_id = session.scalar(query)
     if adapter_id is None:
@@ -289,7 +250,7 @@ def current_adapter(session: Session, user: str) -> str:
 
 
 def user_rows(session: Session) -> list[UserRow]:
-    """As `Registry.users`."""
+    """Every user who is not forgotten, sorted."""
     published: dict[str, dict[str, str]] = {}
     for one, user, adapter_id in serving(session):
         published.setdefault(user, {})[one.place] = adapter_id
@@ -307,7 +268,7 @@ def user_rows(session: Session) -> list[UserRow]:
 
 
 def history_rows(session: Session, user: str) -> list[HistoryRow]:
-    """As `Registry.history`."""
+    """Every adapter the user held, oldest first; empty for a forgotten user. RegistryError if unknown."""
     find_user(session, user)
     places = [(one.place, adapter_id) for one, _, adapter_id in serving(session, user)]
     query = (
@@ -324,10 +285,6 @@ def history_rows(session: Session, user: str) -> list[HistoryRow]:
         )
         for row, newest in session.execute(query)
     ]
-
-
-def _publication(row: PublicationRecord) -> Publication:
-    return Publication(row.target, row.url, row.bundle_id, row.at)
 
 
 def _facts(row: Holding) -> tuple[str, str, str, dict[str, float]]:

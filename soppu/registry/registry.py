@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -22,25 +21,37 @@ from sqlalchemy.orm import Session
 from soppu import adapter as peft_folder
 from soppu import files
 from soppu.adapter import LoraAdapter
+from soppu.base_identity import Base
 from soppu.errors import AdapterError, RegistryError, StorageError
 from soppu.registry import ledger
 from soppu.registry.blobs import Blobs, LocalBlobs, open_blobs
 from soppu.registry.catalogue import (
     Adapter,
     AdapterSet,
-    BundleRecord,
+    Bundle,
     Catalogue,
     Holding,
-    PublicationRecord,
+    Publication,
     SetMember,
     check_user_id,
     insert_if_absent,
     now,
 )
-from soppu.registry.ledger import BundleRow, ForgetReport, HistoryRow, Publication, UserRow
+from soppu.registry.ledger import ForgetReport
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+
+def _asked(question: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Registry, P], T]:
+    """A method that asks the ledger this question, in a transaction of its own."""
+
+    @wraps(question)
+    def method(registry: Registry, /, *args: P.args, **options: P.kwargs) -> T:
+        with registry._catalogue.read() as session:
+            return question(session, *args, **options)
+
+    return method
 
 
 class Registry:
@@ -115,11 +126,8 @@ class Registry:
 
     def get_adapter(self, adapter_id: str) -> LoraAdapter:
         """Read an adapter. RegistryError if it is unknown, forgotten, or not what its id says."""
-        return self._fetch_adapter(adapter_id, lambda adapter, _: adapter)
-
-    def adapter_folder(self, adapter_id: str) -> Path:
-        """The adapter's PEFT folder on this machine, verified; read only. Raises as `get_adapter` does."""
-        return self._fetch_adapter(adapter_id, lambda _, folder: folder)
+        check = partial(_read_adapter, adapter_id, self._content(adapter_id))
+        return self._blobs.fetch(_adapter_key(adapter_id), check)
 
     def adapter_bytes(self, adapter_id: str) -> int:
         """Bytes of the adapter's safetensors file. RegistryError if it is unknown or forgotten."""
@@ -133,26 +141,22 @@ class Registry:
         with self._catalogue.read() as session:
             return tuple(sorted(session.scalars(query)))
 
-    def freeze_set(self, adapter_ids: Mapping[str, str]) -> str:
-        """Fix a choice of one adapter for each user (user -> adapter id). Idempotent.
-
-        Returns "s-" and 16 hex digits of the SHA-256 of the sorted pairs. RegistryError: no users, or one
-        that does not hold the adapter named.
-        """
-        with self._catalogue.write() as session:
-            return ledger.freeze(session, adapter_ids)
-
-    def freeze_current(
-        self, base_hash: str, *, chosen: Mapping[str, str] | None = None, run: str = ""
-    ) -> str:
+    def freeze_current(self, base: Base, *, chosen: Mapping[str, str] | None = None, run: str = "") -> str:
         """Fix the current adapter of every user of one base model, as they all are at one instant.
 
-        `chosen` (user -> adapter id) become current for their users under `run`, and are frozen, in the same
-        transaction, whatever others put meanwhile. Reads the catalogue alone, no tensors. Returns and raises
-        as `freeze_set` does.
+        Whose adapter is of `base` is told as `soppu.base_identity.same` does; a warning names who is left out
+        because their adapter does not say it. `chosen` (user -> adapter id) become current for their users
+        under `run`, and are frozen, in the same transaction, whatever others put meanwhile. Reads the
+        catalogue alone, no tensors. Idempotent.
+
+        Returns:
+            "s-" and 16 hex digits of the SHA-256 of the sorted pairs.
+
+        Raises:
+            RegistryError: no users, or one in `chosen` does not hold the adapter named.
         """
         with self._catalogue.write() as session:
-            return ledger.freeze_current(session, base_hash, chosen=chosen or {}, run=run)
+            return ledger.freeze_current(session, base, chosen=chosen or {}, run=run)
 
     def get_set(self, set_id: str) -> dict[str, str]:
         """User -> adapter id of a frozen set, sorted; forgotten users too. RegistryError if it is unknown."""
@@ -163,34 +167,34 @@ class Registry:
             raise RegistryError(f"unknown set {set_id!r}")
         return dict(members)
 
-    def put_bundle(self, path_or_bytes: Path | bytes, *, set_id: str, run: str = "") -> str:
+    def put_bundle(self, data: bytes, *, set_id: str, run: str = "") -> str:
         """Store a bundle compressed from a set. Idempotent. Returns the SHA-256 of the file, 64 hex digits.
 
         Raises:
-            RegistryError: unknown set, no such file, or the bundle is stored for another set already.
+            RegistryError: unknown set, or the bundle is stored for another set already.
             StorageError: a write was refused; files and catalogue are what they were.
         """
         self.get_set(set_id)
-        bundle_id = _sha256(path_or_bytes)
-        fill = partial(_write_bundle, path_or_bytes)
+        bundle_id = hashlib.sha256(data).hexdigest()
+        fill = partial(files.write_bytes, data=data)
         self._blobs.put(_bundle_key(bundle_id), fill, partial(_check_bundle, bundle_id))
         with self._catalogue.write() as session:
             frozen = session.get_one(AdapterSet, set_id, with_for_update=True)
             values = {"set_id": set_id, "run": run, "contains_forgotten": False, "created_at": now()}
-            insert_if_absent(session, BundleRecord, id=bundle_id, **values)
-            row = session.get_one(BundleRecord, bundle_id, with_for_update=True)
+            insert_if_absent(session, Bundle, id=bundle_id, **values)
+            row = session.get_one(Bundle, bundle_id, with_for_update=True)
             if row.set_id != set_id:
                 raise RegistryError(f"bundle {bundle_id[:12]} is stored for set {row.set_id}, not {set_id}")
             row.contains_forgotten = frozen.contains_forgotten
         return bundle_id
 
-    def bundle(self, bundle_id: str) -> BundleRow:
+    def bundle(self, bundle_id: str) -> Bundle:
         """What the catalogue says of a bundle. RegistryError if it is unknown."""
         with self._catalogue.read() as session:
-            row = session.get(BundleRecord, bundle_id)
-            if row is None:
-                raise RegistryError(f"unknown bundle {bundle_id!r}")
-            return BundleRow(row.id, row.set_id, row.run, row.created_at, row.contains_forgotten)
+            row = session.get(Bundle, bundle_id)
+        if row is None:
+            raise RegistryError(f"unknown bundle {bundle_id!r}")
+        return row
 
     def bundle_path(self, bundle_id: str) -> Path:
         """The bundle's file on this machine. RegistryError if it is unknown or has another hash. O(size)."""
@@ -202,21 +206,12 @@ class Registry:
         self.bundle(bundle_id)
         return self._blobs.size(_bundle_key(bundle_id))
 
-    def current(self, user: str) -> str:
-        """The id of the user's current adapter. RegistryError if the user is unknown or forgotten."""
-        return self._ask(ledger.current_adapter, user)
-
-    def current_set(self, *, base_hash: str = "") -> dict[str, str]:
-        """User -> current adapter id, sorted, of all who are not forgotten; of one base model if given."""
-        return self._ask(ledger.current_set, base_hash=base_hash)
-
-    def users(self) -> list[UserRow]:
-        """Every user who is not forgotten, sorted."""
-        return self._ask(ledger.user_rows)
-
-    def history(self, user: str) -> list[HistoryRow]:
-        """Every adapter the user held, oldest first; empty for a forgotten user. RegistryError if unknown."""
-        return self._ask(ledger.history_rows, user)
+    current = _asked(ledger.current_adapter)
+    current_set = _asked(ledger.current_set)
+    users = _asked(ledger.user_rows)
+    history = _asked(ledger.history_rows)
+    publications = _asked(ledger.publications)
+    identity = _asked(ledger.identity)
 
     def publishing(self, url: str) -> AbstractContextManager[None]:
         """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
@@ -230,24 +225,9 @@ class Registry:
         """
         self.bundle(bundle_id)
         with self._catalogue.write() as session:
-            newest = ledger.publications(session, target=target, url=url, limit=1)
-            if not newest or newest[0].bundle_id != bundle_id:
-                session.add(PublicationRecord(target=target, url=url, bundle_id=bundle_id, at=now()))
-
-    def published(self, target: str, url: str = "") -> Publication | None:
-        """What a target serves, None if nothing was published there; `url` "" is the newest of any URL."""
-        return next(iter(self._ask(ledger.publications, target=target, url=url or None, limit=1)), None)
-
-    def publications(self) -> list[Publication]:
-        """Every publication ever recorded, newest first."""
-        return self._ask(ledger.publications)
-
-    def identity(self) -> str:
-        """Names this registry; another name once it is made anew or an adapter is deleted from it.
-
-        What was concluded from a registry (a cached result that holds ids) is void when this changes.
-        """
-        return self._ask(ledger.identity)
+            there = sa.select(Publication.bundle_id).filter_by(target=target, url=url)
+            if session.scalar(there.order_by(Publication.id.desc()).limit(1)) != bundle_id:
+                session.add(Publication(target=target, url=url, bundle_id=bundle_id, at=now()))
 
     def forget(self, user: str) -> ForgetReport:
         """Delete a user's history and metrics, and every adapter that nobody else holds.
@@ -269,15 +249,10 @@ class Registry:
         self._catalogue.scrub()
         return ForgetReport(user, removed, sets, bundles, publications_still_serving=still)
 
-    def _ask(
-        self, question: Callable[Concatenate[Session, P], T], /, *args: P.args, **options: P.kwargs
-    ) -> T:
-        with self._catalogue.read() as session:
-            return question(session, *args, **options)
-
     def _put_unlocked(self, adapter_id: str, put: Callable[[], None]) -> int:
         """Write an adapter's blob, the slow part, without a lock; how often it was deleted before."""
-        before = self._ask(ledger.removals, adapter_id)
+        with self._catalogue.read() as session:
+            before = ledger.removals(session, adapter_id)
         try:
             put()
         except RegistryError:
@@ -312,14 +287,6 @@ class Registry:
             if row.state != "stored":
                 raise RegistryError(f"adapter {adapter_id} was forgotten with its user")
             return row.content
-
-    def _fetch_adapter(self, adapter_id: str, choose: Callable[[LoraAdapter, Path], T]) -> T:
-        content = self._content(adapter_id)
-
-        def check(folder: Path) -> T:
-            return choose(_read_adapter(adapter_id, content, folder), folder)
-
-        return self._blobs.fetch(_adapter_key(adapter_id), check)
 
 
 def _adapter_key(adapter_id: str) -> str:
@@ -368,20 +335,3 @@ def _check_bundle(bundle_id: str, path: Path) -> Path:
     if (found := files.sha256_file(path)) != bundle_id:
         raise RegistryError(f"bundle {bundle_id}: its stored copy is damaged: sha256 {found}")
     return path
-
-
-def _sha256(path_or_bytes: Path | bytes) -> str:
-    if isinstance(path_or_bytes, bytes):
-        return hashlib.sha256(path_or_bytes).hexdigest()
-    try:
-        return files.sha256_file(path_or_bytes)
-    except OSError as error:
-        raise RegistryError(f"bundle {path_or_bytes}: cannot be read: {error}") from error
-
-
-def _write_bundle(path_or_bytes: Path | bytes, path: Path) -> None:
-    if isinstance(path_or_bytes, bytes):
-        files.write_bytes(path, path_or_bytes)
-        return
-    with files.atomic_path(path) as temporary:
-        shutil.copyfile(path_or_bytes, temporary)

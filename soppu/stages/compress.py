@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from soppu import calibrate, models
-from soppu.adapter import LoraAdapter
+from soppu.adapter import AdaptersOnDemand, LoraAdapter
 from soppu.compress import CompressOptions, compress
 from soppu.data import load_public, tokenize
-from soppu.reading import AdaptersOnDemand
 from soppu.stages.run import Run, open_run
 
 Tell = Callable[[dict[str, Any]], None]

@@ -79,7 +79,7 @@ def collect(run_folder: str, federation_id: str) -> str:
         adapters.validate(adapter, who=who)
         base_identity.check(adapter.base, base.base, who=who, whose="this run is for")
         adapters.check_shapes(adapter, shapes, who=who)
-    return registry.freeze_current(base.hash, chosen=result["adapters"], run=run.id)
+    return registry.freeze_current(base.base, chosen=result["adapters"], run=run.id)
 
 
 def freeze_current(run_folder: str) -> str:
@@ -90,12 +90,12 @@ def freeze_current(run_folder: str) -> str:
     """
     run = open_run(run_folder)
     registry, base = run.registry(), run.base()
-    if not registry.current_set(base_hash=base.hash):
+    if not registry.current_set(base=base.base):
         raise FederationError(
             f"{run.config.registry.root}: no user has an adapter for base model {run.config.base.model!r}"
             f" ({len(registry.current_set())} for others); run the full pipeline first"
         )
-    return registry.freeze_current(base.hash)
+    return registry.freeze_current(base.base)
 
 
 def _id(result: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
 
     nightly = pipeline.start("soppu-recompress/nightly")
     completed(pipeline, nightly)
-    assert registry.published("embedded").bundle_id == report["serving"]["bundle_id"]
+    assert registry.publications()[0].bundle_id == report["serving"]["bundle_id"]
 
 
 def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(

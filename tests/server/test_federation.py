@@ -175,7 +175,7 @@ def test_every_user_gets_an_adapter_of_their_own(
         assert wire.to_state(adapter).keys() == sent.keys()
         assert all(torch.equal(tensor, sent[name]) for name, tensor in wire.to_state(adapter).items())
         assert (adapter.base_hash, adapter.base_model) == (base.hash, str(tiny_base))
-        folder = registry.adapter_folder(found["adapters"][user])
+        folder = Path(plain.config.registry.root, "adapters", found["adapters"][user])
         with attached(tiny_llama, adapter):
             expected = tiny_llama(ids).logits
         peft = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), folder).eval()

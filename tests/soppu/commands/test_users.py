@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.base_identity import Base
 from soppu.commands.users import forget_command, show_command, users_command
 from soppu.errors import SoppuError
 from soppu.registry import Registry
@@ -41,7 +42,7 @@ def registry(tmp_path: Path) -> Registry:
     opened = Registry.open(tmp_path / "registry")
     old = opened.put_adapter(make_adapter(1), user="alice", run="r1", metrics={"loss": 2.56789, "gain": 0.5})
     opened.put_adapter(make_adapter(3), user="bob", run="r1")
-    bundle_id = opened.put_bundle(b"1", set_id=opened.freeze_set(opened.current_set()))
+    bundle_id = opened.put_bundle(b"1", set_id=opened.freeze_current(Base("", "b" * 64)))
     opened.record_publication(target="embedded", url="http://127.0.0.1:1", bundle_id=bundle_id)
     opened.put_adapter(make_adapter(2), user="alice", run="r2", metrics={"loss": 2.25})
     assert opened.history("alice")[0].adapter_id == old

@@ -63,4 +63,4 @@ def test_publications_to_a_vllm_server_are_tried_switched_and_rolled_back(
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
     result = CliRunner().invoke(main, ["rollback", *where])
     assert result.exit_code == 0, result.output
-    assert target.active() == run.registry().published("vllm").bundle_id == first
+    assert target.active() == run.registry().publications()[0].bundle_id == first

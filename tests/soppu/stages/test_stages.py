@@ -221,7 +221,7 @@ def test_publishing_serves_every_user_and_doing_it_again_changes_nothing(
     assert target.active() == bundle_id
     assert publish(folder, bundle_id, name) == run.config.serve.url
     assert target.bundles() == (bundle_id,)
-    assert run.registry().published("embedded").bundle_id == bundle_id
+    assert run.registry().publications()[0].bundle_id == bundle_id
 
     report = json.loads((write_report(folder, name).html.parent / "report.json").read_text())
     assert report["serving"]["canaries_ok"] is True
@@ -244,7 +244,7 @@ def test_the_gate_stops_a_bundle_and_leaves_what_was_published(
     target = open_target(run)
     assert target.active() == first
     assert target.bundles() == (first,)
-    assert run.registry().published("embedded").bundle_id == first
+    assert run.registry().publications()[0].bundle_id == first
     report = json.loads((write_report(str(run.folder), name).html.parent / "report.json").read_text())
     assert report["serving"] is None and report["gate"]["reasons"]
 
@@ -261,7 +261,7 @@ def test_a_failed_canary_leaves_what_was_published(
     target = open_target(run)
     assert target.active() == first
     assert target.bundles() == (first,)
-    assert run.registry().published("embedded").bundle_id == first
+    assert run.registry().publications()[0].bundle_id == first
 
 
 def test_the_bundle_before_stays_for_a_rollback_and_older_ones_go(
@@ -278,7 +278,7 @@ def test_the_bundle_before_stays_for_a_rollback_and_older_ones_go(
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
     result = CliRunner().invoke(main, ["rollback", *where])
     assert result.exit_code == 0, result.output
-    assert target.active() == run.registry().published("embedded").bundle_id == published[1]
+    assert target.active() == run.registry().publications()[0].bundle_id == published[1]
     result = CliRunner().invoke(main, ["rollback", *where, "--to", published[0]])  # no longer on the server
     assert result.exit_code == 0, result.output
     assert target.active() == published[0]
