@@ -256,14 +256,16 @@ class Config:
         values = dataclasses.asdict(self)
         federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
         sections = {name: values[name] for name in ("seed", "frozen_dtype", "data", "plan", "lora", "align")}
-        chosen = {**sections, "model": self.base.model, "federation": federation}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest({**sections, "model": self.base.model, "federation": federation})
 
     def digest(self, *sections: str) -> str:
         """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""
         values = dataclasses.asdict(self)
-        chosen = {name: values[name] for name in sections} if sections else values
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest({name: values[name] for name in sections} if sections else values)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
