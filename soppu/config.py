@@ -18,7 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
 from soppu.errors import ConfigError
-from soppu.settings import Amount, Count, Flag, Natural, Real, Texts, Whole, allowed, build, settings
+from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
 
 
 @settings("base")
@@ -217,7 +217,7 @@ class RegistryConfig:
 class Config:
     """One run. `seed` fixes every random choice; `runs` is the folder reports are written to."""
 
-    seed: Natural = 0
+    seed: Seed = 0
     runs: str = "runs"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     base: BaseConfig = BaseConfig()

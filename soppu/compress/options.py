@@ -21,7 +21,7 @@ from soppu.config import (
 from soppu.config import METHODS as METHODS
 from soppu.config import SHARED_METHODS as SHARED_METHODS
 from soppu.errors import ConfigError
-from soppu.settings import Amount, Natural, settings
+from soppu.settings import Amount, Natural, Seed, settings
 
 BASIS_BITS: tuple[int, ...] = get_args(BasisBits)
 CORE_BITS: tuple[int, ...] = get_args(CoreBits)
@@ -58,7 +58,7 @@ class Target:
         if self.ratio:
             size = int(_BYTES_A_NUMBER * parameters / self.ratio)
             # the quotient may have been rounded to just below a whole number
-            return size + (ratio(parameters, size + 1) >= self.ratio)
+            return max(1, size + (ratio(parameters, size + 1) >= self.ratio))  # 0 would be no target
         return self.max_bytes
 
 
@@ -83,7 +83,7 @@ class CompressOptions(CompressSettings):
         ConfigError: a value outside its range; the message lists every fault.
     """
 
-    seed: Natural = 0
+    seed: Seed = 0
 
     @classmethod
     def of(cls, config: CompressConfig, *, seed: int = 0) -> Self:
