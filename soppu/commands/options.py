@@ -32,7 +32,12 @@ def registry_options(text: str) -> Callable[[_Command], _Command]:
     catalogue = click.option(
         "--catalogue", default="", metavar="URL", help="SQLAlchemy URL; default: SQLite inside the registry."
     )
-    place = {"default": ".soppu/registry", "show_default": True, "metavar": "PATH/URL", "help": text}
+    place: dict[str, Any] = {
+        "default": ".soppu/registry",
+        "show_default": True,
+        "metavar": "PATH/URL",
+        "help": text,
+    }
     root = click.option("--registry", "root", **place)
     return lambda command: root(catalogue(command))
 

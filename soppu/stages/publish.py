@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from soppu.compress import Bundle
 from soppu.errors import TargetError
@@ -115,7 +116,7 @@ def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:
     """
     settings, state = run.config.serve, Path(run.config.serve.state)
     base = run.base()
-    known = {"base_hash": base.hash, "admin_token": os.environ.get("SOPPU_ADMIN_TOKEN", "")}
+    known: dict[str, Any] = {"base_hash": base.hash, "admin_token": os.environ.get("SOPPU_ADMIN_TOKEN", "")}
     if settings.target == "embedded":
         target = EmbeddedTarget(settings.url, **known)
         target.start(
