@@ -18,7 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
 from soppu.errors import ConfigError
-from soppu.settings import Amount, Count, Flag, Natural, Real, Texts, Whole, allowed, build, settings
+from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
 
 
 @settings("base")
@@ -217,7 +217,7 @@ class RegistryConfig:
 class Config:
     """One run. `seed` fixes every random choice; `runs` is the folder reports are written to."""
 
-    seed: Natural = 0
+    seed: Seed = 0
     runs: str = "runs"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     base: BaseConfig = BaseConfig()
@@ -256,14 +256,16 @@ class Config:
         values = dataclasses.asdict(self)
         federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
         sections = {name: values[name] for name in ("seed", "frozen_dtype", "data", "plan", "lora", "align")}
-        chosen = {**sections, "model": self.base.model, "federation": federation}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest({**sections, "model": self.base.model, "federation": federation})
 
     def digest(self, *sections: str) -> str:
         """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""
         values = dataclasses.asdict(self)
-        chosen = {name: values[name] for name in sections} if sections else values
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest({name: values[name] for name in sections} if sections else values)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:

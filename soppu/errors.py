@@ -1,21 +1,4 @@
-"""Every error SOPPU raises on purpose, one tree.
-
-    SoppuError
-    ├── MissingExtra           a package that an extra installs is not there
-    ├── ConfigError            a configuration file: unknown key, wrong type, value out of range
-    ├── DataError              a user's text: not JSON, a key missing, a user without examples
-    ├── UnsupportedModel       a base model whose layers we do not know how to split
-    ├── ModelError             a base model that cannot be fetched, or whose files have changed
-    ├── AdapterError           an adapter: missing tensor, wrong shape, NaN, another base model
-    ├── BundleError            a bundle file: truncated, corrupt, wrong hash, unknown user
-    ├── RegistryError          an id that is not there, or bytes that are not what their id says
-    │   └── StorageError       the disk refused a write; what was there before is untouched
-    ├── FederationError        the simulation failed, or too few users answered
-    ├── GateError              a bundle that must not be published; carries every reason
-    ├── ReportError            a report.json that is missing, not JSON, or lacks a field
-    ├── TargetError            a serving target refused, failed a canary, or is not there
-    │   └── PortTaken          the port a server should listen on belongs to somebody else
-    └── RequestError           a generation request the server cannot answer; carries an HTTP status
+"""Every error SOPPU raises on purpose, one tree below SoppuError.
 
 Messages name the thing, the value found and the values allowed.
 """

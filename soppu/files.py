@@ -94,3 +94,9 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_name(text: str) -> bool:
+    """Whether a file or a folder can have this name: one part of a path, UTF-8, neither "." nor ".."."""
+    plain = text.encode(errors="ignore").decode() == text and "\0" not in text
+    return plain and Path(text).name == text not in ("", ".", "..")

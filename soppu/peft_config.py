@@ -89,11 +89,10 @@ class LoraFields(BaseModel):
 
     def more_than_plain(self) -> list[str]:
         """Every key that makes the adapter more than B @ A on the base weights, or that nobody knows."""
-        extra = self.model_extra or {}
         faults = [
             f"{name}={value!r}"
-            for name, value in extra.items()
-            if name not in HARMLESS and not _is_off(value)
+            for name, value in (self.model_extra or {}).items()
+            if name not in HARMLESS and not _is_in(value, _OFF)
         ]
         if not _is_in(self.init_lora_weights, _INITS):
             faults.append(f"init_lora_weights={self.init_lora_weights!r}")
@@ -140,7 +139,3 @@ def _names(names: str | list[str], module: str) -> bool:
 def _is_in(value: Any, allowed: tuple[Any, ...]) -> bool:
     """Membership by type and value: 1 is not True, 0 is not False."""
     return any(type(value) is type(item) and value == item for item in allowed)
-
-
-def _is_off(value: Any) -> bool:
-    return _is_in(value, _OFF)

@@ -49,6 +49,7 @@ Real = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Count = Annotated[Whole, Field(ge=1)]
 Natural = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]  # what TOML holds, and torch takes
 Amount = Annotated[Real, Field(ge=0)]
 Texts = Annotated[tuple[str, ...], allowed("a list of texts")]
 

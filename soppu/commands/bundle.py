@@ -9,25 +9,19 @@ import click
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from soppu.commands.base import BASE, reader
 from soppu.commands.describe import table
-from soppu.commands.folders import named_folders
+from soppu.commands.options import BASE, BUNDLE, OUT, named_folders, reader
 from soppu.compress import Bundle, forget, project
 from soppu.compress.edit import QUEUED
 from soppu.compress.lorax_export import export
 
 QUEUED_EXIT = 3
 
-_BUNDLE = click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
-_OUT = click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Bundle to write."
-)
-
 
 @click.command("project")
-@_BUNDLE
+@BUNDLE
 @click.argument("folders", nargs=-1, required=True, metavar="USER=DIR...")
-@_OUT
+@OUT
 @click.option(
     "--max-error",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -73,9 +67,9 @@ def project_command(
 
 
 @click.command("remove")
-@_BUNDLE
+@BUNDLE
 @click.argument("users", nargs=-1, required=True, metavar="USER...")
-@_OUT
+@OUT
 def remove_command(bundle: Path, users: tuple[str, ...], *, out: Path) -> None:
     """Take USER... out of BUNDLE: their numbers are not in NEW.
 
@@ -87,8 +81,7 @@ def remove_command(bundle: Path, users: tuple[str, ...], *, out: Path) -> None:
         made = forget(made, user)
     bundle_id = made.save(out)
     click.echo(f"removed      {', '.join(dict.fromkeys(users))}")
-    if made.basis_saw:
-        count = len(made.basis_saw)
+    if count := len(made.basis_saw):
         click.echo(
             f"bases saw    {count} adapter(s) that are gone; only a compression without them changes that"
         )
@@ -96,7 +89,7 @@ def remove_command(bundle: Path, users: tuple[str, ...], *, out: Path) -> None:
 
 
 @click.command("export")
-@_BUNDLE
+@BUNDLE
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

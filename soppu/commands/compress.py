@@ -13,9 +13,8 @@ from tqdm import tqdm
 from soppu import calibrate
 from soppu.adapter import WEIGHTS_FILE, AdaptersOnDemand, LoraAdapter
 from soppu.base_identity import Base
-from soppu.commands.base import BASE, reader
 from soppu.commands.describe import summary, table
-from soppu.commands.folders import named_folders
+from soppu.commands.options import BASE, OUT, named_folders, reader
 from soppu.compress import CompressOptions, compress
 from soppu.config import METHODS, TARGETS, CompressSettings
 from soppu.errors import BundleError
@@ -42,9 +41,7 @@ def _settings(*names: str) -> Callable[[_Command], _Command]:
 
 @click.command("compress")
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Bundle to write."
-)
+@OUT
 @_settings("method", "ratio", "max_bytes", "max_error", "rank", "clusters", "basis_bits", "core_bits")
 @_settings("density", "alpha", "faithful")
 @click.option(

@@ -29,28 +29,20 @@ def summary(bundle: Bundle, size: int) -> None:
         f"error        root mean square {report.relative_error_rms:.5f},"
         f" mean {report.relative_error_mean:.5f}, worst {report.relative_error_max:.5f}"
     )
-    for line in losses(bundle.report):
-        click.echo(line)
-    click.echo(f"certificate  {certificate(bundle)}")
+    if report.lost_users:
+        count = f"{len(report.lost_users)} of {len(report.relative_error)}"
+        click.echo(f"lost users   {count}, served as the base model: {', '.join(report.lost_users)}")
+    if report.lost_modules:
+        count = f"{len(report.lost_modules)} of {len(report.module_error)}"
+        click.echo(f"lost modules {count}, nothing kept of anybody: {', '.join(report.lost_modules)}")
+    click.echo(f"certificate  {_certificate(report)}")
     click.echo(f"numbers      {report.parameters_before:,} -> {report.parameters_after:,}")
     click.echo(f"ratio        {ratio(report.parameters_before, size):.2f}x against 16 bits a number")
 
 
-def losses(report: CompressionReport) -> list[str]:
-    """A line each for users and for modules of whom nothing is in the bundle."""
-    lines = []
-    if report.lost_users:
-        count = f"{len(report.lost_users)} of {len(report.relative_error)}"
-        lines.append(f"lost users   {count}, served as the base model: {', '.join(report.lost_users)}")
-    if report.lost_modules:
-        count = f"{len(report.lost_modules)} of {len(report.module_error)}"
-        lines.append(f"lost modules {count}, nothing kept of anybody: {', '.join(report.lost_modules)}")
-    return lines
-
-
-def certificate(bundle: Bundle) -> str:
+def _certificate(report: CompressionReport) -> str:
     """One line: what the shared bases leave by themselves, and the least that bases of their ranks can."""
-    report, overall = bundle.report, bundle.report.overall
+    overall = report.overall
     if not any(report.k_used.values()):
         return "none: no module has a shared basis"
     alone = f"bases and cores alone leave {overall.relative_achieved:.5f}"

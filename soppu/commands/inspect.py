@@ -11,6 +11,7 @@ import click
 
 from soppu import files
 from soppu.commands.describe import summary, table
+from soppu.commands.options import BUNDLE
 from soppu.compress import Bundle
 from soppu.compress.numbers.components import Components
 
@@ -18,7 +19,7 @@ _KINDS = ("shared", "mixed", "own")
 
 
 @click.command("inspect")
-@click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
+@BUNDLE
 @click.option("--user", help="Only what concerns this user.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def inspect_command(bundle: Path, *, user: str | None, as_json: bool) -> None:
@@ -156,8 +157,8 @@ def _bytes_by_part(path: Path) -> dict[str, int]:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     found = {"bases": 0, "pages": 0}
     for name, entry in header.items():
-        part = "bases" if name == "bases" else "pages"
-        if part == "bases" or name.startswith("page."):
+        part = "pages" if name.startswith("page.") else name
+        if part in found:
             start, end = entry["data_offsets"]
             found[part] += end - start
     return found | {"metadata": path.stat().st_size - sum(found.values())}

@@ -6,6 +6,7 @@ import os
 
 import click
 
+from soppu.commands.options import registry_options
 from soppu.errors import RegistryError, TargetError
 from soppu.registry import Registry
 from soppu.stages.publish import previous_bundles, refuse_forgotten, target_class
@@ -13,17 +14,7 @@ from soppu.stages.publish import previous_bundles, refuse_forgotten, target_clas
 
 @click.command("rollback")
 @click.option("--url", default="http://127.0.0.1:8099", show_default=True, help="The server.")
-@click.option(
-    "--registry",
-    "root",
-    default=".soppu/registry",
-    show_default=True,
-    metavar="PATH/URL",
-    help="Where publications are recorded.",
-)
-@click.option(
-    "--catalogue", default="", metavar="URL", help="SQLAlchemy URL; default: SQLite inside the registry."
-)
+@registry_options("Where publications are recorded.")
 @click.option("--to", "bundle_id", default="", metavar="BUNDLE", help="Another bundle than the one before.")
 def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> None:
     """Make the bundle before the present one live again, and record that.

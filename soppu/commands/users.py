@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import click
 
 from soppu import tables
+from soppu.commands.options import registry_options
 from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
 
-
-def _registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    catalogue = click.option(
-        "--catalogue", default="", metavar="URL", help="SQLAlchemy URL; default: SQLite inside the registry."
-    )
-    root = click.option(
-        "--registry",
-        "root",
-        default=".soppu/registry",
-        show_default=True,
-        metavar="PATH/URL",
-        help="Where adapters and bundles are kept.",
-    )
-    return root(catalogue(command))
+_REGISTRY = registry_options("Where adapters and bundles are kept.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 
 
 @click.command("users")
-@_registry_options
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@_REGISTRY
+@_JSON
 def users_command(root: str, catalogue: str, as_json: bool) -> None:
     """List every user: current adapter, metrics, and where they are served."""
     rows = _open(root, catalogue).users()
@@ -44,8 +32,8 @@ def users_command(root: str, catalogue: str, as_json: bool) -> None:
 
 @click.command("show")
 @click.argument("user")
-@_registry_options
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@_REGISTRY
+@_JSON
 def show_command(user: str, root: str, catalogue: str, as_json: bool) -> None:
     """Show every adapter USER has held, oldest first; * marks the current one."""
     rows = _open(root, catalogue).history(user)
@@ -60,7 +48,7 @@ def show_command(user: str, root: str, catalogue: str, as_json: bool) -> None:
 
 @click.command("forget")
 @click.argument("user")
-@_registry_options
+@_REGISTRY
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def forget_command(user: str, root: str, catalogue: str, yes: bool) -> None:
     """Delete USER's history, metrics and adapters. This cannot be undone."""

@@ -120,7 +120,7 @@ def _rank(bundle: Bundle, users: Sequence[str]) -> int:
     """The smallest of RANKS that holds every component of these users."""
     places = torch.tensor([bundle.index(user) for user in users])
     for user in users:
-        if Path(user).name != user or user in (".", "..") or "\0" in user:
+        if not files.is_name(user):
             raise BundleError(f"user {user!r}: cannot be the name of a folder")
     most = 0
     for number in range(len(bundle.pages)):

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from soppu.config import CALIBRATION, CompressConfig, CompressSettings, one_target
 from soppu.errors import ConfigError
-from soppu.settings import Amount, Natural, settings
+from soppu.settings import Amount, Natural, Seed, settings
 
 DEFAULT_RATIO = 16.0  # of methods that need a target and were given none
 _BYTES_A_NUMBER = 2  # a ratio is against adapters kept in 16 bits a number
@@ -41,7 +41,7 @@ class Target:
         if self.ratio:
             size = int(_BYTES_A_NUMBER * parameters / self.ratio)
             # the quotient may have been rounded to just below a whole number
-            return size + (ratio(parameters, size + 1) >= self.ratio)
+            return max(1, size + (ratio(parameters, size + 1) >= self.ratio))  # 0 would be no target
         return self.max_bytes
 
 
@@ -63,7 +63,7 @@ class CompressOptions(CompressSettings):
         ConfigError: a value outside its range; the message lists every fault.
     """
 
-    seed: Natural = 0  # of sketches and of cluster starts
+    seed: Seed = 0  # of sketches and of cluster starts
 
     @classmethod
     def of(cls, config: CompressConfig, *, seed: int = 0) -> Self:

@@ -75,8 +75,12 @@ class Aligner:
         Args:
             user_adapter: the shared adapter at present; both sides of the KL term carry it.
         """
-        optimizer = self._ready()
-        own = emulator.to_own(self._trainable(), self.plan, self.plan.kept)
+        if self._optimizer is None:
+            params = [side.requires_grad_() for pair in self.pairs.values() for side in (pair.A, pair.B)]
+            self._optimizer = torch.optim.AdamW(params, lr=self.options.learning_rate, weight_decay=0.0)
+        optimizer = self._optimizer
+        trained = LoraAdapter(self.pairs, base_hash=self.plan.base_hash)
+        own = emulator.to_own(trained, self.plan, self.plan.kept)
         top_adapter = emulator.to_own(user_adapter, self.plan, self.plan.adapter) if user_adapter else None
         for _ in range(count):
             chosen = torch.randint(len(self._blocks), (self.options.batch_size,), generator=self._generator)
@@ -94,15 +98,6 @@ class Aligner:
         with attached(self._student, own):
             l2, kl = self._losses(list(range(min(limit, len(self._blocks)))))
         return AlignLoss(float(l2), float(kl))
-
-    def _ready(self) -> torch.optim.AdamW:
-        if self._optimizer is None:
-            params = [side.requires_grad_() for pair in self.pairs.values() for side in (pair.A, pair.B)]
-            self._optimizer = torch.optim.AdamW(params, lr=self.options.learning_rate, weight_decay=0.0)
-        return self._optimizer
-
-    def _trainable(self) -> LoraAdapter:
-        return LoraAdapter(self.pairs, base_hash=self.plan.base_hash)
 
     def _losses(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
         ids, mask, _ = collate([self._blocks[index] for index in chosen], pad_id=self.pad_id)

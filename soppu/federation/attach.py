@@ -7,7 +7,7 @@ where those ask for them. Equal to PEFT's LoRA with scale 1 (tests hold the two 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,18 +26,14 @@ def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
     Raises:
         AdapterError: the model has no such module.
     """
-    hooks = []
-    try:
+    with ExitStack() as stack:  # a handle takes its hook off at the end
         for name, pair in (adapter.pairs if adapter else {}).items():
             try:
                 module = model.get_submodule(name)
             except AttributeError:
                 raise AdapterError(f"{name}: the model has no such module") from None
-            hooks.append(module.register_forward_hook(_hook(pair)))
+            stack.enter_context(module.register_forward_hook(_hook(pair)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _hook(pair: LoraPair) -> Any:

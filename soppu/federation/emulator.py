@@ -24,12 +24,10 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.errors import AdapterError, UnsupportedModel
 from soppu.module_names import split_layer
 
+_LLAMA = ("q_proj", "v_proj", "o_proj", "down_proj")
 # model_type -> path of the decoder layers, and the projections a LoRA adapts by default.
 SUPPORTED: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "llama": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
-    "mistral": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
-    "qwen2": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
-    "qwen3": ("model.layers", ("q_proj", "v_proj", "o_proj", "down_proj")),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("model.layers", _LLAMA)),
     "gpt_neox": ("gpt_neox.layers", ("query_key_value", "dense", "dense_4h_to_h")),
     "opt": ("model.decoder.layers", ("q_proj", "v_proj", "out_proj", "fc2")),
     "gpt2": ("transformer.h", ("c_attn", "c_proj")),
@@ -38,23 +36,14 @@ SUPPORTED: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Which layers are whose. The contract between server, clients and registry.
+    """Which layers are whose. The contract between server, clients and registry."""
 
-    Attributes:
-        model_type: family of the base model, a key of `SUPPORTED`.
-        base_hash: hash of the base model's files.
-        layers: L, decoder layers of the full model.
-        adapter_layers: a, the last layers, which users train.
-        kept: full-model numbers of the bottom layers the emulator keeps, ascending.
-        target_modules: names of the projections that carry LoRA factors.
-    """
-
-    model_type: str
-    base_hash: str
-    layers: int
-    adapter_layers: int
-    kept: tuple[int, ...]
-    target_modules: tuple[str, ...]
+    model_type: str  # family of the base model, a key of `SUPPORTED`
+    base_hash: str  # of the base model's files
+    layers: int  # L, decoder layers of the full model
+    adapter_layers: int  # a, the last layers, which users train
+    kept: tuple[int, ...]  # full-model numbers of the bottom layers the emulator keeps, ascending
+    target_modules: tuple[str, ...]  # names of the projections that carry LoRA factors
 
     @property
     def path(self) -> str:
@@ -84,7 +73,7 @@ class LayerPlan:
     @property
     def hash(self) -> str:
         """SHA-256 over the plan, 64 hex: clients refuse to train on another one."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """The plan as it travels to clients."""
@@ -93,10 +82,8 @@ class LayerPlan:
     @classmethod
     def from_json(cls, text: str) -> LayerPlan:
         """Read what `to_json` wrote."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
-        }
-        return cls(**values)
+        values: dict[str, Any] = json.loads(text)
+        return cls(**values | {name: tuple(values[name]) for name in ("kept", "target_modules")})
 
 
 def make_plan(
@@ -111,8 +98,6 @@ def make_plan(
 
     Args:
         model: the full model; only its configuration and module names are read.
-        base_hash: hash of its files.
-        adapter_layers: a, counted from the top.
         drop_ratio: share of the bottom layers the emulator drops; 0 keeps the model whole.
         target_modules: projections to adapt; empty takes the family's default.
 
@@ -188,26 +173,18 @@ def with_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     clone: PreTrainedModel = copy.deepcopy(model, shared)
     layers = decoder_layers(clone)
-    parent = clone.get_submodule(SUPPORTED[model.config.model_type][0].rsplit(".", 1)[0])
-    setattr(
-        parent,
-        SUPPORTED[model.config.model_type][0].rsplit(".", 1)[1],
-        nn.ModuleList(layers[n] for n in numbers),
-    )
+    clone.set_submodule(SUPPORTED[model.config.model_type][0], nn.ModuleList(layers[n] for n in numbers))
     for own, number in enumerate(numbers):
         for module in layers[number].modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = own  # type: ignore[assignment]
-    _renumber_config(clone.config, numbers)
-    return clone
-
-
-def _renumber_config(config: Any, numbers: Sequence[int]) -> None:
-    whole = config.num_hidden_layers
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == whole and name in ("layer_types", "attention_layers"):
+    config = clone.config
+    for name in ("layer_types", "attention_layers"):
+        value = vars(config).get(name)
+        if isinstance(value, list) and len(value) == len(layers):
             setattr(config, name, [value[number] for number in numbers])
     config.num_hidden_layers = len(numbers)
+    return clone
 
 
 def renumber(
@@ -269,7 +246,6 @@ class TopModel:
         exact = all(p.dtype == torch.float32 for p in top.parameters())
         # .float() would widen the tensors in place, and they are the full model's too
         self.model: PreTrainedModel = top if exact else copy.deepcopy(top).float()
-        self.numbers = plan.adapter
 
     def hidden(self, below: Tensor, mask: Tensor) -> Tensor:
         """Final-norm output (b, t, d) from the bottom's output `below` (b, t, d) and the mask (b, t)."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -50,23 +48,14 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Simulation:
-    """One run.
+    """One run."""
 
-    Attributes:
-        app: folder with the pyproject.toml that names the Flower apps.
-        config: the frozen configuration file handed to them.
-        workdir: where checkpoints, progress and the result go; a second attempt continues from it.
-        users: simulated clients.
-        client_cpus: cores each of them may take; how many run at a time follows from it.
-        timeout_s: after this the run has failed.
-    """
-
-    app: Path
-    config: Path
-    workdir: Path
-    users: int
-    client_cpus: int = 1
-    timeout_s: float = 3600.0
+    app: Path  # folder with the pyproject.toml that names the Flower apps
+    config: Path  # the frozen configuration file handed to them
+    workdir: Path  # where checkpoints, progress and the result go; a second attempt continues from it
+    users: int  # simulated clients
+    client_cpus: int = 1  # cores each of them may take; how many run at a time follows from it
+    timeout_s: float = 3600.0  # after this the run has failed
 
 
 def run(
@@ -114,7 +103,7 @@ def _kill_marked(mark: str, variable: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.environ().get(variable) == mark:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # gone meanwhile, or not ours to look at
@@ -141,35 +130,27 @@ def free_port() -> int:
 @contextmanager
 def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]:
     port = free_port()
-    scratch = Path(tempfile.mkdtemp(prefix="soppu-"))  # short: Ray's socket paths have 107 characters
-    home = scratch / "flwr"
-    home.mkdir()
-    (home / "config.toml").write_text(_CONNECTION.format(port=port))
-    scripts = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        **_QUIET,
-        _MARK: mark_of(simulation.workdir),
-        "FLWR_HOME": str(home),
-        "RAY_TMPDIR": str(scratch),
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
-        "OMP_NUM_THREADS": str(simulation.client_cpus),
-    }
-    try:
+    # short: Ray's socket paths have 107 characters
+    with tempfile.TemporaryDirectory(prefix="soppu-", ignore_cleanup_errors=True) as scratch:
+        home = Path(scratch, "flwr")
+        home.mkdir()
+        (home / "config.toml").write_text(_CONNECTION.format(port=port))
+        scripts = str(Path(sys.executable).parent)
+        environment = {
+            **os.environ,
+            **_QUIET,
+            _MARK: mark_of(simulation.workdir),
+            "FLWR_HOME": str(home),
+            "RAY_TMPDIR": scratch,
+            "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+            "OMP_NUM_THREADS": str(simulation.client_cpus),
+        }
         yield environment, port
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _start_superlink(environment: dict[str, str], port: int, log: Any) -> subprocess.Popen[bytes]:
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
-        env=environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    process = _started([*command, "--host", "127.0.0.1", "--port", str(port)], environment, log)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -191,13 +172,11 @@ def _start_run(simulation: Simulation, environment: dict[str, str], log: Any) ->
     )
     run_config = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
     command = ["flwr", "run", str(simulation.app), "soppu", "--stream", "--run-config", run_config]
-    return subprocess.Popen(
-        [*command, "--federation-config", resources],
-        env=environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    return _started([*command, "--federation-config", resources], environment, log)
+
+
+def _started(command: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def _watch(

@@ -7,7 +7,7 @@ and the adapter layers start from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +21,15 @@ from soppu.federation.attach import attached
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How one call of `fit` trains.
+    """How one call of `fit` trains."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: examples a step.
-        learning_rate: AdamW step size of A; B's is `b_ratio` times as large.
-        b_ratio: alpha / r. Under Adam the LoRA scale is a step size for B, and this is where it enters.
-        prox_weight: weight of the squared product-space distance to the start.
-        seed: order of the examples.
-    """
-
-    steps: int
-    batch_size: int = 4
-    learning_rate: float = 1e-3
+    steps: int  # of the optimiser
+    batch_size: int = 4  # examples a step
+    learning_rate: float = 1e-3  # AdamW step size of A; B's is `b_ratio` times as large
+    # alpha / r. Under Adam the LoRA scale is a step size for B, and this is where it enters
     b_ratio: float = 2.0
-    prox_weight: float = 0.0
-    seed: int = 0
+    prox_weight: float = 0.0  # of the squared product-space distance to the start
+    seed: int = 0  # order of the examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +127,7 @@ def fit(
         weight_decay=0.0,
     )
     losses = []
-    trained = LoraAdapter(pairs, start.base_model, start.base_hash, start.fan_in_fan_out)
-    with attached(top.model, trained):
+    with attached(top.model, replace(start, pairs=pairs)):
         for chosen in _batches(len(blocks), options):
             summed, count = batch_loss(top, [blocks[index] for index in chosen])
             loss = summed / max(count, 1)
@@ -146,13 +137,9 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    result = LoraAdapter(
-        {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in pairs.items()},
-        start.base_model,
-        start.base_hash,
-        start.fan_in_fan_out,
-    )
-    return TrainResult(emulator.to_full(result, plan, plan.adapter), losses[0], losses[-1], len(losses))
+    finished = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in pairs.items()}
+    result = emulator.to_full(replace(start, pairs=finished), plan, plan.adapter)
+    return TrainResult(result, losses[0], losses[-1], len(losses))
 
 
 def _inner(left: LoraPair, right: LoraPair) -> Tensor:

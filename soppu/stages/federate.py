@@ -15,7 +15,7 @@ from soppu.errors import FederationError, RegistryError
 from soppu.federation import emulator, simulation
 from soppu.federation.emulator import LayerPlan
 from soppu.registry import Registry
-from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
+from soppu.stages.run import CONFIG, FEDERATION, open_run
 
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
 
@@ -34,23 +34,16 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
     with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
         result = run.read(RESULT)
         if not (result and _all_held(run.registry(), result["adapters"])):
-            result = _simulate(run, on_progress)
+            wanted = simulation.Simulation(
+                app=Path(soppu.__file__).resolve().parents[1],
+                config=run.folder / CONFIG,
+                workdir=run.folder / FEDERATION,
+                users=len(run.config.data.users),
+                client_cpus=run.config.federation.client_cpus,
+                timeout_s=run.config.federation.timeout_s,
+            )
+            result = simulation.run(wanted, on_progress=on_progress)
         return _id(result)
-
-
-def _simulate(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
-    settings = run.config.federation
-    return simulation.run(
-        simulation.Simulation(
-            app=Path(soppu.__file__).resolve().parents[1],
-            config=run.folder / CONFIG,
-            workdir=run.folder / FEDERATION,
-            users=len(run.config.data.users),
-            client_cpus=settings.client_cpus,
-            timeout_s=settings.timeout_s,
-        ),
-        on_progress=on_progress,
-    )
 
 
 def collect(run_folder: str, federation_id: str) -> str:

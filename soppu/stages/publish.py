@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from soppu.compress import Bundle
 from soppu.errors import TargetError
@@ -53,7 +54,9 @@ def _publish(run: Run, bundle_id: str) -> str:
         raise
     target.activate(bundle_id)
     registry.record_publication(target=settings.target, url=settings.url, bundle_id=bundle_id)
-    _drop_others(target, keep={bundle_id, *previous_bundles(registry, settings.url, bundle_id)[:1]})
+    kept = {bundle_id, *previous_bundles(registry, settings.url, bundle_id)[:1]}  # the other for a rollback
+    for other in set(target.bundles()) - kept:
+        target.drop(other)
     serving = {
         "target": settings.target,
         "url": settings.url,
@@ -123,48 +126,37 @@ def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:
         TargetError: the server did not come up, or serves another base model; or a vLLM server has to be
             started and there is no bundle to start it with.
     """
-    settings = run.config.serve
-    token = os.environ.get("SOPPU_ADMIN_TOKEN", "")
+    settings, state = run.config.serve, Path(run.config.serve.state)
+    base = run.base()
+    known: dict[str, Any] = {"base_hash": base.hash, "admin_token": os.environ.get("SOPPU_ADMIN_TOKEN", "")}
     if settings.target == "embedded":
-        target = EmbeddedTarget(settings.url, base_hash=run.base().hash, admin_token=token)
-        target.start(_embedded_launch(run))
+        target = EmbeddedTarget(settings.url, **known)
+        target.start(
+            ServerLaunch(
+                model=run.config.base.model,
+                cache=Path(run.config.base.cache),
+                state=state,
+                log=state / "server.log",
+                pid_file=state / "server.pid",
+                max_batch=settings.max_batch,
+                timeout=settings.start_timeout_s,
+            )
+        )
         return target
-    vllm = VllmTarget(settings.url, base_hash=run.base().hash, admin_token=token)
+    vllm = VllmTarget(settings.url, **known)
     if first is None:
         if not vllm.is_up():
             raise TargetError(f"{settings.url}: nobody answers; a vLLM server is started by a publication")
-    elif vllm.start(_vllm_launch(run, first)):
-        vllm.rollback("")  # it is active from the start there, and has to pass its canaries first
-    return vllm
-
-
-def _embedded_launch(run: Run) -> ServerLaunch:
-    settings, state = run.config.serve, Path(run.config.serve.state)
-    return ServerLaunch(
-        model=run.config.base.model,
-        cache=Path(run.config.base.cache),
-        state=state,
-        log=state / "server.log",
-        pid_file=state / "server.pid",
-        max_batch=settings.max_batch,
-        timeout=settings.start_timeout_s,
-    )
-
-
-def _vllm_launch(run: Run, bundle: Path) -> VllmLaunch:
-    settings, state = run.config.serve, Path(run.config.serve.state)
-    return VllmLaunch(
+        return vllm
+    launch = VllmLaunch(
         python=Path(settings.vllm_python),
-        model=run.base().path,
-        bundle=bundle,
+        model=base.path,
+        bundle=first,
         log=state / "vllm.log",
         pid_file=state / "vllm.pid",
         timeout=settings.start_timeout_s,
         options=("--max-num-seqs", str(settings.max_batch), *settings.vllm_options),
     )
-
-
-def _drop_others(target: HttpTarget, *, keep: set[str]) -> None:
-    """Leave the server the bundle that is live and the one before it, for a rollback."""
-    for bundle_id in set(target.bundles()) - keep:
-        target.drop(bundle_id)
+    if vllm.start(launch):
+        vllm.rollback("")  # it is active from the start there, and has to pass its canaries first
+    return vllm

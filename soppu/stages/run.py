@@ -116,20 +116,23 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     CompressOptions.of(config.compress, seed=config.seed).torch_device()
     texts = ""
     if text:
-        config = _with_users(config)
+        # named, so that all later stages agree on who takes part
+        users = tuple(map(check_user_id, list_users(config.data)))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, users=users))
         _check_split(config, base)
         public = [item.digest() for item in load_public(config.align.source, limit=config.align.examples)]
-        tokens = models.tokenizer_digest(base)
-        texts = " ".join(
-            [tokens, *public, *(load_user(config.data, user).digest() for user in config.data.users)]
-        )
+        own = [load_user(config.data, user).digest() for user in users]
+        texts = " ".join([models.tokenizer_digest(base), *public, *own])
     folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
     files.write_text(folder / CONFIG, configuration.dump(config))
     if not (folder / BIRTH).exists():
         files.write_text(folder / BIRTH, uuid.uuid4().hex)
-    if text:
+    if text:  # runs that differ only in what comes after the training share its folder, and so its adapters
         training = _digest(config.training_digest(), base.hash, texts, config.registry.root)
-        _link(folder / FEDERATION, folder.parent / ".federations" / training)
+        shared, link = folder.parent / ".federations" / training, folder / FEDERATION
+        shared.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(shared, link.parent))
     return str(folder)
 
 
@@ -150,22 +153,6 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _link(link: Path, folder: Path) -> None:
-    """Runs that differ only in what comes after the training share its folder, and so its adapters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(os.path.relpath(folder, link.parent))
-
-
-def _with_users(config: Config) -> Config:
-    """Name every user, so that all later stages agree on who takes part."""
-    users = list_users(config.data)
-    for user in users:
-        check_user_id(user)
-    data = dataclasses.replace(config.data, users=tuple(users))
-    return dataclasses.replace(config, data=data)
-
-
 def _absolute(config: Config) -> Config:
     """Every path made absolute: stages run in other processes, with other working directories."""
 
@@ -173,13 +160,11 @@ def _absolute(config: Config) -> Config:
         return text if not text or text in words or "://" in text else str(Path(text).resolve())
 
     replace = dataclasses.replace
-    model = config.base.model
+    model = config.base.model if not Path(config.base.model).exists() else path(config.base.model)
     return replace(
         config,
         runs=path(config.runs),
-        base=replace(
-            config.base, cache=path(config.base.cache), model=path(model) if Path(model).exists() else model
-        ),
+        base=replace(config.base, cache=path(config.base.cache), model=model),
         data=replace(config.data, source=path(config.data.source, STDLIB)),
         align=replace(config.align, source=path(config.align.source, STDLIB_PUBLIC)),
         serve=replace(config.serve, state=path(config.serve.state)),

@@ -198,6 +198,7 @@ def test_an_unknown_key_comes_with_the_nearest_one(values: dict[str, Any], near:
         (lambda: LoraSettings(rank=0), "lora.rank = 0, allowed: at least 1"),
         (lambda: dataclasses.replace(Config().gate, max_relative_error="1"), "gate.max_relative_error = '1'"),
         (lambda: dataclasses.replace(Config(), seed=-1), "seed = -1, allowed: at least 0"),
+        (lambda: Config(seed=2**63), f"seed = {2**63}, allowed: at most {2**63 - 1}"),
         (lambda: CompressOptions(rnak=3), "unknown key compress.rnak; compress. knows: method"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -136,12 +137,24 @@ def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(fleet, tmp_path: P
     assert Bundle.load(tmp_path / "b").users == ("lr=3",)
 
 
-@pytest.mark.parametrize("bad", ["twice", "nameless"])
+@pytest.mark.parametrize("bad", ["user0", "", "a/b", "/a", "a/", "..", "."])
 def test_names_that_do_not_work_are_usage_errors(folders, tmp_path: Path, bad):
-    given = {"twice": [folders[0], f"user0={folders[1]}"], "nameless": [f"={folders[0]}"]}[bad]
+    given = [folders[0], f"{bad}={folders[1]}"]
     result = run(*given, "--out", tmp_path / "b")
     assert result.exit_code == 2 and "USER=DIR" in result.output
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_ratio_that_leaves_no_byte_is_refused(folders, tmp_path: Path, method):
+    result = run(*folders, "--method", method, "--ratio", 1e308, "--out", tmp_path / "b")
+    assert result.exit_code == 1 and re.search(r"(1e\+308x|of 1 bytes).* \d[\d,]{2,}", result.output)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_seed_too_large_is_refused_before_anything_is_read(tmp_path: Path):
+    result = run(tmp_path / "absent", "--seed", 2**63, "--out", tmp_path / "b")
+    assert result.exit_code == 1 and f"compress.seed = {2**63}, allowed: at most {2**63 - 1}" in result.output
 
 
 def test_a_folder_without_an_adapter_is_an_error(tmp_path: Path):
