@@ -24,8 +24,8 @@ setup: $(VENV)/.installed  ## create .venv and install everything from constrain
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0   # first: this one is the CPU build
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0   # first: the CPU build
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'   # what is used compiles itself
 	touch $@
 
 demo: setup      ## the whole pipeline on this machine: federate, compress, gate, serve (minutes)

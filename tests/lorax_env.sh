@@ -9,4 +9,4 @@ if "$venv/bin/python" -c "import importlib.metadata as m, lorax, sys; sys.exit(m
 fi
 rm -rf "$venv"
 "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/pip" install --quiet "lorax-client==$version" requests
+"$venv/bin/pip" install --quiet --no-compile "lorax-client==$version" requests
