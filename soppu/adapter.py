@@ -316,7 +316,13 @@ def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
     other = {name: value for name, value in ranks.items() if value != rank}
     leaves = sorted({name.rsplit(".", 1)[-1] for name in ranks})
     layers = sorted({parts[1] for name in ranks if (parts := split_layer(name))})
-    regular = len(ranks) == len(leaves) * len(layers)
+    # PEFT finds a layer's number only where what holds the layers has a name before it: "model.layers.0."
+    places = {
+        (parts[1], name.rsplit(".", 1)[-1])
+        for name in ranks
+        if (parts := split_layer(name)) and parts[0].count(".") > 1
+    }
+    regular = len(places) == len(ranks) == len(leaves) * len(layers)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -23,7 +23,7 @@ from soppu import adapter as adapters
 from soppu import peft_config
 from soppu.errors import AdapterError
 from soppu.federation.attach import attached
-from tests.soppu.test_adapter import edit_config, edit_tensors, logits, small
+from tests.soppu.test_adapter import edit_config, edit_tensors, logits, random_adapter, small
 
 Q = "model.layers.1.self_attn.q_proj"
 
@@ -181,6 +181,24 @@ def test_tensors_that_peft_would_drop_are_named(folder: Path, changes: dict[str,
     edit_config(folder, **changes)
     with pytest.raises(AdapterError, match=r"q_proj: the file has tensors of it, but .* leave it out"):
         adapters.read(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["layers.0.q_proj"], id="a model without a name before its layers"),
+        pytest.param(["h.0.attn.c_attn", "h.1.attn.c_attn"], id="GPT-2 without its head"),
+        pytest.param(["model.layers.0.q_proj", "lm_head"], id="one module outside the layers"),
+        pytest.param(["layers.0.experts.1.up", "layers.0.experts.2.up"], id="experts"),
+        pytest.param(["h.0.q", "model.h.1.q"], id="both kinds"),
+        pytest.param(["model.h.0.a.q", "model.h.0.b.q", "model.h.1.a.k", "model.h.1.b.k"], id="a name twice"),
+    ],
+)
+def test_peft_and_we_load_every_module_that_we_write(tmp_path: Path, names: list[str]) -> None:
+    adapters.write(random_adapter(dict.fromkeys(names, (6, 5))), tmp_path / "a")
+    assert adapters.read(tmp_path / "a").pairs.keys() == set(names)
+    config = LoraConfig.from_pretrained(str(tmp_path / "a"))
+    assert all(check_target_module_exists(config, name) is True for name in names)
 
 
 # ---- keys of the configuration
