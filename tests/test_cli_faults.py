@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import shutil
@@ -237,7 +238,8 @@ def test_ctrl_c_says_aborted(place: Path) -> None:
     """While it waits for the bundle that a named pipe never brings."""
     pipe = place / "slow"
     os.mkfifo(pipe)
-    run = process("inspect", pipe)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # nohup ignores it
+    run = process("inspect", pipe, preexec_fn=heard)
     writer = os.open(pipe, os.O_WRONLY)  # waits until the command opens the pipe
     time.sleep(0.2)
     run.send_signal(signal.SIGINT)

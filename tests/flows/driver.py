@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from deploy.stack import ROOT, Stack
 
@@ -57,9 +59,12 @@ class Pipeline:
         return done.stdout
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Ask Prefect's API: POST with a body, else GET."""
-        url = f"{self.stack.api}/{path}"
-        answer = requests.get(url, timeout=30) if body is None else requests.post(url, json=body, timeout=30)
+        """Ask Prefect's API: POST with a body, else GET; again, as its own client, while its database is busy."""
+        again = Retry(total=6, backoff_factor=0.5, status_forcelist=[503], allowed_methods=None)
+        with requests.Session() as session:
+            session.mount("http://", HTTPAdapter(max_retries=again))
+            url, method = f"{self.stack.api}/{path}", "GET" if body is None else "POST"
+            answer = session.request(method, url, json=body, timeout=30)
         answer.raise_for_status()
         return answer.json()
 
