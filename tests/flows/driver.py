@@ -59,7 +59,7 @@ class Pipeline:
         return done.stdout
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Ask Prefect's API: POST with a body, else GET; again while its database is busy, as its client does."""
+        """Ask Prefect's API: POST with a body, else GET; again while its database is busy."""
         again = Retry(total=6, backoff_factor=0.5, status_forcelist=[503], allowed_methods=None)
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=again))
