@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from soppu import calibrate, data, models, tables
+from soppu.commands.options import CACHE
 from soppu.compress.linalg import whitening
 
 
@@ -42,13 +43,7 @@ from soppu.compress.linalg import whitening
     show_default=True,
     help="Moments about the mean input, or about zero.",
 )
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    default=Path(".soppu/models"),
-    show_default=True,
-    help="Where converted base models are kept.",
-)
+@CACHE
 def calibrate_command(
     model: str,
     *,

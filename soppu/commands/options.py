@@ -1,4 +1,4 @@
-"""What several commands are given: PEFT folders, the model those are for, a registry, a file to write."""
+"""What several commands are given: PEFT folders, base models, a registry, a file to write."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ _CACHE = Path(".soppu/models")
 BUNDLE = click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
 OUT = click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Bundle to write."
+)
+CACHE = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=_CACHE,
+    show_default=True,
+    help="Where converted base models are kept.",
 )
 BASE = click.option(
     "--base",

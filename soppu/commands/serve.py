@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from soppu.commands.options import CACHE
 from soppu.serve.server import ServeOptions, run
 
 
@@ -26,13 +27,7 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option(
     "--model", default="smollm2-135m", show_default=True, help="Alias, folder or hub id of the base."
 )
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    default=Path(".soppu/models"),
-    show_default=True,
-    help="Where converted base models are kept.",
-)
+@CACHE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,11 +153,9 @@ def _start_superlink(environment: dict[str, str], port: int, log: Any) -> subpro
     process = _started([*command, "--host", "127.0.0.1", "--port", str(port)], environment, log)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        try:
+        with suppress(requests.RequestException):  # not listening yet
             if requests.get(f"http://127.0.0.1:{port}/health", timeout=2).ok:
                 return process
-        except requests.RequestException:
-            pass  # not listening yet
         time.sleep(0.2)
     raise FederationError(f"flower-superlink did not come up on port {port} (exit code {process.poll()})")
 
