@@ -12,6 +12,8 @@ export PREFECT_HOME ?= $(CURDIR)/.soppu/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
+# pip compiles nothing: what is imported is, once, also where the environment says not to keep it
+export PYTHONDONTWRITEBYTECODE =
 # LAPACK on two threads that share busy cores is many times slower than on one
 test test-fast bench-compression: export OMP_NUM_THREADS = 1
 
@@ -25,7 +27,7 @@ setup: $(VENV)/.installed  ## create .venv and install everything from constrain
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0   # first: the CPU build
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'   # what is used compiles itself
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup      ## the whole pipeline on this machine: federate, compress, gate, serve (minutes)

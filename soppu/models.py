@@ -18,17 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers  # its names are asked for where they are used: importing one takes seconds
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.pytorch_utils import Conv1D
 
 from soppu import files
 from soppu.base_identity import Base
@@ -101,42 +93,48 @@ def tokenizer_digest(base: BaseModel) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def load_model(base: BaseModel, *, dtype: str = "float32") -> PreTrainedModel:
+def load_model(base: BaseModel, *, dtype: str = "float32") -> transformers.PreTrainedModel:
     """Load the weights, frozen and in evaluation mode, on the CPU. ModelError if transformers cannot."""
     with _reading(base, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=DTYPES[dtype], local_files_only=True
+        )
     return model.eval().requires_grad_(False)
 
 
-def skeleton(base: BaseModel) -> PreTrainedModel:
+def skeleton(base: BaseModel) -> transformers.PreTrainedModel:
     """The model without its weights, for names and shapes: no memory at any size. Raises ModelError."""
     with _reading(base, "configuration"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(base.path, local_files_only=True)
-        return AutoModelForCausalLM.from_config(config)
+        config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Every module an adapter may sit on: full name -> (o, i)."""
     modules = model.named_modules()
-    return {name: linear_shape(module) for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+    return {
+        name: linear_shape(module)
+        for name, module in modules
+        if isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D)
+    }
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(o, i) of an `nn.Linear` or a `Conv1D`."""
-    if isinstance(module, Conv1D):
+    if isinstance(module, transformers.pytorch_utils.Conv1D):
         return int(module.nf), int(module.nx)
     assert isinstance(module, nn.Linear)
     return module.out_features, module.in_features
 
 
-def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: BaseModel) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer; a model without a padding token pads with its end-of-text token.
 
     Raises:
         ModelError: there is none that transformers can read, or it has no end-of-text token.
     """
     with _reading(base, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"base model {base.name!r}: its tokenizer has no end-of-text token; set eos_token in"
@@ -216,15 +214,15 @@ def _convert(packaged: PackagedModel, folder: Path) -> None:
 
 
 def _convert_gguf(gguf: Path, out: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
+        quantization_config=transformers.GgufConfig(dequantize=True),
     )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain bf16 from here on
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

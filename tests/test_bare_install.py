@@ -59,11 +59,15 @@ def closure(wheel: Distribution) -> dict[str, Distribution]:
 
 
 def link(holder: Distribution, site: Path) -> None:
+    """A link to every file, and to what Python compiled beside them: compiling that again takes a minute."""
     for file in holder.files or ():
-        if ".." not in file.parts:  # scripts lie outside
-            place = site / file
+        if not {"..", "__pycache__"} & set(file.parts):  # scripts lie outside
+            place, source = site / file, Path(str(holder.locate_file(file))).resolve()
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(Path(str(holder.locate_file(file))).resolve())
+            place.symlink_to(source)
+            compiled = source.with_name("__pycache__")
+            if compiled.is_dir() and not place.with_name("__pycache__").exists():
+                place.with_name("__pycache__").symlink_to(compiled)
 
 
 class Bare:
