@@ -223,7 +223,7 @@ class TargetConfig:
     def _pushed_as(self) -> Self:
         if self.form == "adapters" and self.target != "lorax":
             raise ValueError(
-                f"serve.form = 'adapters': serve.target = {self.target!r} takes bundles only; lorax takes both"
+                f"serve.form = 'adapters': serve.target = {self.target!r} takes bundles, lorax takes both"
             )
         if wrong := [text for text in self.lorax_environment if not text.partition("=")[0].isidentifier()]:
             raise ValueError(f"serve.lorax_environment = {wrong[0]!r}, allowed: NAME=VALUE")

@@ -30,7 +30,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_there_are_as_many_as_we_know() -> None:
-    assert [path.name for path in FILES] == ["default.toml", "demo.toml", "nightly.toml", "tiny.toml"]
+    assert [path.name for path in FILES] == [
+        "default.toml",
+        "demo.toml",
+        "lorax.toml",
+        "nightly.toml",
+        "tiny.toml",
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

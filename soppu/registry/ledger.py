@@ -239,6 +239,21 @@ def publications(session: Session) -> list[Publication]:
     return list(session.scalars(sa.select(Publication).order_by(Publication.id.desc())))
 
 
+def live(session: Session, url: str) -> str:
+    """Id of the bundle that was switched to last at a URL, "" for none."""
+    here = (one.bundle_id for one in publications(session) if one.url.rstrip("/") == url.rstrip("/"))
+    return next(here, "")
+
+
+def placements(session: Session, url: str) -> dict[str, str]:
+    """User -> the id asked for since the last publication at a URL; empty where names are asked for."""
+    newest = next((one for one in publications(session) if one.url.rstrip("/") == url.rstrip("/")), None)
+    if newest is None:
+        return {}
+    asked = sa.select(Placement.user_id, Placement.asked_as).where(Placement.publication_id == newest.id)
+    return dict(session.execute(asked).tuples().all())
+
+
 def serving(session: Session, user: str | None = None) -> list[tuple[Publication, str, str]]:
     """(publication in force, user, adapter served there) of every user or of one. O(users x targets)."""
     newest = sa.select(sa.func.max(Publication.id)).group_by(Publication.target, Publication.url)

@@ -219,6 +219,8 @@ class Registry:
         return files.exclusive(self._blobs.here / "locks" / name)
 
     resolve = _asked(ledger.resolve)
+    live = _asked(ledger.live)
+    placements = _asked(ledger.placements)
 
     def record_publication(
         self, *, target: str, url: str, bundle_id: str, placements: Mapping[str, str] | None = None

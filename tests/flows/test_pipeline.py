@@ -38,7 +38,12 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
         registry.adapter_bytes(row["adapter_id"]) for row in users.values()
     )
     assert report["serving"]["canaries_ok"] is True
-    assert {stage["name"] for stage in report["stages"]} >= {"federate", "compress", "evaluate", "publish"}
+    assert {stage["name"] for stage in report["stages"]} >= {
+        "federate",
+        "compress",
+        "evaluate",
+        "publish embedded",
+    }
     assert "<svg" in (folder / "report.html").read_text()
     body = {"inputs": "def close(self):", "parameters": {"adapter_id": "email", "max_new_tokens": 4}}
     answer = requests.post(f"{report['serving']['url']}/generate", json=body, timeout=60)
