@@ -21,13 +21,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from soppu import files
-from soppu.adapter import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
+from soppu.adapter import CONFIG_FILE, WEIGHTS_FILE, LoraPair
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.numbers.components import Components
 from soppu.errors import BundleError, ConfigError, StorageError
 from soppu.module_names import split_layer
 
 RANKS = (8, 16, 32, 64, 128)  # of LoRAX's decode kernels; any other fails at the first token, or is rescaled
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+_BASIS_SCALE = 1 / 16  # of a shared factor; what is left of the user's scale is then in float16's range too
+_A, _B = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,106 @@ class Exported:
     modules: int  # how many each has
     layers: int  # decoder layers the modules were spread over; 0 where modules have no layer
     bytes: int  # of all weights files
+
+
+class Form:
+    """What all folders made of a bundle have in common, and the tensors of each.
+
+    Args:
+        users: whose folders; everybody's, if nobody is named.
+        dtype: "float16", "bfloat16" or "float32".
+        layers: decoder layers of the base model; 0 takes the highest that the bundle names.
+        base_model: `base_model_name_or_path` of the folders, to be the name the server was started with; None
+            takes the bundle's.
+
+    Raises:
+        BundleError: a user the bundle does not hold, or whose rank is above 128, or name no folder can have;
+            nothing of all these users; a projection with two shapes, or a layer beyond `layers`.
+        ConfigError: a dtype that is not one of the three.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, users: Sequence[str], dtype: str, layers: int, base_model: str | None
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
+        self.users = tuple(dict.fromkeys(users)) or bundle.users
+        for user in self.users:
+            bundle.index(user)
+        if self.users and set(self.users) <= set(bundle.report.lost_users):
+            raise BundleError(
+                f"nothing of {', '.join(self.users[:5])} is in the bundle; compress with more bytes"
+            )
+        named = [parts[1] for name in bundle.shapes if (parts := split_layer(name))]
+        self.rank = _rank(bundle, self.users)
+        self.layers = layers or 1 + max(named, default=-1)
+        self.shapes = spread(bundle.shapes, layers=self.layers)
+        self.config = _config(bundle, self.shapes, self.rank, base_model)
+        self._bundle, self._dtype = bundle, DTYPES[dtype]
+
+    def tensors(self, user: str) -> dict[str, Tensor]:
+        """Tensor name -> tensor, every factor padded with zeros to the one rank. O(bytes).
+
+        Raises:
+            BundleError: numbers leave the dtype.
+        """
+        pairs = self._bundle.reconstruct(user).pairs
+        made: dict[str, Tensor] = {}
+        for name in self.shapes:
+            A, B = self._factors(name, pairs.get(name), who=user)
+            made |= {_A.format(name): A, _B.format(name): B}
+        return made
+
+    def split(self, user: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same change as `tensors`, with one factor of a module in the basis where that can be.
+
+        Returns the tensors that are the same for every user of the basis, and the user's own. What is shared
+        is the larger side of a module, V^T in A or U in B, and never makes the rank higher; so are the zeros
+        of layers the bundle does not have. Raises as `tensors`.
+        """
+        shared: dict[str, Tensor] = {}
+        own: dict[str, Tensor] = {}
+        parts, plain = self._bundle.of(user), self._bundle.reconstruct(user).pairs
+        for name in self.shapes:
+            side, pair = self._on_basis(user, name, parts.get(name))
+            A, B = self._factors(name, pair if side else plain.get(name), who=user)
+            (shared if "A" in side else own)[_A.format(name)] = A
+            (shared if "B" in side else own)[_B.format(name)] = B
+        return shared, own
+
+    def _on_basis(self, user: str, name: str, part: Components | None) -> tuple[str, LoraPair | None]:
+        """Which factor of a module is the basis, "A", "B" or "" for none, and the pair; "AB": both are 0."""
+        if name not in self._bundle.shapes:
+            return "AB", None
+        place = self._bundle.index(user)
+        u, v = self._bundle.matrices(name, int(self._bundle.cluster[place]))
+        o, i = self.shapes[name]
+        for side in "AB" if i >= o else "BA":
+            basis = v if side == "A" else u
+            kept = None if part is None else part.right if side == "A" else part.left
+            if basis is None or basis.shape[1] > self.rank or (kept is not None and kept.own_width.any()):
+                continue
+            shared = basis.mT * _BASIS_SCALE
+            if part is None or kept is None or not len(part):
+                rest = shared.new_zeros((basis.shape[1], o if side == "A" else i))
+            else:
+                other = part.left.vectors(u) if side == "A" else part.right.vectors(v)
+                scale = part.gain * self._bundle.norm[place] / _BASIS_SCALE
+                rest = (kept.coordinates(basis.shape[1]) * scale[:, None]).mT @ other
+            pair = LoraPair(A=shared, B=rest.mT) if side == "A" else LoraPair(A=rest, B=shared.mT)
+            return side, pair
+        return "", None
+
+    def _factors(self, name: str, pair: LoraPair | None, *, who: str) -> tuple[Tensor, Tensor]:
+        (o, i), dtype = self.shapes[name], self._dtype
+        A, B = torch.zeros((self.rank, i), dtype=dtype), torch.zeros((o, self.rank), dtype=dtype)
+        if pair is not None:
+            A[: pair.rank], B[:, : pair.rank] = pair.A.to(dtype), pair.B.to(dtype)
+            if bool(pair.A.any() and pair.B.any()) and not bool(A.any() and B.any()):
+                raise BundleError(f"{who}: {name}: numbers too small for {dtype} become 0; use float32")
+        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise BundleError(f"{who}: {name}: numbers beyond the range of {dtype}; bfloat16 has a wider one")
+        return A, B
 
 
 def export(
@@ -56,42 +161,26 @@ def export(
     A user's bytes are (o + i) R numbers for every module and layer, R the rank written. O(bytes).
 
     Args:
-        users: whom to write; everybody, if nobody is named.
-        dtype: "float16", "bfloat16" or "float32".
-        layers: decoder layers of the base model; 0 takes the highest that the bundle names.
-        base_model: `base_model_name_or_path` of the folders, to be the name the server was started with; None
-            takes the bundle's.
+        users: whom to write; this and the next three as `Form` takes them.
         progress: called with (users done, users in all).
 
     Raises:
-        BundleError: a user the bundle does not hold, or whose rank is above 128, name no folder can have, or
-            numbers leave the dtype; a projection with two shapes, or a layer beyond `layers`.
+        BundleError: as `Form` and `Form.tensors`.
         ConfigError: a dtype that is not one of the three.
         StorageError: `out` is there already, or the disk refused; nothing is left of the export then.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}, allowed: {', '.join(DTYPES)}")
-    chosen = tuple(dict.fromkeys(users)) or bundle.users
-    for user in chosen:
-        bundle.index(user)
-    if chosen and set(chosen) <= set(bundle.report.lost_users):
-        raise BundleError(f"nothing of {', '.join(chosen[:5])} is in the bundle; compress with more bytes")
-    rank = _rank(bundle, chosen)
-    named = [parts[1] for name in bundle.shapes if (parts := split_layer(name))]
-    layers = layers or 1 + max(named, default=-1)
-    shapes = spread(bundle.shapes, layers=layers)
-    config = _config(bundle, shapes, rank, base_model)
+    form = Form(bundle, users=users, dtype=dtype, layers=layers, base_model=base_model)
     written = 0
     with _folder(out) as work:
-        for done, user in enumerate(chosen, start=1):
-            tensors = _tensors(bundle.reconstruct(user), shapes, rank=rank, dtype=DTYPES[dtype], who=user)
-            data = save(tensors)
+        for done, user in enumerate(form.users, start=1):
+            data = save(form.tensors(user))
             files.write_bytes(work / user / WEIGHTS_FILE, data)
-            files.write_text(work / user / CONFIG_FILE, config)
+            files.write_text(work / user / CONFIG_FILE, form.config)
             written += len(data)
             if progress is not None:
-                progress(done, len(chosen))
-    return Exported({user: out / user for user in chosen}, rank, len(shapes), layers, written)
+                progress(done, len(form.users))
+    folders = {user: out / user for user in form.users}
+    return Exported(folders, form.rank, len(form.shapes), form.layers, written)
 
 
 def spread(shapes: Mapping[str, tuple[int, int]], *, layers: int) -> dict[str, tuple[int, int]]:
@@ -132,24 +221,6 @@ def _rank(bundle: Bundle, users: Sequence[str]) -> int:
                 raise BundleError(f"{who}: {name}: rank {found}, LoRAX serves ranks up to {RANKS[-1]}")
             most = max(most, found)
     return next(rank for rank in RANKS if rank >= most)
-
-
-def _tensors(
-    adapter: LoraAdapter, shapes: Mapping[str, tuple[int, int]], *, rank: int, dtype: torch.dtype, who: str
-) -> dict[str, Tensor]:
-    """Tensor name -> tensor, every factor padded with zeros to `rank`."""
-    made: dict[str, Tensor] = {}
-    for name, (o, i) in shapes.items():
-        A, B = torch.zeros((rank, i), dtype=dtype), torch.zeros((o, rank), dtype=dtype)
-        if name in adapter.pairs:
-            pair = adapter.pairs[name]
-            A[: pair.rank], B[:, : pair.rank] = pair.A.to(dtype), pair.B.to(dtype)
-            if bool(pair.A.any() and pair.B.any()) and not bool(A.any() and B.any()):
-                raise BundleError(f"{who}: {name}: numbers too small for {dtype} become 0; use float32")
-        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-            raise BundleError(f"{who}: {name}: numbers beyond the range of {dtype}; bfloat16 has a wider one")
-        made |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
-    return made
 
 
 def _config(bundle: Bundle, shapes: Mapping[str, tuple[int, int]], rank: int, base_model: str | None) -> str:
