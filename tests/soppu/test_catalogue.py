@@ -19,7 +19,17 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
 from soppu.errors import RegistryError, StorageError
-from soppu.registry.catalogue import Catalogue, Holding, SchemaRow, User, check_user_id, insert_if_absent, now
+from soppu.registry.catalogue import (
+    SCHEMA_VERSION,
+    Catalogue,
+    Holding,
+    Placement,
+    SchemaRow,
+    User,
+    check_user_id,
+    insert_if_absent,
+    now,
+)
 
 ALPHABET = string.ascii_letters + string.digits + "._-"
 
@@ -80,6 +90,21 @@ def test_sqlite_is_opened_for_several_processes(catalogue: Catalogue, tmp_path: 
 
 def test_opening_again_keeps_what_is_there(catalogue: Catalogue, url: str) -> None:
     add_user(catalogue, "alice")
+    assert names(Catalogue.open(url)) == {"alice"}
+
+
+def test_an_older_schema_gets_what_it_lacks_and_keeps_what_it_has(catalogue: Catalogue, url: str) -> None:
+    add_user(catalogue, "alice")
+    with catalogue.write() as session:
+        session.execute(sa.text("DROP TABLE soppu_placements"))
+        session.execute(sa.update(SchemaRow).values(version=1))
+    catalogue.close()
+    again = Catalogue.open(url)
+    assert names(again) == {"alice"}
+    with again.read() as session:
+        assert session.scalars(sa.select(Placement)).all() == []
+        assert session.scalar(sa.select(SchemaRow.version)) == SCHEMA_VERSION
+    again.close()
     assert names(Catalogue.open(url)) == {"alice"}
 
 
