@@ -159,7 +159,11 @@ def _absolute(config: Config) -> Config:
     def path(text: str, *words: str) -> str:
         return text if not text or text in words or "://" in text else str(Path(text).resolve())
 
+    def folders(target: Mapping[str, Any]) -> dict[str, str]:
+        return {key: path(str(target[key])) for key in ("state", "lorax_volume") if key in target}
+
     replace = dataclasses.replace
+    own, targets = vars(config.serve), config.serve.targets
     model = config.base.model if not Path(config.base.model).exists() else path(config.base.model)
     return replace(
         config,
@@ -167,6 +171,8 @@ def _absolute(config: Config) -> Config:
         base=replace(config.base, cache=path(config.base.cache), model=model),
         data=replace(config.data, source=path(config.data.source, STDLIB)),
         align=replace(config.align, source=path(config.align.source, STDLIB_PUBLIC)),
-        serve=replace(config.serve, state=path(config.serve.state)),
+        serve=replace(
+            config.serve, **folders(own), targets=tuple({**one, **folders(one)} for one in targets)
+        ),
         registry=replace(config.registry, root=path(config.registry.root)),
     )
