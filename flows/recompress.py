@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
+from prefect import flow, unmapped
 
+from soppu.errors import TargetError
 from tasks.collect import freeze_current
 from tasks.compress import compress
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
-from tasks.publish import publish
+from tasks.publish import publish, target_names
 from tasks.report import report
 
 
@@ -34,5 +35,14 @@ def recompress(
     bundle_id = compress(run, set_id)
     evaluation = evaluate(run, set_id, bundle_id)
     report(run, evaluation)
-    publish(run, bundle_id, evaluation)
-    return report(run, evaluation)
+    names = target_names(run)
+    fixed = map(unmapped, (run, bundle_id, evaluation))
+    states = publish.map(*fixed, names, return_state=True)  # one that fails does not keep the others from it
+    page = report(run, evaluation)
+    failed = {name: state for name, state in zip(names, states, strict=True) if not state.is_completed()}
+    if len(failed) == len(names) == 1:
+        states[0].result()
+    if failed:
+        why = "; ".join(f"{name}: {state.message}" for name, state in failed.items())
+        raise TargetError(f"{len(failed)} of {len(names)} targets were not published to: {why}")
+    return page

@@ -31,6 +31,7 @@ COMMANDS = {
         "Write the users of BUNDLE as PEFT folders that LoRAX, PEFT and others load: DIR/USER.",
     ),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
+    "resolve": ("resolve", "Say where USER is served now, and which adapter_id a request has to name there."),
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }

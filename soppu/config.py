@@ -190,19 +190,83 @@ class GateConfig:
 
 
 @settings("serve")
-class ServeConfig:
-    """The serving target bundles are pushed to."""
+class TargetConfig:
+    """One serving target that bundles are pushed to. `name` is its own in messages, "" is its kind."""
 
-    target: Literal["embedded", "vllm"] = "embedded"
+    name: str = ""
+    target: Literal["embedded", "vllm", "lorax"] = "embedded"
+    form: Literal["", "bundle", "adapters"] = ""
     url: Annotated[str, Field(pattern="^https?://"), allowed("http://host:port")] = "http://127.0.0.1:8099"
     state: str = ".soppu/serve"
     vllm_python: str = ".venv-vllm/bin/python"
     vllm_options: Texts = ("--gpu-memory-utilization", "0.5")
+    lorax_image: str = "ghcr.io/predibase/lorax:main"
+    lorax_pull: Literal["missing", "always", "never"] = "missing"
+    lorax_container: str = "soppu-lorax"
+    lorax_volume: str = ".soppu/lorax"
+    lorax_model: str = ""
+    lorax_gpus: str = "all"
+    lorax_shm_size: str = "1g"
+    lorax_network: str = ""
+    lorax_flags: Texts = ()
+    lorax_environment: Annotated[Texts, allowed("a list of NAME=VALUE")] = ()
+    lorax_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    drain_s: Natural = 60
     max_batch: Count = 16
     canary_prompt: str = "def main():"
     canary_tokens: Count = 4
+    canary_compared: Natural = 1000
     completion_tokens: Count = 24
     start_timeout_s: Count = 600
+
+    @model_validator(mode="after")
+    def _pushed_as(self) -> Self:
+        if self.form == "adapters" and self.target != "lorax":
+            raise ValueError(
+                f"serve.form = 'adapters': serve.target = {self.target!r} takes bundles, lorax takes both"
+            )
+        if wrong := [text for text in self.lorax_environment if not text.partition("=")[0].isidentifier()]:
+            raise ValueError(f"serve.lorax_environment = {wrong[0]!r}, allowed: NAME=VALUE")
+        return self
+
+    @property
+    def pushes_adapters(self) -> bool:
+        """Whether users' reconstructed adapters are pushed, not the bundle."""
+        return (self.form or ("adapters" if self.target == "lorax" else "bundle")) == "adapters"
+
+    @property
+    def label(self) -> str:
+        """What messages and reports call it."""
+        return self.name or self.target
+
+
+@settings("serve")
+class ServeConfig(TargetConfig):
+    """The serving target, and others: each of `targets` is a table of the keys it has otherwise."""
+
+    targets: tuple[dict[str, Any], ...] = ()
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        """Targets are told apart by name, and live at an address of their own."""
+        each = self.each()
+        for key, place in (("name", "label"), ("url", "url")):
+            values = [str(getattr(one, place)).rstrip("/") for one in each]
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(
+                    f"serve.targets: {key} {twice[0]!r} twice; every target needs one of its own"
+                )
+        return self
+
+    def each(self) -> tuple[TargetConfig, ...]:
+        """Every target: those of `targets`, or this one. ConfigError names what is wrong in which."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(TargetConfig)}
+        if not self.targets:
+            return (TargetConfig(**own),)
+        return tuple(
+            build(TargetConfig, {**own, "name": "", **given}, source=f"serve.targets[{place}]")
+            for place, given in enumerate(self.targets)
+        )
 
 
 @settings("registry")
@@ -244,7 +308,7 @@ class Config:
     @model_validator(mode="after")
     def _served_by_vllm(self) -> Self:
         method = self.compress.method
-        if self.serve.target == "vllm" and method not in SHARED_METHODS:
+        if method not in SHARED_METHODS and any(one.target == "vllm" for one in self.serve.each()):
             raise ValueError(
                 f"serve.target: vllm serves cores in shared bases; compress.method = {method!r} keeps more;"
                 f" allowed with it: {', '.join(SHARED_METHODS)}"
@@ -319,5 +383,9 @@ def dump(config: Config) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {_toml(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     # TOML knows no surrogate pairs, which JSON's \u escapes would give, and no bare DEL
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

@@ -88,6 +88,8 @@ CALLS = {
     "users of sqlite": "users --registry absent --catalogue sqlite:///{}",
     "show whom": "show {} --registry folder",
     "forget whom": "forget {} --registry folder --yes",
+    "resolve whom": "resolve {} --registry folder",
+    "resolve in": "resolve ann --registry {}",
     "roll back in": "rollback --registry {}",
     "roll back at": "rollback --registry folder --url {}",
 }

@@ -30,7 +30,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_there_are_as_many_as_we_know() -> None:
-    assert [path.name for path in FILES] == ["default.toml", "demo.toml", "nightly.toml", "tiny.toml"]
+    assert [path.name for path in FILES] == [
+        "default.toml",
+        "demo.toml",
+        "lorax.toml",
+        "nightly.toml",
+        "tiny.toml",
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -87,4 +93,4 @@ def test_every_choice_is_named_where_it_is_made() -> None:
 
 def test_the_targets_of_the_shipped_files_are_those_their_comments_speak_of() -> None:
     targets = {path.stem: str(CompressOptions.of(configuration.load(path).compress).target) for path in FILES}
-    assert targets == {"default": "16x", "demo": "16x", "nightly": "16x", "tiny": "4x"}
+    assert targets == {"default": "16x", "demo": "16x", "lorax": "", "nightly": "16x", "tiny": "4x"}

@@ -9,34 +9,55 @@ import click
 from soppu.commands.options import registry_options
 from soppu.errors import RegistryError, TargetError
 from soppu.registry import Registry
-from soppu.stages.publish import previous_bundles, refuse_forgotten, target_class
+from soppu.stages.publish import previous_bundles, refuse_forgotten
+from soppu.targets.embedded import EmbeddedTarget
+from soppu.targets.http import HttpTarget
+from soppu.targets.lorax_volume import Volume
+from soppu.targets.vllm import VllmTarget
 
 
 @click.command("rollback")
 @click.option("--url", default="http://127.0.0.1:8099", show_default=True, help="The server.")
 @registry_options("Where publications are recorded.")
 @click.option("--to", "bundle_id", default="", metavar="BUNDLE", help="Another bundle than the one before.")
-def rollback_command(url: str, root: str, catalogue: str, bundle_id: str) -> None:
+@click.option("--volume", default="", help="Folder or S3 prefix that a LoRAX reads its adapters from.")
+def rollback_command(url: str, root: str, catalogue: str, bundle_id: str, volume: str) -> None:
     """Make the bundle before the present one live again, and record that.
 
-    The server keeps the bundle before; an older one is brought back from the registry. Going back a second
-    time goes one further. A bundle with a user who was forgotten is never live again.
+    The server keeps the bundle before; an older one is brought back from the registry, but for a LoRAX, to
+    which the pipeline publishes it again. Going back a second time goes one further. A bundle with a user who
+    was forgotten is never live again.
     """
     registry = Registry.open(root, catalogue=catalogue, create=False)
     with registry.publishing(url):  # between a publication's switch and its record, neither is ours to change
         here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]
-        kind = here[0].target if here else "embedded"
-        target = target_class(kind)(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
-        if not target.is_up():
-            raise TargetError(f"{url}: nobody answers there")
-        live = target.active()
+        kind, of_adapters = here[0].target if here else "embedded", bool(registry.placements(url))
+        target = None if of_adapters else _taking_bundles(kind, url)
+        live = target.active() if target else registry.live(url)
         if not bundle_id:
             before = previous_bundles(registry, url, live)
             if not before:
                 raise RegistryError(f"{url}: nothing but {live[:12] or 'no bundle'} was published there")
             bundle_id = before[0]
         refuse_forgotten(registry, bundle_id)
-        target.publish(registry.bundle_path(bundle_id), bundle_id=bundle_id)
-        target.activate(bundle_id)
-        registry.record_publication(target=kind, url=target.url, bundle_id=bundle_id)
+        placements: dict[str, str] = {}
+        if target:
+            target.publish(registry.bundle_path(bundle_id), bundle_id=bundle_id)
+            target.activate(bundle_id)
+        elif volume:
+            placements = Volume.open(volume).placements(bundle_id)
+        else:
+            raise TargetError(f"{url}: a LoRAX; --volume says which folder or S3 prefix it reads")
+        registry.record_publication(
+            target=kind, url=url.rstrip("/"), bundle_id=bundle_id, placements=placements
+        )
     click.echo(f"{url}: {live[:12] or 'no bundle'} -> {bundle_id[:12]}")
+
+
+def _taking_bundles(kind: str, url: str) -> HttpTarget:
+    """A server with our admin routes, which answers. TargetError if none does."""
+    server = VllmTarget if kind == "vllm" else EmbeddedTarget
+    target = server(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
+    if not target.is_up():
+        raise TargetError(f"{url}: nobody answers there")
+    return target

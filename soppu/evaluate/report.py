@@ -59,7 +59,8 @@ class ReportInputs:
     bundle_id: str = ""
     base_hash: str = ""
     federation: Mapping[str, Any] | None = None  # result.json of the federated run; None for a recompression
-    serving: Mapping[str, Any] | None = None  # what `publish` noted; None before publication
+    serving: Mapping[str, Any] | None = None  # what the first live target serves; None before publication
+    targets: Sequence[Mapping[str, Any]] = ()  # what became of every publication
     stages: Sequence[Mapping[str, Any]] = ()  # name, seconds and attempts, in the order they ran
     created: str = field(default_factory=utc_now)  # UTC, ISO 8601
     hardware: str = field(default_factory=describe_hardware)
@@ -93,6 +94,7 @@ def build(inputs: ReportInputs) -> dict[str, Any]:
         "compression": _compression(inputs),
         "gate": inputs.verdict.to_dict(),
         "serving": inputs.serving and {**inputs.serving, "canaries_ok": ok},
+        "targets": inputs.targets,
         "stages": inputs.stages,
     }
     return schema.check(_plain(report), source="report")

@@ -136,6 +136,19 @@ class _Serving(_Part):
     canaries: dict[Text, Text]
     prompt: Text
     completions: dict[Text, Text]
+    asked_as: dict[Text, Text]
+
+
+class _Target(_Part):
+    name: Text
+    target: Text
+    form: Text
+    url: Text
+    bundle_id: Text
+    users: Natural
+    push_s: Real
+    canaries_s: Real
+    error: Text
 
 
 class _Stage(_Part):
@@ -163,6 +176,7 @@ class Report(_Part):
     compression: Compression
     gate: Verdict
     serving: _Serving | None
+    targets: list[_Target]
     stages: list[_Stage]
 
 

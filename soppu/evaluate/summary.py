@@ -57,6 +57,11 @@ def text(report: Row, *, report_path: str = "", prefect_url: str = "", width: in
     server = (report["serving"] or {}).get("url", "")
     places = {"report": report_path, "Prefect": prefect_url, "server": server}
     lines += [f"{name + ':':9}{place}" for name, place in places.items() if place]
+    lines += [
+        f"NOT published to {one['name']} ({one['url']}): {printable(one['error'])}"
+        for one in report["targets"]
+        if one["error"]
+    ]
     if asked := curl(report):
         lines += ["", asked]
     return "\n".join(lines)

@@ -177,7 +177,8 @@ def curl(report: Mapping[str, Any]) -> str:
     if not serving or not users:
         return ""
     user = next(iter(serving["completions"]), users[0]["id"])
-    path, body = _asked(serving["target"], user, serving["prompt"])
+    asked_as = serving["asked_as"].get(user, user)
+    path, body = _asked(serving["target"], asked_as, serving["prompt"])
     words = (shlex.quote(f"{serving['url'].rstrip('/')}{path}"), shlex.quote(json.dumps(body)))
     return f"curl -s {words[0]} -H 'Content-Type: application/json' -d {words[1]}"
 

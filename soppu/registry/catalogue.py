@@ -24,7 +24,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from soppu.errors import RegistryError, StorageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_SECONDS = 30.0
 _USER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -133,6 +133,15 @@ class Publication(Base):
         return f"{self.target} {self.url}".strip()
 
 
+class Placement(Base):
+    """By what id a user is asked for since a publication, where a server has no user names of its own."""
+
+    __tablename__ = "soppu_placements"
+    publication_id: Mapped[int] = mapped_column(sa.ForeignKey("soppu_publications.id"), primary_key=True)
+    user_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_users.id"), primary_key=True, index=True)
+    asked_as: Mapped[str] = mapped_column(sa.Text)
+
+
 def now() -> str:
     """The time in UTC, ISO 8601 with microseconds."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
@@ -205,6 +214,8 @@ class Catalogue:
             if not create:
                 raise RegistryError(f"catalogue {catalogue.name}: holds no SOPPU registry")
             catalogue._create()
+        if catalogue._version() == 1:
+            catalogue._upgrade()
         if (found := catalogue._version()) != SCHEMA_VERSION:
             raise RegistryError(
                 f"catalogue {catalogue.name}: schema version {found}, this SOPPU knows {SCHEMA_VERSION}: "
@@ -256,6 +267,12 @@ class Catalogue:
             # Two processes may create the tables at once; the slower one fails and finds them there.
             if self._version() is None:
                 raise
+
+    def _upgrade(self) -> None:
+        """From version 1, which had no placements."""
+        with self.write() as session:
+            Placement.__table__.create(session.connection(), checkfirst=True)  # type: ignore[attr-defined]
+            session.execute(sa.update(SchemaRow).values(version=SCHEMA_VERSION))
 
 
 def _reason(error: SQLAlchemyError) -> str:

@@ -24,6 +24,7 @@ from soppu.registry.catalogue import (
     AdapterSet,
     Bundle,
     Holding,
+    Placement,
     Publication,
     SchemaRow,
     SetMember,
@@ -59,6 +60,18 @@ class HistoryRow:
     metrics: Mapping[str, float]
     current: bool  # the user's newest row
     published: tuple[str, ...]  # the places (`Publication.place`) that serve this version now
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a user is served, and what a request has to ask for there."""
+
+    target: str
+    url: str
+    asked_as: str  # `adapter_id` of a request; `model` of OpenAI's routes
+    bundle_id: str
+    adapter_id: str  # the user's adapter that is in the bundle
+    since: str
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,8 @@ def drop_holdings(session: Session, user: str) -> None:
     """Delete the user's history; adapters nobody holds any more become "removing"."""
     row = find_user(session, user, lock=True)
     held = session.scalars(sa.select(Holding.adapter_id).where(Holding.user_id == user).distinct()).all()
-    session.execute(sa.delete(Holding).where(Holding.user_id == user))
+    for table in (Holding, Placement):
+        session.execute(sa.delete(table).where(table.user_id == user))  # type: ignore[attr-defined]
     row.holding_id = None
     row.forgotten_at = row.forgotten_at or now()
     for adapter_id in sorted(held):
@@ -225,6 +239,21 @@ def publications(session: Session) -> list[Publication]:
     return list(session.scalars(sa.select(Publication).order_by(Publication.id.desc())))
 
 
+def live(session: Session, url: str) -> str:
+    """Id of the bundle that was switched to last at a URL, "" for none."""
+    here = (one.bundle_id for one in publications(session) if one.url.rstrip("/") == url.rstrip("/"))
+    return next(here, "")
+
+
+def placements(session: Session, url: str) -> dict[str, str]:
+    """User -> the id asked for since the last publication at a URL; empty where names are asked for."""
+    newest = next((one for one in publications(session) if one.url.rstrip("/") == url.rstrip("/")), None)
+    if newest is None:
+        return {}
+    asked = sa.select(Placement.user_id, Placement.asked_as).where(Placement.publication_id == newest.id)
+    return dict(session.execute(asked).tuples().all())
+
+
 def serving(session: Session, user: str | None = None) -> list[tuple[Publication, str, str]]:
     """(publication in force, user, adapter served there) of every user or of one. O(users x targets)."""
     newest = sa.select(sa.func.max(Publication.id)).group_by(Publication.target, Publication.url)
@@ -238,6 +267,47 @@ def serving(session: Session, user: str | None = None) -> list[tuple[Publication
     if user is not None:
         query = query.where(SetMember.user_id == user)
     return list(session.execute(query).tuples())
+
+
+def publish(session: Session, publication: Publication, placements: Mapping[str, str]) -> None:
+    """Put a publication in force with its placements, unless it is already. Raises as `Registry` says."""
+    bundle = session.get_one(Bundle, publication.bundle_id, with_for_update=True)
+    if placements and bundle.contains_forgotten:
+        raise RegistryError(
+            f"bundle {bundle.id[:12]}: a user of it was forgotten; compress again without them"
+        )
+    there = sa.select(Publication).filter_by(target=publication.target, url=publication.url)
+    newest = session.scalar(there.order_by(Publication.id.desc()).limit(1))
+    if newest is not None and newest.bundle_id == bundle.id:
+        asked = sa.select(Placement.user_id, Placement.asked_as).where(Placement.publication_id == newest.id)
+        if dict(session.execute(asked).tuples().all()) == dict(placements):
+            return
+    publication.at = now()
+    session.add(publication)
+    session.flush()
+    rows = [
+        {"publication_id": publication.id, "user_id": user, "asked_as": asked_as}
+        for user, asked_as in placements.items()
+    ]
+    for start in range(0, len(rows), _CHUNK):
+        session.execute(sa.insert(Placement), rows[start : start + _CHUNK])
+
+
+def resolve(session: Session, user: str) -> list[Address]:
+    """Where a user is served now, and by what id; sorted by target and URL.
+
+    Raises:
+        RegistryError: the user is unknown or forgotten.
+    """
+    current_adapter(session, user)
+    asked = {
+        row.publication_id: row.asked_as
+        for row in session.scalars(sa.select(Placement).where(Placement.user_id == user))
+    }
+    return [
+        Address(one.target, one.url, asked.get(one.id, user), one.bundle_id, adapter_id, one.at)
+        for one, _, adapter_id in serving(session, user)
+    ]
 
 
 def current_adapter(session: Session, user: str) -> str:

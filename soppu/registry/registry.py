@@ -218,16 +218,29 @@ class Registry:
         name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
         return files.exclusive(self._blobs.here / "locks" / name)
 
-    def record_publication(self, *, target: str, url: str, bundle_id: str) -> None:
+    resolve = _asked(ledger.resolve)
+    live = _asked(ledger.live)
+    placements = _asked(ledger.placements)
+
+    def record_publication(
+        self, *, target: str, url: str, bundle_id: str, placements: Mapping[str, str] | None = None
+    ) -> None:
         """Note that a target serves a bundle from now on; a rollback is a publication of the older one.
 
-        A target that serves the bundle already gets no second row. RegistryError if the bundle is unknown.
+        A target that serves the bundle already, by the same ids, gets no second row.
+
+        Args:
+            placements: user -> the id a request has to ask for, where it is not the user's name. For a server
+                that keeps no names this record is the switch itself.
+
+        Raises:
+            RegistryError: the bundle is unknown; or placements are given and one of its users was forgotten.
         """
         self.bundle(bundle_id)
         with self._catalogue.write() as session:
-            there = sa.select(Publication.bundle_id).filter_by(target=target, url=url)
-            if session.scalar(there.order_by(Publication.id.desc()).limit(1)) != bundle_id:
-                session.add(Publication(target=target, url=url, bundle_id=bundle_id, at=now()))
+            ledger.publish(
+                session, Publication(target=target, url=url, bundle_id=bundle_id), placements or {}
+            )
 
     def forget(self, user: str) -> ForgetReport:
         """Delete a user's history and metrics, and every adapter that nobody else holds.

@@ -1,31 +1,63 @@
-"""Stage: push a bundle that passed the gate to the serving target, try every user, switch over."""
+"""Stage: push a bundle that passed the gate to one serving target, try every user, switch over."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from soppu.compress import Bundle
-from soppu.errors import TargetError
+from soppu.config import TargetConfig
+from soppu.errors import GateError, TargetError
 from soppu.evaluate.gate import Verdict
 from soppu.registry import Registry
 from soppu.serve.bank.from_bundle import unchanged
+from soppu.stages.expected import expected_traces
 from soppu.stages.run import Run, open_run
-from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
+from soppu.stages.targets import open_target, target_settings
 from soppu.targets.http import HttpTarget
-from soppu.targets.vllm import VllmLaunch, VllmTarget
 
-TARGETS: dict[str, type[HttpTarget]] = {"embedded": EmbeddedTarget, "vllm": VllmTarget}
-SERVING = "serving.json"
+# What a report says of a serving target.
+TOLD = ("target", "url", "bundle_id", "canaries", "prompt", "completions", "asked_as")
 SAMPLES = 64  # users whose sample completion goes into the report
 
 
-def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
-    """Publish a bundle; returns the URL it is served at.
+@dataclass(frozen=True)
+class Published:
+    """What became of one publication. `error` is "" where the bundle is live."""
+
+    name: str
+    target: str
+    form: str  # "adapters" or "bundle"
+    url: str
+    bundle_id: str
+    users: int = 0
+    push_s: float = 0.0  # until the bundle was staged
+    canaries_s: float = 0.0
+    error: str = ""
+
+
+def target_names(run_folder: str) -> list[str]:
+    """The names of a run's serving targets, in the order of its configuration."""
+    return [settings.label for settings in open_run(run_folder).config.serve.each()]
+
+
+def stage_name(target: str) -> str:
+    """What the publication to one target is called among the stages of a run."""
+    return f"publish {target}"
+
+
+def serving_file(name: str) -> str:
+    """The file of a run folder that tells what one target serves."""
+    return f"serving/{name}.json"
+
+
+def publish(run_folder: str, bundle_id: str, evaluation: str, target: str = "") -> str:
+    """Publish a bundle to one target, by default the first; returns the URL it is served at.
 
     Staged first, asked one canary a user, switched to only when all of them answered. Until then, and if
-    anything fails, what was published before goes on being served. One publication at a time.
+    anything fails, what was published before goes on being served. One publication to a server at a time.
 
     Raises:
         GateError: the evaluation's verdict was no; carries every reason.
@@ -33,61 +65,84 @@ def publish(run_folder: str, bundle_id: str, evaluation: str) -> str:
             forgotten meanwhile.
     """
     run = open_run(run_folder)
-    Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
-    with run.registry().publishing(run.config.serve.url):
-        return _publish(run, bundle_id)
+    settings = target_settings(run, target)
+    try:
+        Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
+        with run.registry().publishing(settings.url):
+            return _publish(run, settings, bundle_id)
+    except GateError:
+        raise
+    except Exception as error:  # of any kind: the report has a row for it
+        _note(run, settings, bundle_id, error=str(error))
+        raise
 
 
-def _publish(run: Run, bundle_id: str) -> str:
-    registry, settings = run.registry(), run.config.serve
+def _publish(run: Run, settings: TargetConfig, bundle_id: str) -> str:
+    registry, started = run.registry(), time.monotonic()
     refuse_forgotten(registry, bundle_id)
     path = registry.bundle_path(bundle_id)
-    target = open_target(run, first=path)
+    target = open_target(run, settings, first=path)
     bundle = Bundle.load(path, expected_hash=bundle_id)
     target.publish(path, bundle_id=bundle_id)
+    staged = time.monotonic()
     try:
-        canaries = _ask_canaries(run, target, bundle, bundle_id)
+        _ask_canaries(run, settings, target, bundle_id)
         refuse_forgotten(registry, bundle_id)
     except TargetError:
         if bundle_id != target.active():
             target.drop(bundle_id)
         raise
+    placements = target.placements(bundle_id)
     target.activate(bundle_id)
-    registry.record_publication(target=settings.target, url=settings.url, bundle_id=bundle_id)
-    kept = {bundle_id, *previous_bundles(registry, settings.url, bundle_id)[:1]}  # the other for a rollback
-    for other in set(target.bundles()) - kept:
+    registry.record_publication(
+        target=settings.target, url=settings.url, bundle_id=bundle_id, placements=placements
+    )
+    for other in set(target.bundles()) - kept(registry, settings, bundle_id):
         target.drop(other)
-    serving = {
-        "target": settings.target,
-        "url": settings.url,
-        "bundle_id": bundle_id,
-        "canaries": canaries,
+    took = {"push_s": staged - started, "canaries_s": time.monotonic() - staged}
+    told: dict[str, Any] = {
+        "canaries": dict.fromkeys(bundle.users, ""),
         "prompt": settings.canary_prompt,
         "completions": {},
+        "asked_as": {user: placements[user] for user in bundle.users[:SAMPLES] if user in placements},
     }
-    run.write(SERVING, serving)
-    completions = {
-        user: target.complete(settings.canary_prompt, user=user, max_new_tokens=settings.completion_tokens)
+    _note(run, settings, bundle_id, users=len(bundle.users), told=told, **took)
+    told["completions"] = {
+        user: target.complete(
+            settings.canary_prompt,
+            user=placements.get(user, user),
+            max_new_tokens=settings.completion_tokens,
+        )
         for user in bundle.users[:SAMPLES]
     }
-    run.write(SERVING, serving | {"completions": completions})
+    _note(run, settings, bundle_id, users=len(bundle.users), told=told, **took)
     return settings.url
 
 
-def _ask_canaries(run: Run, target: HttpTarget, bundle: Bundle, bundle_id: str) -> dict[str, str]:
-    """One answer with every user's adapter in the staged bundle; user -> "". TargetError names who failed."""
-    settings = run.config.serve
+def _note(
+    run: Run, settings: TargetConfig, bundle_id: str, *, told: dict[str, Any] | None = None, **values: Any
+) -> None:
+    form = "adapters" if settings.pushes_adapters else "bundle"
+    row = Published(settings.label, settings.target, form, settings.url, bundle_id, **values)
+    run.write(serving_file(settings.label), asdict(row) | (told or {}))
+
+
+def _ask_canaries(run: Run, settings: TargetConfig, target: HttpTarget, bundle_id: str) -> None:
+    """One answer with every user's adapter in the staged bundle. TargetError names who failed."""
+    bundle = Bundle.load(run.registry().bundle_path(bundle_id), expected_hash=bundle_id)
+    compared = bundle.users[: settings.canary_compared] if settings.pushes_adapters else ()
+    asked = {"prompt": settings.canary_prompt, "tokens": settings.canary_tokens}
     faults = target.canary(
         bundle.users,
         settings.canary_prompt,
         bundle_id=bundle_id,
         zero_users=unchanged(bundle),
+        expected=expected_traces(run.base(), bundle, compared, **asked),  # type: ignore[arg-type]
         max_new_tokens=settings.canary_tokens,
         workers=settings.max_batch,
     )
     if failed := [f"{user}: {why}" for user, why in zip(bundle.users, faults, strict=True) if why]:
         raise TargetError(f"bundle {bundle_id[:12]} stays unpublished, canaries failed: {'; '.join(failed)}")
-    return dict.fromkeys(bundle.users, "")
 
 
 def refuse_forgotten(registry: Registry, bundle_id: str) -> None:
@@ -109,54 +164,17 @@ def previous_bundles(registry: Registry, url: str, bundle_id: str) -> list[str]:
     return [item for item in others if not registry.bundle(item).contains_forgotten]
 
 
-def target_class(kind: str) -> type[HttpTarget]:
-    """What pushes to a kind of server, as publications name it. TargetError names the kinds there are."""
-    if kind not in TARGETS:
-        raise TargetError(f"serving target {kind!r}: allowed are {', '.join(TARGETS)}")
-    return TARGETS[kind]
+def kept(registry: Registry, settings: TargetConfig, bundle_id: str) -> set[str]:
+    """Bundles that a server keeps: the live one, the one before it for a rollback, and those still draining.
 
-
-def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:
-    """The serving target of a run's configuration; its server is started if nobody answers.
-
-    Args:
-        first: the bundle a vLLM server is started with; it is not active there before it is switched to.
-
-    Raises:
-        TargetError: the server did not come up, or serves another base model; or a vLLM server has to be
-            started and there is no bundle to start it with.
+    A server that takes bundles ends what is under way by itself. Of one that takes adapters, who resolved a
+    user a moment ago still asks for what was live then, for at most `drain_s` seconds.
     """
-    settings, state = run.config.serve, Path(run.config.serve.state)
-    base = run.base()
-    known: dict[str, Any] = {"base_hash": base.hash, "admin_token": os.environ.get("SOPPU_ADMIN_TOKEN", "")}
-    if settings.target == "embedded":
-        target = EmbeddedTarget(settings.url, **known)
-        target.start(
-            ServerLaunch(
-                model=run.config.base.model,
-                cache=Path(run.config.base.cache),
-                state=state,
-                log=state / "server.log",
-                pid_file=state / "server.pid",
-                max_batch=settings.max_batch,
-                timeout=settings.start_timeout_s,
-            )
-        )
-        return target
-    vllm = VllmTarget(settings.url, **known)
-    if first is None:
-        if not vllm.is_up():
-            raise TargetError(f"{settings.url}: nobody answers; a vLLM server is started by a publication")
-        return vllm
-    launch = VllmLaunch(
-        python=Path(settings.vllm_python),
-        model=base.path,
-        bundle=first,
-        log=state / "vllm.log",
-        pid_file=state / "vllm.pid",
-        timeout=settings.start_timeout_s,
-        options=("--max-num-seqs", str(settings.max_batch), *settings.vllm_options),
-    )
-    if vllm.start(launch):
-        vllm.rollback("")  # it is active from the start there, and has to pass its canaries first
-    return vllm
+    before = set(previous_bundles(registry, settings.url, bundle_id)[:1])
+    if not settings.pushes_adapters:
+        return {bundle_id, *before}
+    since = (datetime.now(UTC) - timedelta(seconds=settings.drain_s)).isoformat(timespec="microseconds")
+    here = [one for one in registry.publications() if one.url.rstrip("/") == settings.url.rstrip("/")]
+    # newest first: each was live until the one before it in this list was recorded
+    draining = {old.bundle_id for new, old in zip(here, here[1:], strict=False) if new.at > since}
+    return {bundle_id, *before, *draining}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from soppu.compress.bundle.report import CompressionReport
@@ -13,10 +13,10 @@ from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
 from soppu.stages.federate import RESULT
-from soppu.stages.publish import SERVING
+from soppu.stages.publish import TOLD, Published, serving_file, stage_name, target_names
 from soppu.stages.run import open_run
 
-ORDER = ("prepare", "federate", "collect", "compress", "evaluate", "publish")
+BEFORE = ("prepare", "federate", "collect", "compress", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,11 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     found = run.read(evaluation)
     bundle_id = found["bundle_id"]
     compression = run.read(f"compression-{bundle_id[:16]}.json")
-    serving = run.read(SERVING)
-    published = serving.get("bundle_id") == bundle_id  # else it tells of an earlier bundle of this folder
-    noted = [run.read(f"stages/{name}.json") for name in ORDER if published or name != "publish"]
+    names = target_names(run_folder)
+    rows = {name: run.read(serving_file(name)) for name in names}  # perhaps of an earlier bundle
+    told = {name: row for name, row in rows.items() if row.get("bundle_id") == bundle_id}
+    live = [one for one in told.values() if not one["error"]]
+    noted = [run.read(f"stages/{name}.json") for name in (*BEFORE, *map(stage_name, told))]
     inputs = ReportInputs(
         run=run.id,
         config=run.config,
@@ -53,7 +55,8 @@ def write_report(run_folder: str, evaluation: str) -> Written:
         bundle_id=bundle_id,
         base_hash=run.base().hash,
         federation=run.read(RESULT) or None,
-        serving=serving if published else None,
+        serving={name: live[0][name] for name in TOLD} if live else None,
+        targets=[{field.name: one[field.name] for field in fields(Published)} for one in told.values()],
         stages=[stage for stage in noted if stage],
     )
     report = reports.build(inputs)

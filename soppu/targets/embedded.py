@@ -12,7 +12,8 @@ import requests
 
 import soppu
 from soppu.targets import process
-from soppu.targets.http import Answered, HttpTarget, body
+from soppu.targets.canary import Answered
+from soppu.targets.http import HttpTarget, body
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ Subclasses say how their server tells who it is, how a generation is asked for a
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 from urllib.parse import urlsplit
@@ -19,25 +17,12 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from soppu.errors import PortTaken, TargetError
-from soppu.serve.names import header_value
 from soppu.targets import process
+from soppu.targets.canary import Answered, Due, Trace, fault, is_close
 
 _CONNECT_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_ROUNDING = 0.5  # more than rounding changes a logprob: bfloat16 logits from 16 on are 0.125 apart
-Trace = tuple[tuple[int, float], ...]  # (token id, logprob) of every generated token
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What came back: `refusal` is the error, "" where there was an answer."""
-
-    refusal: str = ""
-    adapter_id: str = ""
-    version: str = ""
-    trace: Trace = ()
-    text: str = ""
 
 
 class HttpTarget(ABC):
@@ -88,17 +73,30 @@ class HttpTarget(ABC):
                 return False
             raise PortTaken(f"{self.url}: something listens, but is no {self.KIND}: {error}") from None
         info = body(response)
-        if response.status_code != 200 or info.get("server") != self.SERVER:
+        if response.status_code != 200 or not self._is_ours(info):
             raise PortTaken(
                 f"{self.url}: no {self.KIND}: GET {self.WHO} gave HTTP {response.status_code} from"
                 f" {response.headers.get('server', 'an unnamed server')!r}: {response.text[:80]!r}"
             )
+        self._check_base(info)
+        return True
+
+    def is_healthy(self) -> bool:
+        """Whether whatever answers there calls itself healthy."""
+        try:
+            return request("GET", f"{self.url}/health", timeout=(2.0, 1.0)).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def _is_ours(self, info: Mapping[str, Any]) -> bool:
+        return info.get("server") == self.SERVER
+
+    def _check_base(self, info: Mapping[str, Any]) -> None:
         if self._base_hash and info["base_hash"] != self._base_hash:
             raise TargetError(
                 f"{self.url}: serves base model {info['base_hash'][:12]} ({info['model_id']}),"
                 f" expected {self._base_hash[:12]}"
             )
-        return True
 
     def _start(self, server: process.Launch, *, timeout: float) -> bool:
         """Start `server` unless one is up; wait until it is healthy. False if one was up.
@@ -113,8 +111,12 @@ class HttpTarget(ABC):
         with process.held(server.pid_file):
             if self.is_up():
                 return False
-            process.start(server, ready=self._is_healthy, timeout=timeout)
+            process.start(server, ready=self.is_healthy, timeout=timeout)
         return True
+
+    def placements(self, bundle_id: str) -> dict[str, str]:
+        """User -> the id a request asks for, of a staged bundle, where that is not the user's name."""
+        return {}
 
     def bundles(self) -> tuple[str, ...]:
         """Ids of the bundles the server holds."""
@@ -148,7 +150,7 @@ class HttpTarget(ABC):
         self._admin("DELETE", f"bundles/{bundle_id}")
 
     def complete(self, prompt: str, *, user: str = "", max_new_tokens: int = 24) -> str:
-        """Greedy text after `prompt` with a user's adapter; "" is the base model. TargetError if refused."""
+        """Greedy text after `prompt` with the adapter of that id, "" for none. TargetError if refused."""
         answer = self._read(self._generate(prompt, user, max_new_tokens))
         if answer.refusal:
             raise TargetError(f"{self.url}: {answer.refusal}")
@@ -161,6 +163,7 @@ class HttpTarget(ABC):
         *,
         bundle_id: str,
         zero_users: Collection[str] = (),
+        expected: Mapping[str, Trace] | None = None,
         max_new_tokens: int = 4,
         workers: int = 1,
     ) -> list[str]:
@@ -175,6 +178,7 @@ class HttpTarget(ABC):
         is full is asked again until the target's timeout.
 
         Args:
+            expected: user -> what the adapter answers elsewhere; an answer that is not close to it fails.
             workers: canaries under way at once.
 
         Raises:
@@ -188,20 +192,24 @@ class HttpTarget(ABC):
         if base.refusal:
             raise TargetError(f"{self.url}: the base model does not answer: {base.refusal}")
         with ThreadPoolExecutor(workers) as pool:
-            answers = list(pool.map(ask, (f"{user}@{bundle_id}" for user in users)))
+            answers = list(pool.map(ask, (self._asked_as(user, bundle_id) for user in users)))
         faults = []
         for user, answer in zip(users, answers, strict=True):
+            asked_as = self._asked_as(user, bundle_id)
             base_trace = None if user in zero_users else base.trace
             if base_trace is not None and is_close(answer.trace, base_trace):
-                answer = ask(f"{user}@{bundle_id}")
-            faults.append(fault(answer, user, bundle_id, base_trace=base_trace))
+                answer = ask(asked_as)
+            due = Due(asked_as, self._version(bundle_id), base_trace, (expected or {}).get(user))
+            faults.append(fault(answer, due))
         return faults
 
-    def _is_healthy(self) -> bool:
-        try:
-            return request("GET", f"{self.url}/health", timeout=(2.0, 1.0)).status_code == 200
-        except requests.RequestException:
-            return False
+    def _asked_as(self, user: str, bundle_id: str) -> str:
+        """The id that asks for a user in a staged bundle, whether it is active or not."""
+        return f"{user}@{bundle_id}"
+
+    def _version(self, bundle_id: str) -> str:
+        """What an answer out of a bundle has to say about its version."""
+        return bundle_id
 
     def _generate(self, prompt: str, adapter_id: str, max_new_tokens: int) -> requests.Response:
         asked = self._asked(prompt, adapter_id, max_new_tokens)
@@ -239,40 +247,6 @@ class HttpTarget(ABC):
         if response.status_code >= 300:
             raise TargetError(f"{method} {url}: {refusal(response)}")
         return body(response)
-
-
-def fault(answer: Answered, user: str, version: str, *, base_trace: Trace | None) -> str:
-    """What is wrong with an answer that `user` was asked for in a version of the bundle, "" if nothing.
-
-    `base_trace` is the base model's for the same prompt; None for users whose adapter is empty.
-    """
-    adapter_id = f"{user}@{version}"
-    if answer.refusal:
-        return answer.refusal
-    if answer.adapter_id != header_value(adapter_id) or answer.version != version:
-        return (
-            f"asked for {adapter_id!r} of {version!r}, served by {answer.adapter_id!r} of {answer.version!r}"
-        )
-    if not answer.trace:
-        return "no tokens came back"
-    if not all(math.isfinite(logprob) for _, logprob in answer.trace):
-        return f"logprobs are not finite: {answer.trace}"
-    if answer.trace == base_trace:
-        return "the answer is the base model's: the adapter has no effect"
-    return ""
-
-
-def is_close(trace: Trace, other: Trace) -> bool:
-    """Whether two traces differ by no more than rounding may: logprobs nearly equal as long as tokens are.
-
-    Where two tokens are nearly as probable, rounding decides; what comes after that says nothing.
-    """
-    for (token, logprob), (other_token, other_logprob) in zip(trace, other, strict=False):
-        if abs(logprob - other_logprob) >= _ROUNDING:
-            return False
-        if token != other_token:
-            return True
-    return len(trace) == len(other)
 
 
 def request(method: str, url: str, *, timeout: tuple[float, float], **content: Any) -> requests.Response:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -18,11 +17,9 @@ import psutil
 
 from soppu import files
 from soppu.errors import TargetError
+from soppu.targets import logs
 
-_TAIL_LINES = 15
 _POLL_SECONDS = 0.2
-# The last line of a traceback, behind a log's prefix or not.
-_CAUSE = re.compile(r"(?:^|\] )[\w.]*(?:Error|Exception): ")
 
 
 class _Record(TypedDict):
@@ -145,7 +142,4 @@ def _mark(process: psutil.Process) -> str:
 def _tail(log: Path, begin: int) -> str:
     with log.open("rb") as stream:
         stream.seek(begin)
-        lines = stream.read().decode(errors="replace").splitlines()
-    cause = next((number for number, line in enumerate(lines) if _CAUSE.search(line)), len(lines))
-    first = [lines[cause], "[...]"] if cause < len(lines) - _TAIL_LINES else []
-    return "\n".join([*first, *lines[-_TAIL_LINES:]])
+        return logs.tail(stream.read().decode(errors="replace").splitlines())

@@ -13,7 +13,8 @@ import requests
 from soppu.errors import TargetError
 from soppu.serve.names import header_value, split_version
 from soppu.targets import process
-from soppu.targets.http import Answered, HttpTarget, body, request
+from soppu.targets.canary import Answered
+from soppu.targets.http import HttpTarget, body, request
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ class Pipeline:
             lambda: (run := self.api(f"flow_runs/{flow_run}"))["state_type"] in ended and run, timeout=timeout
         )
 
+    def completed(self, flow_run: str) -> None:
+        """Wait for the end of a flow run, which has to be a good one."""
+        ended = self.wait(flow_run)
+        assert ended["state_type"] == "COMPLETED", self.logs(flow_run)
+
     def task_runs(self, flow_run: str) -> dict[str, dict[str, Any]]:
         """Task runs of a flow run and of the recompression it calls, by task name."""
         own = self.api("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [flow_run]}}})

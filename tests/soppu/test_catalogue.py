@@ -19,7 +19,17 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
 from soppu.errors import RegistryError, StorageError
-from soppu.registry.catalogue import Catalogue, Holding, SchemaRow, User, check_user_id, insert_if_absent, now
+from soppu.registry.catalogue import (
+    SCHEMA_VERSION,
+    Catalogue,
+    Holding,
+    Placement,
+    SchemaRow,
+    User,
+    check_user_id,
+    insert_if_absent,
+    now,
+)
 
 ALPHABET = string.ascii_letters + string.digits + "._-"
 
@@ -83,13 +93,28 @@ def test_opening_again_keeps_what_is_there(catalogue: Catalogue, url: str) -> No
     assert names(Catalogue.open(url)) == {"alice"}
 
 
+def test_an_older_schema_gets_what_it_lacks_and_keeps_what_it_has(catalogue: Catalogue, url: str) -> None:
+    add_user(catalogue, "alice")
+    with catalogue.write() as session:
+        session.execute(sa.text("DROP TABLE soppu_placements"))
+        session.execute(sa.update(SchemaRow).values(version=1))
+    catalogue.close()
+    again = Catalogue.open(url)
+    assert names(again) == {"alice"}
+    with again.read() as session:
+        assert session.scalars(sa.select(Placement)).all() == []
+        assert session.scalar(sa.select(SchemaRow.version)) == SCHEMA_VERSION
+    again.close()
+    assert names(Catalogue.open(url)) == {"alice"}
+
+
 def test_a_newer_schema_is_refused_and_left_alone(catalogue: Catalogue, url: str, tmp_path: Path) -> None:
     add_user(catalogue, "alice")
     with catalogue.write() as session:
         session.execute(sa.update(SchemaRow).values(version=9))
     catalogue.close()
     before = (tmp_path / "c.db").read_bytes()
-    with pytest.raises(RegistryError, match=r"c\.db: schema version 9, this SOPPU knows 1"):
+    with pytest.raises(RegistryError, match=r"c\.db: schema version 9, this SOPPU knows 2"):
         Catalogue.open(url)
     assert (tmp_path / "c.db").read_bytes() == before
 

@@ -300,3 +300,50 @@ def test_a_config_is_hashable_and_frozen() -> None:
     assert hash(Config()) == hash(Config())
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1  # type: ignore[misc]
+
+
+def test_every_target_has_the_keys_of_its_section_but_for_its_own() -> None:
+    serve = configuration.from_dict(
+        {
+            "serve": {
+                "canary_tokens": 7,
+                "targets": [
+                    {"name": "one", "url": "http://a:1", "target": "lorax"},
+                    {"name": "two", "url": "http://a:2", "canary_tokens": 2},
+                ],
+            }
+        }
+    ).serve
+    one, two = serve.each()
+    assert (one.label, one.canary_tokens, one.pushes_adapters) == ("one", 7, True)
+    assert (two.label, two.canary_tokens, two.pushes_adapters) == ("two", 2, False)
+    (alone,) = Config().serve.each()
+    assert (alone.label, alone.url) == ("embedded", Config().serve.url)
+
+
+def test_targets_survive_the_disk(tmp_path: Path) -> None:
+    target = {"name": 'a"b', "url": "http://a:1", "lorax_flags": ["--eager", "x=\ty"], "drain_s": 3}
+    config = configuration.from_dict({"serve": {"targets": [target]}})
+    assert configuration.load(write(tmp_path, configuration.dump(config))) == config
+    assert config.digest("serve") != Config().digest("serve")
+
+
+@pytest.mark.parametrize(
+    ("serve", "told"),
+    [
+        ({"targets": [{}, {}]}, "serve.targets: name 'embedded' twice"),
+        ({"targets": [{}, {"name": "x"}]}, "serve.targets: url 'http://127.0.0.1:8099' twice"),
+        ({"targets": [{"url": "http://a"}, {"name": "x", "url": "http://a/"}]}, "url 'http://a' twice"),
+        ({"targets": [{"nmae": "x"}]}, r"serve.targets\[0\]: unknown key nmae; .*did you mean name"),
+        ({"targets": [{}, {"drain_s": -1}]}, r"serve.targets\[1\]: drain_s = -1, allowed: at least 0"),
+        ({"targets": [{"targets": []}]}, r"serve.targets\[0\]: unknown key targets"),
+        ({"form": "adapters"}, "serve.form = 'adapters': serve.target = 'embedded' takes bundles"),
+        ({"targets": [{"target": "vllm", "form": "adapters"}]}, "serve.target = 'vllm' takes bundles"),
+        ({"lorax_environment": ["A B=1"]}, "serve.lorax_environment = 'A B=1', allowed: NAME=VALUE"),
+        ({"targets": [{"target": "vllm"}]}, "vllm serves cores in shared bases"),
+        ({"targets": ["x"]}, r"serve.targets\[0\] = 'x', allowed: an object"),
+    ],
+)
+def test_a_wrong_target_is_named(serve: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        configuration.from_dict({"serve": serve})

@@ -91,7 +91,7 @@ def make_federation(users: list[str]) -> dict[str, Any]:
 
 
 def make_serving(users: list[str]) -> dict[str, Any]:
-    """What soppu/stages/publish.py writes into serving.json."""
+    """What soppu/stages/publish.py writes of the first live target."""
     return {
         "target": "embedded",
         "url": "http://127.0.0.1:8099",
@@ -99,7 +99,15 @@ def make_serving(users: list[str]) -> dict[str, Any]:
         "canaries": dict.fromkeys(users, ""),
         "prompt": "def main():",
         "completions": {users[0]: "\n    return {1: '<b>&'}\n"},
+        "asked_as": {users[0]: users[0]},
     }
+
+
+def make_target(**changes: Any) -> dict[str, Any]:
+    """What soppu/stages/publish.py notes of one publication."""
+    values = {"name": "embedded", "target": "embedded", "form": "bundle", "url": "http://127.0.0.1:8099"}
+    took = {"users": 8, "push_s": 1.5, "canaries_s": 0.5}
+    return {**values, "bundle_id": "b" * 64, **took, "error": "", **changes}
 
 
 def make_stage(name: str, seconds: float, attempts: int = 1) -> dict[str, Any]:
@@ -125,6 +133,7 @@ def make_inputs(count: int = 8, *, users: list[str] | None = None, **changes: An
         "bundle_id": "b" * 64,
         "federation": told,
         "serving": make_serving(users),
+        "targets": (make_target(),),
         "stages": (make_stage("federate", 171.0, 2), make_stage("compress", 3.4), make_stage("publish", 6.5)),
         "created": "2026-01-02T03:04:05+00:00",
         "hardware": "Linux, 2 cores",

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 from soppu.cli import main
 from soppu.errors import TargetError
-from soppu.stages.publish import open_target, publish
+from soppu.stages.publish import publish
 from soppu.stages.report import write_report
 from soppu.stages.run import Run
+from soppu.stages.targets import open_target
 from soppu.targets.vllm import VllmTarget
 from tests.soppu.serve.vllm_plugin import live
 from tests.soppu.stages.conftest import without_effect

@@ -18,9 +18,10 @@ from soppu.federation.simulation import free_port
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
-from soppu.stages.publish import open_target, publish
+from soppu.stages.publish import publish
 from soppu.stages.report import write_report
 from soppu.stages.run import Run
+from soppu.stages.targets import open_target
 from soppu.targets import process
 from tests.soppu.stages.conftest import train, without_effect
 

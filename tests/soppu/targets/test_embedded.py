@@ -26,10 +26,9 @@ from soppu.federation.simulation import free_port
 from soppu.models import resolve
 from soppu.serve.api.http import ServerInfo
 from soppu.serve.server import claim_port
-from soppu.stages.publish import target_class
 from soppu.targets import http, process
+from soppu.targets.canary import Answered, Due, fault, is_close
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
-from soppu.targets.http import Answered, fault, is_close
 from tests.latecomer import latecomer
 from tests.soppu.serve import tiny
 
@@ -130,9 +129,10 @@ def test_a_canary_does_not_wait_for_ever(full: tuple[str, Event]) -> None:
 
 def test_every_fault_of_an_answer_is_named() -> None:
     base, good = ((1, -0.5),), Answered("", "alice@v", "v", ((2, -0.25),))
+    due = Due("alice@v", "v", base, expected=((2, -0.3),))
 
     def said(**changes: object) -> str:
-        return fault(replace(good, **changes), "alice", "v", base_trace=base)  # type: ignore[arg-type]
+        return fault(replace(good, **changes), due)  # type: ignore[arg-type]
 
     assert said() == ""
     assert "served by 'bob@v'" in said(adapter_id="bob@v")
@@ -140,7 +140,9 @@ def test_every_fault_of_an_answer_is_named() -> None:
     assert said(trace=()) == "no tokens came back"
     assert "not finite" in said(trace=((2, float("nan")),))
     assert "no effect" in said(trace=base)
-    assert fault(replace(good, trace=base), "alice", "v", base_trace=None) == ""
+    assert fault(replace(good, trace=base), Due("alice@v", "v")) == ""
+    assert "tokens [3], the adapter gives [2] here" in said(trace=((3, -1.5),))
+    assert "tokens [2], the adapter gives [2] here" in said(trace=((2, -0.9),))
     assert said(refusal="HTTP 500: x") == "HTTP 500: x"
 
 
@@ -344,8 +346,5 @@ def test_a_pid_file_of_a_process_that_is_gone_ends_nobody(tmp_path: Path) -> Non
         bystander.wait()
 
 
-def test_targets_are_chosen_by_name_and_secrets_are_not_shown() -> None:
-    assert target_class("embedded") is EmbeddedTarget
-    with pytest.raises(TargetError, match="'lorax': allowed are embedded, vllm"):
-        target_class("lorax")
+def test_secrets_are_not_shown() -> None:
     assert "secret" not in repr(ServerInfo("m", "h", admin_token="secret"))
