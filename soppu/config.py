@@ -210,7 +210,7 @@ class TargetConfig:
     lorax_network: str = ""
     lorax_flags: Texts = ()
     lorax_environment: Annotated[Texts, allowed("a list of NAME=VALUE")] = ()
-    lorax_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    lorax_dtype: Literal["float16", "bfloat16"] = "float16"
     drain_s: Natural = 60
     max_batch: Count = 16
     canary_prompt: str = "def main():"
