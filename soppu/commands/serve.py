@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from soppu.commands.options import CACHE
+from soppu.serve import admin_token as tokens
 from soppu.serve.server import ServeOptions, run
 
 
@@ -73,7 +74,8 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 def serve_command(**given: Any) -> None:
     """Serve a base model with every user's adapter, over LoRAX's HTTP API.
 
-    With SOPPU_ADMIN_TOKEN set, the routes under /soppu/v1 ask for it as a bearer token.
+    The routes under /soppu/v1 ask for a bearer token: that of SOPPU_ADMIN_TOKEN, else one that the server
+    makes at its first start and keeps in the file admin-token of its state folder.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run(ServeOptions(**given, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", "")))
+    run(ServeOptions(**given, admin_token=os.environ.get(tokens.VARIABLE, "")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import uvicorn
 from soppu import files
 from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
+from soppu.serve import admin_token as tokens
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
@@ -39,7 +40,7 @@ class ServeOptions:
     device: str = "auto"  # "auto" is cuda if there is one, else cpu
     threads: int = 0  # torch threads; 0 leaves torch's default
     max_batch: int = 32
-    admin_token: str = ""  # "" leaves the admin routes open
+    admin_token: str = field(default="", repr=False)  # "" takes the one kept in the state folder
 
 
 def run(options: ServeOptions) -> None:
@@ -66,9 +67,8 @@ def run(options: ServeOptions) -> None:
         try:
             _preload(state, options)
             engine = Engine(model, load_tokenizer(base), bank, EngineOptions(max_batch=options.max_batch))
-            info = ServerInfo(
-                base.name, base.hash, dtype=dtype, device=device, admin_token=options.admin_token
-            )
+            token = options.admin_token or tokens.ensure(tokens.token_file(options.state))
+            info = ServerInfo(base.name, base.hash, dtype=dtype, device=device, admin_token=token)
             app = create_app(engine, info=info, state=state)
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
             _announce(options, bank, listener)
@@ -106,10 +106,6 @@ def _preload(state: ServerState, options: ServeOptions) -> None:
 
 
 def _announce(options: ServeOptions, bank: AdapterBank, listener: socket.socket) -> None:
-    if options.host not in ("127.0.0.1", "localhost", "::1") and not options.admin_token:
-        _LOG.warning(
-            "SOPPU_ADMIN_TOKEN is not set: whoever reaches %s may change what is served", options.host
-        )
     _LOG.info(
         "serving %s with %d users and %d single adapters at http://%s:%d",
         options.model,

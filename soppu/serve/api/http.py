@@ -35,7 +35,7 @@ _KEEP_ALIVE_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says about itself. `admin_token` "" leaves the admin routes open."""
+    """What a server says about itself. `admin_token` "" closes the admin routes."""
 
     model_id: str
     base_hash: str

@@ -64,14 +64,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
             server.client.__exit__(None, None, None)
             server.state.close()
 
-    def build(*, token: str = "", base_hash: str = tiny.BASE_HASH, **options: int) -> Server:
+    def build(*, token: str = tiny.TOKEN, base_hash: str = tiny.BASE_HASH, **options: int) -> Server:
         stop()
         model = tiny.llama()
         bank = AdapterBank(model, base_hash=base_hash)
         state = ServerState.open(tmp_path / "state", bank)
         engine = Engine(model, tiny.tokenizer(), bank, EngineOptions(**options))
         app = create_app(engine, info=ServerInfo("tiny", base_hash, admin_token=token), state=state)
-        server = Server(TestClient(app).__enter__(), model, engine, bank, state)
+        headers = {"authorization": f"Bearer {tiny.TOKEN}"}
+        server = Server(TestClient(app, headers=headers).__enter__(), model, engine, bank, state)
         running.append(server)
         return server
 
