@@ -25,12 +25,11 @@ from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
 from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
+from soppu.serve.api.streams import measures, next_event, submit, watch
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
 from soppu.serve.names import header_value
-
-_KEEP_ALIVE_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -137,14 +136,14 @@ class GenerateApi:
 
     async def _answer(self, request: Request, parsed: ParsedRequest, *, wrap: bool) -> Response:
         generation, events = await self._submit(parsed)
-        watcher = asyncio.ensure_future(_watch(request, events))
+        watcher = asyncio.ensure_future(watch(request, events.put_nowait))
         try:
             tokens, finish = await _collect(events)
         finally:
             watcher.cancel()
             generation.cancel()
         body = answer_body(parsed, tokens, finish)
-        headers = {**self._headers(parsed, generation), **_measures(parsed, finish)}
+        headers = {**self._headers(parsed, generation), **measures(finish)}
         return JSONResponse([body] if wrap else body, headers=headers)
 
     async def _stream(self, parsed: ParsedRequest) -> Response:
@@ -154,14 +153,9 @@ class GenerateApi:
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
     async def _submit(self, parsed: ParsedRequest) -> tuple[Generation, asyncio.Queue[Event]]:
-        """Queue the request with a sink that hands every event over to this event loop."""
+        """Queue the request; its events come into the queue."""
         events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def sink(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        return await run_in_threadpool(self._engine.submit, parsed.generation, sink=sink), events
+        return await submit(self._engine, parsed, events.put_nowait), events
 
     def _headers(self, parsed: ParsedRequest, generation: Generation) -> dict[str, str]:
         resolved = generation.job.resolved
@@ -188,22 +182,13 @@ async def _collect(events: asyncio.Queue[Event]) -> tuple[list[TokenEvent], Fini
             return tokens, event.finish
 
 
-async def _watch(request: Request, events: asyncio.Queue[Event]) -> None:
-    """End the wait for tokens when the client goes away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    events.put_nowait(RequestError("the client went away", status=499, error_type="incomplete_generation"))
-
-
 async def _server_sent(
     parsed: ParsedRequest, generation: Generation, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """`data: {json}` for each token, a comment while nothing comes; an error is one event, and the last."""
     try:
         while True:
-            try:
-                event = await asyncio.wait_for(events.get(), _KEEP_ALIVE_SECONDS)
-            except TimeoutError:
+            if (event := await next_event(events)) is None:
                 yield ":\n\n"
                 continue
             body = error_body(event) if isinstance(event, RequestError) else stream_body(parsed, event)
@@ -212,26 +197,6 @@ async def _server_sent(
                 return
     finally:
         generation.cancel()
-
-
-def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:
-    """LoRAX's counters and times, in whole milliseconds."""
-    inference = finish.total - finish.queued
-    seconds = {
-        "x-compute-time": finish.total,
-        "x-total-time": finish.total,
-        "x-queue-time": finish.queued,
-        "x-inference-time": inference,
-        "x-time-per-token": inference / finish.generated_tokens,
-        "x-time-to-first-token": finish.first,
-        "x-time-per-output-token": (finish.total - finish.first) / max(finish.generated_tokens - 1, 1),
-    }
-    return {name: str(round(1000 * value)) for name, value in seconds.items()} | {
-        "x-prompt-tokens": str(finish.prompt_tokens),
-        "x-generated-tokens": str(finish.generated_tokens),
-        "x-skipped-tokens": "0",
-        "x-total-tokens": str(finish.prompt_tokens + finish.generated_tokens),
-    }
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -559,7 +559,7 @@ def test_a_client_that_goes_away_leaves_the_batch_to_the_others(tmp_path: Path) 
 
 
 def test_a_silent_stream_is_kept_alive_with_comments(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soppu.serve.api.http._KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("soppu.serve.api.streams._KEEP_ALIVE_SECONDS", 0.05)
     server = start()
     server.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.2))
     text = server.post("/generate_stream", max_new_tokens=2).text
