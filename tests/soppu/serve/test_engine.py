@@ -19,8 +19,9 @@ from soppu.errors import RequestError
 from soppu.federation.emulator import SUPPORTED
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.serve.engine.generation import Detokenizer, GenerationRequest, TokenEvent
+from soppu.serve.engine.generation import GenerationRequest, TokenEvent
 from soppu.serve.engine.sampling import Sampler, Sampling, processors
+from soppu.serve.engine.text import Detokenizer
 from tests.soppu.serve import tiny
 
 PROMPTS = ["def main():", "the quick", "a", "日本語 and a rather longer prompt than the others"]
