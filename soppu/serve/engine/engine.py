@@ -83,6 +83,11 @@ class Engine:
         return self.alive and self._batch.failures < _UNHEALTHY_AFTER
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return self._vocabulary.tokenizer
+
+    @property
     def waiting(self) -> int:
         """Requests that have no row yet."""
         return len(self._waiting)
@@ -135,7 +140,7 @@ class Engine:
                 f" Given: {request.truncate}"
             )
         with self._tokenizing:
-            ids = self._vocabulary.tokenizer(request.inputs)["input_ids"]
+            ids = self.tokenizer(request.inputs, add_special_tokens=request.add_special_tokens)["input_ids"]
         if request.truncate is not None:
             ids = ids[-request.truncate :]
         count, new = len(ids), request.max_new_tokens
