@@ -23,6 +23,7 @@ from starlette.routing import Route
 from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
+from soppu.serve.api.openai.routes import OpenAiApi
 from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.api.streams import measures, next_event, submit, watch
@@ -53,8 +54,9 @@ def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starl
         await run_in_threadpool(engine.close)
 
     api = GenerateApi(engine, info)
+    openai = OpenAiApi(engine, model_id=info.model_id, base_hash=info.base_hash, headers=api._headers)
     return Starlette(
-        routes=[*api.routes(), *AdminApi(lambda: state, token=info.admin_token).routes()],
+        routes=[*api.routes(), *openai.routes(), *AdminApi(lambda: state, token=info.admin_token).routes()],
         lifespan=lifespan,
         exception_handlers={RequestError: on_request_error, HTTPException: _on_http_error},
     )

@@ -89,6 +89,11 @@ class Engine:
         return self._draining
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return self._vocabulary.tokenizer
+
+    @property
     def waiting(self) -> int:
         """Requests that have no row yet."""
         return len(self._waiting)
@@ -154,7 +159,7 @@ class Engine:
                 f" Given: {request.truncate}"
             )
         with self._tokenizing:
-            ids = self._vocabulary.tokenizer(request.inputs)["input_ids"]
+            ids = self.tokenizer(request.inputs, add_special_tokens=request.add_special_tokens)["input_ids"]
         if request.truncate is not None:
             ids = ids[-request.truncate :]
         count, new = len(ids), request.max_new_tokens
