@@ -11,7 +11,10 @@ import click
 
 from soppu.commands.options import CACHE
 from soppu.serve import admin_token as tokens
+from soppu.serve.engine.engine import EngineOptions
 from soppu.serve.server import ServeOptions, run
+
+_LIMITS = ("max_batch", "max_queue", "max_input_tokens", "max_total_tokens")
 
 
 def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
@@ -71,6 +74,31 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option(
     "--max-batch", type=click.IntRange(1), default=32, show_default=True, help="Requests decoded together."
 )
+@click.option(
+    "--max-waiting",
+    "max_queue",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Requests that may wait beside those; one more is refused with 429.",
+)
+@click.option(
+    "--max-input-tokens", type=click.IntRange(0), default=1024, show_default=True, help="Of one prompt."
+)
+@click.option(
+    "--max-total-tokens",
+    type=click.IntRange(0),
+    default=2048,
+    show_default=True,
+    help="Of one prompt and its answer; the model may allow less.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Seconds that requests under way get when the server is told to stop.",
+)
 def serve_command(**given: Any) -> None:
     """Serve a base model with every user's adapter, over LoRAX's HTTP API.
 
@@ -78,4 +106,5 @@ def serve_command(**given: Any) -> None:
     makes at its first start and keeps in the file admin-token of its state folder.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run(ServeOptions(**given, admin_token=os.environ.get(tokens.VARIABLE, "")))
+    limits = EngineOptions(**{name: given.pop(name) for name in _LIMITS})
+    run(ServeOptions(**given, engine=limits, admin_token=os.environ.get(tokens.VARIABLE, "")))

@@ -1,7 +1,7 @@
 """The admin token: who knows it may change what a server on this machine serves.
 
-A server that is given none makes one and keeps it in its state folder, readable by its own user only; what runs
-as that user beside it reads it there.
+A server that is given none makes one and keeps it in its state folder, readable by its own user only; what
+runs as that user beside it reads it there.
 """
 
 from __future__ import annotations

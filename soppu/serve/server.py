@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import uvicorn
 
 from soppu import files
 from soppu.errors import ConfigError, PortTaken
@@ -20,6 +19,7 @@ from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype
+from soppu.serve.stopping import DrainingServer
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -39,7 +39,8 @@ class ServeOptions:
     dtype: str = "float32"  # of the weights; "auto" takes the faster one, see `fastest_dtype`
     device: str = "auto"  # "auto" is cuda if there is one, else cpu
     threads: int = 0  # torch threads; 0 leaves torch's default
-    max_batch: int = 32
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    grace: float = 10.0  # seconds that requests under way get when the server is told to stop
     admin_token: str = field(default="", repr=False)  # "" takes the one kept in the state folder
 
 
@@ -66,14 +67,13 @@ def run(options: ServeOptions) -> None:
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)
-            engine = Engine(model, load_tokenizer(base), bank, EngineOptions(max_batch=options.max_batch))
+            engine = Engine(model, load_tokenizer(base), bank, options.engine)
             token = options.admin_token or tokens.ensure(tokens.token_file(options.state))
             info = ServerInfo(base.name, base.hash, dtype=dtype, device=device, admin_token=token)
             app = create_app(engine, info=info, state=state)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+            server = DrainingServer(app, engine, grace=options.grace)
             _announce(options, bank, listener)
             server.run(sockets=[listener])
-        except KeyboardInterrupt:
             _LOG.info("stopped")
         finally:
             state.close()

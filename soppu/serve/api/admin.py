@@ -86,6 +86,7 @@ class AdminApi:
             ("GET", "/soppu/v1/adapters", self.list_adapters),
             ("PUT", "/soppu/v1/adapters/{name:path}", self.put_adapter),
             ("DELETE", "/soppu/v1/adapters/{name:path}", self.delete_adapter),
+            ("GET", "/soppu/v1/users/{name:path}", self.find_user),
         ]
         return [Route(path, self._guarded(handler), methods=[method]) for method, path, handler in table]
 
@@ -159,6 +160,19 @@ class AdminApi:
             raise _not_found(f"no adapter {name!r} is loaded")
         await _call(self._served().drop_adapter, name)
         return JSONResponse({"deleted": name})
+
+    async def find_user(self, request: Request) -> Response:
+        """Which version a plain name is served by now."""
+        name, bank = request.path_params["name"], self._served().bank
+        check_name(name, what="name")
+        adapter = bank.adapters().get(name)
+        if adapter is not None:
+            body = {"adapter_id": name, "version": adapter.content_hash, "kind": "adapter"}
+        elif name in bank.bundles().get(active := bank.active, ()):
+            body = {"adapter_id": f"{name}@{active}", "version": active, "kind": "bundle"}
+        else:
+            raise _not_found(f"no adapter is called {name!r}, and the active bundle has no such user")
+        return JSONResponse({"user": name, **body})
 
     def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:

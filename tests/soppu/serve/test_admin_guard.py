@@ -1,4 +1,4 @@
-"""Who may change what is served: whoever has the token, wherever they come from, and no page of another site."""
+"""Who may change what is served: who has the token, from everywhere, and no page of another site."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import PortTaken, TargetError
 from soppu.federation.simulation import free_port
 from soppu.models import resolve
+from soppu.serve.admin_token import token_file
 from soppu.serve.api.http import ServerInfo
 from soppu.serve.server import claim_port
 from soppu.stages.publish import target_class
-from soppu.serve.admin_token import token_file
 from soppu.targets import http, process
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
 from soppu.targets.http import Answered, fault, is_close
