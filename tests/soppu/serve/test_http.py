@@ -231,6 +231,11 @@ def test_a_full_server_answers_429(start: Start) -> None:
     response = server.post()
     assert response.status_code == 429
     assert response.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
+    assert response.headers["retry-after"] == "1"
+    server.engine.close()
+    response = server.post()
+    assert (response.status_code, response.json()["error_type"]) == (503, "overloaded")
+    assert int(response.headers["retry-after"]) > 0
 
 
 def test_many_clients_at_once_each_get_their_own_text(start: Start, shared: Bundle) -> None:
