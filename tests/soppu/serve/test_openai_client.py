@@ -145,6 +145,31 @@ def test_characters_split_over_tokens_come_whole(served: Served) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole == "so\ufffd"
 
 
+def test_the_clients_own_stream_helper_puts_a_chat_together(served: Served) -> None:
+    with served.talker.says("the lazy dog"):
+        asked: dict[str, Any] = {"model": "", "messages": SAID, "temperature": 0, "logprobs": True}
+        with served.client.chat.completions.stream(**asked) as stream:
+            deltas = [event.delta for event in stream if event.type == "content.delta"]
+            final = stream.get_final_completion().choices[0]
+    assert "".join(deltas) == final.message.content == "the lazy dog"
+    assert final.finish_reason == "stop" and final.logprobs is not None and final.logprobs.content is not None
+    assert final.logprobs.content[-1].token == "<eos>"
+
+
+def test_a_silent_stream_is_kept_alive(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("soppu.serve.api.streams._KEEP_ALIVE_SECONDS", 0.02)
+    handle = served.talker.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
+    asked: dict[str, Any] = {"model": "", "messages": SAID, "max_tokens": 2, "temperature": 0, "stream": True}
+    try:
+        with served.client.chat.completions.with_streaming_response.create(**asked) as response:
+            raw = list(response.iter_lines())
+        chunks = list(served.client.chat.completions.create(**asked))
+    finally:
+        handle.remove()
+    assert ":" in raw and raw[-2:] == ["data: [DONE]", ""]
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize("stop", ["fox", ["zebra", "fox"]])
 def test_a_stop_sequence_is_no_part_of_the_text(served: Served, stop: Any) -> None:
     with served.talker.says("the quick fo, fox jumps"):
@@ -158,6 +183,20 @@ def test_a_stop_sequence_is_no_part_of_the_text(served: Served, stop: Any) -> No
         )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "the quick fo, "
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_stop_sequence_may_name_a_special_token(served: Served) -> None:
+    for stop in ("<pad>", "fox<pad>"):
+        for stream in (False, True):
+            with served.talker.says("the fox<pad> jumps"):
+                answer: Any = served.client.completions.create(
+                    model="", prompt=PROMPT, temperature=0, stop=stop, stream=stream
+                )
+                chunks = list(answer) if stream else [answer]
+            assert (
+                "".join(chunk.choices[0].text for chunk in chunks) == "the fox"[: 4 + 3 * (stop == "<pad>")]
+            )
+            assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_text_that_only_began_like_a_stop_sequence_is_not_lost(served: Served) -> None:

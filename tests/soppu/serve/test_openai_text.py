@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,9 +75,20 @@ def test_special_tokens_are_no_text_and_bytes_held_back_come_with_the_end() -> N
     assert transcript.text == "so\ufffd"
 
 
-def test_a_special_token_that_stopped_takes_no_text_with_it() -> None:
-    transcript = Transcript(["<eos>", "x<eos>"])
-    transcript.push(TokenEvent(5, "x", -1.0, False))
-    end = replace(FINISH, reason="stop_sequence", text="x")
-    transcript.push(TokenEvent(0, "<eos>", -1.0, True, end))
-    assert transcript.text == "x"
+@pytest.mark.parametrize(
+    ("stops", "text"), [(["<end>"], "so x"), (["x<end>", "<end>"], "so "), (["o<pad> x<end>"], "s")]
+)
+def test_a_stop_sequence_may_spell_special_tokens(stops: list[str], text: str) -> None:
+    transcript = Transcript(stops)
+    end = replace(FINISH, reason="stop_sequence", text="so x")
+    shown = [
+        transcript.push(event).text
+        for event in (
+            TokenEvent(5, "so", -1.0, False),
+            TokenEvent(1, "<pad>", -1.0, True),
+            TokenEvent(6, " x", -1.0, False),
+            TokenEvent(2, "<end>", -1.0, True, end),
+        )
+    ]
+    assert "".join(shown) == transcript.text == text
+    assert [piece.offset for piece in transcript.pieces] == [0, 2, 2, 4]
