@@ -98,7 +98,7 @@ ANSWERS = (
     ),
     ("object", "`text_completion`, also for chat", "OpenAI's"),
     ("created", "0; the time for a chat's whole answer", "the time"),
-    ("model", "`null`, or the base model's id", "the adapter's id, or the base model's"),
+    ("model", "`null`, or the base model's id", "the adapter's id as it was asked for, or the base model's"),
     ("finish_reason", "a stop sequence is `content_filter`", "a stop sequence is `stop`"),
     ("logprobs", "null", "OpenAI's, of every generated token, where asked for; else null"),
     ("usage", "in every event of a completion's stream", "in a last event where `include_usage` asks for it"),
