@@ -29,9 +29,7 @@ from soppu.peft_config import LoraFields
 Place = TypeVar("Place")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-SHARED_FILE = (
-    "shared.safetensors"  # beside it, where users' folders share factors: one file, linked into each
-)
+SHARED_FILE = "shared.safetensors"  # beside it, where folders share factors: one file, linked into each
 IDENTITY_FILE = "soppu.json"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _AS_THEY_ARE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -25,12 +25,12 @@ def check_name(name: str, *, what: str) -> None:
 
 
 def check_source(source: str, *, adapter_id: str) -> None:
-    """Refuse an adapter that is to come from elsewhere: RequestError 424. "" is local; the base has no source."""
+    """Refuse an adapter that is to come from elsewhere: RequestError 424. "" is local."""
     if source in ("", LOCAL) or not adapter_id and source in _ELSEWHERE:
         return
     why = f"Invalid source {source!r} when downloading adapter {adapter_id!r}"
     if source in _ELSEWHERE:
-        why += f"; this server fetches nothing: put the adapter into its folder of adapters, and ask with {LOCAL!r}"
+        why += "; this server fetches nothing: put it into its folder of adapters, and ask with 'local'"
     raise failed(why)
 
 

@@ -128,7 +128,7 @@ class AdminApi:
         return JSONResponse({"deleted": bundle_id})
 
     async def show_user(self, request: Request) -> Response:
-        """What is answered for a user now, and all versions that may be asked for. 404 for somebody unknown."""
+        """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
         user, bank = request.path_params["user"], self._served().bank
         answer = bank.answers(user)
         if answer is None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -110,7 +111,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
             return replace(resolved, adapter_id=adapter_id)
         return self._residents.take(self._path(adapter_id), adapter_id=adapter_id)
 
-    def reading(self, adapter_id: str) -> Future[object] | None:
+    def reading(self, adapter_id: str) -> Future[Any] | None:
         """What to wait for before `resolve`, so that it does not block; None for nothing. Never blocks.
 
         Raises:
@@ -118,15 +119,15 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         """
         if not adapter_id or not isinstance(self._held.resolve(adapter_id), str):
             return None
-        return self._residents.reading(self._path(adapter_id))  # type: ignore[return-value]
+        return self._residents.reading(self._path(adapter_id))
 
     def residents(self) -> dict[str, LoadedAdapter]:
         """Path -> adapter, of those in memory that requests named by their path."""
         return self._residents.adapters()
 
     def answers(self, user: str) -> Answer | None:
-        """As of a holder; paths with a part of the user's name are the user's too."""
-        paths = tuple(path for path in self.residents() if user in path.split("/"))
+        """As of a holder; folders in a folder of the user's name are the user's too, while they are loaded."""
+        paths = tuple(path for path in self.residents() if PurePosixPath(path).parent.name == user)
         answer = super().answers(user) or (Answer() if paths else None)
         return answer and replace(answer, loaded=(*answer.loaded, *paths))
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from soppu import adapter as adapters
 from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, SHARED_FILE, WEIGHTS_FILE, LoraAdapter
-from soppu.errors import AdapterError, RequestError
+from soppu.errors import AdapterError
 from soppu.serve.names import check_name
 from soppu.serve.refusals import failed, invalid
 
@@ -57,7 +57,7 @@ def read(root: Path, name: str) -> LoraAdapter:
     except (
         OSError,
         RuntimeError,
-    ) as error:  # no permission, a broken disk, a name too long; links in a circle
+    ) as error:  # no permission, a broken disk; links in a circle
         why = error.strerror if isinstance(error, OSError) else "links in a circle"
         raise failed(f"adapter {name!r} cannot be read: {why}") from None
 
@@ -65,11 +65,14 @@ def read(root: Path, name: str) -> LoraAdapter:
 def _check_files(root: Path, folder: Path, name: str) -> None:
     """Refuse files that lead out of the root, would block a reader, or would be read by LoRAX alone."""
     for path in folder.iterdir():
-        if path.name in _FILES and not _inside(root, path, name).is_file():
-            raise failed(f"adapter {name!r}: {path.name} is no plain file")
+        if path.name in _FILES:
+            if not path.is_file():
+                raise failed(f"adapter {name!r}: {path.name} is no plain file, or a link to nothing")
+            _inside(root, path, name)
         if path.suffix == ".safetensors" and path.name not in _FILES:
             raise failed(
-                f"adapter {name!r}: expected no weights but {WEIGHTS_FILE} and {SHARED_FILE}, found {path.name}"
+                f"adapter {name!r}: expected no weights but {WEIGHTS_FILE} and {SHARED_FILE},"
+                f" found {path.name}"
             )
 
 

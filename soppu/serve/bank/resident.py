@@ -1,4 +1,4 @@
-"""Residents: adapters read at their first use, a bounded number of them kept, the least recently used first out.
+"""Residents: adapters read at their first use, a bounded number of them kept, by their last use.
 
 What reading one means is the bank's affair.
 """
@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from soppu.serve.bank.holdings import LoadedAdapter, Resolved
 from soppu.serve.refusals import overloaded
@@ -40,7 +40,7 @@ class Residents(Generic[S]):
     """
 
     def __init__(self, read: Callable[[str], LoadedAdapter], *, limit: int) -> None:
-        """`read` gets a name and is called in a thread of this table's; what it raises, whoever asked gets."""
+        """`read` is called with a name, in a thread of the table; what it raises, whoever asked gets."""
         self._read = read
         self._limit = limit
         self._residents: OrderedDict[str, _Resident[S]] = OrderedDict()  # least recently used first
@@ -53,7 +53,7 @@ class Residents(Generic[S]):
         with self._lock:
             return {name: resident.adapter for name, resident in self._residents.items()}
 
-    def reading(self, name: str) -> Future[_Resident[S]] | None:
+    def reading(self, name: str) -> Future[Any] | None:
         """Have `name` read; None where it is there. Never blocks: for who cannot wait in `take`.
 
         Raises:
