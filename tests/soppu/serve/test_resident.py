@@ -1,4 +1,4 @@
-"""Adapters read at first use: once however many ask, no more kept than asked for, none taken from who runs on it."""
+"""Adapters read at first use: once however many ask, a bounded number kept, none taken from a request."""
 
 from __future__ import annotations
 
@@ -125,10 +125,11 @@ def test_what_a_request_is_on_stays_and_goes_once_it_has_finished(root: Path, re
     del running[2]
     assert bank.resolve(d).where and list(bank.residents()) == [a, b, d]
     assert bank.resolve(a).where is running[0].where
+    assert list(bank.residents()) == [b, a]  # all that is over is in use
     running.clear()
     bank.resolve(d)
     assert list(bank.residents()) == [a, d]
-    assert reads == [a, b, c, d, c, d]
+    assert reads == [a, b, c, d, c, d, d]
 
 
 def test_only_a_bounded_number_waits_to_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
