@@ -126,7 +126,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         return self._residents.adapters()
 
     def answers(self, user: str) -> Answer | None:
-        """As of a holder; folders in a folder of the user's name are the user's too, while they are loaded."""
+        """As of a holder; folders in a folder of the user's name are the user's too, while loaded."""
         paths = tuple(path for path in self.residents() if PurePosixPath(path).parent.name == user)
         answer = super().answers(user) or (Answer() if paths else None)
         return answer and replace(answer, loaded=(*answer.loaded, *paths))
