@@ -70,7 +70,7 @@ def _local(_: click.Context, __: click.Parameter, value: str) -> str:
 )
 @click.option(
     "--adapters",
-    "volume",
+    "mount",
     envvar="HUGGINGFACE_HUB_CACHE",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of PEFT folders that requests name by their path below it, as LoRAX's source local does.",

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ Resolved = holdings.Resolved[Slot]
 
 
 @dataclass(frozen=True)
-class Volume:
+class Mount:
     """A folder of immutable adapter folders, which requests name by their path below it."""
 
     root: Path
@@ -45,11 +46,11 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
     """Loaded bundles and PEFT adapters of one model. Every method may be called from any thread."""
 
     def __init__(
-        self, model: PreTrainedModel, *, base_hash: str, base_model: str = "", volume: Volume | None = None
+        self, model: PreTrainedModel, *, base_hash: str, base_model: str = "", mount: Mount | None = None
     ) -> None:
         super().__init__()
-        self._volume = volume
-        limit = volume.max_active if volume else 0
+        self._mount = mount
+        limit = mount.max_active if mount else 0
         self._residents: Residents[Slot] = Residents(self._read, limit=limit)
         self.base = Base(base_model, base_hash)
         self.router = Router()
@@ -90,6 +91,8 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
                 a user of the active bundle has.
         """
         loaded = self._load(name, adapter)
+        if not loaded.verified:
+            _LOG.warning("adapter %r states no base hash; its name and its shapes fit", name)
         with self._changing:
             held = self._held.add(name, loaded)
             install(self._model, adapter.pairs, router=self.router)
@@ -98,7 +101,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
     def resolve(self, adapter_id: str) -> Resolved:
         """What `adapter_id` means now; see `Holdings.resolve`. "" is the base model.
 
-        What is no such name is a path in the volume, and is read where it is not loaded: this may block.
+        What is no such name is a path in the mount, and is read where it is not loaded: this may block.
 
         Raises:
             RequestError: 424 `generation`, as LoRAX answers for an adapter it cannot load; 422, a path that
@@ -127,13 +130,13 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
 
     def answers(self, user: str) -> Answer | None:
         """As of a holder; folders in a folder of the user's name are the user's too, while loaded."""
-        paths = tuple(path for path in self.residents() if PurePosixPath(path).parent.name == user)
+        paths = tuple(path for path in self.residents() if unquote(PurePosixPath(path).parent.name) == user)
         answer = super().answers(user) or (Answer() if paths else None)
         return answer and replace(answer, loaded=(*answer.loaded, *paths))
 
     def _path(self, adapter_id: str) -> str:
-        """The folder in the volume that an id names. RequestError where it cannot name one."""
-        if self._volume is None:
+        """The mounted folder's folder that an id names. RequestError where it cannot name one."""
+        if self._mount is None:
             raise failed(f"adapter {adapter_id!r} is not served here; {self._held.resolve(adapter_id)}")
         try:
             return folders.plain(adapter_id)
@@ -141,10 +144,10 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
             raise self._beside(error, adapter_id) from None
 
     def _read(self, path: str) -> LoadedAdapter:
-        """Read a folder of the volume, in a thread of `Residents`."""
-        assert self._volume is not None  # else `_path` refuses
+        """Read one of the mounted folders, in a thread of `Residents`."""
+        assert self._mount is not None  # else `_path` refuses
         try:
-            adapter = folders.read(self._volume.root, path)
+            adapter = folders.read(self._mount.root, path)
             loaded = self._load(path, adapter)
         except RequestError as error:
             raise self._beside(error, path) from None
@@ -171,10 +174,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
             module: LoraPair(self._cast(module, pair.A), self._cast(module, pair.B.mT).mT)
             for module, pair in adapter.pairs.items()
         }
-        loaded = LoadedAdapter.of(adapter, self.base, where=PairSlot(pairs))
-        if not loaded.verified:
-            _LOG.warning("adapter %r states no base hash; its name and its shapes fit", name)
-        return loaded
+        return LoadedAdapter.of(adapter, self.base, where=PairSlot(pairs))
 
     def _check(self, bundle: Bundle, bundle_id: str) -> None:
         who = f"bundle {bundle_id[:12]}"

@@ -52,14 +52,14 @@ def test_the_environment_says_what_the_options_say(started: list[ServeOptions], 
     words = ["--model", "org/Base", "--port", 81, "--adapters", tmp_path, "--max-active-adapters", 7]
     assert run(*words) == ""
     assert started[0] == started[1]
-    assert (started[0].volume, started[0].max_active_adapters, started[0].host) == (tmp_path, 7, "127.0.0.1")
+    assert (started[0].mount, started[0].max_active_adapters, started[0].host) == (tmp_path, 7, "127.0.0.1")
 
 
 def test_an_option_wins_over_the_environment_and_an_empty_name_says_nothing(
     started: list[ServeOptions], tmp_path: Path
 ) -> None:
     assert run("--port", 82, "--model", "mine", PORT="81", MODEL_ID="org/Base") == ""
-    assert (started[0].port, started[0].model, started[0].volume) == (82, "mine", None)
+    assert (started[0].port, started[0].model, started[0].mount) == (82, "mine", None)
     empty = dict.fromkeys(("PORT", "MODEL_ID", "HUGGINGFACE_HUB_CACHE", "DEFAULT_ADAPTER_SOURCE"), "")
     assert run(**empty) == ""
     assert run() == "" and started[1] == started[2]

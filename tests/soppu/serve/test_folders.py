@@ -17,7 +17,7 @@ from soppu import adapter as adapters
 from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, SHARED_FILE, WEIGHTS_FILE, LoraAdapter, LoraPair
 from soppu.errors import RequestError
 from soppu.serve.api.http import ServerInfo, create_app
-from soppu.serve.bank.bank import AdapterBank, Volume
+from soppu.serve.bank.bank import AdapterBank, Mount
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import GenerationRequest
@@ -41,7 +41,7 @@ def bank(root: Path) -> AdapterBank:
 
 
 def make_bank(root: Path) -> AdapterBank:
-    return AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH, base_model="org/Tiny", volume=Volume(root))
+    return AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH, base_model="org/Tiny", mount=Mount(root))
 
 
 def put(root: Path, path: str = ALICE, *, seed: int = 1, adapter: LoraAdapter | None = None) -> LoraAdapter:
@@ -85,7 +85,7 @@ def test_users_by_path_and_users_of_a_bundle_in_one_batch_get_the_text_of_peft(
     references = {**{user: shared.reconstruct(user) for user in members}, **paths, "": None}
     jobs = [*references, *references]
     expected = [tiny.peft_text(model, PROMPT, references[who], tokens=8) for who in jobs]
-    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, volume=Volume(root))
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, mount=Mount(root))
     bank.stage(shared, bundle_id=BUNDLE_ID)
     bank.activate(BUNDLE_ID)
     with Engine(model, tiny.tokenizer(), bank, EngineOptions(gather_seconds=0.2)) as engine:
@@ -344,8 +344,8 @@ def test_an_adapter_of_another_base_hash_or_model_is_refused(bank: AdapterBank, 
 def test_the_name_that_info_shows_is_the_name_of_the_base(root: Path, served: str) -> None:
     put(root)
     _base(base_model_name_or_path=served)(root / ALICE)
-    volume = Volume(root)
-    bank = AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH, base_model=served, volume=volume)
+    mount = Mount(root)
+    bank = AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH, base_model=served, mount=mount)
     bank.resolve(ALICE)
     assert not bank.residents()[ALICE].verified
 
@@ -364,7 +364,7 @@ def test_over_http_neighbours_of_a_bad_folder_are_answered_and_sources_are_told_
     expected = tiny.peft_text(model, PROMPT, good, tokens=6)
     put(root)
     os.truncate(root / ALICE / WEIGHTS_FILE, 9000)
-    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, volume=Volume(root))
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, mount=Mount(root))
     state = ServerState.open(tmp_path / "state", bank)
     engine = Engine(model, tiny.tokenizer(), bank)
     app = create_app(engine, info=ServerInfo("tiny", tiny.BASE_HASH, admin_token="secret"), state=state)
@@ -410,9 +410,9 @@ def test_over_http_neighbours_of_a_bad_folder_are_answered_and_sources_are_told_
 
 def test_a_user_is_answered_for_with_version_and_everything_loaded(root: Path, tmp_path: Path) -> None:
     model, other = tiny.llama(), "b" * 64
-    for path in ("adapters/alice/v1", "adapters/bob/v1", "alice/adapters/v1"):
+    for path in ("adapters/alice/v1", "adapters/bob/v1", "alice/adapters/v1", "adapters/jan%20%C5%BE/v1"):
         put(root, path)
-    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, volume=Volume(root))
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, mount=Mount(root))
     state = ServerState.open(tmp_path / "state", bank)
     engine = Engine(model, tiny.tokenizer(), bank)
     app = create_app(engine, info=ServerInfo("tiny", tiny.BASE_HASH, admin_token="secret"), state=state)
@@ -451,6 +451,8 @@ def test_a_user_is_answered_for_with_version_and_everything_loaded(root: Path, t
         "active_bundle": other,
         "loaded": ["adapters/bob/v1"],
     }
+    bank.resolve("adapters/jan%20%C5%BE/v1")
+    assert answer("jan ž")["loaded"] == ["adapters/jan%20%C5%BE/v1"]  # type: ignore[index]
     bank.add("dave", tiny.lora(tiny.llama(), seed=4))
     version = bank.adapters()["dave"].content_hash
     assert answer("dave") == {

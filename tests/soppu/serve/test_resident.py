@@ -18,7 +18,7 @@ from soppu.adapter import LoraAdapter
 from soppu.errors import RequestError
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank import folders, resident
-from soppu.serve.bank.bank import AdapterBank, Volume
+from soppu.serve.bank.bank import AdapterBank, Mount
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import GenerationRequest
@@ -61,7 +61,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def make_bank(root: Path, *, max_active: int = 1024) -> AdapterBank:
-    return AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH, volume=Volume(root, max_active))
+    return AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH, mount=Mount(root, max_active))
 
 
 def at_once(calls: list[Callable[[], object]]) -> list[object]:
@@ -152,7 +152,7 @@ def test_answers_are_right_while_a_small_table_changes_all_the_time(
 ) -> None:
     torch.set_num_threads(1)
     model = tiny.llama()
-    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, volume=Volume(root, 2))
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, mount=Mount(root, 2))
     jobs = random.Random(0).choices(PATHS, k=60)
     with Engine(model, tiny.tokenizer(), bank, EngineOptions(max_batch=4)) as engine:
 
@@ -171,7 +171,7 @@ def test_while_an_adapter_is_read_all_others_are_answered(
 ) -> None:
     """More requests wait for it than the server has threads, and neither its loop nor its engine waits."""
     model = tiny.llama()
-    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, volume=Volume(root))
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, mount=Mount(root))
     bank.add("dave", tiny.lora(tiny.llama(), seed=50))
     state = ServerState.open(tmp_path / "state", bank)
 
