@@ -11,7 +11,7 @@ from soppu.serve.refusals import failed, invalid
 
 LOCAL = "local"
 _ELSEWHERE = ("hub", "s3", "pbase")  # LoRAX's other sources of adapters
-_MAX_LENGTH = 256
+_MAX_LENGTH = 512  # "adapters/USER/HASH" has to fit, USER a folder's name of any length
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line and paragraph separators
 
 

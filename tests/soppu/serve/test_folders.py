@@ -176,7 +176,13 @@ def test_a_path_out_of_the_folder_is_refused_before_any_disk_is_touched(
 @pytest.mark.parametrize("name", ["adapters/a\nb", "adapters/\0", "adapters/\x7f", "adapters/\u2028x"])
 def test_control_characters_and_long_names_are_refused(bank: AdapterBank, name: str) -> None:
     assert "control character" in refusal(bank, name, status=422)
-    assert "at most 256 characters" in refusal(bank, "adapters/" + "x" * 256, status=422)
+    assert "at most 512 characters" in refusal(bank, "adapters/" + "x" * 504, status=422)
+
+
+def test_the_longest_name_of_a_folder_may_be_a_users(bank: AdapterBank, root: Path) -> None:
+    path = f"adapters/{'u' * 255}/0f3c9a0f3c9a0f3c"
+    assert put(root, path).content_hash() == bank.resolve(path).version
+    assert "cannot be read: File name too long" in refusal(make_bank(root), f"adapters/{'u' * 256}/v1")
 
 
 @pytest.mark.parametrize("name", ["a/b", "bob", ".", "./", "././.", "./././"])
