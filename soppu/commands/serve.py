@@ -12,6 +12,7 @@ import click
 from soppu.commands.options import CACHE
 from soppu.serve import admin_token as tokens
 from soppu.serve.engine.engine import EngineOptions
+from soppu.serve.names import LOCAL
 from soppu.serve.server import ServeOptions, run
 
 _LIMITS = ("max_batch", "max_queue", "max_input_tokens", "max_total_tokens")
@@ -27,14 +28,29 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     return tuple(pairs)
 
 
+def _local(_: click.Context, __: click.Parameter, value: str) -> str:
+    if value.lower() != LOCAL:
+        raise click.BadParameter(f"{value!r}, allowed: {LOCAL!r}; this server fetches no adapters")
+    return value
+
+
 @click.command("serve")
 @click.option(
-    "--model", default="smollm2-135m", show_default=True, help="Alias, folder or hub id of the base."
+    "--model",
+    envvar="MODEL_ID",
+    default="smollm2-135m",
+    show_default=True,
+    help="Alias, folder or hub id of the base.",
 )
 @CACHE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."
+    "--port",
+    envvar="PORT",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port; 0 takes a free one.",
 )
 @click.option(
     "--state",
@@ -55,6 +71,30 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     metavar="NAME=DIR",
     callback=_adapter,
     help="PEFT folder to serve under a name of its own; repeatable.",
+)
+@click.option(
+    "--adapters",
+    "mount",
+    envvar="HUGGINGFACE_HUB_CACHE",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of PEFT folders that requests name by their path below it, as LoRAX's source local does.",
+)
+@click.option(
+    "--max-active-adapters",
+    envvar="MAX_ACTIVE_ADAPTERS",
+    type=click.IntRange(1),
+    default=ServeOptions.max_active_adapters,
+    show_default=True,
+    help="Adapters of --adapters in memory, beside those that running requests are on.",
+)
+@click.option(
+    "--default-adapter-source",
+    envvar="DEFAULT_ADAPTER_SOURCE",
+    default=LOCAL,
+    show_default=True,
+    callback=_local,
+    expose_value=False,
+    help="Only local: this server fetches no adapters.",
 )
 @click.option(
     "--dtype",
@@ -83,10 +123,16 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     help="Requests that may wait beside those; one more is refused with 429.",
 )
 @click.option(
-    "--max-input-tokens", type=click.IntRange(0), default=1024, show_default=True, help="Of one prompt."
+    "--max-input-tokens",
+    envvar="MAX_INPUT_LENGTH",
+    type=click.IntRange(0),
+    default=1024,
+    show_default=True,
+    help="Of one prompt.",
 )
 @click.option(
     "--max-total-tokens",
+    envvar="MAX_TOTAL_TOKENS",
     type=click.IntRange(0),
     default=2048,
     show_default=True,
@@ -101,6 +147,10 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 )
 def serve_command(**given: Any) -> None:
     """Serve a base model with every user's adapter, over LoRAX's HTTP API.
+
+    Options of LoRAX's launcher are taken from its environment names too, so that one image takes the place
+    of the other: MODEL_ID, PORT, HUGGINGFACE_HUB_CACHE, MAX_ACTIVE_ADAPTERS, DEFAULT_ADAPTER_SOURCE,
+    MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS.
 
     The routes under /soppu/v1 ask for a bearer token: that of SOPPU_ADMIN_TOKEN, else one that the server
     makes at its first start and keeps in the file admin-token of its state folder.

@@ -15,7 +15,7 @@ from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve import admin_token as tokens
 from soppu.serve.api.http import ServerInfo, create_app
-from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.bank import AdapterBank, Mount
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype
@@ -41,6 +41,8 @@ class ServeOptions:
     threads: int = 0  # torch threads; 0 leaves torch's default
     engine: EngineOptions = field(default_factory=EngineOptions)
     grace: float = 10.0  # seconds that requests under way get when the server is told to stop
+    mount: Path | None = None  # a folder of adapters that requests name by their path below it
+    max_active_adapters: int = Mount.max_active
     admin_token: str = field(default="", repr=False)  # "" takes the one kept in the state folder
 
 
@@ -63,7 +65,8 @@ def run(options: ServeOptions) -> None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
         model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
-        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name)
+        mount = Mount(options.mount, options.max_active_adapters) if options.mount else None
+        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name, mount=mount)
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)

@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, ParamSpec, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -83,10 +84,10 @@ class AdminApi:
             ("POST", "/soppu/v1/bundles/{bundle_id}/activate", self.activate),
             ("DELETE", "/soppu/v1/bundles/{bundle_id}", self.delete_bundle),
             ("POST", "/soppu/v1/deactivate", self.deactivate),
+            ("GET", "/soppu/v1/users/{user:path}", self.show_user),
             ("GET", "/soppu/v1/adapters", self.list_adapters),
             ("PUT", "/soppu/v1/adapters/{name:path}", self.put_adapter),
             ("DELETE", "/soppu/v1/adapters/{name:path}", self.delete_adapter),
-            ("GET", "/soppu/v1/users/{name:path}", self.find_user),
         ]
         return [Route(path, self._guarded(handler), methods=[method]) for method, path, handler in table]
 
@@ -130,6 +131,14 @@ class AdminApi:
         await _call(self._served().drop_bundle, bundle_id)
         return JSONResponse({"deleted": bundle_id})
 
+    async def show_user(self, request: Request) -> Response:
+        """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
+        user, bank = request.path_params["user"], self._served().bank
+        answer = bank.answers(user)
+        if answer is None:
+            raise _not_found(f"no loaded bundle or adapter has {user!r}")
+        return JSONResponse({"user": user, "active_bundle": bank.active, **asdict(answer)})
+
     async def list_adapters(self, _: Request) -> Response:
         """Every loaded PEFT adapter. `base_verified` says whether it states this server's base hash."""
         adapters = [
@@ -160,19 +169,6 @@ class AdminApi:
             raise _not_found(f"no adapter {name!r} is loaded")
         await _call(self._served().drop_adapter, name)
         return JSONResponse({"deleted": name})
-
-    async def find_user(self, request: Request) -> Response:
-        """Which version a plain name is served by now."""
-        name, bank = request.path_params["name"], self._served().bank
-        check_name(name, what="name")
-        adapter = bank.adapters().get(name)
-        if adapter is not None:
-            body = {"adapter_id": name, "version": adapter.content_hash, "kind": "adapter"}
-        elif name in bank.bundles().get(active := bank.active, ()):
-            body = {"adapter_id": f"{name}@{active}", "version": active, "kind": "bundle"}
-        else:
-            raise _not_found(f"no adapter is called {name!r}, and the active bundle has no such user")
-        return JSONResponse({"user": name, **body})
 
     def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:

@@ -206,9 +206,10 @@ class Named(BaseModel):
 
 
 class User(BaseModel):
-    """What a plain name is served by now; `adapter_id` names just that version, also later."""
+    """What is answered for a user now; `loaded` is all that may be asked for, each for good."""
 
     user: str
+    active_bundle: str
     adapter_id: str
     version: str
-    kind: Literal["bundle", "adapter"]
+    loaded: list[str]

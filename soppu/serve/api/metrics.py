@@ -68,6 +68,7 @@ class Metrics:
         resident = Gauge("soppu_adapters_resident", "Adapters in memory", ["kind"], registry=registry)
         resident.labels("user").set_function(lambda: len(self._users()))
         resident.labels("single").set_function(lambda: len(engine.bank.adapters()))
+        resident.labels("path").set_function(lambda: len(engine.bank.residents()))
         self._gauge("soppu_bundles_resident", "Bundles in memory").set_function(
             lambda: len(engine.bank.bundles())
         )
@@ -88,7 +89,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The registry's families without the times of creation, LoRAX's under LoRAX's names."""
-        held = {*self._users(), *self._engine.bank.adapters()}
+        bank = self._engine.bank
+        held = {*self._users(), *bank.adapters(), *bank.residents()}
         for adapter in list(self._adapters):
             self._resident.labels(adapter).set(adapter in held)
         for metric in self._registry.collect():
