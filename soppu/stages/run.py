@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from soppu import config as configuration
 from soppu import files, models
 from soppu.compress.options import CompressOptions
@@ -138,10 +135,8 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
 
 def _check_split(config: Config, base: BaseModel) -> None:
     """Cut a model without weights, to hear of a wrong plan before a simulation is started for it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path, local_files_only=True))
     make_plan(
-        model,
+        models.skeleton(base),
         base_hash=base.hash,
         adapter_layers=config.plan.adapter_layers,
         drop_ratio=config.plan.drop_ratio,
