@@ -32,6 +32,10 @@ COMMANDS = {
     ),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
     "resolve": ("resolve", "Say where USER is served now, and which adapter_id a request has to name there."),
+    "verify-target": (
+        "verify_target",
+        "Try every point that the server at URL can get wrong with users' adapters; pass or fail for each.",
+    ),
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
@@ -56,7 +60,7 @@ class LazyGroup(click.Group):
             if package not in EXTRAS:
                 raise
             raise MissingExtra(f"soppu {cmd_name}", package=package, extra=EXTRAS[package]) from error
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

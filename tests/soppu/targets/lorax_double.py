@@ -46,6 +46,7 @@ from soppu.serve.server import claim_port
 _TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 _KERNELS = (8, 16, 32, 64, 128)
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_OTHER_ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize")  # there, but no body suits them
 _MERGES = ("linear", "ties", "dare_linear", "dare_ties")
 
 
@@ -174,6 +175,8 @@ class LoraxDouble:
                 Route("/generate", self._generate, methods=["POST"]),
                 Route("/generate_stream", self._generate, methods=["POST"]),
                 Route("/", self._generate, methods=["POST"]),
+                *(Route(path, self._elsewhere, methods=["POST"]) for path in _OTHER_ROUTES),
+                Route("/metrics", self._health),
             ],
         )
 
@@ -181,6 +184,9 @@ class LoraxDouble:
         if self.faults.unhealthy:
             return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
         return Response()
+
+    async def _elsewhere(self, _: Request) -> Response:
+        return Response("Failed to deserialize the JSON body into the target type: missing field", 422)
 
     async def _info(self, _: Request) -> Response:
         return JSONResponse(
