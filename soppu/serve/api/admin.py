@@ -173,7 +173,7 @@ class AdminApi:
     def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:
             self._check_token(request)
-            if "\n" in request.scope["path"]:  # a route's pattern takes one at its end for no part of the name
+            if "\n" in request.scope["path"]:  # which a pattern takes for no part of a name
                 raise _invalid("a path holds the control character U+000A")
             if request.method not in ("GET", "HEAD"):
                 _refuse_other_sites(request)
