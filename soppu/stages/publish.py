@@ -10,6 +10,7 @@ from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.evaluate.gate import Verdict
 from soppu.registry import Registry
+from soppu.serve import admin_token as tokens
 from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.run import Run, open_run
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch
@@ -128,7 +129,11 @@ def open_target(run: Run, *, first: Path | None = None) -> HttpTarget:
     """
     settings, state = run.config.serve, Path(run.config.serve.state)
     base = run.base()
-    known: dict[str, Any] = {"base_hash": base.hash, "admin_token": os.environ.get("SOPPU_ADMIN_TOKEN", "")}
+    known: dict[str, Any] = {
+        "base_hash": base.hash,
+        "admin_token": os.environ.get(tokens.VARIABLE, ""),
+        "token_file": tokens.token_file(state),
+    }
     if settings.target == "embedded":
         target = EmbeddedTarget(settings.url, **known)
         target.start(

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, ParamSpec, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -22,7 +23,7 @@ from starlette.routing import Route
 from soppu import files
 from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError
-from soppu.serve.api.requests import body_chunks
+from soppu.serve.api.requests import body_chunks, read_json
 from soppu.serve.bank.holdings import Holder
 from soppu.serve.names import check_name
 
@@ -66,24 +67,27 @@ class Served(Protocol):
 
 
 class AdminApi:
-    """Routes that change what a server serves. `served` is asked at each request: routes may come first."""
+    """Routes that change what a server serves. `served` is asked at each request: routes may come first.
+
+    Every route asks for the token; with "" every route is closed.
+    """
 
     def __init__(self, served: Callable[[], Served], *, token: str = "") -> None:
         self._served = served
         self._token = token
 
     def routes(self) -> list[Route]:
-        """The route table; every route asks for the token, if there is one."""
+        """The route table."""
         table: list[tuple[str, str, Handler]] = [
             ("GET", "/soppu/v1/bundles", self.list_bundles),
             ("PUT", "/soppu/v1/bundles/{bundle_id}", self.put_bundle),
             ("POST", "/soppu/v1/bundles/{bundle_id}/activate", self.activate),
             ("DELETE", "/soppu/v1/bundles/{bundle_id}", self.delete_bundle),
             ("POST", "/soppu/v1/deactivate", self.deactivate),
-            ("GET", "/soppu/v1/users/{user:path}", self.show_user),
             ("GET", "/soppu/v1/adapters", self.list_adapters),
             ("PUT", "/soppu/v1/adapters/{name:path}", self.put_adapter),
             ("DELETE", "/soppu/v1/adapters/{name:path}", self.delete_adapter),
+            ("GET", "/soppu/v1/users/{name:path}", self.find_user),
         ]
         return [Route(path, self._guarded(handler), methods=[method]) for method, path, handler in table]
 
@@ -127,14 +131,6 @@ class AdminApi:
         await _call(self._served().drop_bundle, bundle_id)
         return JSONResponse({"deleted": bundle_id})
 
-    async def show_user(self, request: Request) -> Response:
-        """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
-        user, bank = request.path_params["user"], self._served().bank
-        answer = bank.answers(user)
-        if answer is None:
-            raise _not_found(f"no loaded bundle or adapter has {user!r}")
-        return JSONResponse({"user": user, "active_bundle": bank.active, **asdict(answer)})
-
     async def list_adapters(self, _: Request) -> Response:
         """Every loaded PEFT adapter. `base_verified` says whether it states this server's base hash."""
         adapters = [
@@ -166,14 +162,39 @@ class AdminApi:
         await _call(self._served().drop_adapter, name)
         return JSONResponse({"deleted": name})
 
+    async def find_user(self, request: Request) -> Response:
+        """Which version a name is served by now, and which others may be asked for."""
+        name, bank = request.path_params["name"], self._served().bank
+        check_name(name, what="name")
+        answer = bank.answers(name)
+        if answer is None:
+            raise _not_found(f"no adapter is called {name!r}, and no loaded bundle has such a user")
+        return JSONResponse({"user": name, **asdict(answer), "active_bundle": bank.active})
+
     def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:
-            given = request.headers.get("authorization", "")
-            if self._token and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-                raise RequestError("an admin token is needed", status=401, error_type="unauthorized")
+            self._check_token(request)
+            if request.method not in ("GET", "HEAD"):
+                _refuse_other_sites(request)
+            if request.method == "POST" and _has_body(request):
+                await read_json(request)
             return await handler(request)
 
+        endpoint.__doc__ = handler.__doc__
         return endpoint
+
+    def _check_token(self, request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if not self._token:
+            why = "the admin routes are closed: this server was started without SOPPU_ADMIN_TOKEN"
+        elif not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+            why = (
+                "an admin token is needed, as `Authorization: Bearer TOKEN`; it is the server's"
+                " SOPPU_ADMIN_TOKEN, or else in the file admin-token of its state folder"
+            )
+        else:
+            return
+        raise RequestError(why, status=401, error_type="unauthorized")
 
     def _loaded(self, request: Request) -> str:
         bundle_id, bundles = _bundle_id(request), self._served().bank.bundles()
@@ -246,6 +267,19 @@ async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         raise RequestError(str(error), status=422, error_type=kind) from error
     except StorageError as error:
         raise RequestError(str(error), status=507, error_type="storage") from error
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """Refuse what a browser sends for a page of another site, which may know the token from elsewhere."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
+        why = f"a page of {origin[:80]!r} may not change what is served here"
+        raise RequestError(why, status=403, error_type="forbidden")
+
+
+def _has_body(request: Request) -> bool:
+    headers = request.headers
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _bundle_id(request: Request) -> str:

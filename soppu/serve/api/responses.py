@@ -11,6 +11,8 @@ from soppu.errors import RequestError
 from soppu.serve.api.requests import Json, ParsedRequest
 from soppu.serve.engine.generation import Finish, TokenEvent
 
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}
+
 
 def token_body(token: TokenEvent) -> Json:
     """One token."""
@@ -54,8 +56,7 @@ def error_body(error: RequestError) -> Json:
 async def on_request_error(_: Request, error: Exception) -> Response:
     """The answer to a refused request, as an exception handler of starlette."""
     assert isinstance(error, RequestError)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    return JSONResponse(error_body(error), status_code=error.status, headers=_HEADERS.get(error.status))
 
 
 def _details(finish: Finish) -> Json:

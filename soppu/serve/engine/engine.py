@@ -17,7 +17,7 @@ from soppu.serve.decoders.decoder import make_decoder
 from soppu.serve.decoders.kv_cache import KVCache
 from soppu.serve.engine.batch import Batch
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
-from soppu.serve.refusals import incomplete, invalid, overloaded
+from soppu.serve.refusals import incomplete, invalid, overloaded, stopping
 
 _UNHEALTHY_AFTER = 3
 
@@ -62,6 +62,7 @@ class Engine:
         self._waiting: deque[Generation] = deque()
         self._condition = threading.Condition()
         self._tokenizing = threading.Lock()
+        self._draining = False  # nothing new is taken; set before `_closed`, and for good
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="soppu-engine", daemon=True)
 
@@ -79,8 +80,18 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """`alive`, and fewer than three steps in a row have failed."""
-        return self.alive and self._batch.failures < _UNHEALTHY_AFTER
+        """`alive`, not draining, and fewer than three steps in a row have failed."""
+        return self.alive and not self._draining and self._batch.failures < _UNHEALTHY_AFTER
+
+    @property
+    def draining(self) -> bool:
+        """True from the first `close` on: new requests are refused."""
+        return self._draining
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return self._vocabulary.tokenizer
 
     @property
     def waiting(self) -> int:
@@ -97,14 +108,25 @@ class Engine:
         if not self._thread.is_alive() and not self._closed:
             self._thread.start()
 
-    def close(self) -> None:
-        """Stop after the current step; unfinished requests fail with `incomplete_generation`."""
+    def close(self, *, grace: float = 0.0) -> None:
+        """Take nothing new, go on with what was taken for at most `grace` seconds, then stop.
+
+        What is unfinished then fails with `incomplete_generation`. Any thread may call this at any time, and
+        again: a second call with less grace shortens the first. It returns when the engine has stopped.
+        """
         with self._condition:
+            self._draining = True
+            if self._thread.is_alive():
+                self._condition.wait_for(lambda: self._closed or not self._busy, timeout=grace)
             self._closed = True
             self._condition.notify_all()
         if self._thread.is_alive():
             self._thread.join()
         self._refuse_waiting()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._waiting) or len(self._batch) > 0
 
     def submit(self, request: GenerationRequest, *, sink: Sink | None = None) -> Generation:
         """Queue a request; its adapter is resolved now.
@@ -113,14 +135,16 @@ class Engine:
         in the generation.
 
         Raises:
-            RequestError: 422 prompt too long, 424 adapter not served, 429 queue full, 500 engine closed.
+            RequestError: 422 prompt too long, 424 adapter not served, 429 queue full, 503 engine closing.
         """
+        if self._draining:
+            raise stopping()
         resolved = self.bank.resolve(request.adapter_id)
         prompt, limit = self._prompt(request)
         generation = Generation(Job(request, resolved, prompt, limit), self._vocabulary, sink=sink)
         with self._condition:
-            if self._closed:
-                raise incomplete()
+            if self._draining:
+                raise stopping()
             self._purge()
             if len(self._waiting) >= self.options.max_queue:
                 raise overloaded()
@@ -135,7 +159,7 @@ class Engine:
                 f" Given: {request.truncate}"
             )
         with self._tokenizing:
-            ids = self._vocabulary.tokenizer(request.inputs)["input_ids"]
+            ids = self.tokenizer(request.inputs, add_special_tokens=request.add_special_tokens)["input_ids"]
         if request.truncate is not None:
             ids = ids[-request.truncate :]
         count, new = len(ids), request.max_new_tokens
@@ -156,7 +180,8 @@ class Engine:
                 self._batch.step()
         finally:  # however the thread ends, every request gets an answer
             with self._condition:
-                self._closed = True
+                self._draining = self._closed = True
+                self._condition.notify_all()
             self._batch.fail(incomplete())
             self._refuse_waiting()
 
@@ -177,6 +202,7 @@ class Engine:
 
     def _idle(self) -> None:
         """Wait for a request, then a moment for more. The condition is held."""
+        self._condition.notify_all()  # a `close` may wait for this moment
         self._condition.wait_for(lambda: self._closed or self._waiting)
         self._condition.wait_for(
             lambda: self._closed or len(self._waiting) >= self.options.max_batch,

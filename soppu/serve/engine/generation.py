@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from soppu.errors import RequestError
 from soppu.serve.bank.bank import Resolved
 from soppu.serve.engine.sampling import Sampler, Sampling
+from soppu.serve.engine.text import Detokenizer, StopFinder
 
 _LOG = logging.getLogger(__name__)
-_INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class GenerationRequest:
     inputs: str  # the prompt, not empty
     adapter_id: str = ""  # see `AdapterBank.resolve`; "" is the base model
     max_new_tokens: int | None = None  # None generates up to the server's limit
-    stop: tuple[str, ...] = ()  # the text ends with the first of these that appears in it
+    stop: tuple[str, ...] = ()  # ends with the first of these that appears; a special token's name counts
     truncate: int | None = None  # keep only the last so many tokens of the prompt; None keeps all
     ignore_eos: bool = False  # go on after the end-of-text token
+    add_special_tokens: bool = True  # the tokenizer's own; False where the prompt already spells them
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -82,44 +83,6 @@ class Job:
     limit: int
 
 
-class Detokenizer:
-    """Token ids to text deltas that concatenate to the decoded text. Not for stop sequences.
-
-    A byte-level token may end inside a character: those bytes are held back until the character is whole, or
-    until `flush`. Only a short window is decoded for each token, so a text of n tokens costs O(n).
-    Only for invalid UTF-8 from SentencePiece's byte tokens may the deltas differ from the decoded whole: its
-    decoder takes back bytes. tokenizers' `DecodeStream` raises there and cannot be flushed, hence this class.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # first token of the window
-        self._settled = 0  # first token whose text is not entirely out
-        self._shown = 0  # characters of the window's text that are out
-
-    def push(self, token_id: int) -> str:
-        """The text this token completes, often "" in the middle of a character."""
-        self._ids.append(token_id)
-        window = self._decode(self._ids[self._start :])
-        whole = window.rstrip(_INCOMPLETE)
-        delta = whole[self._shown :]
-        self._shown = max(self._shown, len(whole))
-        if delta and whole == window:  # a token without text gives the next one no context
-            self._start, self._settled = self._settled, len(self._ids)
-            self._shown = len(self._decode(self._ids[self._start :]))
-        return delta
-
-    def flush(self) -> str:
-        """What was held back, as replacement characters: call once, at the end."""
-        return self._decode(self._ids[self._start :])[self._shown :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-
 class Generation:
     """A submitted request. The engine pushes tokens; the caller iterates, or gives a `sink` of its own."""
 
@@ -130,6 +93,7 @@ class Generation:
         self.done = False
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer(vocabulary.tokenizer)
+        self._stops = StopFinder(vocabulary.tokenizer, job.request.stop)
         self._text = ""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._sink = sink or self._events.put
@@ -165,14 +129,14 @@ class Generation:
         """Called by the engine with the next token."""
         self._first = self._first or time.perf_counter()
         self.ids.append(token_id)
-        delta = self._detokenizer.push(token_id)
-        reason = self._reason(token_id, delta)
-        if reason in ("eos_token", "length"):
-            delta += self._detokenizer.flush()
-        if reason == "stop_sequence":
-            delta = delta[: self._stop_end(delta) - len(self._text)]
-        self._text += delta
         special = token_id in self._vocabulary.special
+        delta, behind = self._detokenizer.push(token_id), self._stops.push(token_id)
+        reason = self._reason(token_id, stopped=behind is not None)
+        if reason and (reason != "stop_sequence" or special):  # a special token is behind all text
+            delta += self._detokenizer.flush()
+        elif reason:
+            delta = delta[: max(0, len(delta) - (behind or 0))]
+        self._text += delta
         text = self._vocabulary.tokenizer.decode([token_id]) if special else delta
         if reason:  # never set to False: the caller may cancel at any moment
             self.done = True
@@ -192,19 +156,12 @@ class Generation:
             _LOG.exception("a listener failed; its request is cancelled")
             self.done = True
 
-    def _reason(self, token_id: int, delta: str) -> str:
-        request = self.job.request
-        if token_id in self._vocabulary.eos and not request.ignore_eos:
+    def _reason(self, token_id: int, *, stopped: bool) -> str:
+        if token_id in self._vocabulary.eos and not self.job.request.ignore_eos:
             return "eos_token"
-        if self._stop_end(delta):
+        if stopped:
             return "stop_sequence"
         return "length" if len(self.ids) - len(self.job.prompt) >= self.job.limit else ""
-
-    def _stop_end(self, delta: str) -> int:
-        """Where the first stop sequence that `delta` completes ends, in the text with `delta`; 0 for none."""
-        text, old = self._text + delta, len(self._text)
-        starts = {stop: text.find(stop, max(0, old - len(stop) + 1)) for stop in self.job.request.stop}
-        return min((start + len(stop) for stop, start in starts.items() if start >= 0), default=0)
 
     def _finish(self, reason: str) -> Finish:
         return Finish(

@@ -39,6 +39,7 @@ from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.server import claim_port
 
 BASE_HASH = "b" * 64
+TOKEN = "the-admin-token"
 _TEXT = [
     "def main():\n    return 0\n",
     "the quick brown fox jumps over the lazy dog",
@@ -164,7 +165,7 @@ def listening(app: ASGIApp) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served(model: PreTrainedModel, folder: Path, *, token: str = "", **options: int) -> Iterator[str]:
+def served(model: PreTrainedModel, folder: Path, *, token: str = TOKEN, **options: int) -> Iterator[str]:
     """A server of `model` on a real port, without adapters; yields its URL."""
     torch.set_num_threads(1)
     bank = AdapterBank(model, base_hash=BASE_HASH)
