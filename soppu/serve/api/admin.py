@@ -84,10 +84,10 @@ class AdminApi:
             ("POST", "/soppu/v1/bundles/{bundle_id}/activate", self.activate),
             ("DELETE", "/soppu/v1/bundles/{bundle_id}", self.delete_bundle),
             ("POST", "/soppu/v1/deactivate", self.deactivate),
+            ("GET", "/soppu/v1/users/{user:path}", self.show_user),
             ("GET", "/soppu/v1/adapters", self.list_adapters),
             ("PUT", "/soppu/v1/adapters/{name:path}", self.put_adapter),
             ("DELETE", "/soppu/v1/adapters/{name:path}", self.delete_adapter),
-            ("GET", "/soppu/v1/users/{name:path}", self.find_user),
         ]
         return [Route(path, self._guarded(handler), methods=[method]) for method, path, handler in table]
 
@@ -131,6 +131,15 @@ class AdminApi:
         await _call(self._served().drop_bundle, bundle_id)
         return JSONResponse({"deleted": bundle_id})
 
+    async def show_user(self, request: Request) -> Response:
+        """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
+        user, bank = request.path_params["user"], self._served().bank
+        check_name(user, what="user")
+        answer = bank.answers(user)
+        if answer is None:
+            raise _not_found(f"no loaded bundle or adapter has {user!r}")
+        return JSONResponse({"user": user, "active_bundle": bank.active, **asdict(answer)})
+
     async def list_adapters(self, _: Request) -> Response:
         """Every loaded PEFT adapter. `base_verified` says whether it states this server's base hash."""
         adapters = [
@@ -161,15 +170,6 @@ class AdminApi:
             raise _not_found(f"no adapter {name!r} is loaded")
         await _call(self._served().drop_adapter, name)
         return JSONResponse({"deleted": name})
-
-    async def find_user(self, request: Request) -> Response:
-        """Which version a name is served by now, and which others may be asked for."""
-        name, bank = request.path_params["name"], self._served().bank
-        check_name(name, what="name")
-        answer = bank.answers(name)
-        if answer is None:
-            raise _not_found(f"no adapter is called {name!r}, and no loaded bundle has such a user")
-        return JSONResponse({"user": name, **asdict(answer), "active_bundle": bank.active})
 
     def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:

@@ -206,11 +206,10 @@ class Named(BaseModel):
 
 
 class User(BaseModel):
-    """What a name is served by now; `adapter_id` names just that version, also later. "" is nothing now."""
+    """What is answered for a user now; `loaded` is all that may be asked for, each for good."""
 
     user: str
+    active_bundle: str
     adapter_id: str
     version: str
-    kind: Literal["bundle", "adapter", ""]
-    active_bundle: str
-    loaded: list[str] = Field(description="All ids in memory that are this user's")
+    loaded: list[str]

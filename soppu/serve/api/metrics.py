@@ -89,7 +89,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The registry's families without the times of creation, LoRAX's under LoRAX's names."""
-        held = {*self._users(), *self._engine.bank.adapters(), *self._engine.bank.residents()}
+        bank = self._engine.bank
+        held = {*self._users(), *bank.adapters(), *bank.residents()}
         for adapter in list(self._adapters):
             self._resident.labels(adapter).set(adapter in held)
         for metric in self._registry.collect():

@@ -192,7 +192,7 @@ OPERATIONS = (
     _admin("GET", "adapters", "Every loaded PEFT adapter", answers.Adapters),
     _put("adapters/{name:path}", "Load a PEFT folder, or replace it; the body is a tar", answers.Named),
     _admin("DELETE", "adapters/{name:path}", "Forget a PEFT adapter", answers.Deleted, 404, 507),
-    _admin("GET", "users/{name:path}", "Which version a plain name is served by", answers.User, 404, 422),
+    _admin("GET", "users/{user:path}", "Which version a plain name is served by", answers.User, 404, 422),
 )
 # LoRAX's routes for models that are not language models.
 NOT_SERVED = ("/embed", "/v1/embeddings", "/classify", "/classify_batch")

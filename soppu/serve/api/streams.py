@@ -23,6 +23,9 @@ _KEEP_ALIVE_SECONDS = 15.0
 async def submit(engine: Engine, parsed: ParsedRequest, put: Put) -> Generation:
     """Queue the request; every event of it is given to `put` in this event loop. Raises RequestError."""
     loop = asyncio.get_running_loop()
+    if reading := engine.bank.reading(parsed.generation.adapter_id):
+        # here, so that who waits for a disk takes no thread from others
+        await asyncio.shield(asyncio.wrap_future(reading))
 
     def sink(event: Event) -> None:
         loop.call_soon_threadsafe(put, event)

@@ -48,12 +48,11 @@ class Resolved(Generic[S]):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answers for a user's plain name; "" is nothing now, since no bundle with it is active."""
+    """What a server answers for a user: `loaded` is all that may be asked for now and is the user's."""
 
-    adapter_id: str = ""  # of that version, also later
-    version: str = ""
-    kind: str = ""  # "bundle" or "adapter"
-    loaded: tuple[str, ...] = ()  # every id in memory that is the user's: "alice@<bundle id>", and paths
+    adapter_id: str = ""  # the plain name, which follows what is active; "" where it means nothing now
+    version: str = ""  # what that is now
+    loaded: tuple[str, ...] = ()  # "alice@<bundle id>" for each loaded bundle with the user, and paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +138,9 @@ class Holdings(Generic[S, A]):
         """What is answered for a user of bundles, or an adapter's name; None for somebody unknown."""
         loaded = tuple(f"{user}@{bundle_id}" for bundle_id, users in self.bundles.items() if user in users)
         if user in self.adapters:
-            return Answer(user, self.adapters[user].content_hash, "adapter", (user, *loaded))
+            return Answer(user, self.adapters[user].content_hash, (user, *loaded))
         if user in self.bundles.get(self.active, ()):
-            return Answer(f"{user}@{self.active}", self.active, "bundle", loaded)
+            return Answer(user, self.active, loaded)
         return Answer(loaded=loaded) if loaded else None
 
 

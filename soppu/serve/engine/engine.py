@@ -17,9 +17,11 @@ from soppu.serve.decoders.decoder import make_decoder
 from soppu.serve.decoders.kv_cache import KVCache
 from soppu.serve.engine.batch import Batch
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
-from soppu.serve.refusals import incomplete, invalid, overloaded, stopping
+from soppu.serve.engine.prompt import Prompts
+from soppu.serve.refusals import incomplete, overloaded, stopping
 
 _UNHEALTHY_AFTER = 3
+_LEAST = {"max_batch": 1, "prefill_tokens": 1, "max_input_tokens": 0, "max_total_tokens": 0}
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,18 @@ class EngineOptions:
 
     max_batch: int = 32  # rows decoded together
     max_queue: int = 128  # requests that may wait; one more is refused with 429
-    max_input_tokens: int = 1024  # longest prompt
-    max_total_tokens: int = 2048  # prompt and answer together
+    max_input_tokens: int = 1024  # longest prompt; 0 leaves one token of the total for the answer
+    max_total_tokens: int = 2048  # prompt and answer together; 0 is what the model can
     prefill_tokens: int = 256  # prompt tokens read in one step, which bounds how long decoding rows wait
     gather_seconds: float = 0.002  # how long an idle engine waits for more requests after the first
 
     def __post_init__(self) -> None:
         """Refuse limits that no request could meet. Raises ConfigError."""
-        for name in ("max_batch", "max_input_tokens", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)}, allowed: 1 and more")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: {getattr(self, name)}, allowed: {least} and more")
+        if self.max_total_tokens == 1:
+            raise ConfigError("max_total_tokens: 1, allowed: 2 and more, or 0 for what the model can")
 
 
 class Engine:
@@ -51,17 +55,15 @@ class Engine:
         options: EngineOptions | None = None,
     ) -> None:
         options = options or EngineOptions()
-        positions = getattr(model.config, "max_position_embeddings", None) or options.max_total_tokens
         self.bank = bank
         self.options = options
-        self.max_total_tokens = min(options.max_total_tokens, positions)
-        self.max_input_tokens = min(options.max_input_tokens, self.max_total_tokens - 1)
+        self.max_input_tokens, self.max_total_tokens = _limits(model, options)
         self._vocabulary = vocabulary(model, tokenizer)
+        self._prompts = Prompts(tokenizer, max_input=self.max_input_tokens, max_total=self.max_total_tokens)
         decoder = make_decoder(model, bank.router, KVCache(options.max_batch, self.max_total_tokens))
         self._batch = Batch(decoder, prefill=options.prefill_tokens, device=model.device)
         self._waiting: deque[Generation] = deque()
         self._condition = threading.Condition()
-        self._tokenizing = threading.Lock()
         self._draining = False  # nothing new is taken; set before `_closed`, and for good
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="soppu-engine", daemon=True)
@@ -140,7 +142,7 @@ class Engine:
         if self._draining:
             raise stopping()
         resolved = self.bank.resolve(request.adapter_id)
-        prompt, limit = self._prompt(request)
+        prompt, limit = self._prompts.read(request)
         generation = Generation(Job(request, resolved, prompt, limit), self._vocabulary, sink=sink)
         with self._condition:
             if self._draining:
@@ -151,28 +153,6 @@ class Engine:
             self._waiting.append(generation)
             self._condition.notify_all()
         return generation
-
-    def _prompt(self, request: GenerationRequest) -> tuple[tuple[int, ...], int]:
-        if request.truncate is not None and request.truncate > self.max_input_tokens:
-            raise invalid(
-                f"`truncate` must be strictly positive and less than {self.max_input_tokens}."
-                f" Given: {request.truncate}"
-            )
-        with self._tokenizing:
-            ids = self.tokenizer(request.inputs, add_special_tokens=request.add_special_tokens)["input_ids"]
-        if request.truncate is not None:
-            ids = ids[-request.truncate :]
-        count, new = len(ids), request.max_new_tokens
-        if count == 0:
-            raise invalid("`inputs` cannot be empty")
-        if new is not None and count + new > self.max_total_tokens:
-            raise invalid(
-                f"`inputs` tokens + `max_new_tokens` must be <= {self.max_total_tokens}."
-                f" Given: {count} `inputs` tokens and {new} `max_new_tokens`"
-            )
-        if count > self.max_input_tokens:
-            raise invalid(f"`inputs` must have less than {self.max_input_tokens} tokens. Given: {count}")
-        return tuple(ids), self.max_total_tokens - count if new is None else new
 
     def _loop(self) -> None:
         try:
@@ -216,6 +196,15 @@ class Engine:
     def _purge(self) -> None:
         """Drop requests cancelled while they waited. The condition is held."""
         self._waiting = deque(row for row in self._waiting if not row.done)
+
+
+def _limits(model: PreTrainedModel, options: EngineOptions) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of prompt and answer together. ConfigError where none is set."""
+    able = getattr(model.config, "max_position_embeddings", None) or 0
+    total = min(options.max_total_tokens or able, able or options.max_total_tokens)
+    if total < 2:
+        raise ConfigError("max_total_tokens: 0, but this model's configuration names no limit; give a number")
+    return min(options.max_input_tokens or total, total - 1), total
 
 
 def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

@@ -31,7 +31,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()  # ends with the first of these that appears; a special token's name counts
     truncate: int | None = None  # keep only the last so many tokens of the prompt; None keeps all
     ignore_eos: bool = False  # go on after the end-of-text token
-    add_special_tokens: bool = True  # the tokenizer's own; False where the prompt already spells them
+    add_special_tokens: bool = True  # False where the prompt names its special tokens itself, as templates do
     sampling: Sampling = field(default_factory=Sampling)
 
 

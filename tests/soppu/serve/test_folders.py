@@ -416,8 +416,7 @@ def test_over_http_neighbours_of_a_bad_folder_are_answered_and_sources_are_told_
 
 def test_a_user_is_answered_for_with_version_and_everything_loaded(root: Path, tmp_path: Path) -> None:
     model, other = tiny.llama(), "b" * 64
-    paths = ("adapters/alice/v1", "adapters/bob/v1", "adapters/jan%20%C5%BE/v1")
-    for path in paths:
+    for path in ("adapters/alice/v1", "adapters/bob/v1", "alice/adapters/v1", "adapters/jan%20%C5%BE/v1"):
         put(root, path)
     bank = AdapterBank(model, base_hash=tiny.BASE_HASH, mount=Mount(root))
     state = ServerState.open(tmp_path / "state", bank)
@@ -435,21 +434,38 @@ def test_a_user_is_answered_for_with_version_and_everything_loaded(root: Path, t
     bank.stage(shared, bundle_id=BUNDLE_ID)
     bank.stage(shared, bundle_id=other)
     loaded = [f"alice@{BUNDLE_ID}", f"alice@{other}"]
-    nothing = {"user": "alice", "adapter_id": "", "version": "", "kind": "", "active_bundle": ""}
-    assert answer("alice") == nothing | {"loaded": loaded}
+    nothing = {"user": "alice", "adapter_id": "", "version": "", "active_bundle": "", "loaded": loaded}
+    assert answer("alice") == nothing
     bank.activate(other)
-    active = {"adapter_id": loaded[1], "version": other, "kind": "bundle", "active_bundle": other}
-    assert answer("alice") == {"user": "alice", **active, "loaded": loaded}
+    active = {
+        "user": "alice",
+        "adapter_id": "alice",
+        "version": other,
+        "active_bundle": other,
+        "loaded": loaded,
+    }
+    assert answer("alice") == active
     assert answer("team/zo%C3%AB")["user"] == "team/zoë"  # type: ignore[index]
     assert answer(f"alice@{other}") == answer("team") == answer("nobody") == 404
-    for path in paths:
-        bank.resolve(path)
-    assert answer("alice") == {"user": "alice", **active, "loaded": [*loaded, "adapters/alice/v1"]}
-    found = answer("bob")
-    assert found == nothing | {"user": "bob", "active_bundle": other, "loaded": ["adapters/bob/v1"]}
+    bank.resolve("adapters/alice/v1")
+    bank.resolve("adapters/bob/v1")
+    assert answer("alice") == active | {"loaded": [*loaded, "adapters/alice/v1"]}
+    assert answer("bob") == {
+        "user": "bob",
+        "adapter_id": "",
+        "version": "",
+        "active_bundle": other,
+        "loaded": ["adapters/bob/v1"],
+    }
+    bank.resolve("adapters/jan%20%C5%BE/v1")
     assert answer("jan ž")["loaded"] == ["adapters/jan%20%C5%BE/v1"]  # type: ignore[index]
     bank.add("dave", tiny.lora(tiny.llama(), seed=4))
     version = bank.adapters()["dave"].content_hash
-    single = {"adapter_id": "dave", "version": version, "kind": "adapter", "active_bundle": other}
-    assert answer("dave") == {"user": "dave", **single, "loaded": ["dave"]}
+    assert answer("dave") == {
+        "user": "dave",
+        "adapter_id": "dave",
+        "version": version,
+        "active_bundle": other,
+        "loaded": ["dave"],
+    }
     state.close()

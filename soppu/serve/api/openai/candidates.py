@@ -27,15 +27,18 @@ class Piece:
 class Transcript:
     """The text of one generation, without the stop sequence that ends it.
 
-    Text that may turn out to be the beginning of a stop sequence is held back until that is known.
+    Text that may turn out to be the beginning of a stop sequence is held back until that is known. A stop
+    sequence may hold the spelling of special tokens, which are never part of the text.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.pieces: list[Piece] = []
         self.finish: Finish | None = None
         self._stops = stops
+        self._longest = max(map(len, stops), default=0)
         self._text = ""
         self._shown = 0
+        self._spelled = ""  # the end of the text with its special tokens
 
     @property
     def text(self) -> str:
@@ -51,28 +54,41 @@ class Transcript:
         """Take the next token; the piece's text may be shown now."""
         offset, shown = len(self._text), self._shown
         self._text += "" if token.special else token.text
+        if self._longest:
+            self._spelled = (self._spelled + token.text)[-self._longest :]
+        piece = Piece("", token, offset)
+        self.pieces.append(piece)
         if token.finish is not None:
             self.finish = token.finish
-            self._text = self._ended(token.finish)
+            # an ending token's own event does not have the bytes of a character held back before it
+            self._text = token.finish.text.removesuffix(self._end_of(self._stop()))
             self._shown = len(self._text)
         else:
-            self._shown = max(shown, len(self._text) - self._doubtful())
-        piece = Piece(self._text[shown : self._shown], token, offset)
-        self.pieces.append(piece)
-        return piece
+            self._shown = max(shown, len(self._text) - len(self._end_of(self._doubtful())))
+        self.pieces[-1] = replace(piece, text=self._text[shown : self._shown])
+        return self.pieces[-1]
 
-    def _ended(self, finish: Finish) -> str:
-        # the whole: an ending token's own event does not have the bytes of a character held back before it
-        if finish.reason != "stop_sequence":
-            return finish.text
-        stop = max((stop for stop in self._stops if finish.text.endswith(stop)), key=len, default="")
-        return finish.text.removesuffix(stop)
+    def _stop(self) -> str:
+        """The stop sequence that ended the text, "" where it ended otherwise."""
+        if self.finish is None or self.finish.reason != "stop_sequence":
+            return ""
+        return max((stop for stop in self._stops if self._spelled.endswith(stop)), key=len, default="")
 
-    def _doubtful(self) -> int:
-        """Length of the longest end of the text that a stop sequence begins with."""
-        longest = min(max(map(len, self._stops), default=0) - 1, len(self._text))
-        ends = (self._text[-size:] for size in range(longest, 0, -1))
-        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stops)), 0)
+    def _doubtful(self) -> str:
+        """The longest end that a stop sequence begins with."""
+        ends = (self._spelled[start:] for start in range(len(self._spelled)))
+        return next((end for end in ends if any(stop.startswith(end) for stop in self._stops)), "")
+
+    def _end_of(self, spelled: str) -> str:
+        """What of this end is text, and not the spelling of special tokens."""
+        left, text = len(spelled), ""
+        for piece in reversed(self.pieces):
+            if left <= 0:
+                break
+            own = piece.token.text[-left:]
+            left -= len(own)
+            text = text if piece.token.special else own + text
+        return text
 
 
 class Candidates:

@@ -95,7 +95,7 @@ def test_a_staged_bundle_is_asked_for_by_version_and_switched_to(server: Server,
     assert _same(server.change("ann"), new) and _same(server.change(f"ann@{before}"), old)
     assert server.control.bank.names() == ("ann", "cem") and server.control.bank.resolve("bob") is None
     assert server.control.bank.answers("ann") == Answer(
-        f"ann@{bundle_id}", bundle_id, "bundle", (f"ann@{before}", f"ann@{bundle_id}")
+        "ann", bundle_id, (f"ann@{before}", f"ann@{bundle_id}")
     )
     assert server.control.bank.answers("bob") == Answer(loaded=(f"bob@{before}",))
     assert server.control.bank.answers("nobody") is None
