@@ -134,6 +134,7 @@ class AdminApi:
     async def show_user(self, request: Request) -> Response:
         """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
         user, bank = request.path_params["user"], self._served().bank
+        check_name(user, what="user")
         answer = bank.answers(user)
         if answer is None:
             raise _not_found(f"no loaded bundle or adapter has {user!r}")

@@ -429,7 +429,7 @@ def test_a_user_is_answered_for_with_version_and_everything_loaded(root: Path, t
         return response.json() if response.status_code == 200 else response.status_code
 
     assert client.get("/soppu/v1/users/alice").status_code == 401
-    assert answer("alice") == answer("adapters") == 404
+    assert answer("alice") == answer("adapters") == 404 and answer("a%01") == 422
     shared = tiny.bundle({"alice": tiny.lora(model, seed=1), "team/zoë": tiny.lora(model, seed=2)})
     bank.stage(shared, bundle_id=BUNDLE_ID)
     bank.stage(shared, bundle_id=other)

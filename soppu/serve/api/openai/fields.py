@@ -57,7 +57,7 @@ FIELDS = (
     _honoured("repetition_penalty", BOTH, "> 0", "as `/generate`"),
     _honoured("top_k", BOTH, "> 0", "as `/generate`"),
     _honoured("ignore_eos_token", BOTH, "goes on after the end of a text", "as `/generate`"),
-    _honoured("adapter_source", BOTH, "hub, local, s3 or pbase", "as `/generate`"),
+    _honoured("adapter_source", BOTH, "hub, local, s3 or pbase", "local; 424 for the others"),
     _honoured("api_token", BOTH, "goes to the hub", "as `/generate`"),
     _honoured("echo", TEXT, "the prompt comes first", "as LoRAX; with `logprobs` 422"),
     _honoured("logprobs", TEXT, "computed, not answered", "OpenAI's form; > 0 as `return_k_alternatives`"),

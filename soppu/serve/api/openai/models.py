@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -12,6 +13,7 @@ from starlette.routing import Route
 
 from soppu.errors import RequestError
 from soppu.serve.api.openai.bodies import Json
+from soppu.serve.api.streams import loaded
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.names import check_name
 from soppu.serve.refusals import invalid
@@ -58,7 +60,8 @@ class ModelsApi:
             return JSONResponse(self._body(name, self._base_hash))
         check_name(name, what="id")
         try:
-            resolved = self._bank.resolve(name)
+            await loaded(self._bank, name)
+            resolved = await run_in_threadpool(self._bank.resolve, name)
         except RequestError as error:
             raise RequestError(str(error), status=404, error_type="not_found") from None
         return JSONResponse(self._body(resolved.adapter_id, resolved.version))
@@ -71,6 +74,8 @@ class ModelsApi:
             yield user, active
         for name, adapter in self._bank.adapters().items():
             yield name, adapter.content_hash
+        for path, adapter in sorted(self._bank.residents().items()):
+            yield path, adapter.content_hash
 
     def _body(self, name: str, version: str) -> Json:
         return {
