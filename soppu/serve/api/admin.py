@@ -25,7 +25,7 @@ from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError
 from soppu.serve.api.requests import body_chunks, read_json
 from soppu.serve.bank.holdings import Holder
-from soppu.serve.names import check_servable
+from soppu.serve.names import check_name, check_servable
 
 Handler = Callable[[Request], Awaitable[Response]]
 P = ParamSpec("P")
