@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from soppu.serve.refusals import invalid
 
-# A schema is a stranger's program: what one may cost, in llguidance's units (some ten milliseconds a step).
-_LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
+# A schema is a stranger's program; one that costs more a step, while the other rows wait, fails its request.
+_LIMITS = LLParserLimits(
+    max_grammar_size=20_000, max_lexer_states=50_000, step_max_items=10_000, verbose_errors=False
+)
 _JSON = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "lenient": False}
 
 
@@ -66,6 +68,7 @@ class Grammars:
         except ValueError as error:
             raise invalid(f"`response_format.schema`: {error}") from None
         matcher = LLMatcher(self._whole_table(), grammar, log_level=0, limits=_LIMITS)
+        matcher.compute_bitmask()  # the dearest step is often the first, and nobody waits for this thread
         if matcher.is_error():
             why = " ".join(matcher.get_error().split())
             raise invalid(f"`response_format.schema` cannot be followed: {why[:300]}")
