@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from soppu.serve.api import answers
 from soppu.serve.api.openai.bodies import ChatBody, CompletionBody
@@ -30,6 +30,12 @@ _NOT_THERE = "not there"
 
 class GenerateBody(_Body):
     """A prompt, and how to go on with it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}]
+        }
+    )
 
 
 @dataclass(frozen=True)
