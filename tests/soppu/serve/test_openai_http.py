@@ -50,13 +50,13 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "echo": (True, "no"),
     "top_logprobs": (0, 21),
     "guideline": ("be good", 1),
-    "presence_penalty": (0.0, 9),
-    "frequency_penalty": (0.0, -9),
+    "presence_penalty": (1.5, 9),
+    "frequency_penalty": (-0.5, -9),
 }
 OF_ROUTE: dict[tuple[str, str], tuple[Any, Any]] = {
     (TEXT, "logprobs"): (0, True),
     (CHAT, "logprobs"): (True, 2),
-    (CHAT, "response_format"): ({"type": "text"}, "json"),
+    (CHAT, "response_format"): ({"type": "json_object"}, "json"),
 }
 BESIDE: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
 
@@ -147,7 +147,8 @@ def test_an_unknown_field_is_refused_by_name(client: TestClient, route: str) -> 
 def test_fields_that_do_not_go_together(client: TestClient) -> None:
     assert "`best_of` must be at least `n`, 3" in refusal(ask(client, TEXT, n=3, best_of=2))
     assert "`best_of` above `n`" in refusal(ask(client, TEXT, best_of=2, stream=True))
-    assert "`echo` is not implemented with `logprobs`" in refusal(ask(client, TEXT, echo=True, logprobs=0))
+    told = {"echo": True, "logprobs": 0, "stream": True}
+    assert "`echo` with `logprobs` is not implemented with `stream`" in refusal(ask(client, TEXT, **told))
     assert "`stream_options` may only" in refusal(ask(client, CHAT, stream_options={"include_usage": True}))
     assert "`top_logprobs` needs `logprobs`" in refusal(ask(client, CHAT, top_logprobs=2))
     assert "`max_tokens` or `max_completion_tokens`" in refusal(ask(client, CHAT, max_completion_tokens=9))
