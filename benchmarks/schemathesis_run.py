@@ -1,7 +1,7 @@
 """What schemathesis makes of the server's own OpenAPI document: requests sent, and answers of 500 and above.
 
-    python -m benchmarks.schemathesis_run                                  # a tiny server of its own
-    python -m benchmarks.schemathesis_run --url URL --token-file FILE      # one that runs
+python -m benchmarks.schemathesis_run                                  # a tiny server of its own
+python -m benchmarks.schemathesis_run --url URL --token-file FILE      # one that runs
 """
 
 from __future__ import annotations

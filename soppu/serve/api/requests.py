@@ -39,7 +39,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "typical_p")  # giving one of thes
 # What this server does with each of LoRAX's parameters; the documentation's table is made of it.
 PARAMETERS: dict[str, str] = {
     "adapter_id": "honoured; a user, a single adapter, or either with a version as in `alice@0f3c`",
-    "adapter_source": "`local`, or absent; another is a 424, as LoRAX answers what it cannot fetch",
+    "adapter_source": "accepted; beside an `adapter_id` only `local`, else a 424: nothing is fetched",
     "merged_adapters": "refused with 422 unless null; a wrong strategy, which ends LoRAX, is named",
     "api_token": "accepted; nothing is fetched from a hub",
     "best_of": "honoured up to `max_best_of`; the texts are always sampled; by the model's own logprobs",

@@ -106,13 +106,16 @@ OPERATIONS = (
     _generating("/generate", "Generate; one object", (answers.Generated,), "the same"),
     _generating("/generate_stream", "Generate; server-sent events, one a token", (EVENTS,), _BEFORE),
     _openai(
-        "/v1/completions", "OpenAI's completions", CompletionBody, "OpenAI's own finish reasons; see below"
+        "/v1/completions",
+        "OpenAI's completions",
+        CompletionBody,
+        "the fields below say how",
     ),
     _openai(
         "/v1/chat/completions",
         "OpenAI's chat completions",
         ChatBody,
-        "OpenAI's own finish reasons; see below",
+        "the fields below say how",
     ),
     Operation(
         "GET",
