@@ -428,12 +428,12 @@ def test_clients_of_openai_name_a_path_as_the_model_and_figures_show_it(root: Pa
             return [entry["id"] for entry in client.get("/v1/models").json()["data"]]
 
         assert listed() == ["tiny"]
-        assert client.get("/v1/models/adapters/nobody/v1").status_code == 404
-        found = client.get(f"/v1/models/{ALICE}").json()
-        assert (found["id"], found["version"], listed()) == (ALICE, made.content_hash(), ["tiny", ALICE])
+        assert client.get(f"/v1/models/{ALICE}").status_code == 404  # nobody has asked it for a text yet
         body = {"model": ALICE, "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
         answer = client.post("/v1/completions", json=body).json()
         assert answer["choices"][0]["text"] == expected
+        found = client.get(f"/v1/models/{ALICE}").json()
+        assert (found["id"], found["version"], listed()) == (ALICE, made.content_hash(), ["tiny", ALICE])
         hub = client.post("/v1/completions", json=body | {"adapter_source": "hub"})
         assert hub.status_code == 424 and "fetches nothing" in hub.text
         client.post("/v1/completions", json=body | {"model": "adapters/nobody/v1"})
