@@ -11,7 +11,6 @@ from starlette.requests import Request
 
 from soppu.errors import RequestError
 from soppu.serve.api.requests import ParsedRequest
-from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation
 
@@ -30,14 +29,7 @@ async def submit(engine: Engine, parsed: ParsedRequest, put: Put) -> Generation:
     def sink(event: Event) -> None:
         loop.call_soon_threadsafe(put, event)
 
-    await loaded(engine.bank, parsed.generation.adapter_id)
     return await run_in_threadpool(engine.submit, parsed.generation, sink=sink)
-
-
-async def loaded(bank: AdapterBank, adapter_id: str) -> None:
-    """Wait until an adapter is in memory: here, since a thread that waits for a disk is taken from others."""
-    if reading := bank.reading(adapter_id):
-        await asyncio.shield(asyncio.wrap_future(reading))
 
 
 async def watch(request: Request, put: Put) -> None:
