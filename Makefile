@@ -78,8 +78,9 @@ format: setup    ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup      ## regenerate docs/cli.md
+docs: setup      ## regenerate docs/cli.md and docs/lorax.md
 	$(BIN)/python -m docs.generate_cli
+	$(BIN)/python -m docs.generate_lorax
 
 bench: demo      ## run the demo and keep its figures in benchmarks/results/demo.json
 	$(BIN)/python -m benchmarks.demo

@@ -34,6 +34,15 @@ def _local(_: click.Context, __: click.Parameter, value: str) -> str:
     return value
 
 
+def _limits(given: dict[str, Any]) -> EngineOptions:
+    """The engine's options, taken out of those of the command."""
+    limits: dict[str, int] = {name: given.pop(name) for name in _LIMITS}
+    if together := given.pop("concurrent"):
+        limits["max_batch"] = min(limits["max_batch"], together - 1)
+        limits["max_queue"] = together - limits["max_batch"]
+    return EngineOptions(**limits)
+
+
 @click.command("serve")
 @click.option(
     "--model",
@@ -123,6 +132,13 @@ def _local(_: click.Context, __: click.Parameter, value: str) -> str:
     help="Requests that may wait beside those; one more is refused with 429.",
 )
 @click.option(
+    "--max-concurrent-requests",
+    "concurrent",
+    envvar="MAX_CONCURRENT_REQUESTS",
+    type=click.IntRange(2),
+    help="Both together, in the place of --max-waiting.",
+)
+@click.option(
     "--max-input-tokens",
     envvar="MAX_INPUT_LENGTH",
     type=click.IntRange(0),
@@ -150,11 +166,11 @@ def serve_command(**given: Any) -> None:
 
     Options of LoRAX's launcher are taken from its environment names too, so that one image takes the place
     of the other: MODEL_ID, PORT, HUGGINGFACE_HUB_CACHE, MAX_ACTIVE_ADAPTERS, DEFAULT_ADAPTER_SOURCE,
-    MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS.
+    MAX_CONCURRENT_REQUESTS, MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS.
 
     The routes under /soppu/v1 ask for a bearer token: that of SOPPU_ADMIN_TOKEN, else one that the server
     makes at its first start and keeps in the file admin-token of its state folder.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    limits = EngineOptions(**{name: given.pop(name) for name in _LIMITS})
+    limits = _limits(given)
     run(ServeOptions(**given, engine=limits, admin_token=os.environ.get(tokens.VARIABLE, "")))

@@ -25,7 +25,7 @@ from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError
 from soppu.serve.api.requests import body_chunks, read_json
 from soppu.serve.bank.holdings import Holder
-from soppu.serve.names import check_name
+from soppu.serve.names import check_name, check_servable
 
 Handler = Callable[[Request], Awaitable[Response]]
 P = ParamSpec("P")
@@ -134,6 +134,7 @@ class AdminApi:
     async def show_user(self, request: Request) -> Response:
         """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
         user, bank = request.path_params["user"], self._served().bank
+        check_name(user, what="user")
         answer = bank.answers(user)
         if answer is None:
             raise _not_found(f"no loaded bundle or adapter has {user!r}")
@@ -155,7 +156,7 @@ class AdminApi:
     async def put_adapter(self, request: Request) -> Response:
         """Load a PEFT adapter, or replace one; the body is an uncompressed tar of its folder."""
         name = request.path_params["name"]
-        check_name(name, what="name")
+        check_servable(name, self._served().bank.bundles())  # before anything is uploaded
         async with self._upload(request) as (path, _):
             folder = path.with_name("adapter")
             await _call(unpack_adapter, path, folder)
@@ -173,6 +174,8 @@ class AdminApi:
     def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:
             self._check_token(request)
+            if "\n" in request.scope["path"]:  # which a pattern takes for no part of a name
+                raise _invalid("a path holds the control character U+000A")
             if request.method not in ("GET", "HEAD"):
                 _refuse_other_sites(request)
             if request.method == "POST" and _has_body(request):

@@ -102,7 +102,7 @@ class OperationsApi:
                 "model_device_type": self._info.device,
                 "model_pipeline_tag": "text-generation",
                 "max_concurrent_requests": options.max_queue + options.max_batch,
-                "max_best_of": 1,
+                "max_best_of": options.max_best_of,
                 "max_stop_sequences": MAX_STOP_SEQUENCES,
                 "max_input_length": self._engine.max_input_tokens,
                 "max_total_tokens": self._engine.max_total_tokens,

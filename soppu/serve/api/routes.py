@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from soppu.serve.api import answers
 from soppu.serve.api.openai.bodies import ChatBody, CompletionBody
@@ -30,6 +30,12 @@ _NOT_THERE = "not there"
 
 class GenerateBody(_Body):
     """A prompt, and how to go on with it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}]
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,16 @@ OPERATIONS = (
     _generating("/generate", "Generate; one object", (answers.Generated,), "the same"),
     _generating("/generate_stream", "Generate; server-sent events, one a token", (EVENTS,), _BEFORE),
     _openai(
-        "/v1/completions", "OpenAI's completions", CompletionBody, "OpenAI's own finish reasons; see below"
+        "/v1/completions",
+        "OpenAI's completions",
+        CompletionBody,
+        "the fields below say how",
     ),
     _openai(
         "/v1/chat/completions",
         "OpenAI's chat completions",
         ChatBody,
-        "OpenAI's own finish reasons; see below",
+        "the fields below say how",
     ),
     Operation(
         "GET",

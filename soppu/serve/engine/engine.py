@@ -16,12 +16,14 @@ from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.decoders.decoder import make_decoder
 from soppu.serve.decoders.kv_cache import KVCache
 from soppu.serve.engine.batch import Batch
+from soppu.serve.engine.best_of import BestOf
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
+from soppu.serve.engine.grammar import Grammars
 from soppu.serve.engine.prompt import Prompts
-from soppu.serve.refusals import incomplete, overloaded, stopping
+from soppu.serve.refusals import incomplete, invalid, overloaded, stopping
 
 _UNHEALTHY_AFTER = 3
-_LEAST = {"max_batch": 1, "prefill_tokens": 1, "max_input_tokens": 0, "max_total_tokens": 0}
+_LEAST = {"max_batch": 1, "prefill_tokens": 1, "max_best_of": 1, "max_input_tokens": 0, "max_total_tokens": 0}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class EngineOptions:
     max_input_tokens: int = 1024  # longest prompt; 0 leaves one token of the total for the answer
     max_total_tokens: int = 2048  # prompt and answer together; 0 is what the model can
     prefill_tokens: int = 256  # prompt tokens read in one step, which bounds how long decoding rows wait
+    max_best_of: int = 2  # texts generated for one request, of which the likeliest is the answer
     gather_seconds: float = 0.002  # how long an idle engine waits for more requests after the first
 
     def __post_init__(self) -> None:
@@ -59,6 +62,9 @@ class Engine:
         self.options = options
         self.max_input_tokens, self.max_total_tokens = _limits(model, options)
         self._vocabulary = vocabulary(model, tokenizer)
+        self._grammars = Grammars(
+            tokenizer, eos=self._vocabulary.eos, width=model.get_output_embeddings().weight.shape[0]
+        )
         self._prompts = Prompts(tokenizer, max_input=self.max_input_tokens, max_total=self.max_total_tokens)
         decoder = make_decoder(model, bank.router, KVCache(options.max_batch, self.max_total_tokens))
         self._batch = Batch(decoder, prefill=options.prefill_tokens, device=model.device)
@@ -141,18 +147,31 @@ class Engine:
         """
         if self._draining:
             raise stopping()
-        resolved = self.bank.resolve(request.adapter_id)
-        prompt, limit = self._prompts.read(request)
-        generation = Generation(Job(request, resolved, prompt, limit), self._vocabulary, sink=sink)
+        if request.best_of > self.options.max_best_of:
+            raise invalid(
+                f"`best_of` must be > 0 and <= {self.options.max_best_of}. Given: {request.best_of}"
+            )
+        generation = self._prepare(request, sink)
         with self._condition:
             if self._draining:
                 raise stopping()
             self._purge()
-            if len(self._waiting) >= self.options.max_queue:
+            if len(self._waiting) + len(generation.rows) > self.options.max_queue:
                 raise overloaded()
-            self._waiting.append(generation)
+            self._waiting.extend(generation.rows)
             self._condition.notify_all()
         return generation
+
+    def _prepare(self, request: GenerationRequest, sink: Sink | None) -> Generation:
+        resolved = self.bank.resolve(request.adapter_id)
+        matcher = None if request.schema is None else self._grammars.matcher(request.schema)
+        prompt, limit = self._prompts.read(request)
+        texts: list[str] = []
+        if request.prefill_details:
+            texts = self._vocabulary.tokenizer.batch_decode([[token_id] for token_id in prompt])
+        job = Job(request, resolved, prompt, limit, tuple(texts))
+        kind = BestOf if request.best_of > 1 else Generation
+        return kind(job, self._vocabulary, sink=sink, matcher=matcher)
 
     def _loop(self) -> None:
         try:

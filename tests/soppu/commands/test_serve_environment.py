@@ -46,12 +46,22 @@ def test_the_environment_says_what_the_options_say(started: list[ServeOptions], 
         "HUGGINGFACE_HUB_CACHE": str(tmp_path),
         "MAX_ACTIVE_ADAPTERS": "7",
         "DEFAULT_ADAPTER_SOURCE": "local",
+        "MAX_CONCURRENT_REQUESTS": "9",
+        "MAX_INPUT_LENGTH": "300",
+        "MAX_TOTAL_TOKENS": "400",
         "HOSTNAME": "6f0c2d",  # docker sets it in every container
     }
     assert run(**names) == ""
     words = ["--model", "org/Base", "--port", 81, "--adapters", tmp_path, "--max-active-adapters", 7]
+    words += ["--max-concurrent-requests", 9, "--max-input-tokens", 300, "--max-total-tokens", 400]
     assert run(*words) == ""
     assert started[0] == started[1]
+    limits = started[0].engine
+    assert (limits.max_batch + limits.max_queue, limits.max_input_tokens, limits.max_total_tokens) == (
+        9,
+        300,
+        400,
+    )
     assert (started[0].mount, started[0].max_active_adapters, started[0].host) == (tmp_path, 7, "127.0.0.1")
 
 
@@ -67,8 +77,20 @@ def test_an_option_wins_over_the_environment_and_an_empty_name_says_nothing(
 
 
 @pytest.mark.parametrize(
+    ("together", "batch", "queue"), [(2, 1, 1), (32, 31, 1), (33, 32, 1), (1024, 32, 992)]
+)
+def test_as_many_requests_run_and_wait_as_lorax_would_let_in(
+    started: list[ServeOptions], together: int, batch: int, queue: int
+) -> None:
+    assert run(MAX_CONCURRENT_REQUESTS=str(together)) == ""
+    assert (started[0].engine.max_batch, started[0].engine.max_queue) == (batch, queue)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("MAX_CONCURRENT_REQUESTS", "1", "1 is not in the range x>=2"),
+        ("MAX_TOTAL_TOKENS", "-4", "-4 is not in the range"),
         ("DEFAULT_ADAPTER_SOURCE", "hub", "'hub', allowed: 'local'; this server fetches no adapters"),
         ("DEFAULT_ADAPTER_SOURCE", "S3", "'S3', allowed: 'local'"),
         ("MAX_ACTIVE_ADAPTERS", "0", "0 is not in the range x>=1"),

@@ -414,6 +414,40 @@ def test_over_http_neighbours_of_a_bad_folder_are_answered_and_sources_are_told_
     assert not (tmp_path / "state" / "state.json").exists()  # a restart reads the folder again
 
 
+def test_clients_of_openai_name_a_path_as_the_model_and_figures_show_it(root: Path, tmp_path: Path) -> None:
+    made, model = put(root), tiny.llama()
+    expected = tiny.peft_text(model, PROMPT, made, tokens=6)
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH, mount=Mount(root))
+    state = ServerState.open(tmp_path / "state", bank)
+    app = create_app(
+        Engine(model, tiny.tokenizer(), bank), info=ServerInfo("tiny", tiny.BASE_HASH), state=state
+    )
+    with TestClient(app) as client:
+
+        def listed() -> list[str]:
+            return [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+
+        assert listed() == ["tiny"]
+        assert client.get(f"/v1/models/{ALICE}").status_code == 404  # nobody has asked it for a text yet
+        body = {"model": ALICE, "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+        answer = client.post("/v1/completions", json=body).json()
+        assert answer["choices"][0]["text"] == expected
+        found = client.get(f"/v1/models/{ALICE}").json()
+        assert (found["id"], found["version"], listed()) == (ALICE, made.content_hash(), ["tiny", ALICE])
+        hub = client.post("/v1/completions", json=body | {"adapter_source": "hub"})
+        assert hub.status_code == 424 and "fetches nothing" in hub.text
+        client.post("/v1/completions", json=body | {"model": "adapters/nobody/v1"})
+        figures = client.get("/metrics").text
+        for line in (
+            'soppu_adapters_resident{kind="path"} 1.0',
+            f'soppu_adapter_resident{{adapter="{ALICE}"}} 1.0',
+            f'soppu_adapter_requests_total{{adapter="{ALICE}",outcome="success"}} 1.0',
+            'lorax_request_failure{err="generation"} 2.0',
+        ):
+            assert line in figures
+    state.close()
+
+
 def test_a_user_is_answered_for_with_version_and_everything_loaded(root: Path, tmp_path: Path) -> None:
     model, other = tiny.llama(), "b" * 64
     for path in ("adapters/alice/v1", "adapters/bob/v1", "alice/adapters/v1", "adapters/jan%20%C5%BE/v1"):
@@ -429,7 +463,7 @@ def test_a_user_is_answered_for_with_version_and_everything_loaded(root: Path, t
         return response.json() if response.status_code == 200 else response.status_code
 
     assert client.get("/soppu/v1/users/alice").status_code == 401
-    assert answer("alice") == answer("adapters") == 404
+    assert answer("alice") == answer("adapters") == 404 and answer("a%01") == 422
     shared = tiny.bundle({"alice": tiny.lora(model, seed=1), "team/zoë": tiny.lora(model, seed=2)})
     bank.stage(shared, bundle_id=BUNDLE_ID)
     bank.stage(shared, bundle_id=other)

@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 
 from soppu import __version__
 from soppu.compress.bundle.bundle import Bundle
@@ -317,10 +318,48 @@ def test_errors_raise_the_clients_own_classes(served: Served, stream: bool) -> N
         assert why in str(failure.value.body)  # LoRAX's `error` is a string, which the client keeps there
 
 
+def test_logprobs_of_other_tokens_and_of_an_echoed_prompt(served: Served) -> None:
+    create = served.client.completions.create
+    answer = create(model="alice", prompt=PROMPT, max_tokens=4, temperature=0, logprobs=3, echo=True)
+    found, text = answer.choices[0].logprobs, answer.choices[0].text
+    assert found is not None and found.tokens is not None and found.token_logprobs is not None
+    assert found.top_logprobs is not None and found.text_offset is not None
+    count = served.tokens(PROMPT)
+    assert text.startswith(PROMPT) and "".join(found.tokens) == text and len(found.tokens) == count + 4
+    assert found.text_offset == [len("".join(found.tokens[:index])) for index in range(count + 4)]
+    first: Any = found.token_logprobs[0]
+    assert first is None and all(logprob < 0 for logprob in found.token_logprobs[1:])
+    assert found.top_logprobs[:count] == [None] * count
+    for logprob, top in zip(found.token_logprobs[count:], found.top_logprobs[count:], strict=True):
+        assert max(top.values()) == pytest.approx(logprob)
+    asked: dict[str, Any] = {"model": "alice", "messages": SAID, "max_tokens": 4, "temperature": 0}
+    chat = served.client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0]
+    assert chat.logprobs is not None and chat.logprobs.content is not None
+    for told in chat.logprobs.content:
+        assert len(told.top_logprobs) == 2 and told.top_logprobs[0].logprob == pytest.approx(told.logprob)
+
+
+def test_a_chat_is_held_to_the_clients_own_model(served: Served) -> None:
+    class Verdict(BaseModel):
+        good: bool
+        why: Literal["fox", "dog"]
+
+    asked: dict[str, Any] = {"model": "alice", "messages": SAID, "temperature": 0}
+    answer = served.client.chat.completions.parse(**asked, response_format=Verdict).choices[0]
+    assert isinstance(answer.message.parsed, Verdict) and answer.finish_reason == "stop"
+    bare = served.client.chat.completions.create(**asked, response_format={"type": "text"}, max_tokens=4)
+    free = served.client.chat.completions.create(**asked, max_tokens=4)
+    assert bare.choices == free.choices
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.UnprocessableEntityError) as failure:
+        served.client.chat.completions.create(**asked, response_format=wrong)
+    assert "`response_format.schema`" in str(failure.value.body)
+
+
 def test_a_model_that_nobody_has_is_not_found(served: Served) -> None:
     with pytest.raises(openai.NotFoundError) as failure:
         served.client.models.retrieve("nobody")
-    assert "'nobody' is not served here" in str(failure.value.body)
+    assert failure.value.body == "model 'nobody' is not served here; 3 are"
 
 
 def test_an_error_inside_a_stream_ends_it(served: Served) -> None:

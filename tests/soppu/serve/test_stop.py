@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from soppu.serve.bank.bank import Resolved
-from soppu.serve.engine.generation import Finish, Generation, GenerationRequest, Job, TokenEvent, Vocabulary
+from soppu.serve.engine.generation import (
+    Choice,
+    Finish,
+    Generation,
+    GenerationRequest,
+    Job,
+    TokenEvent,
+    Vocabulary,
+)
 from soppu.serve.engine.text import Detokenizer
 from tests.soppu.serve import tiny
 
@@ -32,7 +40,7 @@ def generate(ids: Sequence[int], *stop: str, **request: bool) -> tuple[list[Toke
         sink=told.append,  # type: ignore[arg-type]
     )
     for token_id in ids:
-        generation.push(token_id, -1.0)
+        generation.push(Choice(token_id, -1.0))
         if generation.done:
             break
     return told, told[-1].finish

@@ -6,12 +6,13 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from soppu.serve.api.openai.bodies import Json
 from soppu.serve.api.openai.candidates import Piece, Transcript
 from soppu.serve.api.responses import token_body
-from soppu.serve.engine.generation import Finish
+from soppu.serve.engine.generation import Finish, ScoredToken
 
 _FINISH_REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 
@@ -32,8 +33,8 @@ class Form(Protocol):
     def delta(self, text: str) -> Json:
         """The text of one event."""
 
-    def logprobs(self, pieces: Sequence[Piece]) -> Json:
-        """Logprobs of every token."""
+    def logprobs(self, pieces: Sequence[Piece], prompt: Sequence[ScoredToken] = ()) -> Json:
+        """Logprobs of every token; `prompt` are those that come before the text."""
 
 
 class CompletionForm:
@@ -54,15 +55,16 @@ class CompletionForm:
         """The text."""
         return {"text": text}
 
-    def logprobs(self, pieces: Sequence[Piece]) -> Json:
-        """Four lists, with an entry for each token."""
+    def logprobs(self, pieces: Sequence[Piece], prompt: Sequence[ScoredToken] = ()) -> Json:
+        """Four lists, with an entry for each token; of the prompt's no others are known."""
         bodies = [token_body(piece.token) for piece in pieces]
-        others = [body.get("alternative_tokens") for body in bodies]
+        top = [{o["text"]: o["logprob"] for o in body.get("alternative_tokens", ())} for body in bodies]
+        starts = [0, *accumulate(len(token.text) for token in prompt)]
         return {
-            "tokens": [body["text"] for body in bodies],
-            "token_logprobs": [body["logprob"] for body in bodies],
-            "top_logprobs": [{o["text"]: o["logprob"] for o in other} for other in others if other] or None,
-            "text_offset": [piece.offset for piece in pieces],
+            "tokens": [token.text for token in prompt] + [body["text"] for body in bodies],
+            "token_logprobs": [token.logprob for token in prompt] + [body["logprob"] for body in bodies],
+            "top_logprobs": [*[None] * len(prompt), *top] if any(top) else None,
+            "text_offset": starts[:-1] + [starts[-1] + piece.offset for piece in pieces],
         }
 
 
@@ -85,12 +87,12 @@ class ChatForm:
         """The text; nothing where there is none, as at the end."""
         return {"delta": {"content": text} if text else {}}
 
-    def logprobs(self, pieces: Sequence[Piece]) -> Json:
-        """An object for each token."""
+    def logprobs(self, pieces: Sequence[Piece], prompt: Sequence[ScoredToken] = ()) -> Json:
+        """An object for each token of the text."""
         content = []
         for piece in pieces:
             body = token_body(piece.token)
-            others = [_token(other) for other in body.get("alternative_tokens") or ()]
+            others = [_token(other) for other in body.get("alternative_tokens", ())]
             content.append(_token(body) | {"top_logprobs": others})
         return {"content": content, "refusal": None}
 
@@ -117,7 +119,7 @@ class Answer:
             {
                 "index": index,
                 **self.form.choice(transcript, before=start),
-                "logprobs": self.form.logprobs(transcript.pieces) if self.logprobs else None,
+                "logprobs": self._logprobs(transcript),
                 "finish_reason": _reason(transcript.finish),
             }
             for index, (transcript, start) in enumerate(zip(transcripts, before, strict=True))
@@ -141,6 +143,10 @@ class Answer:
     def counts(self, finish: Finish) -> Json:
         """The last event, of which nothing but the usage is new."""
         return {**self._head(self.form.chunk), "choices": [], "usage": usage(finish)}
+
+    def _logprobs(self, transcript: Transcript) -> Json | None:
+        prompt = transcript.finish.prefill if transcript.finish else ()
+        return self.form.logprobs(transcript.pieces, prompt) if self.logprobs else None
 
     def _event(
         self, index: int, own: Json, *, logprobs: Json | None = None, reason: str | None = None

@@ -57,8 +57,9 @@ def ask_completion(body: CompletionBody, limits: Limits) -> Asked:
         raise invalid(f"`best_of` must be at least `n`, {n}. Given: {best_of}")
     if best_of > n and body.stream:
         raise invalid(f"`best_of` above `n` is not implemented with `stream`. Given: {best_of}")
-    if body.echo and body.logprobs is not None:
-        raise invalid("`echo` is not implemented with `logprobs`. Given: true")
+    told = bool(body.echo) and body.logprobs is not None  # the prompt's logprobs too
+    if told and body.stream:
+        raise invalid("`echo` with `logprobs` is not implemented with `stream`. Given: true")
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not prompts:
         raise invalid("`prompt` cannot be empty")
@@ -66,6 +67,7 @@ def ask_completion(body: CompletionBody, limits: Limits) -> Asked:
         "do_sample": body.n is not None or body.temperature is not None,
         "max_new_tokens": body.max_tokens,
         "return_k_alternatives": body.logprobs or None,
+        "decoder_input_details": told,
     }
     candidates = _candidates(body, [(prompt, parameters) for prompt in prompts], best_of, limits)
     return Asked(candidates, best_of, n, logprobs=body.logprobs is not None, echo=bool(body.echo))

@@ -116,7 +116,7 @@ class Body(BaseModel):
     repetition_penalty: _Number = Field(None, description="Divides the logits of tokens that appeared")
     top_k: _Whole = Field(None, description="Only the k likeliest tokens")
     ignore_eos_token: _Flag = Field(None, description="Go on after the end-of-text token")
-    adapter_source: _Text = Field(None, description="LoRAX's: hub, local, s3 or pbase")
+    adapter_source: _Text = Field(None, description="local: nothing is fetched from elsewhere")
     api_token: _Text = Field(None, description="LoRAX's token of a hub; nothing is fetched here")
     user: Any = Field(None, description="The caller's own note; says nothing about the answer")
 

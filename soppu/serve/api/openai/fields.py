@@ -57,12 +57,14 @@ FIELDS = (
     _honoured("repetition_penalty", BOTH, "> 0", "as `/generate`"),
     _honoured("top_k", BOTH, "> 0", "as `/generate`"),
     _honoured("ignore_eos_token", BOTH, "goes on after the end of a text", "as `/generate`"),
-    _honoured("adapter_source", BOTH, "hub, local, s3 or pbase", "as `/generate`"),
+    _honoured("adapter_source", BOTH, "hub, local, s3 or pbase", "local; 424 for the others"),
     _honoured("api_token", BOTH, "goes to the hub", "as `/generate`"),
-    _honoured("echo", TEXT, "the prompt comes first", "as LoRAX; with `logprobs` 422"),
-    _honoured("logprobs", TEXT, "computed, not answered", "OpenAI's form; > 0 as `return_k_alternatives`"),
+    _honoured("echo", TEXT, "the prompt comes first", "as LoRAX; with `logprobs` and `stream` 422"),
+    _honoured(
+        "logprobs", TEXT, "computed, not answered", "OpenAI's form, the prompt's with `echo`; up to 20 others"
+    ),
     _honoured("logprobs", CHAT, "ignored", "OpenAI's form"),
-    _honoured("top_logprobs", CHAT, "ignored", "as `return_k_alternatives` of `/generate`"),
+    _honoured("top_logprobs", CHAT, "ignored", "up to 20, as `return_k_alternatives` of `/generate`"),
     _honoured("response_format", CHAT, "a JSON schema, in OpenAI's form or its own", "as `/generate`"),
     _honoured("guideline", CHAT, "a variable of the template"),
     _accepted("user", BOTH),

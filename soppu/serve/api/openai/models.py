@@ -13,7 +13,7 @@ from starlette.routing import Route
 from soppu.errors import RequestError
 from soppu.serve.api.openai.bodies import Json
 from soppu.serve.bank.bank import AdapterBank
-from soppu.serve.names import check_name
+from soppu.serve.names import check_name, find_version
 from soppu.serve.refusals import invalid
 
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
@@ -54,14 +54,13 @@ class ModelsApi:
     async def one_model(self, request: Request) -> Response:
         """One model, also a user's version that is not the active one. 404 where nobody has that id."""
         name: str = request.path_params["id"]
-        if name == self._model_id:
-            return JSONResponse(self._body(name, self._base_hash))
         check_name(name, what="id")
-        try:
-            resolved = self._bank.resolve(name)
-        except RequestError as error:
-            raise RequestError(str(error), status=404, error_type="not_found") from None
-        return JSONResponse(self._body(resolved.adapter_id, resolved.version))
+        listed, bundles = dict(self._models()), self._bank.bundles()
+        user, _, matches = find_version(name, bundles)
+        if name not in listed and not (len(matches) == 1 and user in bundles[matches[0]]):
+            why = f"model {name!r} is not served here; {len(listed)} are"
+            raise RequestError(why, status=404, error_type="not_found")
+        return JSONResponse(self._body(name, listed[name] if name in listed else matches[0]))
 
     def _models(self) -> Iterator[tuple[str, str]]:
         """Id and version of each."""
@@ -71,6 +70,8 @@ class ModelsApi:
             yield user, active
         for name, adapter in self._bank.adapters().items():
             yield name, adapter.content_hash
+        for path, adapter in sorted(self._bank.residents().items()):
+            yield path, adapter.content_hash
 
     def _body(self, name: str, version: str) -> Json:
         return {
