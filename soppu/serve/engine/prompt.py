@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers.models import BPE
@@ -37,7 +39,7 @@ class Prompts:
         self._alone = contextlib.nullcontext() if tokenizer.is_fast else threading.Lock()
         self._long = threading.Lock()
         self._places = threading.BoundedSemaphore(_WAITING)
-        self._reach = characters_per_token(tokenizer)
+        self._bound = token_bound(tokenizer)
         tokenizer("")  # switches off what truncation and padding its file asks for, before there are threads
 
     def read(self, request: GenerationRequest) -> tuple[tuple[int, ...], int]:
@@ -47,8 +49,8 @@ class Prompts:
                 f"`truncate` must be strictly positive and less than {self.max_input}."
                 f" Given: {request.truncate}"
             )
-        if len(request.inputs) > _LONG and request.truncate is None and self._reach:
-            self._check(-(-len(request.inputs) // self._reach), request.max_new_tokens, least="at least ")
+        if len(request.inputs) > _LONG and request.truncate is None:
+            self._check(self._bound.fewest(request.inputs), request.max_new_tokens, least="at least ")
         ids = self._encode(request)
         if not ids:
             raise invalid("`inputs` cannot be empty")
@@ -86,28 +88,50 @@ class Prompts:
             self._places.release()
 
 
-def characters_per_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many characters of a text one token can stand for, at most; 0 where nothing proves a limit.
+@dataclass(frozen=True)
+class TokenBound:
+    """How few tokens a text can have."""
 
-    A limit is proven for BPE over bytes (GPT-2's way or SentencePiece's) with all 256 bytes in the
-    vocabulary, where no character is dropped, fused into an unknown token, or taken by an added token beside.
+    reach: int = 0  # characters that one token can stand for, at most; 0 where nothing proves a limit
+    lost: str = ""  # characters that may leave no token at all
+
+    def fewest(self, text: str) -> int:
+        """A text has this many tokens or more; 0 where nothing is known. O(n), a hundredth of tokenizing."""
+        if not self.reach:
+            return 0
+        kept = len(text) - sum(map(text.count, self.lost))
+        return -(-kept // self.reach)
+
+
+def token_bound(tokenizer: PreTrainedTokenizerBase) -> TokenBound:
+    """What a tokenizer's parts prove about the length of its output.
+
+    A limit is proven for BPE over bytes, GPT-2's way or SentencePiece's, where a known set of characters at
+    most is dropped or fused into an unknown token, and none is taken by an added token beside it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, BPE):
-        return 0
+        return TokenBound()
     if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
-        return 0
-    steps = _steps(backend.pre_tokenizer)
+        return TokenBound()
+    steps, normalizers = _steps(backend.pre_tokenizer), _steps(backend.normalizer)
     if not all(kind["type"] in _PRE_TOKENIZERS and kind.get("behavior") != "Removed" for kind in steps):
-        return 0
-    vocabulary, normalizers, shrink = backend.get_vocab(), _steps(backend.normalizer), 1
-    for kind in normalizers:
-        shrink *= _shrink(kind)
-    byte_level = any(kind["type"] == "ByteLevel" for kind in [*steps, *normalizers])
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)] if backend.model.byte_fallback else [""]
-    if not all(byte in vocabulary for byte in (ByteLevel.alphabet() if byte_level else fallback)):
-        return 0
-    return shrink * max(map(len, vocabulary))
+        return TokenBound()
+    vocabulary = backend.get_vocab()
+    lost = ""
+    if any(kind["type"] == "ByteLevel" for kind in [*steps, *normalizers]):
+        if not all(_spelled(0x80 + byte)[-1] in vocabulary for byte in range(64)):
+            return TokenBound()  # what is not ASCII has one of these bytes, so that something of it is kept
+        lost = "".join(chr(code) for code in range(128) if _spelled(code) not in vocabulary)
+    elif not (backend.model.byte_fallback and all(f"<0x{n:02X}>" in vocabulary for n in range(256))):
+        return TokenBound()
+    return TokenBound(math.prod(map(_shrink, normalizers)) * max(map(len, vocabulary)), lost)
+
+
+def _spelled(code: int) -> str:
+    """A character as a vocabulary over bytes spells it."""
+    pieces = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(chr(code))
+    return "".join(piece for piece, _ in pieces)
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:
