@@ -11,7 +11,7 @@ from soppu.commands.options import registry_options
 from soppu.errors import RegistryError, TargetError
 from soppu.registry import Registry
 from soppu.serve import admin_token as tokens
-from soppu.stages.publish import previous_bundles, refuse_forgotten
+from soppu.stages.history import previous_bundles, refuse_forgotten
 from soppu.targets.embedded import EmbeddedTarget
 from soppu.targets.http import HttpTarget
 from soppu.targets.lorax_volume import Volume
