@@ -41,8 +41,6 @@ COMMANDS = {
 }
 # Package that a command needs -> the extra that installs it.
 EXTRAS = dict.fromkeys(("starlette", "uvicorn", "llguidance", "prometheus_client"), "serve")
-    ("starlette", "uvicorn", "llguidance", "prometheus_client"), "serve"
-)  # package that a command needs -> what installs it
 
 
 class LazyGroup(click.Group):
