@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from soppu.commands.options import CACHE
+from soppu.serve.names import LOCAL
 from soppu.serve.server import ServeOptions, run
 
 
@@ -23,14 +24,29 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     return tuple(pairs)
 
 
+def _local(_: click.Context, __: click.Parameter, value: str) -> str:
+    if value.lower() != LOCAL:
+        raise click.BadParameter(f"{value!r}, allowed: {LOCAL!r}; this server fetches no adapters")
+    return value
+
+
 @click.command("serve")
 @click.option(
-    "--model", default="smollm2-135m", show_default=True, help="Alias, folder or hub id of the base."
+    "--model",
+    envvar="MODEL_ID",
+    default="smollm2-135m",
+    show_default=True,
+    help="Alias, folder or hub id of the base.",
 )
 @CACHE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."
+    "--port",
+    envvar="PORT",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port; 0 takes a free one.",
 )
 @click.option(
     "--state",
@@ -53,6 +69,30 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     help="PEFT folder to serve under a name of its own; repeatable.",
 )
 @click.option(
+    "--adapters",
+    "volume",
+    envvar="HUGGINGFACE_HUB_CACHE",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of PEFT folders that requests name by their path below it, as LoRAX's source local does.",
+)
+@click.option(
+    "--max-active-adapters",
+    envvar="MAX_ACTIVE_ADAPTERS",
+    type=click.IntRange(1),
+    default=ServeOptions.max_active_adapters,
+    show_default=True,
+    help="Adapters of --adapters in memory, beside those that running requests are on.",
+)
+@click.option(
+    "--default-adapter-source",
+    envvar="DEFAULT_ADAPTER_SOURCE",
+    default=LOCAL,
+    show_default=True,
+    callback=_local,
+    expose_value=False,
+    help="Only local: this server fetches no adapters.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
     default="float32",
@@ -72,6 +112,9 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 )
 def serve_command(**given: Any) -> None:
     """Serve a base model with every user's adapter, over LoRAX's HTTP API.
+
+    Options of LoRAX's launcher are taken from its environment names too, so that one image takes the place
+    of the other: MODEL_ID, PORT, HUGGINGFACE_HUB_CACHE, MAX_ACTIVE_ADAPTERS, DEFAULT_ADAPTER_SOURCE.
 
     With SOPPU_ADMIN_TOKEN set, the routes under /soppu/v1 ask for it as a bearer token.
     """

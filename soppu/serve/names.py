@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from string import punctuation
 from urllib.parse import quote
 
-from soppu.serve.refusals import invalid
+from soppu.serve.refusals import failed, invalid
 
+LOCAL = "local"
+_ELSEWHERE = ("hub", "s3", "pbase")  # LoRAX's other sources of adapters
 _MAX_LENGTH = 256
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line and paragraph separators
 
@@ -20,6 +22,16 @@ def check_name(name: str, *, what: str) -> None:
             raise invalid(f"`{what}` holds the control character U+{ord(character):04X} at {position}")
     if len(name) > _MAX_LENGTH:
         raise invalid(f"`{what}` must have at most {_MAX_LENGTH} characters. Given: {len(name)}")
+
+
+def check_source(source: str, *, adapter_id: str) -> None:
+    """Refuse an adapter that is to come from elsewhere: RequestError 424. "" is local."""
+    if source in ("", LOCAL) or not adapter_id and source in _ELSEWHERE:
+        return
+    why = f"Invalid source {source!r} when downloading adapter {adapter_id!r}"
+    if source in _ELSEWHERE:
+        why += "; this server fetches nothing: put it into its folder of adapters, and ask with 'local'"
+    raise failed(why)
 
 
 def split_version(name: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from soppu import files
 from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve.api.http import ServerInfo, create_app
-from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.bank import AdapterBank, Volume
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype
@@ -39,6 +39,8 @@ class ServeOptions:
     device: str = "auto"  # "auto" is cuda if there is one, else cpu
     threads: int = 0  # torch threads; 0 leaves torch's default
     max_batch: int = 32
+    volume: Path | None = None  # a folder of adapters that requests name by their path below it
+    max_active_adapters: int = Volume.max_active
     admin_token: str = ""  # "" leaves the admin routes open
 
 
@@ -61,7 +63,8 @@ def run(options: ServeOptions) -> None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
         model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
-        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name)
+        volume = Volume(options.volume, options.max_active_adapters) if options.volume else None
+        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name, volume=volume)
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)

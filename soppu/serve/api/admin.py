@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, ParamSpec, Protocol, TypeVar
 
@@ -79,6 +80,7 @@ class AdminApi:
             ("POST", "/soppu/v1/bundles/{bundle_id}/activate", self.activate),
             ("DELETE", "/soppu/v1/bundles/{bundle_id}", self.delete_bundle),
             ("POST", "/soppu/v1/deactivate", self.deactivate),
+            ("GET", "/soppu/v1/users/{user:path}", self.show_user),
             ("GET", "/soppu/v1/adapters", self.list_adapters),
             ("PUT", "/soppu/v1/adapters/{name:path}", self.put_adapter),
             ("DELETE", "/soppu/v1/adapters/{name:path}", self.delete_adapter),
@@ -124,6 +126,14 @@ class AdminApi:
             )
         await _call(self._served().drop_bundle, bundle_id)
         return JSONResponse({"deleted": bundle_id})
+
+    async def show_user(self, request: Request) -> Response:
+        """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
+        user, bank = request.path_params["user"], self._served().bank
+        answer = bank.answers(user)
+        if answer is None:
+            raise _not_found(f"no loaded bundle or adapter has {user!r}")
+        return JSONResponse({"user": user, "active_bundle": bank.active, **asdict(answer)})
 
     async def list_adapters(self, _: Request) -> Response:
         """Every loaded PEFT adapter. `base_verified` says whether it states this server's base hash."""

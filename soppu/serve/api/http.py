@@ -161,6 +161,9 @@ class GenerateApi:
         def sink(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
+        if reading := self._engine.bank.reading(parsed.generation.adapter_id):
+            # here, so that who waits for a disk takes no thread from others
+            await asyncio.shield(asyncio.wrap_future(reading))
         return await run_in_threadpool(self._engine.submit, parsed.generation, sink=sink), events
 
     def _headers(self, parsed: ParsedRequest, generation: Generation) -> dict[str, str]:

@@ -20,15 +20,14 @@ from starlette.requests import Request
 from soppu.errors import RequestError
 from soppu.serve.engine.generation import GenerationRequest
 from soppu.serve.engine.sampling import Sampling
-from soppu.serve.names import check_name
-from soppu.serve.refusals import failed, invalid
+from soppu.serve.names import check_name, check_source
+from soppu.serve.refusals import invalid
 
 Json = dict[str, Any]
 MAX_STOP_SEQUENCES = 4
 _MAX_BODY = 2 << 20  # LoRAX's limit
 _GREEDY_BELOW = 1e-5  # temperatures below this one overflow fp32 scores
 _PENALTIES = (1e-3, 1e3)
-_SOURCES = ("hub", "local", "s3", "pbase")
 _NO_NULL = ("stop", "ignore_eos_token", "do_sample", "details")
 # Parameters this server does not implement, and the values that ask for nothing; None always does.
 _UNUSED: dict[str, tuple[object, ...]] = {
@@ -150,8 +149,8 @@ def parse_request(body: Json, *, stream: bool | None = None) -> ParsedRequest:
         stream: what the route decides; None reads the body's `stream`, as `POST /` does.
 
     Raises:
-        RequestError: 422 `validation`, naming the parameter, the limit and the value; 424 for an unknown
-            `adapter_source`.
+        RequestError: 422 `validation`, naming the parameter, the limit and the value; 424 for an
+            `adapter_source` other than local.
     """
     try:
         read = _Body.model_validate(body if stream is None else {**body, "stream": stream})
@@ -162,8 +161,7 @@ def parse_request(body: Json, *, stream: bool | None = None) -> ParsedRequest:
     parameters = read.parameters
     check_name(parameters.adapter_id, what="adapter_id")
     _refuse_unused(body.get("parameters", {}), has_adapter=bool(parameters.adapter_id))
-    if (source := parameters.adapter_source) and source not in _SOURCES:
-        raise failed(f"Invalid source {source!r} when downloading adapter {parameters.adapter_id!r}")
+    check_source(parameters.adapter_source, adapter_id=parameters.adapter_id)
     generation = GenerationRequest(
         inputs=read.inputs,
         adapter_id=parameters.adapter_id,

@@ -164,6 +164,11 @@ def test_an_unknown_adapter_source_is_a_424_as_in_lorax() -> None:
     error = refused({"adapter_id": "a", "adapter_source": "ftp"})
     assert (error.status, error.error_type) == (424, "generation")
     assert "Invalid source 'ftp'" in str(error)
+    for source in ("hub", "S3", "pbase"):
+        error = refused({"adapter_id": "alice", "adapter_source": source})
+        assert (error.status, error.error_type) == (424, "generation")
+        assert f"Invalid source {source.lower()!r}" in str(error) and "fetches nothing" in str(error)
+    assert parse({"adapter_id": "alice", "adapter_source": "Local"}).parameters.adapter_source == "local"
     assert parse({"adapter_source": "HUB"}).parameters.adapter_source == "hub"
 
 
