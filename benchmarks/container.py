@@ -29,12 +29,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.api_fuzz import fuzz
 from benchmarks.record import ROOT, circumstances, store
+from benchmarks.schemathesis_run import Fuzz
+from benchmarks.schemathesis_run import run as fuzz
 from soppu import models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.evaluate.gate import Verdict
 from soppu.federation.simulation import free_port
+from soppu.serve import admin_token as tokens
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.publish import serving_file
@@ -96,12 +98,12 @@ def main(users: int, moments: int, image: str, seed: int) -> None:
         try:
             values["push_s"] = measured(place)
             values |= killed(place, engine, moments=moments, seed=seed)
+            click.echo("asking the container of the bundle for more than 5,000 odd things")
+            values |= fuzzed(place)
         finally:
             for settings in place.run.config.serve.each():
                 with suppress(docker.errors.NotFound):
                     engine.containers.get(settings.lorax_container).remove(force=True, v=True)
-    click.echo("asking the server for 5,000 odd things")
-    values |= fuzz(requests=5000, seed=seed)
     packages = ("torch", "transformers", "docker", "schemathesis")
     click.echo(f"wrote {store('container', values | circumstances(seed=seed, packages=packages))}")
     click.echo(json.dumps({name: value for name, value in values.items() if name != "kills"}, indent=1))
@@ -213,6 +215,14 @@ def killed(place: Place, engine: docker.DockerClient, *, moments: int, seed: int
         rows.append({"killed": what, "at_s": round(moment, 2), "live_after": live[:12], "wrong": wrong})
     intact = all(registry.get_adapter(row.adapter_id) for row in registry.users())
     return {"kills": rows, "half_published": half, "registry_intact": intact}
+
+
+def fuzzed(place: Place) -> dict[str, int]:
+    """What schemathesis makes of the OpenAPI document of the container that holds the bundle."""
+    settings = target_settings(place.run, "bundle")
+    token = tokens.ensure(tokens.token_file(Path(settings.state)))
+    told = fuzz(Fuzz(settings.url, token, examples=150))
+    return {"schemathesis_requests": told["requests"], "server_errors": told["server_errors"]}
 
 
 def differing(answers: Answers, known: Answers) -> int:
