@@ -69,10 +69,10 @@ def blocks() -> dict[str, str]:
 def _container(found: Mapping[str, Any]) -> str:
     """Size, seconds of a publication, and what killing left."""
     push = {form: f"{told['push_s'] + told['canaries_s']:.1f} s" for form, told in found["push_s"].items()}
-    kills, half = len(found["kills"]), found["half_published"]
+    kills, half, size = len(found["kills"]), found["half_published"], round(found["image_mb"])
     asked, errors = f"{found['schemathesis_requests']:,}", found["server_errors"]
     return (
-        f"The image has {found['image_mb']:.0f} MB, most of it torch. {found['users']} users of a small random"
+        f"The image has {size} MB, most of it torch. {found['users']} users of a small random"
         f" model are published to a container that runs in {push['adapters']} as adapters and in"
         f" {push['bundle']} as a bundle, every user tried. Of {kills} publications that SIGKILL ended, of the"
         f" publisher or of the container, {half} left somebody answered from another version than the one"
