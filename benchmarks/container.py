@@ -39,7 +39,7 @@ from soppu.federation.simulation import free_port
 from soppu.serve import admin_token as tokens
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
-from soppu.stages.publish import serving_file
+from soppu.stages.published import serving_file
 from soppu.stages.run import Run, open_run, prepare
 from soppu.stages.targets import lorax_target, target_settings
 from soppu.targets.canary import Trace

@@ -6,12 +6,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from soppu.stages import publish as stage
+from soppu.stages import published
 from tasks.recording import recorded, transient
 
 
 def target_names(run: str) -> list[str]:
     """The serving targets of a run, each of which is published to by a task run of its own."""
-    return stage.target_names(run)
+    return published.target_names(run)
 
 
 @task(
@@ -25,5 +26,5 @@ def target_names(run: str) -> list[str]:
 )
 def publish(run: str, bundle_id: str, evaluation: str, target: str) -> str:
     """Push, try every user, switch over. Not cached: what a server holds is for the server to say."""
-    with recorded(run, stage.stage_name(target)):
+    with recorded(run, published.stage_name(target)):
         return stage.publish(run, bundle_id, evaluation, target)

@@ -90,6 +90,9 @@ CALLS = {
     "forget whom": "forget {} --registry folder --yes",
     "resolve whom": "resolve {} --registry folder",
     "resolve in": "resolve ann --registry {}",
+    "verify at": "verify-target {} --bundle bundle",
+    "verify a bundle": "verify-target http://127.0.0.1:9 --bundle {}",
+    "verify folders": "verify-target http://127.0.0.1:9 --adapters {}",
     "roll back in": "rollback --registry {}",
     "roll back at": "rollback --registry folder --url {}",
 }

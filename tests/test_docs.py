@@ -137,7 +137,7 @@ def test_the_figures_on_compression_are_the_measured_ones() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "compression.md"):
         text = page.read_text()
         marks = set(re.findall(r"<!-- ([\w-]+):begin -->", text)) - {"demo", *serve_page.MARKS}
-        assert marks and marks <= set(compression_page.MARKS)
+        assert marks and marks <= set(compression_page.MARKS), page
         assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.compression page`"
 
 

@@ -125,14 +125,15 @@ def verify_target_command(
         desc="verify", unit="user", total=len(trial.subjects), disable=True if as_json else None
     ) as bar:
         points = verify.verify(trial, progress=lambda done, _: bar.update(done - bar.n) and None)
-    failed = [point for point in points if point.verdict == "fail"]
-    if as_json:
-        shown = [asdict(point) for point in points]
-        told = {"url": server.url, "kind": server.kind, "model_id": server.model_id, "points": shown}
-        click.echo(json.dumps(told | {"failed": [point.name for point in failed]}, indent=2))
-    else:
-        _print(points, server)
-    ctx.exit(1 if failed else 0)
+    _print_json(points, server) if as_json else _print(points, server)
+    ctx.exit(any(point.verdict == "fail" for point in points))
+
+
+def _print_json(points: list[verify.Point], server: Server) -> None:
+    told = {"url": server.url, "kind": server.kind, "model_id": server.model_id}
+    shown = [asdict(point) for point in points]
+    failed = [point.name for point in points if point.verdict == "fail"]
+    click.echo(json.dumps({**told, "points": shown, "failed": failed}, indent=2))
 
 
 def _of_bundle(bundle: Path, server: Server, place: Volume | None, root: Path) -> list[Subject]:

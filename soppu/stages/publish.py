@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from soppu.compress import Bundle
@@ -13,43 +13,12 @@ from soppu.evaluate.gate import Verdict
 from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.expected import expected_traces
 from soppu.stages.history import kept, refuse_forgotten
+from soppu.stages.published import Published, serving_file
 from soppu.stages.run import Run, open_run
 from soppu.stages.targets import open_target, target_settings
 from soppu.targets.http import HttpTarget
 
-# What a report says of a serving target.
-TOLD = ("target", "url", "bundle_id", "canaries", "prompt", "completions", "asked_as")
 SAMPLES = 64  # users whose sample completion goes into the report
-
-
-@dataclass(frozen=True)
-class Published:
-    """What became of one publication. `error` is "" where the bundle is live."""
-
-    name: str
-    target: str
-    form: str  # "adapters" or "bundle"
-    url: str
-    bundle_id: str
-    users: int = 0
-    push_s: float = 0.0  # until the bundle was staged
-    canaries_s: float = 0.0
-    error: str = ""
-
-
-def target_names(run_folder: str) -> list[str]:
-    """The names of a run's serving targets, in the order of its configuration."""
-    return [settings.label for settings in open_run(run_folder).config.serve.each()]
-
-
-def stage_name(target: str) -> str:
-    """What the publication to one target is called among the stages of a run."""
-    return f"publish {target}"
-
-
-def serving_file(name: str) -> str:
-    """The file of a run folder that tells what one target serves."""
-    return f"serving/{name}.json"
 
 
 def publish(run_folder: str, bundle_id: str, evaluation: str, target: str = "") -> str:

@@ -13,7 +13,7 @@ from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
 from soppu.stages.federate import RESULT
-from soppu.stages.publish import TOLD, Published, serving_file, stage_name, target_names
+from soppu.stages.published import TOLD, Published, serving_file, stage_name, target_names
 from soppu.stages.run import open_run
 
 BEFORE = ("prepare", "federate", "collect", "compress", "evaluate")
