@@ -70,10 +70,11 @@ def start(launch: ContainerLaunch) -> bool:
 def refused(launch: ContainerLaunch, error: type[TargetError] = TargetError) -> str:
     """The one line a start is refused with; it has to leave no container where there was none."""
     with closing(docker.from_env()) as engine:
-        before = {one.id for one in engine.containers.list(all=True)}
+        named = {"name": launch.name}  # others come and go
+        before = {one.id for one in engine.containers.list(all=True, filters=named)}
         with pytest.raises(error) as caught:
             start(launch)
-        assert {one.id for one in engine.containers.list(all=True)} == before
+        assert {one.id for one in engine.containers.list(all=True, filters=named)} == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
