@@ -72,6 +72,7 @@ from soppu.targets.verify_server import KINDS, Server
 @click.pass_context
 def verify_target_command(
     ctx: click.Context,
+    /,
     *,
     url: str,
     bundle: Path | None,
