@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE =
 # LAPACK on two threads that share busy cores is many times slower than on one
 test test-fast bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status vllm test test-fast lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
+.PHONY: help setup demo up down status docker-up image vllm test test-fast lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,12 @@ down: setup      ## stop what `make up` and the pipeline started, nothing else
 
 status: setup    ## what is up
 	$(BIN)/python -m deploy.stack status
+
+docker-up:       ## a docker engine, where none answers: Debian's docker.io (root)
+	deploy/engine.sh up
+
+image: setup docker-up  ## the embedded server as a container image, soppu-server
+	VENV=$(VENV) deploy/image.sh
 
 .venv-lorax/.installed: tests/lorax_env.sh
 	bash tests/lorax_env.sh && touch $@
@@ -78,8 +84,9 @@ format: setup    ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup      ## regenerate docs/cli.md
+docs: setup      ## regenerate docs/cli.md and docs/lorax.md
 	$(BIN)/python -m docs.generate_cli
+	$(BIN)/python -m docs.generate_lorax
 
 bench: demo      ## run the demo and keep its figures in benchmarks/results/demo.json
 	$(BIN)/python -m benchmarks.demo

@@ -40,6 +40,7 @@ PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 COMMON = ("--max-model-len", "512", "--max-num-seqs", "16")
 SYSTEMS = ("base", "soppu", "stock", "stock-default", "embedded-base", "embedded")
 FOLDERS = 32  # distinct PEFT folders; vLLM loads every user's by itself all the same
+ADMIN_TOKEN = "of-the-benchmark"
 _START = 900.0
 _WARM = 32  # requests before anything is timed
 _SETTLE = 2.0  # seconds: vLLM's processes spin for one after their last answer, on the next one's cores
@@ -81,7 +82,8 @@ def server(
     """A server on a free port, healthy: (port, pid). `command` has "{port}" where the port goes."""
     port = free_port()
     words = [word.format(port=port) for word in command]
-    launch = process.Launch(words, folder / f"{name}.log", folder / f"{name}.pid", environment)
+    known = {"SOPPU_ADMIN_TOKEN": ADMIN_TOKEN, **environment}
+    launch = process.Launch(words, folder / f"{name}.log", folder / f"{name}.pid", known)
     began = time.perf_counter()
     pid = process.start(launch, ready=lambda: _healthy(port), timeout=_START)
     click.echo(f"{name}: up after {time.perf_counter() - began:.0f} s")

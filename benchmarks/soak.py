@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import served
 from benchmarks.record import ROOT, circumstances, store
-from benchmarks.serve import PYTHON, System, embedded, vllm
+from benchmarks.serve import ADMIN_TOKEN, PYTHON, System, embedded, vllm
 from benchmarks.soak_client import PROMPTS, TOKENS
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress
@@ -216,8 +216,18 @@ def _subjects(stack: ExitStack, folder: Path, first: Version) -> list[Subject]:
     plugin = vllm(stack, folder, fleet, name="soppu")
     own = embedded(stack, folder, fleet)["embedded"]
     made = [
-        Subject("vllm", plugin, VllmTarget(plugin.endpoint.url), (str(PYTHON), str(CLIENT), "openai")),
-        Subject("embedded", own, EmbeddedTarget(own.endpoint.url), (str(LORAX), str(CLIENT), "lorax")),
+        Subject(
+            "vllm",
+            plugin,
+            VllmTarget(plugin.endpoint.url, admin_token=ADMIN_TOKEN),
+            (str(PYTHON), str(CLIENT), "openai"),
+        ),
+        Subject(
+            "embedded",
+            own,
+            EmbeddedTarget(own.endpoint.url, admin_token=ADMIN_TOKEN),
+            (str(LORAX), str(CLIENT), "lorax"),
+        ),
     ]
     for subject in made:
         subject.switches.append((0.0, subject.target.active()))

@@ -29,6 +29,7 @@ from soppu.peft_config import LoraFields
 Place = TypeVar("Place")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+SHARED_FILE = "shared.safetensors"  # beside it, where folders share factors: one file, linked into each
 IDENTITY_FILE = "soppu.json"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _AS_THEY_ARE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -195,13 +196,16 @@ def write(adapter: LoraAdapter, folder: Path) -> None:
 def read(folder: Path) -> LoraAdapter:
     """Read a PEFT LoRA folder, ours or anybody's; 8-bit floats are widened to float32, which is exact.
 
+    Tensors of `SHARED_FILE`, where there is one, count as if they were in `WEIGHTS_FILE`.
+
     Raises:
-        AdapterError: a file is missing or damaged, a tensor has no partner, its rank is not the one that the
-            configuration gives it, or the folder uses a PEFT feature that is not a plain LoRA.
+        AdapterError: a file is missing or damaged, a tensor has no partner or lies in both files, its rank is
+            not the one that the configuration gives it, or the folder uses a PEFT feature that is not a plain
+            LoRA.
     """
     config = peft_config.parse(_read_json(folder / CONFIG_FILE), who=str(folder / CONFIG_FILE))
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read_tensors(folder / WEIGHTS_FILE).items():
+    for key, tensor in _read_weights(folder).items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(
@@ -231,6 +235,17 @@ def _read_json(path: Path) -> dict[str, Any]:
         return files.read_object(path, error=AdapterError, cure="write it again with PEFT's save_pretrained")
     except (FileNotFoundError, NotADirectoryError):
         raise _absent(path) from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    own, path = _read_tensors(folder / WEIGHTS_FILE), folder / SHARED_FILE
+    shared = _read_tensors(path) if path.exists() or path.is_symlink() else {}
+    if twice := sorted(own.keys() & shared.keys()):
+        raise AdapterError(
+            f"{folder}: tensor {twice[0]!r} is in {WEIGHTS_FILE} and in {SHARED_FILE}, and only one can be"
+            " meant: write the folder again"
+        )
+    return own | shared
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # its names are asked for where they are used: importing one takes seconds
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from soppu import files
 from soppu.base_identity import Base, check
@@ -78,11 +77,11 @@ class _Tally:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Every layer with an input to take moments of: nn.Linear and Conv1D, the output head left out."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D) and module is not head
     ]
 
 
@@ -110,7 +109,7 @@ def select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def second_moments(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     blocks: Sequence[Block],
     modules: Sequence[str],
     *,
@@ -232,7 +231,7 @@ def _layers(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Module]:
         raise ModelError("no modules to take second moments of; at least one is needed")
     there = dict(model.named_modules())
     for name in modules:
-        if not isinstance(there.get(name), nn.Linear | Conv1D):
+        if not isinstance(there.get(name), nn.Linear | transformers.pytorch_utils.Conv1D):
             kind = type(there[name]).__name__ if name in there else "no such module"
             raise ModelError(f"{name}: the base model has {kind} there, expected an nn.Linear or a Conv1D")
     return {name: there[name] for name in modules}

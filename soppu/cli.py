@@ -39,7 +39,8 @@ COMMANDS = {
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
-EXTRAS = {"starlette": "serve", "uvicorn": "serve"}  # package that a command needs -> what installs it
+# Package that a command needs -> the extra that installs it.
+EXTRAS = dict.fromkeys(("starlette", "uvicorn", "llguidance", "prometheus_client"), "serve")
 
 
 class LazyGroup(click.Group):

@@ -193,7 +193,7 @@ class GateConfig:
 class TargetConfig:
     """One serving target that bundles are pushed to. `name` is its own in messages, "" is its kind."""
 
-    name: str = ""
+    name: Annotated[str, Field(pattern=r"^[\w.-]{0,64}$"), allowed("letters, digits, . _ -")] = ""
     target: Literal["embedded", "vllm", "lorax"] = "embedded"
     form: Literal["", "bundle", "adapters"] = ""
     url: Annotated[str, Field(pattern="^https?://"), allowed("http://host:port")] = "http://127.0.0.1:8099"
@@ -210,7 +210,7 @@ class TargetConfig:
     lorax_network: str = ""
     lorax_flags: Texts = ()
     lorax_environment: Annotated[Texts, allowed("a list of NAME=VALUE")] = ()
-    lorax_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    lorax_dtype: Literal["float16", "bfloat16"] = "float16"
     drain_s: Natural = 60
     max_batch: Count = 16
     canary_prompt: str = "def main():"

@@ -16,7 +16,7 @@ from soppu.errors import SoppuError, StorageError
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path beside `path`; fsync and rename it into place if the block succeeds.
 
     Raises:
@@ -31,7 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes it 0600, which another user's server could not read
+        temporary.chmod(mode)  # mkstemp makes it 0600, which another user's server could not read
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -55,15 +55,15 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write `data` to `path` atomically. Raises StorageError if the disk refuses it."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode=mode) as temporary:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Write UTF-8 `text` to `path` atomically. Raises StorageError if the disk refuses it."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), mode=mode)
 
 
 def sha256_file(path: Path) -> str:

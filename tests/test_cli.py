@@ -45,6 +45,29 @@ def test_help_lists_every_command_and_does_not_wait_for_torch() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    "modules",
+    [
+        sorted({f"soppu.commands.{module}" for module, _ in COMMANDS.values() if module != "serve"}),
+        [f"soppu.stages.{path.stem}" for path in sorted((ROOT / "soppu" / "stages").glob("[a-z]*.py"))],
+        ["server.app", "clients.app"],
+        ["benchmarks.streaming"],
+    ],
+    ids=["commands", "stages", "federation", "benchmark of memory"],
+)
+def test_what_holds_no_model_waits_for_no_model_code(modules: list[str]) -> None:
+    """The code of models takes seconds and 110 MB; they would count as memory of a compression."""
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'transformers.modeling_utils' in sys.modules: sys.exit(name)"
+    )
+    command = [sys.executable, "-c", code, *modules]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stderr.strip()} loads the code of models"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
     command = main.get_command(click.Context(main), name)

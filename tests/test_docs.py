@@ -14,9 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import compression_page, demo, serve_page
+from docs import generate_lorax
 from docs.generate_cli import PAGE
 from soppu import __version__
 from soppu.cli import COMMANDS, main
+from soppu.serve.api.requests import PARAMETERS, Parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,6 +38,16 @@ def test_the_cli_page_is_what_the_commands_say() -> None:
     code = "import sys; from docs.generate_cli import render; sys.stdout.write(render())"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert PAGE.read_text() == said.stdout, "run `make docs`"
+
+
+def test_the_lorax_page_is_what_the_lists_give_and_has_no_empty_cell() -> None:
+    assert generate_lorax.PAGE.read_text() == generate_lorax.render(), "run `make docs`"
+    assert generate_lorax.LORAX.keys() == PARAMETERS.keys() == Parameters.model_fields.keys()
+    rows = [line for line in generate_lorax.PAGE.read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+    assert len(rows) > 100 and all(len(line) in (3, 4) and all(line) for line in cells)
+    with pytest.raises(ValueError, match="empty cell"):
+        generate_lorax._table(("route", "LoRAX"), [("`/x`", " ")])
 
 
 @pytest.mark.parametrize("words", [c for c in commands(README) if c[0] == ".venv/bin/soppu"], ids=" ".join)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
 from soppu.commands.options import registry_options
 from soppu.errors import RegistryError, TargetError
 from soppu.registry import Registry
-from soppu.stages.publish import previous_bundles, refuse_forgotten
+from soppu.serve import admin_token as tokens
+from soppu.stages.history import previous_bundles, refuse_forgotten
 from soppu.targets.embedded import EmbeddedTarget
 from soppu.targets.http import HttpTarget
 from soppu.targets.lorax_volume import Volume
@@ -18,10 +20,19 @@ from soppu.targets.vllm import VllmTarget
 
 @click.command("rollback")
 @click.option("--url", default="http://127.0.0.1:8099", show_default=True, help="The server.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    default=Path(".soppu/serve"),
+    show_default=True,
+    help="The server's state folder, which holds its admin token unless SOPPU_ADMIN_TOKEN is set.",
+)
 @registry_options("Where publications are recorded.")
 @click.option("--to", "bundle_id", default="", metavar="BUNDLE", help="Another bundle than the one before.")
 @click.option("--volume", default="", help="Folder or S3 prefix that a LoRAX reads its adapters from.")
-def rollback_command(url: str, root: str, catalogue: str, bundle_id: str, volume: str) -> None:
+def rollback_command(
+    url: str, *, state: Path, root: str, catalogue: str, bundle_id: str, volume: str
+) -> None:
     """Make the bundle before the present one live again, and record that.
 
     The server keeps the bundle before; an older one is brought back from the registry, but for a LoRAX, to
@@ -32,7 +43,7 @@ def rollback_command(url: str, root: str, catalogue: str, bundle_id: str, volume
     with registry.publishing(url):  # between a publication's switch and its record, neither is ours to change
         here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]
         kind, of_adapters = here[0].target if here else "embedded", bool(registry.placements(url))
-        target = None if of_adapters else _taking_bundles(kind, url)
+        target = None if of_adapters else _taking_bundles(kind, url, state)
         live = target.active() if target else registry.live(url)
         if not bundle_id:
             before = previous_bundles(registry, url, live)
@@ -54,10 +65,11 @@ def rollback_command(url: str, root: str, catalogue: str, bundle_id: str, volume
     click.echo(f"{url}: {live[:12] or 'no bundle'} -> {bundle_id[:12]}")
 
 
-def _taking_bundles(kind: str, url: str) -> HttpTarget:
+def _taking_bundles(kind: str, url: str, state: Path) -> HttpTarget:
     """A server with our admin routes, which answers. TargetError if none does."""
     server = VllmTarget if kind == "vllm" else EmbeddedTarget
-    target = server(url, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", ""))
+    token = os.environ.get(tokens.VARIABLE, "")
+    target = server(url, admin_token=token, token_file=tokens.token_file(state))
     if not target.is_up():
         raise TargetError(f"{url}: nobody answers there")
     return target

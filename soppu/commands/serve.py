@@ -10,7 +10,12 @@ from typing import Any
 import click
 
 from soppu.commands.options import CACHE
+from soppu.serve import admin_token as tokens
+from soppu.serve.engine.engine import EngineOptions
+from soppu.serve.names import LOCAL
 from soppu.serve.server import ServeOptions, run
+
+_LIMITS = ("max_batch", "max_queue", "max_input_tokens", "max_total_tokens")
 
 
 def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
@@ -23,14 +28,38 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     return tuple(pairs)
 
 
+def _local(_: click.Context, __: click.Parameter, value: str) -> str:
+    if value.lower() != LOCAL:
+        raise click.BadParameter(f"{value!r}, allowed: {LOCAL!r}; this server fetches no adapters")
+    return value
+
+
+def _limits(given: dict[str, Any]) -> EngineOptions:
+    """The engine's options, taken out of those of the command."""
+    limits: dict[str, int] = {name: given.pop(name) for name in _LIMITS}
+    if together := given.pop("concurrent"):
+        limits["max_batch"] = min(limits["max_batch"], together - 1)
+        limits["max_queue"] = together - limits["max_batch"]
+    return EngineOptions(**limits)
+
+
 @click.command("serve")
 @click.option(
-    "--model", default="smollm2-135m", show_default=True, help="Alias, folder or hub id of the base."
+    "--model",
+    envvar="MODEL_ID",
+    default="smollm2-135m",
+    show_default=True,
+    help="Alias, folder or hub id of the base.",
 )
 @CACHE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."
+    "--port",
+    envvar="PORT",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port; 0 takes a free one.",
 )
 @click.option(
     "--state",
@@ -53,6 +82,30 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     help="PEFT folder to serve under a name of its own; repeatable.",
 )
 @click.option(
+    "--adapters",
+    "mount",
+    envvar="HUGGINGFACE_HUB_CACHE",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of PEFT folders that requests name by their path below it, as LoRAX's source local does.",
+)
+@click.option(
+    "--max-active-adapters",
+    envvar="MAX_ACTIVE_ADAPTERS",
+    type=click.IntRange(1),
+    default=ServeOptions.max_active_adapters,
+    show_default=True,
+    help="Adapters of --adapters in memory, beside those that running requests are on.",
+)
+@click.option(
+    "--default-adapter-source",
+    envvar="DEFAULT_ADAPTER_SOURCE",
+    default=LOCAL,
+    show_default=True,
+    callback=_local,
+    expose_value=False,
+    help="Only local: this server fetches no adapters.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
     default="float32",
@@ -70,10 +123,54 @@ def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option(
     "--max-batch", type=click.IntRange(1), default=32, show_default=True, help="Requests decoded together."
 )
+@click.option(
+    "--max-waiting",
+    "max_queue",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Requests that may wait beside those; one more is refused with 429.",
+)
+@click.option(
+    "--max-concurrent-requests",
+    "concurrent",
+    envvar="MAX_CONCURRENT_REQUESTS",
+    type=click.IntRange(2),
+    help="Both together, in the place of --max-waiting.",
+)
+@click.option(
+    "--max-input-tokens",
+    envvar="MAX_INPUT_LENGTH",
+    type=click.IntRange(0),
+    default=1024,
+    show_default=True,
+    help="Of one prompt.",
+)
+@click.option(
+    "--max-total-tokens",
+    envvar="MAX_TOTAL_TOKENS",
+    type=click.IntRange(0),
+    default=2048,
+    show_default=True,
+    help="Of one prompt and its answer; the model may allow less.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Seconds that requests under way get when the server is told to stop.",
+)
 def serve_command(**given: Any) -> None:
     """Serve a base model with every user's adapter, over LoRAX's HTTP API.
 
-    With SOPPU_ADMIN_TOKEN set, the routes under /soppu/v1 ask for it as a bearer token.
+    Options of LoRAX's launcher are taken from its environment names too, so that one image takes the place
+    of the other: MODEL_ID, PORT, HUGGINGFACE_HUB_CACHE, MAX_ACTIVE_ADAPTERS, DEFAULT_ADAPTER_SOURCE,
+    MAX_CONCURRENT_REQUESTS, MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS.
+
+    The routes under /soppu/v1 ask for a bearer token: that of SOPPU_ADMIN_TOKEN, else one that the server
+    makes at its first start and keeps in the file admin-token of its state folder.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run(ServeOptions(**given, admin_token=os.environ.get("SOPPU_ADMIN_TOKEN", "")))
+    limits = _limits(given)
+    run(ServeOptions(**given, engine=limits, admin_token=os.environ.get(tokens.VARIABLE, "")))

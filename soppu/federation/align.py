@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.config import AlignConfig
@@ -19,6 +19,9 @@ from soppu.data import Block, collate
 from soppu.federation import emulator
 from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.train import CachedBlock, cache_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.errors import AdapterError, UnsupportedModel
 from soppu.module_names import split_layer
+
+if TYPE_CHECKING:  # loading it takes seconds and 110 MB, in processes that hold no model too
+    from transformers import PreTrainedModel
 
 _LLAMA = ("q_proj", "v_proj", "o_proj", "down_proj")
 # model_type -> path of the decoder layers, and the projections a LoRA adapts by default.

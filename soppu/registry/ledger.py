@@ -216,7 +216,7 @@ def drop_holdings(session: Session, user: str) -> None:
     row = find_user(session, user, lock=True)
     held = session.scalars(sa.select(Holding.adapter_id).where(Holding.user_id == user).distinct()).all()
     for table in (Holding, Placement):
-        session.execute(sa.delete(table).where(table.user_id == user))  # type: ignore[attr-defined]
+        session.execute(sa.delete(table).where(table.user_id == user))
     row.holding_id = None
     row.forgotten_at = row.forgotten_at or now()
     for adapter_id in sorted(held):

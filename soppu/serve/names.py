@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from string import punctuation
 from urllib.parse import quote
 
-from soppu.serve.refusals import invalid
+from soppu.serve.refusals import failed, invalid
 
-_MAX_LENGTH = 256
+LOCAL = "local"
+_ELSEWHERE = ("hub", "s3", "pbase")  # LoRAX's other sources of adapters
+_MAX_LENGTH = 512  # "adapters/USER/HASH" has to fit, USER a folder's name of any length
+_WHOLE_ID = re.compile(r"[0-9a-f]{64}")
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line and paragraph separators
 
 
@@ -22,6 +26,16 @@ def check_name(name: str, *, what: str) -> None:
         raise invalid(f"`{what}` must have at most {_MAX_LENGTH} characters. Given: {len(name)}")
 
 
+def check_source(source: str, *, adapter_id: str) -> None:
+    """Refuse an adapter that is to come from elsewhere: RequestError 424. "" is local."""
+    if source in ("", LOCAL) or not adapter_id and source in _ELSEWHERE:
+        return
+    why = f"Invalid source {source!r} when downloading adapter {adapter_id!r}"
+    if source in _ELSEWHERE:
+        why += "; this server fetches nothing: put it into its folder of adapters, and ask with 'local'"
+    raise failed(why)
+
+
 def split_version(name: str) -> tuple[str, str]:
     """User and beginning of a bundle id: "alice@0f3c" is ("alice", "0f3c"), "alice" is ("alice", "")."""
     user, at, prefix = name.rpartition("@")
@@ -32,6 +46,23 @@ def find_version(name: str, bundle_ids: Iterable[str]) -> tuple[str, str, list[s
     """The two parts of `name`, and the bundles it may mean; it means one only where there is just one."""
     user, prefix = split_version(name)
     return user, prefix, [bundle_id for bundle_id in bundle_ids if prefix and bundle_id.startswith(prefix)]
+
+
+def check_servable(name: str, bundle_ids: Iterable[str]) -> None:
+    """Refuse a name that nobody could ask for, or that would be asked for instead of a user's version.
+
+    Raises:
+        RequestError: 422 saying why: it is empty, no request may carry it, or it reads "user@<bundle>" of one
+            of the bundles that are loaded, `bundle_ids`.
+    """
+    if not name:
+        raise invalid("`name` cannot be empty: that is the base model")
+    check_name(name, what="name")
+    user, prefix, matches = find_version(name, bundle_ids)
+    if matches or _WHOLE_ID.fullmatch(prefix):
+        raise invalid(
+            f"`name` {name!r} asks for {user!r} in bundle {prefix[:12]}; take one without that ending"
+        )
 
 
 def header_value(text: str) -> str:

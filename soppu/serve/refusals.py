@@ -22,6 +22,15 @@ def overloaded() -> RequestError:
     return RequestError("Model is overloaded", status=429, error_type="overloaded")
 
 
+def stopping() -> RequestError:
+    """503: what was taken is finished, nothing new is; clients read "overloaded" as "try again"."""
+    return RequestError(
+        "Model is overloaded: this server is stopping and takes no new requests",
+        status=503,
+        error_type="overloaded",
+    )
+
+
 def incomplete() -> RequestError:
     """500: the server stopped before the generation was finished."""
     return RequestError("Incomplete generation", status=500, error_type="incomplete_generation")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import uvicorn
 
 from soppu import files
 from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
+from soppu.serve import admin_token as tokens
 from soppu.serve.api.http import ServerInfo, create_app
-from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.bank import AdapterBank, Mount
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype
+from soppu.serve.stopping import DrainingServer
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -38,8 +39,11 @@ class ServeOptions:
     dtype: str = "float32"  # of the weights; "auto" takes the faster one, see `fastest_dtype`
     device: str = "auto"  # "auto" is cuda if there is one, else cpu
     threads: int = 0  # torch threads; 0 leaves torch's default
-    max_batch: int = 32
-    admin_token: str = ""  # "" leaves the admin routes open
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    grace: float = 10.0  # seconds that requests under way get when the server is told to stop
+    mount: Path | None = None  # a folder of adapters that requests name by their path below it
+    max_active_adapters: int = Mount.max_active
+    admin_token: str = field(default="", repr=False)  # "" takes the one kept in the state folder
 
 
 def run(options: ServeOptions) -> None:
@@ -61,19 +65,18 @@ def run(options: ServeOptions) -> None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
         model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
-        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name)
+        mount = Mount(options.mount, options.max_active_adapters) if options.mount else None
+        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name, mount=mount)
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)
-            engine = Engine(model, load_tokenizer(base), bank, EngineOptions(max_batch=options.max_batch))
-            info = ServerInfo(
-                base.name, base.hash, dtype=dtype, device=device, admin_token=options.admin_token
-            )
+            engine = Engine(model, load_tokenizer(base), bank, options.engine)
+            token = options.admin_token or tokens.ensure(tokens.token_file(options.state))
+            info = ServerInfo(base.name, base.hash, dtype=dtype, device=device, admin_token=token)
             app = create_app(engine, info=info, state=state)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+            server = DrainingServer(app, engine, grace=options.grace)
             _announce(options, bank, listener)
             server.run(sockets=[listener])
-        except KeyboardInterrupt:
             _LOG.info("stopped")
         finally:
             state.close()
@@ -106,10 +109,6 @@ def _preload(state: ServerState, options: ServeOptions) -> None:
 
 
 def _announce(options: ServeOptions, bank: AdapterBank, listener: socket.socket) -> None:
-    if options.host not in ("127.0.0.1", "localhost", "::1") and not options.admin_token:
-        _LOG.warning(
-            "SOPPU_ADMIN_TOKEN is not set: whoever reaches %s may change what is served", options.host
-        )
     _LOG.info(
         "serving %s with %d users and %d single adapters at http://%s:%d",
         options.model,

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from soppu import config as configuration
 from soppu import files, models
 from soppu.compress.options import CompressOptions
@@ -138,10 +135,8 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
 
 def _check_split(config: Config, base: BaseModel) -> None:
     """Cut a model without weights, to hear of a wrong plan before a simulation is started for it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path, local_files_only=True))
     make_plan(
-        model,
+        models.skeleton(base),
         base_hash=base.hash,
         adapter_layers=config.plan.adapter_layers,
         drop_ratio=config.plan.drop_ratio,
@@ -159,7 +154,11 @@ def _absolute(config: Config) -> Config:
     def path(text: str, *words: str) -> str:
         return text if not text or text in words or "://" in text else str(Path(text).resolve())
 
+    def folders(target: Mapping[str, Any]) -> dict[str, str]:
+        return {key: path(str(target[key])) for key in ("state", "lorax_volume") if key in target}
+
     replace = dataclasses.replace
+    own, targets = vars(config.serve), config.serve.targets
     model = config.base.model if not Path(config.base.model).exists() else path(config.base.model)
     return replace(
         config,
@@ -167,6 +166,8 @@ def _absolute(config: Config) -> Config:
         base=replace(config.base, cache=path(config.base.cache), model=model),
         data=replace(config.data, source=path(config.data.source, STDLIB)),
         align=replace(config.align, source=path(config.align.source, STDLIB_PUBLIC)),
-        serve=replace(config.serve, state=path(config.serve.state)),
+        serve=replace(
+            config.serve, **folders(own), targets=tuple({**one, **folders(one)} for one in targets)
+        ),
         registry=replace(config.registry, root=path(config.registry.root)),
     )

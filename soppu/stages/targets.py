@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from soppu.config import TargetConfig
 from soppu.errors import TargetError
 from soppu.models import BaseModel
+from soppu.serve import admin_token as tokens
 from soppu.stages.run import Run
 from soppu.targets import container
 from soppu.targets.container import ContainerLaunch
@@ -52,13 +53,15 @@ def open_target(run: Run, settings: TargetConfig | None = None, *, first: Path |
     return _lorax(run, settings) if settings.pushes_adapters else _container(run, settings)
 
 
-def _token() -> str:
-    return os.environ.get("SOPPU_ADMIN_TOKEN", "")
+def _known(run: Run, state: Path) -> dict[str, Any]:
+    """What targets with admin routes are told: the base model, and where the token is."""
+    token = os.environ.get(tokens.VARIABLE, "")
+    return {"base_hash": run.base().hash, "admin_token": token, "token_file": tokens.token_file(state)}
 
 
 def _embedded(run: Run, settings: TargetConfig) -> EmbeddedTarget:
     state = Path(settings.state)
-    target = EmbeddedTarget(settings.url, base_hash=run.base().hash, admin_token=_token())
+    target = EmbeddedTarget(settings.url, **_known(run, state))
     target.start(
         ServerLaunch(
             model=run.config.base.model,
@@ -75,7 +78,7 @@ def _embedded(run: Run, settings: TargetConfig) -> EmbeddedTarget:
 
 def _vllm(run: Run, settings: TargetConfig, first: Path | None) -> VllmTarget:
     state, base = Path(settings.state), run.base()
-    target = VllmTarget(settings.url, base_hash=base.hash, admin_token=_token())
+    target = VllmTarget(settings.url, **_known(run, state))
     if first is None:
         if not target.is_up():
             raise TargetError(f"{settings.url}: nobody answers; a vLLM server is started by a publication")
@@ -125,11 +128,13 @@ def _lorax(run: Run, settings: TargetConfig) -> LoraxTarget:
 
 def _container(run: Run, settings: TargetConfig) -> EmbeddedTarget:
     """Our own image, which takes bundles by its admin routes."""
-    base = run.base()
-    target = EmbeddedTarget(settings.url, base_hash=base.hash, admin_token=_token())
+    state = Path(settings.state)
+    target = EmbeddedTarget(settings.url, **_known(run, state))
     if settings.lorax_image:
-        launch = _launch(base, settings)
-        environment = {**launch.environment, "SOPPU_ADMIN_TOKEN": _token()}
+        launch = _launch(run.base(), settings)
+        # made here, for a container's own files are not ours to read
+        token = os.environ.get(tokens.VARIABLE) or tokens.ensure(tokens.token_file(state))
+        environment = {**launch.environment, tokens.VARIABLE: token}
         container.start(replace(launch, environment=environment), ready=target.is_healthy)
     if not target.is_up():
         raise TargetError(f"{settings.url}: nobody answers there, and serve.lorax_image names none to start")

@@ -105,7 +105,7 @@ def start(
     """
     for folder, _, read_only in launch.mounts:
         _check_folder(folder, read_only)
-    with _engine() as engine:
+    with _engine(f"container {launch.name} of {launch.image}") as engine:
         if launch.pull == "always":
             pull.pull(engine, launch.image, progress)
         container, made = _existing(engine, launch), False
@@ -133,7 +133,7 @@ def stop(name: str) -> bool:
 
     TargetError if no engine answers, or the container was not started by `start`.
     """
-    with _engine() as engine:
+    with _engine(f"container {name}") as engine:
         try:
             container = engine.containers.get(name)
         except NotFound:
@@ -148,7 +148,8 @@ def stop(name: str) -> bool:
 
 
 @contextmanager
-def _engine() -> Iterator[docker.DockerClient]:
+def _engine(what: str) -> Iterator[docker.DockerClient]:
+    """A client. What the engine refuses meanwhile is a TargetError about `what`."""
     try:
         client = docker.from_env(timeout=_ANSWER_SECONDS)
     except DockerException as error:
@@ -160,7 +161,7 @@ def _engine() -> Iterator[docker.DockerClient]:
     try:
         yield client
     except (DockerException, requests.RequestException) as error:
-        raise TargetError(f"the docker engine refused: {pull.told(error)}") from error
+        raise TargetError(f"{what}: the docker engine refused: {pull.told(error)}") from error
     finally:
         client.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 import requests
 
 import soppu
+from soppu.serve import admin_token as tokens
 from soppu.targets import process
 from soppu.targets.canary import Answered
 from soppu.targets.http import HttpTarget, body
@@ -42,7 +43,7 @@ class EmbeddedTarget(HttpTarget):
         search = [str(Path(soppu.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, search))}  # also from a checkout, anywhere
         if self._token:
-            environment["SOPPU_ADMIN_TOKEN"] = self._token
+            environment[tokens.VARIABLE] = self._token
         names = ("model", "cache", "state", "dtype", "threads", "max_batch")
         options = self._options(**{name: getattr(launch, name) for name in names})
         command = [sys.executable, "-m", "soppu.cli", "serve", *options]

@@ -17,6 +17,7 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from soppu.errors import PortTaken, TargetError
+from soppu.serve import admin_token as tokens
 from soppu.targets import process
 from soppu.targets.canary import Answered, Due, Trace, fault, is_close
 
@@ -31,6 +32,7 @@ class HttpTarget(ABC):
     Args:
         base_hash: the base model it has to serve; "" leaves that unchecked.
         admin_token: sent with admin requests.
+        token_file: holds the token where none is given; a server on this machine may write it at its start.
         timeout: seconds a single answer may take.
     """
 
@@ -40,11 +42,18 @@ class HttpTarget(ABC):
     GENERATE: ClassVar[str]  # the path of a generation
 
     def __init__(
-        self, url: str, *, base_hash: str = "", admin_token: str = "", timeout: float = 120.0
+        self,
+        url: str,
+        *,
+        base_hash: str = "",
+        admin_token: str = "",
+        token_file: Path | None = None,
+        timeout: float = 120.0,
     ) -> None:
         self.url = url.rstrip("/")
         self._base_hash = base_hash
         self._token = admin_token
+        self._token_file = token_file
         self._timeout = (_CONNECT_SECONDS, timeout)
 
     @abstractmethod
@@ -238,7 +247,8 @@ class HttpTarget(ABC):
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _admin(self, method: str, path: str, *, data: IO[bytes] | None = None) -> dict[str, Any]:
-        headers = {"authorization": f"Bearer {self._token}"} if self._token else {}
+        token = self._token or tokens.read(self._token_file)
+        headers = {"authorization": f"Bearer {token}"} if token else {}
         url = f"{self.url}/soppu/v1/{path}"
         try:
             response = request(method, url, data=data, headers=headers, timeout=self._timeout)

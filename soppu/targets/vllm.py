@@ -11,6 +11,7 @@ from typing import Any
 import requests
 
 from soppu.errors import TargetError
+from soppu.serve import admin_token as tokens
 from soppu.serve.names import header_value, split_version
 from soppu.targets import process
 from soppu.targets.canary import Answered
@@ -51,7 +52,9 @@ class VllmTarget(HttpTarget):
         # the `vllm` script needs metadata that its CPU build does not carry
         module = ["-m", "vllm.entrypoints.openai.api_server"]
         command = [str(launch.python), *module, *options, *launch.options]
-        own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), "SOPPU_ADMIN_TOKEN": self._token}
+        # the plugin has no state folder to make a token in: without one its admin routes stay closed
+        token = self._token or (tokens.ensure(self._token_file) if self._token_file else "")
+        own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), tokens.VARIABLE: token}
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         variables = quiet | own | dict(launch.environment)
         server = process.Launch(command, launch.log, launch.pid_file, variables)

@@ -1,4 +1,4 @@
-"""What is killed in the middle goes on where it was; a server that is not there keeps no other from its bundle."""
+"""What is killed goes on where it was; a server that is not there keeps no other from its bundle."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeli
     nobody = f"http://127.0.0.1:{free_port()}"
     there = {"name": "there", "url": pipeline.overrides["serve.url"]}
     gone = {"name": "gone", "url": nobody, "target": "lorax", "lorax_image": ""}
+    gone["lorax_volume"] = str(pipeline.folder)
     pipeline.overrides |= {"serve.targets": [there, gone]}
     last = pipeline.submit("soppu/full-pipeline")
     ended = pipeline.wait(last)

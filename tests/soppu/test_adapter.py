@@ -370,6 +370,55 @@ def test_names_types_shapes_layout_and_base_are_part_of_the_hash() -> None:
     assert len({adapter.content_hash() for adapter in variants}) == len(variants)
 
 
+def share(folder: Path, *sides: str) -> None:
+    """Move the tensors of these sides, or of none, into the file beside."""
+    tensors = load_file(folder / adapters.WEIGHTS_FILE)
+    kept = {key: value for key, value in tensors.items() if not key.endswith(sides)}
+    save_file(kept, folder / adapters.WEIGHTS_FILE)
+    save_file({key: tensors[key] for key in tensors.keys() - kept.keys()}, folder / adapters.SHARED_FILE)
+
+
+@pytest.mark.parametrize(
+    "sides", [("lora_A.weight",), ("lora_B.weight",), ("lora_A.weight", "lora_B.weight")]
+)
+def test_tensors_in_the_shared_file_count_as_if_they_were_in_the_other(
+    tmp_path: Path, sides: tuple[str, ...]
+) -> None:
+    adapters.write(small(), tmp_path)
+    share(tmp_path, *sides)
+    read = adapters.read(tmp_path)  # which holds soppu.json against the tensors of both files
+    assert read.content_hash() == small().content_hash()
+    (tmp_path / adapters.SHARED_FILE).unlink()
+    with pytest.raises(AdapterError):
+        adapters.read(tmp_path)
+
+
+def test_a_shared_file_of_other_users_is_not_believed(tmp_path: Path) -> None:
+    adapters.write(small(), tmp_path)
+    share(tmp_path, "lora_A.weight")
+    shared = load_file(tmp_path / adapters.SHARED_FILE)
+    save_file({key: value + 1 for key, value in shared.items()}, tmp_path / adapters.SHARED_FILE)
+    with pytest.raises(AdapterError, match=r"soppu\.json belongs to other tensors"):
+        adapters.read(tmp_path)
+
+
+def test_a_shared_file_that_is_torn_doubled_or_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    adapters.write(small(), tmp_path)
+    shared = tmp_path / adapters.SHARED_FILE
+    for content, message in (
+        ((tmp_path / adapters.WEIGHTS_FILE).read_bytes(), r"lora_[AB]\.weight' is in .* and in shared\.saf"),
+        (b"", r"shared\.safetensors: truncated or not safetensors"),
+        ((tmp_path / adapters.WEIGHTS_FILE).read_bytes()[:400], r"shared\.safetensors: truncated"),
+    ):
+        shared.write_bytes(content)
+        with pytest.raises(AdapterError, match=message):
+            adapters.read(tmp_path)
+    shared.unlink()
+    shared.symlink_to("nothing")
+    with pytest.raises(AdapterError, match=r"shared\.safetensors: no such file"):
+        adapters.read(tmp_path)
+
+
 def test_an_identity_left_over_from_other_tensors_is_not_believed(tmp_path: Path) -> None:
     adapters.write(small(), tmp_path)
     edit_tensors(tmp_path, lambda tensors: next(iter(tensors.values())).add_(1.0))

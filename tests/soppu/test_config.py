@@ -322,7 +322,7 @@ def test_every_target_has_the_keys_of_its_section_but_for_its_own() -> None:
 
 
 def test_targets_survive_the_disk(tmp_path: Path) -> None:
-    target = {"name": 'a"b', "url": "http://a:1", "lorax_flags": ["--eager", "x=\ty"], "drain_s": 3}
+    target = {"name": "a-b", "url": "http://a:1", "lorax_flags": ["--eager", 'x=\t"y'], "drain_s": 3}
     config = configuration.from_dict({"serve": {"targets": [target]}})
     assert configuration.load(write(tmp_path, configuration.dump(config))) == config
     assert config.digest("serve") != Config().digest("serve")

@@ -10,8 +10,10 @@ import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, ParamSpec, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -21,9 +23,9 @@ from starlette.routing import Route
 from soppu import files
 from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError
-from soppu.serve.api.requests import body_chunks
+from soppu.serve.api.requests import body_chunks, read_json
 from soppu.serve.bank.holdings import Holder
-from soppu.serve.names import check_name
+from soppu.serve.names import check_name, check_servable
 
 Handler = Callable[[Request], Awaitable[Response]]
 P = ParamSpec("P")
@@ -65,20 +67,24 @@ class Served(Protocol):
 
 
 class AdminApi:
-    """Routes that change what a server serves. `served` is asked at each request: routes may come first."""
+    """Routes that change what a server serves. `served` is asked at each request: routes may come first.
+
+    Every route asks for the token; with "" every route is closed.
+    """
 
     def __init__(self, served: Callable[[], Served], *, token: str = "") -> None:
         self._served = served
         self._token = token
 
     def routes(self) -> list[Route]:
-        """The route table; every route asks for the token, if there is one."""
+        """The route table."""
         table: list[tuple[str, str, Handler]] = [
             ("GET", "/soppu/v1/bundles", self.list_bundles),
             ("PUT", "/soppu/v1/bundles/{bundle_id}", self.put_bundle),
             ("POST", "/soppu/v1/bundles/{bundle_id}/activate", self.activate),
             ("DELETE", "/soppu/v1/bundles/{bundle_id}", self.delete_bundle),
             ("POST", "/soppu/v1/deactivate", self.deactivate),
+            ("GET", "/soppu/v1/users/{user:path}", self.show_user),
             ("GET", "/soppu/v1/adapters", self.list_adapters),
             ("PUT", "/soppu/v1/adapters/{name:path}", self.put_adapter),
             ("DELETE", "/soppu/v1/adapters/{name:path}", self.delete_adapter),
@@ -125,6 +131,15 @@ class AdminApi:
         await _call(self._served().drop_bundle, bundle_id)
         return JSONResponse({"deleted": bundle_id})
 
+    async def show_user(self, request: Request) -> Response:
+        """What is answered for a user now, and the versions to ask for. 404 for somebody unknown."""
+        user, bank = request.path_params["user"], self._served().bank
+        check_name(user, what="user")
+        answer = bank.answers(user)
+        if answer is None:
+            raise _not_found(f"no loaded bundle or adapter has {user!r}")
+        return JSONResponse({"user": user, "active_bundle": bank.active, **asdict(answer)})
+
     async def list_adapters(self, _: Request) -> Response:
         """Every loaded PEFT adapter. `base_verified` says whether it states this server's base hash."""
         adapters = [
@@ -141,7 +156,7 @@ class AdminApi:
     async def put_adapter(self, request: Request) -> Response:
         """Load a PEFT adapter, or replace one; the body is an uncompressed tar of its folder."""
         name = request.path_params["name"]
-        check_name(name, what="name")
+        check_servable(name, self._served().bank.bundles())  # before anything is uploaded
         async with self._upload(request) as (path, _):
             folder = path.with_name("adapter")
             await _call(unpack_adapter, path, folder)
@@ -158,12 +173,30 @@ class AdminApi:
 
     def _guarded(self, handler: Handler) -> Handler:
         async def endpoint(request: Request) -> Response:
-            given = request.headers.get("authorization", "")
-            if self._token and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-                raise RequestError("an admin token is needed", status=401, error_type="unauthorized")
+            self._check_token(request)
+            if "\n" in request.scope["path"]:  # which a pattern takes for no part of a name
+                raise _invalid("a path holds the control character U+000A")
+            if request.method not in ("GET", "HEAD"):
+                _refuse_other_sites(request)
+            if request.method == "POST" and _has_body(request):
+                await read_json(request)
             return await handler(request)
 
+        endpoint.__doc__ = handler.__doc__
         return endpoint
+
+    def _check_token(self, request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if not self._token:
+            why = "the admin routes are closed: this server was started without SOPPU_ADMIN_TOKEN"
+        elif not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+            why = (
+                "an admin token is needed, as `Authorization: Bearer TOKEN`; it is the server's"
+                " SOPPU_ADMIN_TOKEN, or else in the file admin-token of its state folder"
+            )
+        else:
+            return
+        raise RequestError(why, status=401, error_type="unauthorized")
 
     def _loaded(self, request: Request) -> str:
         bundle_id, bundles = _bundle_id(request), self._served().bank.bundles()
@@ -236,6 +269,19 @@ async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         raise RequestError(str(error), status=422, error_type=kind) from error
     except StorageError as error:
         raise RequestError(str(error), status=507, error_type="storage") from error
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """Refuse what a browser sends for a page of another site, which may know the token from elsewhere."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
+        why = f"a page of {origin[:80]!r} may not change what is served here"
+        raise RequestError(why, status=403, error_type="forbidden")
+
+
+def _has_body(request: Request) -> bool:
+    headers = request.headers
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _bundle_id(request: Request) -> str:

@@ -8,40 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import cast
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from soppu import __version__
 from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
-from soppu.serve.api.requests import MAX_STOP_SEQUENCES, ParsedRequest, parse_request, read_json
+from soppu.serve.api.metrics import MeteredEngine, Metrics
+from soppu.serve.api.openai.routes import OpenAiApi
+from soppu.serve.api.operations import OperationsApi, ServerInfo
+from soppu.serve.api.requests import ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
+from soppu.serve.api.routes import ADMIN, GENERATING
+from soppu.serve.api.streams import measures, next_event, submit, watch
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
 from soppu.serve.names import header_value
 
-_KEEP_ALIVE_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """What a server says about itself. `admin_token` "" leaves the admin routes open."""
-
-    model_id: str
-    base_hash: str
-    dtype: str = "float32"
-    device: str = "cpu"
-    admin_token: str = field(default="", repr=False)
+__all__ = ["ServerInfo", "create_app"]
 
 
 def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starlette:
@@ -53,12 +49,42 @@ def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starl
         yield
         await run_in_threadpool(engine.close)
 
-    api = GenerateApi(engine, info)
-    return Starlette(
-        routes=[*api.routes(), *AdminApi(lambda: state, token=info.admin_token).routes()],
-        lifespan=lifespan,
-        exception_handlers={RequestError: on_request_error, HTTPException: _on_http_error},
+    metrics = Metrics(engine)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        if request.url.path in GENERATING:
+            metrics.refused(error)
+        return await on_request_error(request, error)
+
+    metered = cast(Engine, MeteredEngine(engine, metrics))
+    api = GenerateApi(metered, info)
+    openai = OpenAiApi(metered, model_id=info.model_id, base_hash=info.base_hash, headers=api.headers)
+    parts = (
+        api,
+        openai,
+        OperationsApi(engine, info, metrics),
+        AdminApi(lambda: state, token=info.admin_token),
     )
+    return Starlette(
+        routes=[route for part in parts for route in part.routes()],
+        lifespan=lifespan,
+        middleware=[Middleware(CrossOrigin)],
+        exception_handlers={RequestError: refused, HTTPException: _on_http_error, Exception: _on_fault},
+    )
+
+
+class CrossOrigin(CORSMiddleware):
+    """Pages of any site may generate, as with LoRAX; none but the server's own may change what is served."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(
+            app, allow_origins=["*"], allow_methods=["GET", "POST"], allow_headers=["content-type"]
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        closed = scope["type"] == "http" and scope["path"].startswith(ADMIN)
+        await (self.app if closed else super().__call__)(scope, receive, send)
 
 
 class GenerateApi:
@@ -75,8 +101,6 @@ class GenerateApi:
             Route("/invocations", self.compat, methods=["POST"]),
             Route("/generate", self.generate, methods=["POST"]),
             Route("/generate_stream", self.generate_stream, methods=["POST"]),
-            Route("/info", self.info, methods=["GET"]),
-            *(Route(path, self.health, methods=["GET"]) for path in ("/", "/health", "/ping")),
         ]
 
     async def compat(self, request: Request) -> Response:
@@ -94,76 +118,30 @@ class GenerateApi:
         """`POST /generate_stream`: server-sent events, one for each token."""
         return await self._stream(parse_request(await read_json(request), stream=True))
 
-    async def health(self, _: Request) -> Response:
-        """200 with an empty body while the engine runs and its batches succeed, else 503."""
-        if self._engine.healthy:
-            return Response()
-        raise RequestError("unhealthy", status=503, error_type="healthcheck")
-
-    async def info(self, _: Request) -> Response:
-        """LoRAX's fields, then this server's own."""
-        options, bank = self._engine.options, self._engine.bank
-        return JSONResponse(
-            {
-                "model_id": self._info.model_id,
-                "model_sha": self._info.base_hash,
-                "model_dtype": f"torch.{self._info.dtype}",
-                "model_device_type": self._info.device,
-                "model_pipeline_tag": "text-generation",
-                "max_concurrent_requests": options.max_queue + options.max_batch,
-                "max_best_of": 1,
-                "max_stop_sequences": MAX_STOP_SEQUENCES,
-                "max_input_length": self._engine.max_input_tokens,
-                "max_total_tokens": self._engine.max_total_tokens,
-                "waiting_served_ratio": 0.0,
-                "max_batch_total_tokens": options.max_batch * self._engine.max_total_tokens,
-                "max_waiting_tokens": 0,
-                "validation_workers": 1,
-                "eager_prefill": False,
-                "version": __version__,
-                "sha": None,
-                "docker_label": None,
-                "request_logger_url": None,
-                "server": "soppu",
-                "base_hash": self._info.base_hash,
-                "active_bundle": bank.active,
-                "bundles": len(bank.bundles()),
-                "adapters": len(bank.adapters()),
-                "max_batch": options.max_batch,
-                "waiting": self._engine.waiting,
-                "running": self._engine.running,
-            }
-        )
-
     async def _answer(self, request: Request, parsed: ParsedRequest, *, wrap: bool) -> Response:
         generation, events = await self._submit(parsed)
-        watcher = asyncio.ensure_future(_watch(request, events))
+        watcher = asyncio.ensure_future(watch(request, events.put_nowait))
         try:
             tokens, finish = await _collect(events)
         finally:
             watcher.cancel()
             generation.cancel()
         body = answer_body(parsed, tokens, finish)
-        headers = {**self._headers(parsed, generation), **_measures(parsed, finish)}
+        headers = {**self.headers(parsed, generation), **measures(finish)}
         return JSONResponse([body] if wrap else body, headers=headers)
 
     async def _stream(self, parsed: ParsedRequest) -> Response:
         generation, events = await self._submit(parsed)
-        headers = self._headers(parsed, generation) | {"x-accel-buffering": "no", "cache-control": "no-cache"}
+        headers = self.headers(parsed, generation) | {"x-accel-buffering": "no", "cache-control": "no-cache"}
         body = _server_sent(parsed, generation, events)
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
     async def _submit(self, parsed: ParsedRequest) -> tuple[Generation, asyncio.Queue[Event]]:
-        """Queue the request with a sink that hands every event over to this event loop."""
+        """Queue the request; its events come into the queue."""
         events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        return await submit(self._engine, parsed, events.put_nowait), events
 
-        def sink(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        return await run_in_threadpool(self._engine.submit, parsed.generation, sink=sink), events
-
-    def _headers(self, parsed: ParsedRequest, generation: Generation) -> dict[str, str]:
+    def headers(self, parsed: ParsedRequest, generation: Generation) -> dict[str, str]:
         resolved = generation.job.resolved
         headers = {
             "x-model-id": header_value(self._info.model_id),
@@ -188,22 +166,13 @@ async def _collect(events: asyncio.Queue[Event]) -> tuple[list[TokenEvent], Fini
             return tokens, event.finish
 
 
-async def _watch(request: Request, events: asyncio.Queue[Event]) -> None:
-    """End the wait for tokens when the client goes away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    events.put_nowait(RequestError("the client went away", status=499, error_type="incomplete_generation"))
-
-
 async def _server_sent(
     parsed: ParsedRequest, generation: Generation, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """`data: {json}` for each token, a comment while nothing comes; an error is one event, and the last."""
     try:
         while True:
-            try:
-                event = await asyncio.wait_for(events.get(), _KEEP_ALIVE_SECONDS)
-            except TimeoutError:
+            if (event := await next_event(events)) is None:
                 yield ":\n\n"
                 continue
             body = error_body(event) if isinstance(event, RequestError) else stream_body(parsed, event)
@@ -214,28 +183,28 @@ async def _server_sent(
         generation.cancel()
 
 
-def _measures(parsed: ParsedRequest, finish: Finish) -> dict[str, str]:
-    """LoRAX's counters and times, in whole milliseconds."""
-    inference = finish.total - finish.queued
-    seconds = {
-        "x-compute-time": finish.total,
-        "x-total-time": finish.total,
-        "x-queue-time": finish.queued,
-        "x-inference-time": inference,
-        "x-time-per-token": inference / finish.generated_tokens,
-        "x-time-to-first-token": finish.first,
-        "x-time-per-output-token": (finish.total - finish.first) / max(finish.generated_tokens - 1, 1),
-    }
-    return {name: str(round(1000 * value)) for name, value in seconds.items()} | {
-        "x-prompt-tokens": str(finish.prompt_tokens),
-        "x-generated-tokens": str(finish.generated_tokens),
-        "x-skipped-tokens": "0",
-        "x-total-tokens": str(finish.prompt_tokens + finish.generated_tokens),
-    }
-
-
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kind = HTTPStatus(error.status_code).name.lower()
-    body = {"error": f"{request.method} {request.url.path}: {error.detail}", "error_type": kind}
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
+        return _plain_error(request, error.status_code, error.detail, headers=error.headers)
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+    methods = sorted({"OPTIONS"}.union(*(route.methods for route in routes)))
+    allowed = {"allow": ", ".join(methods)}  # of all routes of this path; starlette knows the first one's
+    if request.method == "OPTIONS":
+        return Response(status_code=HTTPStatus.NO_CONTENT, headers=allowed)
+    return _plain_error(request, error.status_code, error.detail, headers=allowed)
+
+
+async def _on_fault(request: Request, _: Exception) -> Response:
+    """What no handler foresaw: logged with its traceback, and answered as every other error is."""
+    return _plain_error(request, 500, "the server has failed at this request; its log says where")
+
+
+def _plain_error(
+    request: Request, status: int, why: str, *, headers: Mapping[str, str] | None = None
+) -> Response:
+    body = {
+        "error": f"{request.method} {request.url.path}: {why}",
+        "error_type": HTTPStatus(status).name.lower(),
+    }
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -9,7 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from soppu.errors import RequestError
 from soppu.serve.api.requests import Json, ParsedRequest
-from soppu.serve.engine.generation import Finish, TokenEvent
+from soppu.serve.engine.generation import Finish, ScoredToken, TokenEvent
+
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}
 
 
 def token_body(token: TokenEvent) -> Json:
@@ -20,19 +22,21 @@ def token_body(token: TokenEvent) -> Json:
         "logprob": token.logprob,
         "special": token.special,
         "skipped": False,
-    }
+    } | ({"alternative_tokens": _scored(token.alternatives)} if token.alternatives else {})
 
 
 def answer_body(parsed: ParsedRequest, tokens: Sequence[TokenEvent], finish: Finish) -> Json:
     """The answer of `/generate`; `details` only where they were asked for."""
     body: Json = {"generated_text": _shown(parsed, finish)}
-    if parsed.parameters.details:
+    if parsed.details:
         body["details"] = {
-            **_details(finish),
+            "prompt_tokens": finish.prompt_tokens,
+            **_sequence(tokens, finish),
             "skipped_tokens": 0,
-            "prefill": [],
-            "tokens": [token_body(token) for token in tokens],
+            "prefill": _scored(finish.prefill),
         }
+        if finish.others:
+            body["details"]["best_of_sequences"] = [_other(parsed, told, finish) for told in finish.others]
     return body
 
 
@@ -42,7 +46,7 @@ def stream_body(parsed: ParsedRequest, token: TokenEvent) -> Json:
     return {
         "token": token_body(token),
         "generated_text": _shown(parsed, finish) if finish else None,
-        "details": _details(finish) if finish and parsed.parameters.details else None,
+        "details": _details(finish) if finish and parsed.details else None,
     }
 
 
@@ -54,8 +58,29 @@ def error_body(error: RequestError) -> Json:
 async def on_request_error(_: Request, error: Exception) -> Response:
     """The answer to a refused request, as an exception handler of starlette."""
     assert isinstance(error, RequestError)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    return JSONResponse(error_body(error), status_code=error.status, headers=_HEADERS.get(error.status))
+
+
+def _sequence(tokens: Sequence[TokenEvent], finish: Finish) -> Json:
+    """What is told of every text of a request."""
+    return {
+        "finish_reason": finish.reason,
+        "generated_tokens": finish.generated_tokens,
+        "seed": finish.seed,
+        "tokens": [token_body(token) for token in tokens],
+    }
+
+
+def _other(parsed: ParsedRequest, tokens: Sequence[TokenEvent], best: Finish) -> Json:
+    """A text that was not the best."""
+    finish = tokens[-1].finish
+    assert finish is not None
+    prefill = _scored(best.prefill)  # of the same prompt
+    return {"generated_text": _shown(parsed, finish), **_sequence(tokens, finish), "prefill": prefill}
+
+
+def _scored(tokens: Sequence[ScoredToken]) -> list[Json]:
+    return [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in tokens]
 
 
 def _details(finish: Finish) -> Json:

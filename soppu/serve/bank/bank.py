@@ -1,14 +1,18 @@
 """AdapterBank: the adapters loaded into one server, and the way from an adapter id to a slot.
 
 Several versions of a bundle may be loaded at once; one is active. A request keeps the slot it was resolved
-to, so the tensors of a version live until the last request on it has finished. Nothing here touches a disk:
-that is `soppu.serve.bank.store`.
+to, so the tensors of a version live until the last request on it has finished. What survives a restart is in
+`soppu.serve.bank.store`; adapters that requests name by a path are read from `folders`.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,10 +21,11 @@ from soppu import base_identity
 from soppu.adapter import LoraAdapter, LoraPair, check_shapes, validate
 from soppu.base_identity import Base
 from soppu.compress.bundle.bundle import Bundle
-from soppu.errors import BundleError
+from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.models import linear_shapes
-from soppu.serve.bank import from_bundle, holdings
-from soppu.serve.bank.holdings import Holder, LoadedAdapter
+from soppu.serve.bank import folders, from_bundle, holdings
+from soppu.serve.bank.holdings import Answer, Holder, LoadedAdapter
+from soppu.serve.bank.resident import Residents
 from soppu.serve.layers.adapted_linear import Router, install
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
 from soppu.serve.refusals import failed
@@ -29,11 +34,24 @@ _LOG = logging.getLogger(__name__)
 Resolved = holdings.Resolved[Slot]
 
 
+@dataclass(frozen=True)
+class Mount:
+    """A folder of immutable adapter folders, which requests name by their path below it."""
+
+    root: Path
+    max_active: int = 1024  # adapters of it in memory at once, beside those that running requests are on
+
+
 class AdapterBank(Holder[Slot, LoadedAdapter]):
     """Loaded bundles and PEFT adapters of one model. Every method may be called from any thread."""
 
-    def __init__(self, model: PreTrainedModel, *, base_hash: str, base_model: str = "") -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, base_hash: str, base_model: str = "", mount: Mount | None = None
+    ) -> None:
         super().__init__()
+        self._mount = mount
+        limit = mount.max_active if mount else 0
+        self._residents: Residents[Slot] = Residents(self._read, limit=limit)
         self.base = Base(base_model, base_hash)
         self.router = Router()
         self._model = model
@@ -72,6 +90,82 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
             AdapterError: another base model, a module or shape the model does not have, NaN, or a name that
                 a user of the active bundle has.
         """
+        loaded = self._load(name, adapter)
+        if not loaded.verified:
+            _LOG.warning("adapter %r states no base hash; its name and its shapes fit", name)
+        with self._changing:
+            held = self._held.add(name, loaded)
+            install(self._model, adapter.pairs, router=self.router)
+            self._become(held)
+
+    def resolve(self, adapter_id: str) -> Resolved:
+        """What `adapter_id` means now; see `Holdings.resolve`. "" is the base model.
+
+        What is no such name is a path in the mount, and is read where it is not loaded: this may block.
+
+        Raises:
+            RequestError: 424 `generation`, as LoRAX answers for an adapter it cannot load; 422, a path that
+                may not be named; 429, too many adapters wait to be read.
+        """
+        if not adapter_id:
+            return Resolved()
+        resolved = self._held.resolve(adapter_id)
+        if not isinstance(resolved, str):
+            return replace(resolved, adapter_id=adapter_id)
+        return self._residents.take(self._path(adapter_id), adapter_id=adapter_id)
+
+    def reading(self, adapter_id: str) -> Future[Any] | None:
+        """What to wait for before `resolve`, so that it does not block; None for nothing. Never blocks.
+
+        Raises:
+            RequestError: as `resolve`, where no disk is needed to know it.
+        """
+        if not adapter_id or not isinstance(self._held.resolve(adapter_id), str):
+            return None
+        return self._residents.reading(self._path(adapter_id))
+
+    def residents(self) -> dict[str, LoadedAdapter]:
+        """Path -> adapter, of those in memory that requests named by their path."""
+        return self._residents.adapters()
+
+    def answers(self, user: str) -> Answer | None:
+        """As of a holder; folders in a folder of the user's name are the user's too, while loaded."""
+        paths = tuple(path for path in self.residents() if unquote(PurePosixPath(path).parent.name) == user)
+        answer = super().answers(user) or (Answer() if paths else None)
+        return answer and replace(answer, loaded=(*answer.loaded, *paths))
+
+    def _path(self, adapter_id: str) -> str:
+        """The mounted folder's folder that an id names. RequestError where it cannot name one."""
+        if self._mount is None:
+            raise failed(f"adapter {adapter_id!r} is not served here; {self._held.resolve(adapter_id)}")
+        try:
+            return folders.plain(adapter_id)
+        except RequestError as error:
+            raise self._beside(error, adapter_id) from None
+
+    def _read(self, path: str) -> LoadedAdapter:
+        """Read one of the mounted folders, in a thread of `Residents`."""
+        assert self._mount is not None  # else `_path` refuses
+        try:
+            adapter = folders.read(self._mount.root, path)
+            loaded = self._load(path, adapter)
+        except RequestError as error:
+            raise self._beside(error, path) from None
+        except (AdapterError, RuntimeError, MemoryError) as error:  # of torch: no memory on the device
+            raise failed(str(error) or type(error).__name__) from None
+        with self._changing:
+            install(self._model, adapter.pairs, router=self.router)
+        return loaded
+
+    def _beside(self, error: RequestError, name: str) -> RequestError:
+        """A folder's error, and why the id is no name either."""
+        why = self._held.resolve(name)
+        if error.status != 424 or not isinstance(why, str):
+            return error
+        return RequestError(f"{error}; nor is it a name: {why}", status=424, error_type=error.error_type)
+
+    def _load(self, name: str, adapter: LoraAdapter) -> LoadedAdapter:
+        """Bring an adapter to the model's device and type. AdapterError where it does not fit the model."""
         validate(adapter, who=name)
         base_identity.check(adapter.base, self.base, who=name, whose="this server has")
         check_shapes(adapter, self._shapes, who=name)
@@ -80,26 +174,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
             module: LoraPair(self._cast(module, pair.A), self._cast(module, pair.B.mT).mT)
             for module, pair in adapter.pairs.items()
         }
-        loaded = LoadedAdapter.of(adapter, self.base, where=PairSlot(pairs))
-        if not loaded.verified:
-            _LOG.warning("adapter %r states no base hash; its name and its shapes fit", name)
-        with self._changing:
-            held = self._held.add(name, loaded)
-            install(self._model, pairs, router=self.router)
-            self._become(held)
-
-    def resolve(self, adapter_id: str) -> Resolved:
-        """What `adapter_id` means now; see `Holdings.resolve`. "" is the base model.
-
-        Raises:
-            RequestError: 424 `generation`, as LoRAX answers for an adapter it cannot load.
-        """
-        if not adapter_id:
-            return Resolved()
-        resolved = self._held.resolve(adapter_id)
-        if isinstance(resolved, str):
-            raise failed(f"adapter {adapter_id!r} is not served here; {resolved}")
-        return replace(resolved, adapter_id=adapter_id)
+        return LoadedAdapter.of(adapter, self.base, where=PairSlot(pairs))
 
     def _check(self, bundle: Bundle, bundle_id: str) -> None:
         who = f"bundle {bundle_id[:12]}"

@@ -46,6 +46,15 @@ class Resolved(Generic[S]):
     where: S | None = None  # the tensors are; None is the base model
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a server answers for a user: `loaded` is all that may be asked for now and is the user's."""
+
+    adapter_id: str = ""  # the plain name, which follows what is active; "" where it means nothing now
+    version: str = ""  # what that is now
+    loaded: tuple[str, ...] = ()  # "alice@<bundle id>" for each loaded bundle with the user, and paths
+
+
 @dataclass(frozen=True, eq=False)
 class Holdings(Generic[S, A]):
     """Bundle id -> user -> where, name -> adapter, and the active bundle's id. A change is a new one."""
@@ -125,6 +134,15 @@ class Holdings(Generic[S, A]):
             return f"bundle {matches[0][:12]} holds {len(users)} users, not {user!r}"
         return Resolved(f"{user}@{matches[0]}", matches[0], users[user])
 
+    def answers(self, user: str) -> Answer | None:
+        """What is answered for a user of bundles, or an adapter's name; None for somebody unknown."""
+        loaded = tuple(f"{user}@{bundle_id}" for bundle_id, users in self.bundles.items() if user in users)
+        if user in self.adapters:
+            return Answer(user, self.adapters[user].content_hash, (user, *loaded))
+        if user in self.bundles.get(self.active, ()):
+            return Answer(user, self.active, loaded)
+        return Answer(loaded=loaded) if loaded else None
+
 
 class Holder(Generic[S, A]):
     """Holdings that change as a whole, one change at a time. Readers need no lock.
@@ -149,6 +167,10 @@ class Holder(Generic[S, A]):
     def adapters(self) -> dict[str, A]:
         """Name -> loaded adapter."""
         return dict(self._held.adapters)
+
+    def answers(self, user: str) -> Answer | None:
+        """What is answered for a user; None for somebody unknown."""
+        return self._held.answers(user)
 
     def activate(self, bundle_id: str) -> str:
         """Serve plain user names from this bundle from now on, "" from none; the one active before.

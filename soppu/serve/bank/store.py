@@ -12,6 +12,8 @@ Which request gets which adapter is decided in `soppu.serve.bank.bank`.
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import shutil
 import threading
 from contextlib import ExitStack
@@ -23,10 +25,20 @@ from pydantic import BaseModel, ValidationError
 from soppu import adapter as adapters
 from soppu import files
 from soppu.compress.bundle.bundle import Bundle
-from soppu.errors import AdapterError, BundleError, StorageError, TargetError
+from soppu.errors import AdapterError, BundleError, RequestError, StorageError, TargetError
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.holdings import Holdings, LoadedAdapter
 from soppu.serve.layers.factors import Slot
+from soppu.serve.names import check_name, check_servable
+
+_LOG = logging.getLogger(__name__)
+_BUNDLE, _ADAPTER = r"[0-9a-f]{64}\.safetensors", r"[0-9a-f]{16}-[0-9a-f]{16}"
+# Folder -> the names a server gives there, and those of writes under way.
+_OWN = {
+    "bundles": re.compile(rf"{_BUNDLE}|\.{_BUNDLE}\.\w+\.tmp"),
+    "adapters": re.compile(_ADAPTER),
+    ".": re.compile(r"\.(state\.json|admin-token)\.\w+\.tmp"),
+}
 
 
 class _Remembered(BaseModel, strict=True):
@@ -57,6 +69,7 @@ class ServerState:
             TargetError: another server uses the folder, or it belongs to another base model.
             BundleError: a stored bundle is damaged.
             AdapterError: a stored adapter is damaged.
+            StorageError: what an earlier server left there cannot be removed.
         """
         state = cls(root, bank)
         with ExitStack() as lock:
@@ -64,9 +77,9 @@ class ServerState:
                 lock.enter_context(files.exclusive(root / "lock", wait=False))
             except BlockingIOError:
                 raise TargetError(f"{root}: another server uses this state folder") from None
-            shutil.rmtree(state.incoming, ignore_errors=True)
-            state.incoming.mkdir()
             state._restore()
+            state._sweep()
+            state.incoming.mkdir()
             bank.commit = state._write
             state._lock = lock.pop_all()
         return state
@@ -80,7 +93,8 @@ class ServerState:
         """Copy a bundle file in and stage it. False if it was there already.
 
         Raises:
-            BundleError: the file is not what `bundle_id` names, is damaged, or does not fit the model.
+            BundleError: the file is not what `bundle_id` names, is damaged, does not fit the model, or has a
+                user whose name no request may carry.
             StorageError: the disk refused it. Nothing is staged then.
         """
         with self._changing:
@@ -91,6 +105,7 @@ class ServerState:
                 shutil.copyfile(source, temporary)
             try:
                 bundle = Bundle.load(path, expected_hash=bundle_id)
+                _check_users(bundle)
                 self.bank.stage(bundle, bundle_id=bundle_id)
             except (BundleError, StorageError):
                 path.unlink(missing_ok=True)
@@ -118,8 +133,10 @@ class ServerState:
 
         Raises:
             AdapterError: the folder is malformed, or does not fit the model.
+            RequestError: 422, nobody could ask for that name.
             StorageError: the disk refused it.
         """
+        check_servable(name, self.bank.bundles())
         adapter = adapters.read(folder)
         path = self._adapter_path(name, adapter.content_hash())
         with self._changing:
@@ -167,6 +184,32 @@ class ServerState:
         )
         files.write_text(self._root / "state.json", content.model_dump_json(indent=2))
 
+    def _sweep(self) -> None:
+        """Remove what no state names: uploads, and writes, that a server was killed at. StorageError.
+
+        Only what a server calls so is touched: the folder may hold logs, and a person's own.
+        """
+        held = self.bank.bundles(), self.bank.adapters()
+        kept = {self._bundle_path(bundle_id) for bundle_id in held[0]}
+        kept |= {self._adapter_path(name, adapter.content_hash) for name, adapter in held[1].items()}
+        left = [
+            path
+            for folder, own in _OWN.items()
+            for path in (self._root / folder).glob("*")
+            if path not in kept and own.fullmatch(path.name)
+        ]
+        try:
+            for path in [*left, self.incoming]:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            why = f"{error.filename}: what a killed server left cannot be removed: {error.strerror}"
+            raise StorageError(why) from error
+        if left:
+            _LOG.warning("%s: removed what a killed server left: %d files and folders", self._root, len(left))
+
     def _restore(self) -> None:
         path = self._root / "state.json"
         if not path.exists():
@@ -194,3 +237,12 @@ class ServerState:
                     f" {name!r}; move the state folder away to start empty"
                 )
             self.bank.add(name, adapter)
+
+
+def _check_users(bundle: Bundle) -> None:
+    """BundleError where a user could never be asked for."""
+    for user in bundle.users:
+        try:
+            check_name(user, what="user")
+        except RequestError as error:
+            raise BundleError(f"user {user[:80]!r} cannot be asked for: {error}") from None

@@ -27,7 +27,10 @@ class Decoder(Protocol):
     cache: KVCache
 
     def forward(self, step: Step, routing: Routing) -> Tensor:
-        """Logits (b, v), fp32, after every row's last own token in `step`; `routing` is of these rows."""
+        """Logits (b, v), fp32, after every row's last own token in `step`; `routing` is of these rows.
+
+        (b T, v) after each of the tokens, padding too, where the step wants `every` one.
+        """
         ...
 
 

@@ -20,6 +20,7 @@ class Step:
     rows: Sequence[int]  # b different rows of the cache, ascending
     starts: Sequence[int]  # how many tokens of each row the cache holds already
     counts: Sequence[int]  # how many of the T tokens are the row's own
+    every: bool = False  # logits are wanted after each of the b T tokens, not after every row's last
 
     @property
     def fresh(self) -> bool:

@@ -198,13 +198,13 @@ class LlamaDecoder:
 
     @torch.inference_mode()
     def forward(self, step: Step, routing: Routing) -> Tensor:
-        """Logits (b, v), fp32."""
+        """Logits (b, v), fp32; (b T, v) where the step wants every one."""
         h = F.embedding(step.ids.view(-1), self._model.model.embed_tokens.weight)
         angles = self._model.model.rotary_emb(h, step.positions)
         attention = _Attention(step, self.cache, self._heads, angles)
         for block in self._blocks:
             h = block.forward(h, attention, routing)
-        if step.ids.shape[1] > 1:
+        if step.ids.shape[1] > 1 and not step.every:
             h = h.index_select(0, step.last)
         return self._logits(self._norm(h), routing).float()
 

@@ -40,7 +40,7 @@ class GeneralDecoder:
 
     @torch.inference_mode()
     def forward(self, step: Step, routing: Routing) -> Tensor:
-        """Logits (b, v), fp32."""
+        """Logits (b, v), fp32; (b T, v) where the step wants every one."""
         last = step.last % step.ids.shape[1]
         padded = len(set(step.counts)) > 1
         with self._router.using(routing):
@@ -50,8 +50,10 @@ class GeneralDecoder:
                 position_ids=step.positions,
                 past_key_values=_Slots(self.cache, step),
                 use_cache=True,
-                logits_to_keep=0 if padded else 1,
+                logits_to_keep=0 if padded or step.every else 1,
             )
+        if step.every:
+            return output.logits.flatten(0, 1).float()
         logits = output.logits[torch.arange(len(last)), last] if padded else output.logits[:, -1]
         return logits.float()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from soppu.errors import RequestError
 from soppu.serve.decoders.decoder import Decoder
 from soppu.serve.decoders.kv_cache import Step
-from soppu.serve.engine.generation import Generation
+from soppu.serve.engine.generation import Choice, Generation
 from soppu.serve.layers.routing import Routing
 from soppu.serve.refusals import failed
 
@@ -31,6 +31,11 @@ class _Row:
     place: int
     number: int
     held: int = 0
+
+    @property
+    def wants_prompt(self) -> bool:
+        """True where the request wants to be told of its prompt's tokens."""
+        return self.generation.job.request.prefill_details
 
     @property
     def missing(self) -> int:
@@ -119,36 +124,49 @@ class Batch:
         ]
         width = max(counts)
         padded = [own + own[-1:] * (width - len(own)) for own in ids]
-        logits = self._logits(rows, padded, counts, self._route(rows))
+        step = self._step(rows, padded, counts)
+        if any(row.wants_prompt for row in rows):
+            logits = self._read_aloud(rows, replace(step, every=True))
+        else:
+            logits = self._logits(rows, step, self._route(rows))
         finished = [position for position, row in enumerate(rows) if row.missing == 0]
         self._push([rows[position] for position in finished], logits[finished])
+
+    def _read_aloud(self, rows: list[_Row], step: Step) -> Tensor:
+        """As `_logits`, and tells rows that want it how likely each token of their prompts was."""
+        every = self._logits(rows, step, self._route(rows)).view(*step.ids.shape, -1)
+        for row, start, count, logits in zip(rows, step.starts, step.counts, every, strict=True):
+            if row.wants_prompt:
+                following = row.generation.job.prompt[start + 1 : start + count + 1]
+                row.generation.read += _logprobs(following, logits)
+        return every[range(len(rows)), [count - 1 for count in step.counts]]
 
     def _decode(self, rows: list[_Row]) -> None:
         if self._routed[0] != rows:
             self._routed = rows, self._route(rows)
-        logits = self._logits(
-            rows, [row.generation.ids[-1:] for row in rows], [1] * len(rows), self._routed[1]
-        )
-        self._push(rows, logits)
+        step = self._step(rows, [row.generation.ids[-1:] for row in rows], [1] * len(rows))
+        self._push(rows, self._logits(rows, step, self._routed[1]))
 
-    def _logits(self, rows: list[_Row], ids: list[list[int]], counts: list[int], routing: Routing) -> Tensor:
+    def _step(self, rows: list[_Row], ids: list[list[int]], counts: list[int]) -> Step:
         tokens = torch.tensor(ids, dtype=torch.long, device=self._device)
-        step = Step(tokens, [row.place for row in rows], [row.held for row in rows], counts)
+        return Step(tokens, [row.place for row in rows], [row.held for row in rows], counts)
+
+    def _logits(self, rows: list[_Row], step: Step, routing: Routing) -> Tensor:
         logits = self._decoder.forward(step, routing)
-        for row, count in zip(rows, counts, strict=True):
+        for row, count in zip(rows, step.counts, strict=True):
             row.held += count
         return logits
 
     def _push(self, rows: list[_Row], logits: Tensor) -> None:
         if not rows:
             return
-        tokens, logprobs = choose([row.generation for row in rows], logits)
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            if not math.isfinite(logprob):
+        choices = choose([row.generation for row in rows], logits)
+        for row, choice in zip(rows, choices, strict=True):
+            if not math.isfinite(choice.logprob):
                 row.generation.fail(_not_finite(row.generation))
                 self._decoder.cache.clear(row.place)
             elif not row.generation.done:  # cancelled during the forward, or failed at its choice
-                row.generation.push(token, logprob)
+                row.generation.push(choice)
 
     def _forward(self, rows: list[_Row], work: Callable[[list[_Row]], None]) -> None:
         try:
@@ -166,8 +184,8 @@ class Batch:
 
 
 @torch.inference_mode()
-def choose(rows: Sequence[Generation], logits: Tensor) -> tuple[list[int], list[float]]:
-    """A token and its logprob for every row of `logits` (b, v); a row without a valid choice fails alone."""
+def choose(rows: Sequence[Generation], logits: Tensor) -> list[Choice]:
+    """The next token of every row of `logits` (b, v); a row without a valid choice fails alone."""
     chosen = logits.argmax(-1)
     total = logits.logsumexp(-1)
     finite = total.isfinite().tolist()  # a single -inf only rules a token out
@@ -179,8 +197,28 @@ def choose(rows: Sequence[Generation], logits: Tensor) -> tuple[list[int], list[
                 chosen[position] = row.sampler.choose(logits[position].cpu(), row.ids)
             except RuntimeError as error:  # torch.multinomial, where the parameters overflow the scores
                 row.fail(failed(f"no token can be chosen with these parameters: {error}"))
-    logprobs = logits.gather(1, chosen[:, None])[:, 0] - total
-    return chosen.tolist(), logprobs.tolist()
+    logprobs = (logits.gather(1, chosen[:, None])[:, 0] - total).tolist()
+    likeliest = [_likeliest(row, logits[n], total[n]) for n, row in enumerate(rows)]
+    return list(map(Choice, chosen.tolist(), logprobs, likeliest))
+
+
+def _likeliest(row: Generation, logits: Tensor, total: Tensor) -> list[tuple[int, float]]:
+    """The tokens (id, logprob) that the row's request wants to be told of, the likeliest first."""
+    count = min(row.job.request.alternatives, len(logits))
+    if not count:
+        return []
+    top = logits.topk(count)
+    pairs = zip(top.indices.tolist(), (top.values - total).tolist(), strict=True)
+    return [(token_id, logprob) for token_id, logprob in pairs if math.isfinite(logprob)]
+
+
+@torch.inference_mode()
+def _logprobs(following: Sequence[int], logits: Tensor) -> list[float | None]:
+    """How likely each token was after what came before it; `logits` (T, v) may be of more places."""
+    logits = logits[: len(following)]
+    targets = torch.tensor(following, dtype=torch.long, device=logits.device)
+    logprobs = (logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+    return [logprob if math.isfinite(logprob) else None for logprob in logprobs]
 
 
 def _not_finite(row: Generation) -> RequestError:

@@ -16,10 +16,14 @@ from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.decoders.decoder import make_decoder
 from soppu.serve.decoders.kv_cache import KVCache
 from soppu.serve.engine.batch import Batch
+from soppu.serve.engine.best_of import BestOf
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Sink, Vocabulary
-from soppu.serve.refusals import incomplete, invalid, overloaded
+from soppu.serve.engine.grammar import Grammars
+from soppu.serve.engine.prompt import Prompts
+from soppu.serve.refusals import incomplete, invalid, overloaded, stopping
 
 _UNHEALTHY_AFTER = 3
+_LEAST = {"max_batch": 1, "prefill_tokens": 1, "max_best_of": 1, "max_input_tokens": 0, "max_total_tokens": 0}
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,19 @@ class EngineOptions:
 
     max_batch: int = 32  # rows decoded together
     max_queue: int = 128  # requests that may wait; one more is refused with 429
-    max_input_tokens: int = 1024  # longest prompt
-    max_total_tokens: int = 2048  # prompt and answer together
+    max_input_tokens: int = 1024  # longest prompt; 0 leaves one token of the total for the answer
+    max_total_tokens: int = 2048  # prompt and answer together; 0 is what the model can
     prefill_tokens: int = 256  # prompt tokens read in one step, which bounds how long decoding rows wait
+    max_best_of: int = 2  # texts generated for one request, of which the likeliest is the answer
     gather_seconds: float = 0.002  # how long an idle engine waits for more requests after the first
 
     def __post_init__(self) -> None:
         """Refuse limits that no request could meet. Raises ConfigError."""
-        for name in ("max_batch", "max_input_tokens", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)}, allowed: 1 and more")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: {getattr(self, name)}, allowed: {least} and more")
+        if self.max_total_tokens == 1:
+            raise ConfigError("max_total_tokens: 1, allowed: 2 and more, or 0 for what the model can")
 
 
 class Engine:
@@ -51,17 +58,19 @@ class Engine:
         options: EngineOptions | None = None,
     ) -> None:
         options = options or EngineOptions()
-        positions = getattr(model.config, "max_position_embeddings", None) or options.max_total_tokens
         self.bank = bank
         self.options = options
-        self.max_total_tokens = min(options.max_total_tokens, positions)
-        self.max_input_tokens = min(options.max_input_tokens, self.max_total_tokens - 1)
+        self.max_input_tokens, self.max_total_tokens = _limits(model, options)
         self._vocabulary = vocabulary(model, tokenizer)
+        self._grammars = Grammars(
+            tokenizer, eos=self._vocabulary.eos, width=model.get_output_embeddings().weight.shape[0]
+        )
+        self._prompts = Prompts(tokenizer, max_input=self.max_input_tokens, max_total=self.max_total_tokens)
         decoder = make_decoder(model, bank.router, KVCache(options.max_batch, self.max_total_tokens))
         self._batch = Batch(decoder, prefill=options.prefill_tokens, device=model.device)
         self._waiting: deque[Generation] = deque()
         self._condition = threading.Condition()
-        self._tokenizing = threading.Lock()
+        self._draining = False  # nothing new is taken; set before `_closed`, and for good
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="soppu-engine", daemon=True)
 
@@ -79,8 +88,18 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """`alive`, and fewer than three steps in a row have failed."""
-        return self.alive and self._batch.failures < _UNHEALTHY_AFTER
+        """`alive`, not draining, and fewer than three steps in a row have failed."""
+        return self.alive and not self._draining and self._batch.failures < _UNHEALTHY_AFTER
+
+    @property
+    def draining(self) -> bool:
+        """True from the first `close` on: new requests are refused."""
+        return self._draining
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return self._vocabulary.tokenizer
 
     @property
     def waiting(self) -> int:
@@ -97,14 +116,25 @@ class Engine:
         if not self._thread.is_alive() and not self._closed:
             self._thread.start()
 
-    def close(self) -> None:
-        """Stop after the current step; unfinished requests fail with `incomplete_generation`."""
+    def close(self, *, grace: float = 0.0) -> None:
+        """Take nothing new, go on with what was taken for at most `grace` seconds, then stop.
+
+        What is unfinished then fails with `incomplete_generation`. Any thread may call this at any time, and
+        again: a second call with less grace shortens the first. It returns when the engine has stopped.
+        """
         with self._condition:
+            self._draining = True
+            if self._thread.is_alive():
+                self._condition.wait_for(lambda: self._closed or not self._busy, timeout=grace)
             self._closed = True
             self._condition.notify_all()
         if self._thread.is_alive():
             self._thread.join()
         self._refuse_waiting()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._waiting) or len(self._batch) > 0
 
     def submit(self, request: GenerationRequest, *, sink: Sink | None = None) -> Generation:
         """Queue a request; its adapter is resolved now.
@@ -113,42 +143,35 @@ class Engine:
         in the generation.
 
         Raises:
-            RequestError: 422 prompt too long, 424 adapter not served, 429 queue full, 500 engine closed.
+            RequestError: 422 prompt too long, 424 adapter not served, 429 queue full, 503 engine closing.
         """
-        resolved = self.bank.resolve(request.adapter_id)
-        prompt, limit = self._prompt(request)
-        generation = Generation(Job(request, resolved, prompt, limit), self._vocabulary, sink=sink)
+        if self._draining:
+            raise stopping()
+        if request.best_of > self.options.max_best_of:
+            raise invalid(
+                f"`best_of` must be > 0 and <= {self.options.max_best_of}. Given: {request.best_of}"
+            )
+        generation = self._prepare(request, sink)
         with self._condition:
-            if self._closed:
-                raise incomplete()
+            if self._draining:
+                raise stopping()
             self._purge()
-            if len(self._waiting) >= self.options.max_queue:
+            if len(self._waiting) + len(generation.rows) > self.options.max_queue:
                 raise overloaded()
-            self._waiting.append(generation)
+            self._waiting.extend(generation.rows)
             self._condition.notify_all()
         return generation
 
-    def _prompt(self, request: GenerationRequest) -> tuple[tuple[int, ...], int]:
-        if request.truncate is not None and request.truncate > self.max_input_tokens:
-            raise invalid(
-                f"`truncate` must be strictly positive and less than {self.max_input_tokens}."
-                f" Given: {request.truncate}"
-            )
-        with self._tokenizing:
-            ids = self._vocabulary.tokenizer(request.inputs)["input_ids"]
-        if request.truncate is not None:
-            ids = ids[-request.truncate :]
-        count, new = len(ids), request.max_new_tokens
-        if count == 0:
-            raise invalid("`inputs` cannot be empty")
-        if new is not None and count + new > self.max_total_tokens:
-            raise invalid(
-                f"`inputs` tokens + `max_new_tokens` must be <= {self.max_total_tokens}."
-                f" Given: {count} `inputs` tokens and {new} `max_new_tokens`"
-            )
-        if count > self.max_input_tokens:
-            raise invalid(f"`inputs` must have less than {self.max_input_tokens} tokens. Given: {count}")
-        return tuple(ids), self.max_total_tokens - count if new is None else new
+    def _prepare(self, request: GenerationRequest, sink: Sink | None) -> Generation:
+        resolved = self.bank.resolve(request.adapter_id)
+        matcher = None if request.schema is None else self._grammars.matcher(request.schema)
+        prompt, limit = self._prompts.read(request)
+        texts: list[str] = []
+        if request.prefill_details:
+            texts = self._vocabulary.tokenizer.batch_decode([[token_id] for token_id in prompt])
+        job = Job(request, resolved, prompt, limit, tuple(texts))
+        kind = BestOf if request.best_of > 1 else Generation
+        return kind(job, self._vocabulary, sink=sink, matcher=matcher)
 
     def _loop(self) -> None:
         try:
@@ -156,7 +179,8 @@ class Engine:
                 self._batch.step()
         finally:  # however the thread ends, every request gets an answer
             with self._condition:
-                self._closed = True
+                self._draining = self._closed = True
+                self._condition.notify_all()
             self._batch.fail(incomplete())
             self._refuse_waiting()
 
@@ -177,6 +201,7 @@ class Engine:
 
     def _idle(self) -> None:
         """Wait for a request, then a moment for more. The condition is held."""
+        self._condition.notify_all()  # a `close` may wait for this moment
         self._condition.wait_for(lambda: self._closed or self._waiting)
         self._condition.wait_for(
             lambda: self._closed or len(self._waiting) >= self.options.max_batch,
@@ -190,6 +215,15 @@ class Engine:
     def _purge(self) -> None:
         """Drop requests cancelled while they waited. The condition is held."""
         self._waiting = deque(row for row in self._waiting if not row.done)
+
+
+def _limits(model: PreTrainedModel, options: EngineOptions) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of prompt and answer together. ConfigError where none is set."""
+    able = getattr(model.config, "max_position_embeddings", None) or 0
+    total = min(options.max_total_tokens or able, able or options.max_total_tokens)
+    if total < 2:
+        raise ConfigError("max_total_tokens: 0, but this model's configuration names no limit; give a number")
+    return min(options.max_input_tokens or total, total - 1), total
 
 
 def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

@@ -26,7 +26,7 @@ class Settings:
     max_error: float | None = None  # relative, of a runtime adapter; None: the bundle's worst user's
     spare_rows: int = 64  # runtime adapters a bundle version has room for
     kernel: str = "auto"
-    admin_token: str = ""  # asked for by the admin routes; "" leaves them open
+    admin_token: str = ""  # asked for by the admin routes; "" closes them
 
     def read_bundle(self) -> tuple[Bundle, str]:
         """The bundle served from the start, and its id. Raises BundleError for a damaged one."""

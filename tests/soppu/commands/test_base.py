@@ -81,8 +81,9 @@ def test_a_bundle_of_plain_folders_is_served_on_its_own_base_as_peft_does(
     state = ServerState.open(tmp_path / "state", bank)
     engine = Engine(model, tiny.tokenizer(), bank, EngineOptions())
     try:
-        app = create_app(engine, info=ServerInfo(base.name, base.hash), state=state)
-        with tiny.listening(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        app = create_app(engine, info=ServerInfo(base.name, base.hash, admin_token="secret"), state=state)
+        token = {"authorization": "Bearer secret"}
+        with tiny.listening(app) as url, httpx.Client(base_url=url, timeout=60, headers=token) as client:
             bundle_id = files.sha256_file(out)
             put = client.put(f"/soppu/v1/bundles/{bundle_id}", content=out.read_bytes())
             assert put.status_code in (200, 201), put.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ from soppu.errors import RequestError
 from soppu.federation.emulator import SUPPORTED
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.serve.engine.generation import Detokenizer, GenerationRequest, TokenEvent
+from soppu.serve.engine.generation import GenerationRequest, TokenEvent
 from soppu.serve.engine.sampling import Sampler, Sampling, processors
+from soppu.serve.engine.text import Detokenizer
 from tests.soppu.serve import tiny
 
 PROMPTS = ["def main():", "the quick", "a", "日本語 and a rather longer prompt than the others"]
@@ -318,29 +318,6 @@ def test_a_listener_that_raises_loses_only_its_own_request(make: Callable[..., E
     kept = engine.submit(GenerationRequest("a", max_new_tokens=5))
     assert len(kept.result()[0]) == 5
     assert lost.done and len(lost.ids) == 2
-
-
-def test_closing_fails_what_is_not_finished_and_refuses_what_comes() -> None:
-    model = tiny.llama()
-    inside = threading.Event()
-    bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
-    engine = Engine(model, tiny.tokenizer(), bank, EngineOptions(max_batch=1))
-
-    def wait_for_the_end(*_: object) -> None:
-        inside.set()
-        while engine.alive:
-            time.sleep(0.01)
-
-    model.lm_head.register_forward_hook(wait_for_the_end)
-    with engine:
-        running = [engine.submit(GenerationRequest("a", max_new_tokens=100)) for _ in range(2)]
-        assert inside.wait(30)
-    for generation in running:
-        with pytest.raises(RequestError, match="Incomplete generation"):
-            generation.result()
-    with pytest.raises(RequestError, match="Incomplete generation"):
-        engine.submit(GenerationRequest("a"))
-    assert not engine.alive
 
 
 def test_a_request_finishes_on_the_version_it_was_resolved_to(make: Callable[..., Engine]) -> None:

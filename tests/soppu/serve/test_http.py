@@ -64,14 +64,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
             server.client.__exit__(None, None, None)
             server.state.close()
 
-    def build(*, token: str = "", base_hash: str = tiny.BASE_HASH, **options: int) -> Server:
+    def build(*, token: str = tiny.TOKEN, base_hash: str = tiny.BASE_HASH, **options: int) -> Server:
         stop()
         model = tiny.llama()
         bank = AdapterBank(model, base_hash=base_hash)
         state = ServerState.open(tmp_path / "state", bank)
         engine = Engine(model, tiny.tokenizer(), bank, EngineOptions(**options))
         app = create_app(engine, info=ServerInfo("tiny", base_hash, admin_token=token), state=state)
-        server = Server(TestClient(app).__enter__(), model, engine, bank, state)
+        headers = {"authorization": f"Bearer {tiny.TOKEN}"}
+        server = Server(TestClient(app, headers=headers).__enter__(), model, engine, bank, state)
         running.append(server)
         return server
 
@@ -231,6 +232,11 @@ def test_a_full_server_answers_429(start: Start) -> None:
     response = server.post()
     assert response.status_code == 429
     assert response.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
+    assert response.headers["retry-after"] == "1"
+    server.engine.close()
+    response = server.post()
+    assert (response.status_code, response.json()["error_type"]) == (503, "overloaded")
+    assert int(response.headers["retry-after"]) > 0
 
 
 def test_many_clients_at_once_each_get_their_own_text(start: Start, shared: Bundle) -> None:
@@ -558,7 +564,7 @@ def test_a_client_that_goes_away_leaves_the_batch_to_the_others(tmp_path: Path) 
 
 
 def test_a_silent_stream_is_kept_alive_with_comments(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soppu.serve.api.http._KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("soppu.serve.api.streams._KEEP_ALIVE_SECONDS", 0.05)
     server = start()
     server.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.2))
     text = server.post("/generate_stream", max_new_tokens=2).text

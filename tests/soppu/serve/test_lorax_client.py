@@ -44,7 +44,7 @@ def found(client: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("lorax")
     bundle_id = _bundle().save(folder / "b.safetensors")
     with tiny.served(tiny.llama(), folder / "state") as url:
-        target = EmbeddedTarget(url)
+        target = EmbeddedTarget(url, admin_token=tiny.TOKEN)
         target.publish(folder / "b.safetensors", bundle_id=bundle_id)
         target.activate(bundle_id)
         command = [client, Path(__file__).with_name("lorax_calls.py"), url, PROMPT, "alice", "bob", ""]

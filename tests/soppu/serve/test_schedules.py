@@ -215,10 +215,19 @@ def test_a_sliding_window_is_that_of_transformers() -> None:
     assert found == [tiny.peft_text(base, prompt, None, tokens=12) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", ["max_batch", "max_input_tokens", "prefill_tokens"])
-def test_options_that_could_never_answer_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: 0, allowed: 1 and more"):
-        EngineOptions(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("max_batch", 0, 1),
+        ("prefill_tokens", 0, 1),
+        ("max_input_tokens", -1, 0),
+        ("max_total_tokens", -1, 0),
+        ("max_total_tokens", 1, 2),
+    ],
+)
+def test_options_that_could_never_answer_are_refused(name: str, value: int, least: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: {value}, allowed: {least} and more"):
+        EngineOptions(**{name: value})
 
 
 def test_a_request_that_comes_while_others_run_does_not_wait_for_them() -> None:

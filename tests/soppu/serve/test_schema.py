@@ -103,6 +103,27 @@ def test_unknown_keys_are_ignored_and_a_route_may_fix_the_stream_flag() -> None:
         ("adapter_source", 7),
         ("api_token", 7),
         ("return_full_text", "yes"),
+        ("best_of", 0),
+        ("best_of", True),
+        ("typical_p", 1.0),
+        ("typical_p", 0),
+        ("typical_p", True),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", "1"),
+        ("presence_penalty", -2.1),
+        ("return_k_alternatives", 0),
+        ("return_k_alternatives", 21),
+        ("decoder_input_details", 1),
+        ("response_format", "json"),
+        ("response_format", {}),
+        ("response_format", {"type": "xml"}),
+        ("response_format", {"type": ["text"]}),
+        ("response_format", {"type": "json_schema", "schema": True}),
+        ("response_format", {"type": "text", "schema": {}}),
+        ("watermark", 1),
+        ("apply_chat_template", "yes"),
+        ("merged_adapters", [1]),
+        ("merged_adapters", {"ids": "a", "weights": [1]}),
     ],
 )
 def test_a_wrong_value_is_a_422_that_names_the_parameter(name: str, value: object) -> None:
@@ -115,17 +136,10 @@ def test_a_wrong_value_is_a_422_that_names_the_parameter(name: str, value: objec
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("best_of", 2),
-        ("best_of", True),
-        ("typical_p", 0.9),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("return_k_alternatives", 3),
-        ("response_format", {"type": "json_object"}),
         ("watermark", True),
-        ("decoder_input_details", True),
         ("apply_chat_template", True),
         ("merged_adapters", {"ids": ["a"], "weights": [1.0]}),
+        ("merged_adapters", {"ids": ["a", "b"], "weights": [1, 2], "merge_strategy": "ties"}),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name_not_ignored(name: str, value: object) -> None:
@@ -135,9 +149,32 @@ def test_what_is_not_implemented_is_refused_by_name_not_ignored(name: str, value
     assert parse({name: None}).generation.inputs == "x"
 
 
-@pytest.mark.parametrize(("name", "value"), [("best_of", 1), ("typical_p", 1.0), ("watermark", False)])
-def test_the_default_of_what_is_not_implemented_is_accepted(name: str, value: object) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "best_of",
+        "typical_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "return_k_alternatives",
+        "response_format",
+        "decoder_input_details",
+    ],
+)
+def test_a_null_asks_for_nothing(name: str) -> None:
+    assert parse({name: None}).generation == parse().generation
+
+
+@pytest.mark.parametrize(("name", "value"), [("best_of", 1), ("typical_p", 0.999), ("watermark", False)])
+def test_what_changes_nothing_is_accepted(name: str, value: object) -> None:
     assert parse({name: value}).generation.inputs == "x"
+
+
+def test_what_cannot_be_streamed_is_refused_with_loraxs_words() -> None:
+    error = refused({"best_of": 2, "do_sample": True}, stream=True)
+    assert "`best_of` != 1 is not supported when streaming tokens" in str(error)
+    error = refused({"decoder_input_details": True}, stream=True)
+    assert "`decoder_input_details` == true is not supported when streaming tokens" in str(error)
 
 
 def test_inputs_and_parameters_themselves_are_checked() -> None:
@@ -164,6 +201,11 @@ def test_an_unknown_adapter_source_is_a_424_as_in_lorax() -> None:
     error = refused({"adapter_id": "a", "adapter_source": "ftp"})
     assert (error.status, error.error_type) == (424, "generation")
     assert "Invalid source 'ftp'" in str(error)
+    for source in ("hub", "S3", "pbase"):
+        error = refused({"adapter_id": "alice", "adapter_source": source})
+        assert (error.status, error.error_type) == (424, "generation")
+        assert f"Invalid source {source.lower()!r}" in str(error) and "fetches nothing" in str(error)
+    assert parse({"adapter_id": "alice", "adapter_source": "Local"}).parameters.adapter_source == "local"
     assert parse({"adapter_source": "HUB"}).parameters.adapter_source == "hub"
 
 
@@ -182,6 +224,11 @@ def test_an_unknown_adapter_source_is_a_424_as_in_lorax() -> None:
         ({"temperature": 1e-5}, True),
         ({"temperature": 0, "do_sample": True, "top_k": 3}, False),
         ({"repetition_penalty": 1.3}, False),
+        ({"typical_p": 0.95}, True),
+        ({"typical_p": 0.95, "temperature": 0}, False),
+        ({"frequency_penalty": 1, "presence_penalty": 1}, False),
+        ({"best_of": 2, "temperature": 1.0}, True),
+        ({"best_of": 2, "do_sample": True}, True),
     ],
 )
 def test_when_a_request_samples(parameters: dict[str, Any], samples: bool) -> None:
@@ -220,6 +267,34 @@ def test_json_that_lorax_cannot_read_is_a_400_too(body: bytes) -> None:
         ({"adapter_id": ["a"]}, '`parameters.adapter_id` must be a string of valid Unicode. Given: ["a"]'),
         ({"top_k": 0}, "`top_k` must be strictly positive"),
         ({"temperature": -1}, "`temperature` must be non-negative. Given: -1.0"),
+        ({"frequency_penalty": 3}, "`frequency_penalty` must be >= -2.0 and <= 2.0. Given: 3.0"),
+        ({"presence_penalty": -3}, "`presence_penalty` must be >= -2.0 and <= 2.0. Given: -3.0"),
+        ({"typical_p": 1.0}, "`typical_p` must be > 0.0 and < 1.0. Given: 1.0"),
+        ({"return_k_alternatives": 0}, "`return_k_alternatives` must be strictly positive"),
+        ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
+        ({"best_of": 2, "do_sample": True, "temperature": 0}, "you must use sampling when `best_of` is > 1"),
+        ({"best_of": 2, "top_k": 5, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
+        (
+            {"response_format": {"type": "xml"}},
+            '`response_format.type` must be one of text, json_object, json_schema. Given: "xml"',
+        ),
+        (
+            {"merged_adapters": {"ids": []}},
+            "at least one adapter ID must be provided when setting `adapters`",
+        ),
+        (
+            {"merged_adapters": {"ids": ["a", "b"], "weights": [1]}},
+            "number of adapter IDs must match number of adapter weights",
+        ),
+        (
+            {"merged_adapters": {"ids": ["a"], "weights": [1], "merge_strategy": "slerp"}},
+            "`merged_adapters.merge_strategy` must be one of linear, ties, dare_linear, dare_ties."
+            ' Given: "slerp"',
+        ),
+        (
+            {"merged_adapters": {"ids": ["a"], "weights": [1], "majority_sign_method": 7}},
+            "`merged_adapters.majority_sign_method` must be one of total, frequency. Given: 7",
+        ),
     ],
 )
 def test_the_words_of_a_refusal(parameters: dict[str, Any], message: str) -> None:
@@ -247,6 +322,12 @@ NAMES = st.sampled_from(
         "details",
         "best_of",
         "watermark",
+        "typical_p",
+        "frequency_penalty",
+        "response_format",
+        "merged_adapters",
+        "return_k_alternatives",
+        "decoder_input_details",
     ]
 )
 

@@ -39,6 +39,7 @@ from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.server import claim_port
 
 BASE_HASH = "b" * 64
+TOKEN = "the-admin-token"
 _TEXT = [
     "def main():\n    return 0\n",
     "the quick brown fox jumps over the lazy dog",
@@ -164,11 +165,21 @@ def listening(app: ASGIApp) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served(model: PreTrainedModel, folder: Path, *, token: str = "", **options: int) -> Iterator[str]:
-    """A server of `model` on a real port, without adapters; yields its URL."""
+def served(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    token: str = TOKEN,
+    bundle: tuple[Path, str] | None = None,
+    **options: int,
+) -> Iterator[str]:
+    """A server of `model` on a real port, with no adapters but those of a bundle file; yields its URL."""
     torch.set_num_threads(1)
     bank = AdapterBank(model, base_hash=BASE_HASH)
     state = ServerState.open(folder, bank)
+    if bundle is not None:
+        state.add_bundle(bundle[0], bundle_id=bundle[1])
+        state.activate(bundle[1])
     engine = Engine(model, tokenizer(), bank, EngineOptions(**options))
     app = create_app(engine, info=ServerInfo("tiny", BASE_HASH, admin_token=token), state=state)
     try:

@@ -62,6 +62,7 @@ def test_publications_to_a_vllm_server_are_tried_switched_and_rolled_back(
     assert target.active() == second and set(target.bundles()) == {first, second}
 
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
+    where += ["--state", run.config.serve.state]
     result = CliRunner().invoke(main, ["rollback", *where])
     assert result.exit_code == 0, result.output
     assert target.active() == run.registry().publications()[0].bundle_id == first

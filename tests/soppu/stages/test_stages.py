@@ -277,6 +277,7 @@ def test_the_bundle_before_stays_for_a_rollback_and_older_ones_go(
     target = open_target(run)
     assert set(target.bundles()) == set(published[1:])
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
+    where += ["--state", run.config.serve.state]
     result = CliRunner().invoke(main, ["rollback", *where])
     assert result.exit_code == 0, result.output
     assert target.active() == run.registry().publications()[0].bundle_id == published[1]
@@ -292,6 +293,7 @@ def test_there_is_nothing_to_roll_back_to_at_first(
     bundle_id, name = evaluated(run)
     publish(str(run.folder), bundle_id, name)
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
+    where += ["--state", run.config.serve.state]
     result = CliRunner().invoke(main, ["rollback", *where])
     assert result.exit_code == 1
     assert "was published there" in result.output
@@ -312,6 +314,7 @@ def test_a_bundle_with_a_forgotten_user_never_goes_live_again(
     target = open_target(run)
     assert target.bundles() == (without,)
     where = ["--url", run.config.serve.url, "--registry", run.config.registry.root]
+    where += ["--state", run.config.serve.state]
     assert CliRunner().invoke(main, ["rollback", *where]).exit_code == 1
     assert CliRunner().invoke(main, ["rollback", *where, "--to", with_bob]).exit_code == 1
     assert target.active() == without

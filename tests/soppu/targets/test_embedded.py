@@ -24,6 +24,7 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import PortTaken, TargetError
 from soppu.federation.simulation import free_port
 from soppu.models import resolve
+from soppu.serve.admin_token import token_file
 from soppu.serve.api.http import ServerInfo
 from soppu.serve.server import claim_port
 from soppu.targets import http, process
@@ -101,7 +102,7 @@ def full(tmp_path: Path) -> Iterator[tuple[str, Event]]:
     gate, inside, model = Event(), Event(), tiny.llama()
     model.lm_head.register_forward_hook(lambda *_: (inside.set(), gate.wait(30), None)[-1])
     with tiny.served(model, tmp_path / "state", max_batch=1, max_queue=1) as url:
-        target = EmbeddedTarget(url)
+        target = EmbeddedTarget(url, admin_token=tiny.TOKEN)
         with ThreadPoolExecutor(2) as pool:
             pool.submit(target.complete, PROMPT, max_new_tokens=2)
             assert inside.wait(30)
@@ -116,7 +117,7 @@ def test_a_canary_waits_for_a_full_server(
     full: tuple[str, Event], shared: Bundle, files: dict[str, Path]
 ) -> None:
     url, gate = full
-    target, one = EmbeddedTarget(url), next(iter(files))
+    target, one = EmbeddedTarget(url, admin_token=tiny.TOKEN), next(iter(files))
     target.publish(files[one], bundle_id=one)
     Timer(0.3, gate.set).start()
     assert target.canary(shared.users * 4, PROMPT, bundle_id=one, workers=8) == [""] * 8
@@ -283,8 +284,9 @@ def test_a_server_process_is_started_once_serves_restarts_and_stops(tmp_path: Pa
     shared = tiny.bundle({"alice": tiny.lora(model, seed=1, base_hash=base.hash)})
     bundle_id = shared.save(tmp_path / "bundle")
     expected = tiny.peft_text(model, PROMPT, shared.reconstruct("alice"), tokens=8)
-    target = EmbeddedTarget(f"http://127.0.0.1:{free_port()}", base_hash=base.hash, admin_token="secret")
     options = launch(tmp_path, str(folder))
+    kept = token_file(options.state)  # the server is given no token, and makes one
+    target = EmbeddedTarget(f"http://127.0.0.1:{free_port()}", base_hash=base.hash, token_file=kept)
     assert target.start(options)
     try:
         assert target.is_up() and not target.start(options)
@@ -292,8 +294,11 @@ def test_a_server_process_is_started_once_serves_restarts_and_stops(tmp_path: Pa
         target.activate(bundle_id)
         assert target.complete(PROMPT, user="alice", max_new_tokens=8) == expected
         assert requests.get(f"{target.url}/soppu/v1/bundles", timeout=5).status_code == 401
+        token = kept.read_text()
+        assert kept.stat().st_mode & 0o777 == 0o600
         assert process.stop(options.pid_file) and not target.is_up()
         assert target.start(options)
+        assert target.active() == bundle_id and kept.read_text() == token
         assert target.complete(PROMPT, user="alice", max_new_tokens=8) == expected
     finally:
         assert process.stop(options.pid_file)

@@ -20,6 +20,7 @@ from soppu.compress import compress
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
 from soppu.errors import AdapterError, BundleError
+from soppu.serve.bank.holdings import Answer
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.settings import Settings
@@ -93,6 +94,11 @@ def test_a_staged_bundle_is_asked_for_by_version_and_switched_to(server: Server,
     before = server.control.activate(bundle_id)
     assert _same(server.change("ann"), new) and _same(server.change(f"ann@{before}"), old)
     assert server.control.bank.names() == ("ann", "cem") and server.control.bank.resolve("bob") is None
+    assert server.control.bank.answers("ann") == Answer(
+        "ann", bundle_id, (f"ann@{before}", f"ann@{bundle_id}")
+    )
+    assert server.control.bank.answers("bob") == Answer(loaded=(f"bob@{before}",))
+    assert server.control.bank.answers("nobody") is None
     assert server.control.activate(before) == bundle_id
     assert _same(server.change("ann"), old)
 
