@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -71,6 +72,7 @@ from soppu.targets.verify_server import KINDS, Server
 @click.pass_context
 def verify_target_command(
     ctx: click.Context,
+    /,
     *,
     url: str,
     bundle: Path | None,
@@ -81,12 +83,9 @@ def verify_target_command(
     volume: str,
     model: str,
     cache: Path,
-    prompt: str,
-    tokens: int,
-    tolerance: float,
     within: float,
-    dangerous: bool,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Try every point that the server at URL can get wrong with users' adapters; pass or fail for each.
 
@@ -116,10 +115,7 @@ def verify_target_command(
         server,
         [one for one in subjects if not users or one.user in users],
         Reference.load(model, cache=cache) if model else None,
-        prompt=prompt,
-        tokens=tokens,
-        tolerance=tolerance,
-        dangerous=dangerous,
+        **how,
     )
     with tqdm(
         desc="verify", unit="user", total=len(trial.subjects), disable=True if as_json else None

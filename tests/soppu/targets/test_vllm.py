@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,10 @@ from threading import Event
 
 import pytest
 import requests
+from click.testing import CliRunner
 
 from soppu import adapter as adapters
+from soppu.cli import main
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import TargetError
 from soppu.targets import process
@@ -94,6 +97,16 @@ def test_a_target_completes_and_its_canaries_pass(server: Server) -> None:
         assert faults == [""] * len(live.USERS)
     (fault,) = target.canary(["nobody"], live.PROMPT, bundle_id=server.bundle_id)
     assert "404" in fault
+
+
+def test_verify_target_passes_it_against_the_bundle_it_serves(server: Server) -> None:
+    asked = ["--bundle", str(server.launch.bundle), "--model", str(server.launch.model), "--json"]
+    result = CliRunner().invoke(main, ["verify-target", server.target.url, *asked])
+    told = json.loads(result.stdout)
+    assert result.exit_code == 0 and told["kind"] == "vllm" and told["failed"] == [], result.stdout
+    verdicts = {point["name"]: point["verdict"] for point in told["points"]}
+    passed = ("health", "base", "answers", "warm", "header", "effect", "canary", "missing", "alive")
+    assert {verdicts[name] for name in passed} == {"pass"}
 
 
 def test_an_adapter_without_effect_fails_its_canary(server: Server) -> None:
