@@ -38,7 +38,7 @@ class LoraxTarget(HttpTarget):
 
     Args:
         live: gives the id of the bundle that the registry says is served here, "" for none.
-        dtype: of the tensors written: "float16", "bfloat16" or "float32".
+        dtype: of the tensors written: "float16" or "bfloat16".
         timeout: seconds a single answer may take; loading the adapter counts.
     """
 

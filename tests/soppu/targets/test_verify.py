@@ -36,6 +36,7 @@ from tests.soppu.serve import tiny
 from tests.soppu.targets.lorax_double import LoraxDouble
 
 PROMPT = "the quick"
+ADMIN = {"authorization": f"Bearer {tiny.TOKEN}"}
 
 ADMIN = {"authorization": f"Bearer {tiny.TOKEN}"}
 
@@ -331,17 +332,18 @@ def test_dangerous_requests_are_sent_only_where_they_are_asked_for(
 def test_our_own_server_passes_with_a_bundle(
     tmp_path: Path, bundle: Bundle, file: Path, base: Path, staged: bool
 ) -> None:
-    with tiny.served(tiny.llama(), tmp_path / "state", token="secret") as url:
+    with tiny.served(tiny.llama(), tmp_path / "state") as url:
         bundle_id = bundle.save(file)
-        headers = {"authorization": "Bearer secret"}
         put = requests.put(
-            f"{url}/soppu/v1/bundles/{bundle_id}", data=file.read_bytes(), headers=headers, timeout=20
+            f"{url}/soppu/v1/bundles/{bundle_id}", data=file.read_bytes(), headers=ADMIN, timeout=20
         )
         assert put.status_code == 201
         if not staged:
-            requests.post(f"{url}/soppu/v1/bundles/{bundle_id}/activate", headers=headers, timeout=20)
-        found, details = verdicts(url, "--bundle", file, "--model", base, "--dangerous", "--token", "secret")
-        assert failing(found) <= {"routes"} and details["info"] == "embedded, tiny"
+            requests.post(f"{url}/soppu/v1/bundles/{bundle_id}/activate", headers=ADMIN, timeout=20)
+        found, details = verdicts(
+            url, "--bundle", file, "--model", base, "--dangerous", "--token", tiny.TOKEN
+        )
+        assert failing(found) == set() and details["info"] == "embedded, tiny"
         for name in (
             "base",
             "answers",
@@ -367,11 +369,17 @@ def test_our_own_server_fails_where_it_serves_somebody_else_s_numbers(
             body = io.BytesIO()
             with tarfile.open(fileobj=body, mode="w") as archive:
                 archive.add(tmp_path / "folders" / folder, arcname=".")
+<<<<<<< HEAD
             where = f"{url}/soppu/v1/adapters/{user}"
             put = requests.put(where, data=body.getvalue(), headers=ADMIN, timeout=20)
+=======
+            put = requests.put(
+                f"{url}/soppu/v1/adapters/{user}", data=body.getvalue(), headers=ADMIN, timeout=20
+            )
+>>>>>>> vol11
             assert put.ok, put.text
         found, details = verdicts(url, "--adapters", tmp_path / "folders", "--model", base)
-    assert failing(found) - {"routes"} == {"answers", "canary"}
+    assert failing(found) == {"answers", "canary"}
     assert details["canary"].startswith("user2: token") and details["answers"].startswith("user3: HTTP 424")
 
 
@@ -383,10 +391,14 @@ def test_a_bundle_without_effect_is_not_held_against_the_server(
     bundle_id = silent.save(tmp_path / "zero")
     with tiny.served(tiny.llama(), tmp_path / "state") as url:
         data = (tmp_path / "zero").read_bytes()
+<<<<<<< HEAD
         where = f"{url}/soppu/v1/bundles/{bundle_id}"
         assert requests.put(where, data=data, headers=ADMIN, timeout=20).ok
+=======
+        assert requests.put(f"{url}/soppu/v1/bundles/{bundle_id}", data=data, headers=ADMIN, timeout=20).ok
+>>>>>>> vol11
         found, _ = verdicts(url, "--bundle", tmp_path / "zero", "--model", base)
-    assert failing(found) <= {"routes"}
+    assert failing(found) == set()
 
 
 def test_what_cannot_be_tried_at_all_is_one_line(
