@@ -38,8 +38,6 @@ from tests.soppu.targets.lorax_double import LoraxDouble
 PROMPT = "the quick"
 ADMIN = {"authorization": f"Bearer {tiny.TOKEN}"}
 
-ADMIN = {"authorization": f"Bearer {tiny.TOKEN}"}
-
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
@@ -369,14 +367,9 @@ def test_our_own_server_fails_where_it_serves_somebody_else_s_numbers(
             body = io.BytesIO()
             with tarfile.open(fileobj=body, mode="w") as archive:
                 archive.add(tmp_path / "folders" / folder, arcname=".")
-<<<<<<< HEAD
-            where = f"{url}/soppu/v1/adapters/{user}"
-            put = requests.put(where, data=body.getvalue(), headers=ADMIN, timeout=20)
-=======
             put = requests.put(
                 f"{url}/soppu/v1/adapters/{user}", data=body.getvalue(), headers=ADMIN, timeout=20
             )
->>>>>>> vol11
             assert put.ok, put.text
         found, details = verdicts(url, "--adapters", tmp_path / "folders", "--model", base)
     assert failing(found) == {"answers", "canary"}
@@ -391,12 +384,7 @@ def test_a_bundle_without_effect_is_not_held_against_the_server(
     bundle_id = silent.save(tmp_path / "zero")
     with tiny.served(tiny.llama(), tmp_path / "state") as url:
         data = (tmp_path / "zero").read_bytes()
-<<<<<<< HEAD
-        where = f"{url}/soppu/v1/bundles/{bundle_id}"
-        assert requests.put(where, data=data, headers=ADMIN, timeout=20).ok
-=======
         assert requests.put(f"{url}/soppu/v1/bundles/{bundle_id}", data=data, headers=ADMIN, timeout=20).ok
->>>>>>> vol11
         found, _ = verdicts(url, "--bundle", tmp_path / "zero", "--model", base)
     assert failing(found) == set()
 
