@@ -54,7 +54,7 @@ class Served:
             "registry.root": str(folder / "registry"),
             "compress.method": "joint",
             "compress.ratio": 0.0,
-            "compress.rank": 16,
+            "compress.rank": 8,
             "serve.target": "lorax",
             "serve.state": str(folder / "serve"),
             "serve.lorax_image": image,
