@@ -41,7 +41,7 @@ def rollback_command(
     """
     registry = Registry.open(root, catalogue=catalogue, create=False)
     with registry.publishing(url):  # between a publication's switch and its record, neither is ours to change
-        here = [one for one in registry.publications() if one.url.rstrip("/") == url.rstrip("/")]
+        here = registry.publications(url)
         kind, of_adapters = here[0].target if here else "embedded", bool(registry.placements(url))
         target = None if of_adapters else _taking_bundles(kind, url, state)
         live = target.active() if target else registry.live(url)

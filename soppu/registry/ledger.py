@@ -234,24 +234,25 @@ def mark_forgotten(session: Session, user: str) -> tuple[tuple[str, ...], tuple[
     return tuple(sorted(session.scalars(sets))), tuple(sorted(session.scalars(bundles)))
 
 
-def publications(session: Session) -> list[Publication]:
-    """Every publication ever recorded, newest first."""
-    return list(session.scalars(sa.select(Publication).order_by(Publication.id.desc())))
+def publications(session: Session, url: str = "") -> list[Publication]:
+    """Every publication ever recorded, newest first; with a URL those to that server."""
+    rows = session.scalars(sa.select(Publication).order_by(Publication.id.desc()))
+    return [one for one in rows if url.rstrip("/") in ("", one.url.rstrip("/"))]
 
 
 def live(session: Session, url: str) -> str:
     """Id of the bundle that was switched to last at a URL, "" for none."""
-    here = (one.bundle_id for one in publications(session) if one.url.rstrip("/") == url.rstrip("/"))
-    return next(here, "")
+    return next((one.bundle_id for one in publications(session, url)), "")
 
 
 def placements(session: Session, url: str) -> dict[str, str]:
     """User -> the id asked for since the last publication at a URL; empty where names are asked for."""
-    newest = next((one for one in publications(session) if one.url.rstrip("/") == url.rstrip("/")), None)
-    if newest is None:
-        return {}
-    asked = sa.select(Placement.user_id, Placement.asked_as).where(Placement.publication_id == newest.id)
-    return dict(session.execute(asked).tuples().all())
+    return next((_placed(session, one) for one in publications(session, url)), {})
+
+
+def _placed(session: Session, publication: Publication) -> dict[str, str]:
+    asked = sa.select(Placement.user_id, Placement.asked_as)
+    return dict(session.execute(asked.where(Placement.publication_id == publication.id)).tuples().all())
 
 
 def serving(session: Session, user: str | None = None) -> list[tuple[Publication, str, str]]:
@@ -278,10 +279,8 @@ def publish(session: Session, publication: Publication, placements: Mapping[str,
         )
     there = sa.select(Publication).filter_by(target=publication.target, url=publication.url)
     newest = session.scalar(there.order_by(Publication.id.desc()).limit(1))
-    if newest is not None and newest.bundle_id == bundle.id:
-        asked = sa.select(Placement.user_id, Placement.asked_as).where(Placement.publication_id == newest.id)
-        if dict(session.execute(asked).tuples().all()) == dict(placements):
-            return
+    if newest is not None and newest.bundle_id == bundle.id and _placed(session, newest) == dict(placements):
+        return
     publication.at = now()
     session.add(publication)
     session.flush()

@@ -22,7 +22,7 @@ def previous_bundles(registry: Registry, url: str, bundle_id: str) -> list[str]:
 
     Those that were live before this one first was, newest first; then whatever else was ever live there.
     """
-    here = [item.bundle_id for item in registry.publications() if item.url.rstrip("/") == url.rstrip("/")]
+    here = [item.bundle_id for item in registry.publications(url)]
     first = len(here) - 1 - here[::-1].index(bundle_id) if bundle_id in here else -1
     others = dict.fromkeys(item for item in [*here[first + 1 :], *here] if item != bundle_id)
     return [item for item in others if not registry.bundle(item).contains_forgotten]
@@ -38,7 +38,7 @@ def kept(registry: Registry, settings: TargetConfig, bundle_id: str) -> set[str]
     if not settings.pushes_adapters:
         return {bundle_id, *before}
     since = (datetime.now(UTC) - timedelta(seconds=settings.drain_s)).isoformat(timespec="microseconds")
-    here = [one for one in registry.publications() if one.url.rstrip("/") == settings.url.rstrip("/")]
+    here = registry.publications(settings.url)
     # newest first: each was live until the one before it in this list was recorded
     draining = {old.bundle_id for new, old in zip(here, here[1:], strict=False) if new.at > since}
     return {bundle_id, *before, *draining}

@@ -54,7 +54,7 @@ def _publish(run: Run, settings: TargetConfig, bundle_id: str) -> str:
     target.publish(path, bundle_id=bundle_id)
     staged = time.monotonic()
     try:
-        _ask_canaries(run, settings, target, bundle_id)
+        _ask_canaries(run, settings, target, (bundle_id, bundle))
         refuse_forgotten(registry, bundle_id)
     except TargetError:
         if bundle_id != target.active():
@@ -95,9 +95,9 @@ def _note(
     run.write(serving_file(settings.label), asdict(row) | (told or {}))
 
 
-def _ask_canaries(run: Run, settings: TargetConfig, target: HttpTarget, bundle_id: str) -> None:
+def _ask_canaries(run: Run, settings: TargetConfig, target: HttpTarget, staged: tuple[str, Bundle]) -> None:
     """One answer with every user's adapter in the staged bundle. TargetError names who failed."""
-    bundle = Bundle.load(run.registry().bundle_path(bundle_id), expected_hash=bundle_id)
+    bundle_id, bundle = staged
     compared = bundle.users[: settings.canary_compared] if settings.pushes_adapters else ()
     asked = {"prompt": settings.canary_prompt, "tokens": settings.canary_tokens}
     faults = target.canary(

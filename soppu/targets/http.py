@@ -200,11 +200,11 @@ class HttpTarget(ABC):
         base = ask("")
         if base.refusal:
             raise TargetError(f"{self.url}: the base model does not answer: {base.refusal}")
+        ids = self._asked_as(users, bundle_id)
         with ThreadPoolExecutor(workers) as pool:
-            answers = list(pool.map(ask, (self._asked_as(user, bundle_id) for user in users)))
+            answers = list(pool.map(ask, ids))
         faults = []
-        for user, answer in zip(users, answers, strict=True):
-            asked_as = self._asked_as(user, bundle_id)
+        for user, asked_as, answer in zip(users, ids, answers, strict=True):
             base_trace = None if user in zero_users else base.trace
             if base_trace is not None and is_close(answer.trace, base_trace):
                 answer = ask(asked_as)
@@ -212,9 +212,9 @@ class HttpTarget(ABC):
             faults.append(fault(answer, due))
         return faults
 
-    def _asked_as(self, user: str, bundle_id: str) -> str:
-        """The id that asks for a user in a staged bundle, whether it is active or not."""
-        return f"{user}@{bundle_id}"
+    def _asked_as(self, users: Sequence[str], bundle_id: str) -> list[str]:
+        """The ids that ask for users in a staged bundle, whether it is active or not."""
+        return [f"{user}@{bundle_id}" for user in users]
 
     def _version(self, bundle_id: str) -> str:
         """What an answer out of a bundle has to say about its version."""

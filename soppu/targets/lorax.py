@@ -8,7 +8,7 @@ kept by the registry (`Registry.resolve`), not by the server.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,13 @@ class LoraxTarget(HttpTarget):
         except (requests.RequestException, KeyError) as error:
             raise TargetError(f"{self.url}: does not say what its base model is called: {error}") from error
 
-    def _asked_as(self, user: str, bundle_id: str) -> str:
-        placed = self.placements(bundle_id)
-        if user not in placed:
-            raise TargetError(f"{user}: bundle {bundle_id[:12]} has no adapter of that user in the volume")
-        return placed[user]
+    def _asked_as(self, users: Sequence[str], bundle_id: str) -> list[str]:
+        placed = self.placements(bundle_id)  # read once: it has a line for every user
+        if absent := [user for user in users if user not in placed]:
+            raise TargetError(
+                f"{absent[0]}: bundle {bundle_id[:12]} has no adapter of that user in the volume"
+            )
+        return [placed[user] for user in users]
 
     def _version(self, bundle_id: str) -> str:
         return ""  # LoRAX tells none: an id is a version
