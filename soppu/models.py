@@ -109,6 +109,11 @@ def skeleton(base: BaseModel) -> transformers.PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def layer_count(folder: str | Path) -> int:
+    """How many decoder layers the configuration in a folder gives its model."""
+    return int(transformers.AutoConfig.from_pretrained(folder, local_files_only=True).num_hidden_layers)
+
+
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Every module an adapter may sit on: full name -> (o, i)."""
     modules = model.named_modules()

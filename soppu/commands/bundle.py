@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import transformers
 from tqdm import tqdm
 
+from soppu import models
 from soppu.commands.describe import table
 from soppu.commands.options import BASE, BUNDLE, OUT, named_folders, reader
 from soppu.compress import Bundle, forget, project
@@ -149,7 +149,7 @@ def _layers_of(base_model: str) -> int:
     """How many decoder layers the base model has, 0 unless its folder is on this machine to say it."""
     if not base_model or not (Path(base_model) / "config.json").exists():
         return 0
-    return int(transformers.AutoConfig.from_pretrained(base_model, local_files_only=True).num_hidden_layers)
+    return models.layer_count(base_model)
 
 
 def _written(users: int, out: Path, bundle_id: str) -> None:

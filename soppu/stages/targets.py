@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from soppu.config import TargetConfig
 from soppu.errors import TargetError
-from soppu.models import BaseModel
+from soppu.models import BaseModel, layer_count
 from soppu.serve import admin_token as tokens
 from soppu.stages.run import Run
 from soppu.targets import container
@@ -100,11 +98,10 @@ def _vllm(run: Run, settings: TargetConfig, first: Path | None) -> VllmTarget:
 def lorax_target(run: Run, settings: TargetConfig) -> LoraxTarget:
     """The LoRAX of some settings as it is, started or not."""
     base, registry = run.base(), run.registry()
-    layers = int(AutoConfig.from_pretrained(base.path, local_files_only=True).num_hidden_layers)
     return LoraxTarget(
         settings.url,
         volume=Volume.open(settings.lorax_volume),
-        model=LoraxModel(_model_id(base, settings), base.base, layers),
+        model=LoraxModel(_model_id(base, settings), base.base, layer_count(base.path)),
         live=lambda: registry.live(settings.url),
         dtype=settings.lorax_dtype,
         timeout=float(settings.start_timeout_s),
@@ -115,30 +112,31 @@ def _lorax(run: Run, settings: TargetConfig) -> LoraxTarget:
     volume = Path(settings.lorax_volume)
     if settings.lorax_image and "://" not in settings.lorax_volume:
         volume.mkdir(parents=True, exist_ok=True)
+    launch = _launch(run.base(), settings)
     target = lorax_target(run, settings)
-    if settings.lorax_image:
-        launch = _launch(run.base(), settings)
-        container.start(
-            replace(launch, mounts=((volume, _DATA, False), *launch.mounts)), ready=target.is_healthy
-        )
-    if not target.is_up():
-        raise TargetError(f"{settings.url}: nobody answers there, and serve.lorax_image names none to start")
+    _bring_up(target, replace(launch, mounts=((volume, _DATA, False), *launch.mounts)))
     return target
 
 
 def _container(run: Run, settings: TargetConfig) -> EmbeddedTarget:
     """Our own image, which takes bundles by its admin routes."""
     state = Path(settings.state)
+    launch = _launch(run.base(), settings)
     target = EmbeddedTarget(settings.url, **_known(run, state))
-    if settings.lorax_image:
-        launch = _launch(run.base(), settings)
+    if launch.image:
         # made here, for a container's own files are not ours to read
         token = os.environ.get(tokens.VARIABLE) or tokens.ensure(tokens.token_file(state))
-        environment = {**launch.environment, tokens.VARIABLE: token}
-        container.start(replace(launch, environment=environment), ready=target.is_healthy)
-    if not target.is_up():
-        raise TargetError(f"{settings.url}: nobody answers there, and serve.lorax_image names none to start")
+        launch = replace(launch, environment={**launch.environment, tokens.VARIABLE: token})
+    _bring_up(target, launch)
     return target
+
+
+def _bring_up(target: HttpTarget, launch: ContainerLaunch) -> None:
+    """Start the container, if an image is named; then the server that is expected has to answer."""
+    if launch.image:
+        container.start(launch, ready=target.is_healthy)
+    if not target.is_up():
+        raise TargetError(f"{target.url}: nobody answers there, and serve.lorax_image names none to start")
 
 
 def _model_id(base: BaseModel, settings: TargetConfig) -> str:

@@ -163,11 +163,11 @@ class BucketStore:
     def locked(self) -> Iterator[bool]:
         """Say that somebody writes here; yields whether nobody else does."""
         self._system.invalidate_cache()
-        begun = [json.loads(self.read(f"{_STAGING}/{name}") or b"0") for name in self.names(_STAGING)]
+        begun = self.names(_STAGING)
         own = f"{_STAGING}/{uuid.uuid4().hex}.json"
         self.write(own, json.dumps(time.time()).encode())
         try:
-            yield all(time.time() - moment > _DAY for moment in begun)
+            yield all(map(self._is_dead, begun))
         finally:
             self.delete(own)
 
@@ -217,9 +217,12 @@ class BucketStore:
 
     def clear(self, *, thoroughly: bool = False) -> None:
         """Delete what publications that died long ago have said of themselves."""
-        for name in self.names(_STAGING) if thoroughly else ():
-            if time.time() - json.loads(self.read(f"{_STAGING}/{name}") or b"0") > _DAY:
-                self.delete(f"{_STAGING}/{name}")
+        for name in filter(self._is_dead, self.names(_STAGING)) if thoroughly else ():
+            self.delete(f"{_STAGING}/{name}")
+
+    def _is_dead(self, name: str) -> bool:
+        """Whether the publication that wrote this object began so long ago that it cannot be under way."""
+        return time.time() - json.loads(self.read(f"{_STAGING}/{name}") or b"0") > _DAY
 
     def _below(self, folder: str) -> list[str]:
         self._system.invalidate_cache()

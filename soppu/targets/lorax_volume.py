@@ -25,14 +25,13 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import save
 
 from soppu import files
-from soppu.adapter import CONFIG_FILE, WEIGHTS_FILE
+from soppu.adapter import CONFIG_FILE, SHARED_FILE, WEIGHTS_FILE
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.lorax_export import Form
 from soppu.errors import ConfigError, SoppuError, StorageError, TargetError
 from soppu.targets.lorax_store import BucketStore, FolderStore
 
 DTYPES = ("float16", "bfloat16")  # LoRAX casts to its model's dtype, and charges for the bytes on the disk
-SHARED_FILE = "shared.safetensors"
 _HEX = 16  # of every id alike, since LoRAX finds the objects of an id by the beginning of their keys
 _LONGEST = 255  # bytes of a folder's name
 _OURS = re.compile(rf"adapters/[^/]+/[0-9a-f]{{{_HEX}}}")  # nothing else below `adapters` is ever deleted
@@ -210,14 +209,14 @@ class Volume:
         if data is None:
             return None
         try:
-            found = json.loads(data)
-            if all(isinstance(path, str) for path in found["adapters"].values()):
-                return dict(found)
-        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            pass
-        raise TargetError(
-            f"volume {self._store.name}: {name} is damaged; delete it, and publish the bundle again"
-        )
+            found = dict(json.loads(data))
+            if not all(isinstance(path, str) for path in found["adapters"].values()):
+                raise TypeError("a path is no text")
+            return found
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            raise TargetError(
+                f"volume {self._store.name}: {name} is damaged; delete it, and publish the bundle again"
+            ) from error
 
     def _delete(self, paths: Iterable[str]) -> list[str]:
         """Delete those of the folders that no manifest names."""
