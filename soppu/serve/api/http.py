@@ -7,7 +7,6 @@ event in a 200 stream, and a malformed body with JSON. LoRAX's clients read both
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -19,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,7 +30,7 @@ from soppu.serve.api.operations import OperationsApi, ServerInfo
 from soppu.serve.api.requests import ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.api.routes import ADMIN, GENERATING
-from soppu.serve.api.streams import measures, next_event, submit, watch
+from soppu.serve.api.streams import SIGN_OF_LIFE, data, measures, next_event, server_sent, submit, watch
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
@@ -132,9 +131,7 @@ class GenerateApi:
 
     async def _stream(self, parsed: ParsedRequest) -> Response:
         generation, events = await self._submit(parsed)
-        headers = self.headers(parsed, generation) | {"x-accel-buffering": "no", "cache-control": "no-cache"}
-        body = _server_sent(parsed, generation, events)
-        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+        return server_sent(_events(parsed, generation, events), self.headers(parsed, generation))
 
     async def _submit(self, parsed: ParsedRequest) -> tuple[Generation, asyncio.Queue[Event]]:
         """Queue the request; its events come into the queue."""
@@ -166,17 +163,17 @@ async def _collect(events: asyncio.Queue[Event]) -> tuple[list[TokenEvent], Fini
             return tokens, event.finish
 
 
-async def _server_sent(
+async def _events(
     parsed: ParsedRequest, generation: Generation, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """`data: {json}` for each token, a comment while nothing comes; an error is one event, and the last."""
     try:
         while True:
             if (event := await next_event(events)) is None:
-                yield ":\n\n"
+                yield SIGN_OF_LIFE
                 continue
             body = error_body(event) if isinstance(event, RequestError) else stream_body(parsed, event)
-            yield f"data: {json.dumps(body)}\n\n"  # ASCII: no character of a token can look like a line end
+            yield data(body)
             if isinstance(event, RequestError) or event.finish is not None:
                 return
     finally:

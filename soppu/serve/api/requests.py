@@ -83,8 +83,9 @@ def _encodable(value: str) -> str:
     return value
 
 
+Encodable = Annotated[str, AfterValidator(_encodable)]
 # Messages name a type by its description.
-_Text = Annotated[str, AfterValidator(_encodable), Field(description="a string of valid Unicode")]
+_Text = Annotated[Encodable, Field(description="a string of valid Unicode")]
 _Flag = Annotated[bool, Field(description="true or false")]
 _Number = Annotated[float, Field(gt=-1e30, lt=1e30, description="a number")]
 _Whole = Annotated[int, Field(ge=0, lt=2**64, description="a whole number between 0 and 2^64 - 1")]

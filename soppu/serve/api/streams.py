@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
 from soppu.errors import RequestError
 from soppu.serve.api.requests import ParsedRequest
@@ -17,6 +19,7 @@ from soppu.serve.engine.generation import Event, Finish, Generation
 T = TypeVar("T")
 Put = Callable[[Event], None]
 _KEEP_ALIVE_SECONDS = 15.0
+SIGN_OF_LIFE = ":\n\n"  # a comment, which clients pass over
 
 
 async def submit(engine: Engine, parsed: ParsedRequest, put: Put) -> Generation:
@@ -37,6 +40,17 @@ async def watch(request: Request, put: Put) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     put(RequestError("the client went away", status=499, error_type="incomplete_generation"))
+
+
+def server_sent(events: AsyncIterator[str], headers: Mapping[str, str]) -> Response:
+    """A response of server-sent events that nothing on the way holds back."""
+    unbuffered = {**headers, "x-accel-buffering": "no", "cache-control": "no-cache"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=unbuffered)
+
+
+def data(body: object) -> str:
+    """One event."""
+    return f"data: {json.dumps(body)}\n\n"  # ASCII: no character of a token can look like a line end
 
 
 async def next_event(events: asyncio.Queue[T]) -> T | None:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from soppu.errors import RequestError
+from soppu.serve.api.requests import Encodable
 from soppu.serve.refusals import invalid
 
 MAX_CHARACTERS = 100_000  # the list of the answer is made while other requests wait
 
 
-def _encodable(value: str) -> str:
-    value.encode()  # a lone surrogate would break the tokenizer
-    return value
-
-
 class TokenizeBody(BaseModel, strict=True):
     """What is tokenized."""
 
-    inputs: Annotated[str, AfterValidator(_encodable), Field(max_length=MAX_CHARACTERS)]
+    inputs: Annotated[Encodable, Field(max_length=MAX_CHARACTERS)]
     add_special_tokens: bool | None = None  # None is true
 
 

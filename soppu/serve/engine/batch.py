@@ -198,16 +198,16 @@ def choose(rows: Sequence[Generation], logits: Tensor) -> list[Choice]:
             except RuntimeError as error:  # torch.multinomial, where the parameters overflow the scores
                 row.fail(failed(f"no token can be chosen with these parameters: {error}"))
     logprobs = (logits.gather(1, chosen[:, None])[:, 0] - total).tolist()
-    likeliest = [_likeliest(row, logits[n], total[n]) for n, row in enumerate(rows)]
+    likeliest = [
+        _likeliest(logits[n], total[n], row.job.request.alternatives) if row.job.request.alternatives else ()
+        for n, row in enumerate(rows)
+    ]
     return list(map(Choice, chosen.tolist(), logprobs, likeliest))
 
 
-def _likeliest(row: Generation, logits: Tensor, total: Tensor) -> list[tuple[int, float]]:
-    """The tokens (id, logprob) that the row's request wants to be told of, the likeliest first."""
-    count = min(row.job.request.alternatives, len(logits))
-    if not count:
-        return []
-    top = logits.topk(count)
+def _likeliest(logits: Tensor, total: Tensor, count: int) -> list[tuple[int, float]]:
+    """The `count` likeliest tokens (id, logprob) of one row, the likeliest first."""
+    top = logits.topk(min(count, len(logits)))
     pairs = zip(top.indices.tolist(), (top.values - total).tolist(), strict=True)
     return [(token_id, logprob) for token_id, logprob in pairs if math.isfinite(logprob)]
 

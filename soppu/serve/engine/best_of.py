@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from soppu.errors import RequestError
@@ -52,7 +53,7 @@ class BestOf(Generation):
             self._tell()
 
     def _tell(self) -> None:
-        ranked = sorted(self._told, key=_mean_logprob, reverse=True)  # stable: of equals the first
+        ranked = sorted(self._told, key=mean_logprob, reverse=True)  # stable: of equals the first
         total = max(told[-1].finish.total for told in self._told if told[-1].finish)
         best, finish = ranked[0], ranked[0][-1].finish
         assert finish is not None
@@ -64,5 +65,6 @@ class BestOf(Generation):
         )
 
 
-def _mean_logprob(told: list[TokenEvent]) -> float:
-    return sum(token.logprob for token in told) / len(told)
+def mean_logprob(tokens: Sequence[TokenEvent]) -> float:
+    """How likely the model found a text, a token."""
+    return math.fsum(token.logprob for token in tokens) / len(tokens)

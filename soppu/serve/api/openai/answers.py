@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
-from soppu.serve.api.openai.bodies import Json
 from soppu.serve.api.openai.candidates import Piece, Transcript
+from soppu.serve.api.requests import Json
 from soppu.serve.api.responses import token_body
 from soppu.serve.engine.generation import Finish, ScoredToken
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from soppu.errors import RequestError
-from soppu.serve.api.openai.bodies import Body, ChatBody, CompletionBody, Json
-from soppu.serve.api.requests import ParsedRequest, parse_request
+from soppu.serve.api.openai.bodies import Body, ChatBody, CompletionBody
+from soppu.serve.api.requests import Json, ParsedRequest, parse_request
 from soppu.serve.refusals import invalid
 
 _AS_THEY_ARE = (

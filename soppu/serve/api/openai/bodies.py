@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from soppu.errors import RequestError
 from soppu.serve.api.openai.fields import BOTH, unknown_or_refused, without_harmless
+from soppu.serve.api.requests import Encodable, Json
 from soppu.serve.refusals import invalid
 
-Json = dict[str, Any]
 B = TypeVar("B", bound="Body")
 MAX_LOGPROBS = 20
 
@@ -28,13 +28,7 @@ class Kind:
     words: str
 
 
-def _encodable(value: str) -> str:
-    value.encode()  # a lone surrogate raises a ValueError here, later it would break the tokenizer
-    return value
-
-
-_Str = Annotated[str, AfterValidator(_encodable)]
-_Text = Annotated[_Str | None, Kind("a string of valid Unicode")]
+_Text = Annotated[Encodable | None, Kind("a string of valid Unicode")]
 _Flag = Annotated[bool | None, Kind("true or false")]
 _Number = Annotated[float | None, Field(gt=-1e30, lt=1e30), Kind("a number")]
 _Whole = Annotated[int | None, Field(ge=0, lt=2**64), Kind("a whole number between 0 and 2^64 - 1")]
@@ -42,7 +36,7 @@ _Top = Annotated[
     int | None, Field(ge=0, le=MAX_LOGPROBS), Kind(f"a whole number between 0 and {MAX_LOGPROBS}")
 ]
 _Count = Annotated[int | None, Field(ge=1, lt=2**31), Kind("a whole number of at least 1")]
-_Texts = Annotated[_Str | list[_Str] | None, Kind("a string or a list of strings")]
+_Texts = Annotated[Encodable | list[Encodable] | None, Kind("a string or a list of strings")]
 _Object = Annotated[dict[str, Any] | None, Kind("an object")]
 
 
@@ -51,7 +45,7 @@ class _Part(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["text"]
-    text: _Str
+    text: Encodable
 
 
 class _Strict(BaseModel):
@@ -70,8 +64,8 @@ class _Strict(BaseModel):
 class Message(_Strict):
     """One message of a conversation."""
 
-    role: Annotated[_Str, Kind("a string")] = Field(description="Who speaks; the chat template decides")
-    content: Annotated[_Str | list[_Part], Kind("a string or a list of parts of type text")] = Field(
+    role: Annotated[Encodable, Kind("a string")] = Field(description="Who speaks; the chat template decides")
+    content: Annotated[Encodable | list[_Part], Kind("a string or a list of parts of type text")] = Field(
         description="The text, or parts of it that are put together as they are"
     )
     name: _Text = Field(None, description="The speaker's name, for templates that show it")
@@ -98,7 +92,7 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     ROUTE: ClassVar[str]
 
-    model: Annotated[_Str, Kind("a string of valid Unicode")] = Field(
+    model: Annotated[Encodable, Kind("a string of valid Unicode")] = Field(
         description='Adapter id, as "alice" or "alice@<bundle id>"; "" or the base model\'s id is the base'
     )
     max_tokens: _Whole = Field(None, description="At most so many new tokens; absent: all that fits")
@@ -131,8 +125,8 @@ class CompletionBody(Body):
 
     ROUTE: ClassVar[str] = BOTH[0]
 
-    prompt: Annotated[_Str | list[_Str], Kind("a string or a list of strings (no token ids)")] = Field(
-        description="The text to go on with; of a list, each"
+    prompt: Annotated[Encodable | list[Encodable], Kind("a string or a list of strings (no token ids)")] = (
+        Field(description="The text to go on with; of a list, each")
     )
     best_of: _Count = Field(None, description="Generate so many and answer with the `n` likeliest")
     echo: _Flag = Field(None, description="The prompt comes first in the text")

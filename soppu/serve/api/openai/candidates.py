@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ from functools import partial
 from soppu.errors import RequestError
 from soppu.serve.api.requests import ParsedRequest
 from soppu.serve.api.streams import next_event, submit
+from soppu.serve.engine.best_of import mean_logprob
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
 
@@ -48,7 +48,7 @@ class Transcript:
     @property
     def mean_logprob(self) -> float:
         """How likely the model found it, a token."""
-        return math.fsum(piece.token.logprob for piece in self.pieces) / len(self.pieces)
+        return mean_logprob([piece.token for piece in self.pieces])
 
     def push(self, token: TokenEvent) -> Piece:
         """Take the next token; the piece's text may be shown now."""

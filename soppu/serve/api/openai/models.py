@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from soppu.errors import RequestError
-from soppu.serve.api.openai.bodies import Json
+from soppu.serve.api.requests import Json
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.names import check_name, find_version
 from soppu.serve.refusals import invalid

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from soppu import __version__
@@ -22,7 +21,7 @@ from soppu.serve.api.openai.candidates import Candidates
 from soppu.serve.api.openai.models import ModelsApi
 from soppu.serve.api.requests import ParsedRequest, read_json
 from soppu.serve.api.responses import error_body
-from soppu.serve.api.streams import measures, watch
+from soppu.serve.api.streams import SIGN_OF_LIFE, data, measures, server_sent, watch
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Generation
 from soppu.serve.refusals import invalid
@@ -77,9 +76,7 @@ class OpenAiApi:
         answer = self._answer(form, candidates, asked, body)
         headers = self._headers(asked.candidates[0], candidates.generations[0])
         if body.stream:
-            headers |= {"x-accel-buffering": "no", "cache-control": "no-cache"}
-            events = _server_sent(answer, asked, candidates)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return server_sent(_events(answer, asked, candidates), headers)
         await _collect(request, candidates)
         finish = candidates.whole(asked.best_of)
         before = asked.before(asked.n)
@@ -109,26 +106,22 @@ async def _collect(request: Request, candidates: Candidates) -> None:
         candidates.cancel()
 
 
-async def _server_sent(answer: Answer, asked: Asked, candidates: Candidates) -> AsyncIterator[str]:
+async def _events(answer: Answer, asked: Asked, candidates: Candidates) -> AsyncIterator[str]:
     """`data: {json}` for each event and `data: [DONE]`; an error is one event, and the last."""
     try:
         for index, before in enumerate(asked.before(asked.n)):
             if (opening := answer.opening(index, before)) is not None:
-                yield _event(opening)
+                yield data(opening)
         async for numbered in candidates.pieces():
             if numbered is None:
-                yield ":\n\n"
+                yield SIGN_OF_LIFE
                 continue
             for event in answer.events(*numbered):
-                yield _event(event)
+                yield data(event)
         if answer.counted:
-            yield _event(answer.counts(candidates.whole(asked.best_of)))
+            yield data(answer.counts(candidates.whole(asked.best_of)))
         yield "data: [DONE]\n\n"
     except RequestError as error:
-        yield _event(error_body(error))
+        yield data(error_body(error))
     finally:
         candidates.cancel()
-
-
-def _event(body: object) -> str:
-    return f"data: {json.dumps(body)}\n\n"  # ASCII: no character of a token can look like a line end
