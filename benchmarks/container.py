@@ -34,15 +34,14 @@ from benchmarks.schemathesis_run import Fuzz
 from benchmarks.schemathesis_run import run as fuzz
 from soppu import models
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.evaluate.gate import Verdict
-from soppu.federation.simulation import free_port
 from soppu.serve import admin_token as tokens
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.published import serving_file
-from soppu.stages.run import Run, open_run, prepare
+from soppu.stages.run import Run
 from soppu.stages.targets import lorax_target, target_settings
 from soppu.targets.canary import Trace
+from tests.containers.two import EVALUATION, run_of_two
 
 RANK, LAYERS, HIDDEN = 4, 4, 64
 PROMPT, TOKENS = "def main():", 6
@@ -57,11 +56,10 @@ class Place:
 
     run: Run
     bundles: tuple[str, str]
-    evaluation: str = "evaluation-none.json"
 
     def publisher(self, bundle_id: str, target: str) -> subprocess.Popen[bytes]:
         """A process that publishes."""
-        words = [str(self.run.folder), bundle_id, self.evaluation, target]
+        words = [str(self.run.folder), bundle_id, EVALUATION, target]
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         return subprocess.Popen([sys.executable, "-c", PUBLISH, *words], cwd=ROOT, **silent)  # type: ignore[call-overload,no-any-return]
 
@@ -121,39 +119,15 @@ def prepared(folder: Path, *, image: str, users: int, seed: int) -> Place:
     model.save_pretrained(model_folder)
     tokenizer.save_pretrained(model_folder)
     (model_folder / "model.safetensors").chmod(0o644)  # the container's server is not who runs this
-    shared = {"lorax_image": image, "lorax_pull": "never", "lorax_gpus": "", "target": "lorax", "drain_s": 0}
-    targets = [
-        {
-            "name": form,
-            "form": form,
-            "url": f"http://127.0.0.1:{free_port()}",
-            "lorax_container": f"soppu-bench-{form}",
-        }
-        for form in ("adapters", "bundle")
-    ]
-    overrides = {
-        "base.model": str(model_folder),
-        "runs": str(folder / "runs"),
-        "registry.root": str(folder / "registry"),
-        "compress.method": "joint",
-        "compress.ratio": 0.0,
-        "compress.rank": 32,
-        "serve.state": str(folder / "serve"),
-        "serve.lorax_volume": str(folder / "volume"),
-        "serve.canary_prompt": PROMPT,
-        "serve.targets": targets,
-        **{f"serve.{name}": value for name, value in shared.items()},
-    }
-    run = open_run(prepare(str(ROOT / "configs" / "default.toml"), overrides, text=False))
+    serve = {"lorax_container": "soppu-bench", "canary_prompt": PROMPT}
+    run = run_of_two(folder, base=model_folder, image=image, rank=32, **serve)
     registry, bundles = run.registry(), []
     for version in range(2):
         for number in range(users):
             made = adapter(run, seed=1000 * version + number)
             registry.put_adapter(made, user=f"user-{number:03d}", run=f"version {version}")
         bundles.append(compress_set(str(run.folder), federate.freeze_current(str(run.folder))))
-    place = Place(run, (bundles[0], bundles[1]))
-    run.write(place.evaluation, {"verdict": Verdict(True, (), 0.0, "", 0.0, 0.0, 0.0, "", (), {}).to_dict()})
-    return place
+    return Place(run, (bundles[0], bundles[1]))
 
 
 def adapter(run: Run, *, seed: int) -> LoraAdapter:

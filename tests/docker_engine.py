@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +66,3 @@ def soppu_image(docker_engine: docker.DockerClient, small_image: str) -> str:
     """Name of the embedded server's image, built from this tree; in seconds where only `soppu` changed."""
     _run("env", f"BASE={small_image}", f"VENV={ROOT / '.venv'}", "deploy/image.sh", IMAGE)
     return IMAGE
-
-
-def free_port() -> int:
-    """A port that nothing listens at right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -19,10 +19,10 @@ import requests
 from docker.errors import NotFound
 
 from soppu.errors import PortTaken, TargetError
+from soppu.federation.simulation import free_port
 from soppu.targets import container
 from soppu.targets.container import ContainerLaunch
 from soppu.targets.http import request
-from tests.docker_engine import free_port
 
 pytestmark = pytest.mark.slow
 SERVER = """

@@ -10,11 +10,11 @@ import docker
 import pytest
 from docker.models.containers import Container
 
+from soppu.federation.simulation import free_port
 from soppu.targets import container
 from soppu.targets.container import ContainerLaunch
 from soppu.targets.embedded import EmbeddedTarget
 from soppu.targets.http import request
-from tests.docker_engine import free_port
 
 pytestmark = pytest.mark.slow
 

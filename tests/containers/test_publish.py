@@ -20,12 +20,12 @@ import requests
 from soppu.adapter import read
 from soppu.compress import Bundle
 from soppu.errors import TargetError
-from soppu.evaluate.gate import Verdict
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.publish import publish
-from soppu.stages.run import Run, open_run, prepare
-from tests.docker_engine import ROOT, free_port
+from soppu.stages.run import Run
+from tests.containers.two import EVALUATION, run_of_two
+from tests.docker_engine import ROOT
 from tests.soppu.serve import tiny
 
 pytestmark = pytest.mark.slow
@@ -39,38 +39,13 @@ class Served:
     """A run, its bundles, and where each form of them is served."""
 
     def __init__(self, folder: Path, base: Path, image: str) -> None:
-        targets = [
-            {
-                "name": form,
-                "form": form,
-                "url": f"http://127.0.0.1:{free_port()}",
-                "lorax_container": f"soppu-test-{form}-{os.getpid()}",
-            }
-            for form in ("adapters", "bundle")
-        ]
-        config = {
-            "base.model": str(base),
-            "runs": str(folder / "runs"),
-            "registry.root": str(folder / "registry"),
-            "compress.method": "joint",
-            "compress.ratio": 0.0,
-            "compress.rank": 8,
-            "serve.target": "lorax",
-            "serve.state": str(folder / "serve"),
-            "serve.lorax_image": image,
-            "serve.lorax_pull": "never",
-            "serve.lorax_gpus": "",
-            "serve.lorax_volume": str(folder / "volume"),
-            "serve.drain_s": 0,
-            "serve.canary_prompt": PROMPT,
-            "serve.targets": targets,
-        }
-        self.run: Run = open_run(prepare(str(ROOT / "configs" / "default.toml"), config, text=False))
+        name = f"soppu-test-{os.getpid()}"
+        self.run: Run = run_of_two(
+            folder, base=base, image=image, rank=8, lorax_container=name, canary_prompt=PROMPT
+        )
         self.urls = {one.label: one.url for one in self.run.config.serve.each()}
         self.names = [one.lorax_container for one in self.run.config.serve.each()]
         self.volume = folder / "volume"
-        verdict = Verdict(True, (), 0.0, "", 0.0, 0.0, 0.0, "", (), {})
-        self.run.write("evaluation-none.json", {"verdict": verdict.to_dict()})
 
     def bundle(self, *, version: int) -> str:
         """The id of a bundle of everybody's adapters of a version."""
@@ -82,7 +57,7 @@ class Served:
         return compress_set(str(self.run.folder), federate.freeze_current(str(self.run.folder)))
 
     def publish(self, bundle_id: str, target: str) -> str:
-        return publish(str(self.run.folder), bundle_id, "evaluation-none.json", target)
+        return publish(str(self.run.folder), bundle_id, EVALUATION, target)
 
     def asked_as(self, form: str) -> dict[str, str]:
         """User -> the id that asks for the user, as `soppu resolve` says it."""
