@@ -73,10 +73,7 @@ class FolderStore:
     def sums(self, path: str) -> dict[str, str] | None:
         """File name -> SHA-256 of a folder, None if there is none. O(bytes)."""
         folder = self.root / path
-        if not folder.is_dir():
-            return None
-        # what starts with a dot is nobody's adapter: network file systems and desktops leave such files
-        return {file.name: files.sha256_file(file) for file in folder.glob("[!.]*")}
+        return sums_of(folder) if folder.is_dir() else None
 
     def put(self, path: str, content: Mapping[str, bytes], shared: Mapping[str, bytes]) -> None:
         """Make a folder of files; those in `shared` are linked to one copy below `basis`."""
@@ -230,6 +227,12 @@ class BucketStore:
         with suppress(FileNotFoundError):
             return [path.removeprefix(place) for path in self._system.find(place)]
         return []
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of what is in a folder. O(bytes)."""
+    # what starts with a dot is nobody's adapter: network file systems and desktops leave such files
+    return {file.name: files.sha256_file(file) for file in folder.glob("[!.]*")}
 
 
 def _write(path: Path, data: bytes) -> None:

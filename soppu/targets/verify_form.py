@@ -16,6 +16,7 @@ from soppu.adapter import CONFIG_FILE
 from soppu.compress.lorax_export import RANKS
 from soppu.errors import AdapterError
 from soppu.module_names import split_layer
+from soppu.targets.lorax_store import sums_of
 from soppu.targets.lorax_volume import address
 
 RULES = ("files", "rank", "alpha", "dtype", "names", "uniform", "base name", "content")
@@ -90,8 +91,7 @@ def _faults(
 ) -> Iterator[tuple[str, str]]:
     yield from (("files", fault) for fault in one.faults)
     if one.path.is_dir() and _ADDRESS.fullmatch(one.path.name):
-        sums = {file.name: files.sha256_file(file) for file in one.path.glob("[!.]*")}
-        if address(sums) != one.path.name:
+        if address(sums_of(one.path)) != one.path.name:
             yield "content", f"{one.path} does not hold what it was named after"
     if not one.config or not one.tensors:
         return
