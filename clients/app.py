@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.evaluation import measure
 from clients.packing import Parcel, pack
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
@@ -71,6 +72,23 @@ def train(msg: Message, context: Context) -> Message:
     return Message(content=content, reply_to=msg)
 
 
+@app.evaluate()
+def evaluate(msg: Message, context: Context) -> Message:
+    """Measure the adapters that came on this user's held-out text; numbers go back."""
+    config, user_id = _who(msg, context)
+    torch.set_num_threads(config.federation.client_cpus)
+    state, emulator_lora = wire.split_state(msg.content.array_records["arrays"].to_torch_state_dict())
+    bench = workbench(config, _plan(msg))
+    bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
+    content = RecordDict(
+        {
+            "metrics": MetricRecord(measure(bench, user_id, state)),
+            "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash}),
+        }
+    )
+    return Message(content=content, reply_to=msg)
+
+
 def _who(msg: Message, context: Context) -> tuple[Config, str]:
     """The settings that came, with this node's own data and cache in place of the server's ideas."""
     config = configuration.from_dict(json.loads(str(msg.content["config"]["settings"])), source="server")
@@ -81,7 +99,8 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
         data = dataclasses.replace(
             config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
         )
-        base = dataclasses.replace(config.base, cache=str(node.get("model-cache", config.base.cache)))
+        model, cache = node.get("base-model", config.base.model), node.get("model-cache", config.base.cache)
+        base = dataclasses.replace(config.base, model=str(model), cache=str(cache))
         return dataclasses.replace(config, data=data, base=base), str(node["user-id"])
     if "partition-id" not in node:
         raise FederationError(

@@ -22,14 +22,16 @@ from torch import Tensor
 from server import checkpoint as checkpoints
 from server.agreement import Agreement
 from server.checkpoint import Checkpoint, write_progress
+from server.evaluation import Evaluation
 from server.roll import Roll
 from server.strategy import FedBiOT
 from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter
+from soppu.compress import Bundle
 from soppu.config import Config
 from soppu.errors import FederationError
-from soppu.federation import emulator, wire
+from soppu.federation import emulator, members, wire
 from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
 from soppu.registry import Registry
@@ -44,7 +46,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Entry point Flower calls."""
     config = configuration.load(str(context.run_config["config"]))
-    Federation(config, Path(str(context.run_config["workdir"]))).run(grid)
+    workdir = Path(str(context.run_config["workdir"]))
+    with files.exclusive(workdir / "serverapp.lock"):  # one that was told to stop may still be at it
+        federation = Federation(config, workdir)
+        (federation.measure if context.run_config.get("task") == "evaluate" else federation.run)(grid)
 
 
 class Federation:
@@ -91,9 +96,7 @@ class Federation:
     def run(self, grid: Grid) -> None:
         """All of it: hello, warm-up, rounds, result."""
         self.progress("asking who is there", 0)
-        settings = configuration.to_dict(self.config)
-        told = {name: settings[name] for name in CLIENT_SECTIONS}
-        order = ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json()})
+        order = self.order()
         self.hello(grid, order)
         self.warm_up()
         done = max(self.state.done, 0)
@@ -114,6 +117,12 @@ class Federation:
             train_config=order,
         )
         self.finish(strategy)
+
+    def order(self) -> ConfigRecord:
+        """What a client is told with every message: settings and plan."""
+        settings = configuration.to_dict(self.config)
+        told = {name: settings[name] for name in CLIENT_SECTIONS}
+        return ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json()})
 
     def hello(self, grid: Grid, order: ConfigRecord) -> None:
         """Ask every node who it is. FederationError if fewer than `federation.min_users` can train."""
@@ -167,6 +176,44 @@ class Federation:
             for _ in self.aligner.steps(self.config.align.round_steps, user_adapter=current):
                 pass
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)
+
+    def measure(self, grid: Grid) -> None:
+        """The other task: every user's losses on the user's own node, on the emulator they were trained on.
+
+        `order.json` in the work folder names bundle, adapters and the federation's folder.
+        """
+        asked = json.loads((self.workdir / "order.json").read_text())
+        if asked["federation"]:
+            self.state = checkpoints.load(Path(asked["federation"]), key=self.state.key)
+        shared = wire.split_state(self.state.tensors)[0] if self.state.done > 0 else {}
+        self.warm_up()
+        bundle = Bundle.load(self.registry.bundle_path(asked["bundle"]), expected_hash=asked["bundle"])
+
+        def own(user: str) -> dict[str, Tensor]:
+            personal = self.registry.get_adapter(asked["adapters"][user])
+            kept = wire.to_state(bundle.reconstruct(user), prefix="compressed/")
+            return {**wire.to_state(personal, prefix="personal/"), **kept}
+
+        evaluation = Evaluation(
+            {node: user for node, user in self.members().items() if user in asked["adapters"]},
+            own,
+            common={
+                **wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR),
+                **{f"shared/{name}": tensor for name, tensor in shared.items()},
+            },
+            order=self.order(),
+            columns=("base", *(["shared"] if shared else []), "personal", "compressed"),
+            most_examples=self.config.data.heldout_examples,
+            timeout_s=self.config.federation.timeout_s,
+        )
+        found = evaluation.run(grid)
+        self.progress("done", 1.0)
+        files.write_text(self.workdir / "result.json", json.dumps(found, indent=2))
+
+    def members(self) -> dict[int, str]:
+        """Node of a registered key -> user; {} in a simulation, where a partition is a user."""
+        table = self.config.federation.members
+        return members.read(table) if table else {}
 
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
         """Store one user's own adapter."""

@@ -36,6 +36,7 @@ COMMANDS = {
         "verify_target",
         "Try every point that the server at URL can get wrong with users' adapters; pass or fail for each.",
     ),
+    "federation": ("federation", "Say which node is whose, where a SuperLink has SuperNodes of its own."),
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }

@@ -57,6 +57,10 @@ class FederationError(SoppuError):
     """The federated run did not deliver what was asked of it."""
 
 
+class SuperLinkAway(FederationError):
+    """Nobody answers at the address of a connection; another try may find somebody there."""
+
+
 class GateError(SoppuError):
     """The gate refused a bundle; `reasons` holds one line for each rule broken."""
 

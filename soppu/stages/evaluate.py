@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from soppu import models
@@ -23,8 +23,10 @@ from soppu.evaluate.losses import UserLosses, mean_loss
 from soppu.federation import emulator
 from soppu.federation.train import cache_states
 from soppu.module_names import split_layer
+from soppu.stages import elsewhere
 from soppu.stages.run import Run, open_run
 
+HERE = "on the full model"
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +44,34 @@ def evaluate(
     registry = run.registry()
     members = registry.get_set(set_id)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
+    losses = (elsewhere.measure if run.config.federation.connection else measure)(
+        run, members, bundle_id, on_progress=on_progress
+    )
+    verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
+    run.write(
+        name,
+        {
+            "bundle_id": bundle_id,
+            "set_id": set_id,
+            "adapters": members,
+            "measured": elsewhere.WHERE if run.config.federation.connection else HERE,
+            "losses": [dataclasses.asdict(item) for item in losses],
+            "verdict": verdict.to_dict(),
+        },
+    )
+    return name
+
+
+def measure(
+    run: Run,
+    members: Mapping[str, str],
+    bundle_id: str,
+    *,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> list[UserLosses]:
+    """Losses on the full model, here, of everybody whose held-out text is at hand."""
+    registry = run.registry()
+    bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
     lowest = min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))
     bench = _Bench(run, layers=lowest)
     losses = []
@@ -51,18 +81,7 @@ def evaluate(
         losses.append(bench.losses(user, heldout, (personal, bundle.reconstruct(user))))
         if on_progress:
             on_progress({"note": f"evaluating {user}", "share": number / len(measured)})
-    verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
-    run.write(
-        name,
-        {
-            "bundle_id": bundle_id,
-            "set_id": set_id,
-            "adapters": members,
-            "losses": [dataclasses.asdict(item) for item in losses],
-            "verdict": verdict.to_dict(),
-        },
-    )
-    return name
+    return losses
 
 
 class _Bench:

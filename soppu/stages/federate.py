@@ -12,16 +12,16 @@ import soppu
 from soppu import adapter as adapters
 from soppu import base_identity, files, models
 from soppu.errors import FederationError, RegistryError
-from soppu.federation import emulator, simulation
+from soppu.federation import connection, emulator, simulation
 from soppu.federation.emulator import LayerPlan
 from soppu.registry import Registry
-from soppu.stages.run import CONFIG, FEDERATION, open_run
+from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
 
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
 
 
 def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] | None = None) -> str:
-    """Run the simulation until every user's adapter is in the registry.
+    """Run the federation, simulated or on a connection, until every user's adapter is in the registry.
 
     An attempt that was interrupted goes on after its last finished round, and adapters that a run with
     the same training left in the registry are taken as they are. Returns the federation's id: a hash of
@@ -34,16 +34,26 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
     with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
         result = run.read(RESULT)
         if not (result and _all_held(run.registry(), result["adapters"])):
-            wanted = simulation.Simulation(
-                app=Path(soppu.__file__).resolve().parents[1],
-                config=run.folder / CONFIG,
-                workdir=run.folder / FEDERATION,
-                users=len(run.config.data.users),
-                client_cpus=run.config.federation.client_cpus,
-                timeout_s=run.config.federation.timeout_s,
-            )
-            result = simulation.run(wanted, on_progress=on_progress)
+            result = _train(run, on_progress)
         return _id(result)
+
+
+def _train(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+    """Where the configuration says: in processes of our own, or on the nodes of a connection."""
+    app, settings = Path(soppu.__file__).resolve().parents[1], run.config.federation
+    config, workdir = run.folder / CONFIG, run.folder / FEDERATION
+    if settings.connection:
+        remote = connection.Remote(app, settings.connection, config, workdir, timeout_s=settings.timeout_s)
+        return connection.run(remote, on_progress=on_progress)
+    wanted = simulation.Simulation(
+        app=app,
+        config=config,
+        workdir=workdir,
+        users=len(run.config.data.users),
+        client_cpus=settings.client_cpus,
+        timeout_s=settings.timeout_s,
+    )
+    return simulation.run(wanted, on_progress=on_progress)
 
 
 def collect(run_folder: str, federation_id: str) -> str:

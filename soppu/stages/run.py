@@ -22,6 +22,7 @@ from soppu.compress.options import CompressOptions
 from soppu.config import Config
 from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user, source_digest
 from soppu.errors import ConfigError
+from soppu.federation import members
 from soppu.federation.emulator import make_plan
 from soppu.models import BaseModel
 from soppu.registry import Registry, check_user_id
@@ -33,10 +34,15 @@ FEDERATION = "federation"
 
 # Stage -> the sources of text that its result follows from.
 READS: dict[str, Callable[[Config], tuple[str, ...]]] = {
-    "federate": lambda config: (config.data.source, config.align.source),
+    "federate": lambda config: (*_users_text(config), config.align.source),
     "compress": lambda config: (config.align.source,) if config.compress.whiten else (),
-    "evaluate": lambda config: (config.data.source,),
+    "evaluate": lambda config: _users_text(config),
 }
+
+
+def _users_text(config: Config) -> tuple[str, ...]:
+    """Where users' text is read here: nowhere if it is on nodes of its own."""
+    return () if config.federation.connection else (config.data.source,)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     Args:
         config_path: a TOML file.
         overrides: `{"section.key": value}`, stronger than the file.
-        text: whether users' text is part of the run's identity; a recompression alone reads none.
+        text: whether users' text is part of the run's identity; a recompression alone reads none, and where
+            the federation has a connection text is on its nodes and none is read here.
 
     Returns:
         The run folder, absolute.
@@ -114,11 +121,11 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     texts = ""
     if text:
         # named, so that all later stages agree on who takes part
-        users = tuple(map(check_user_id, list_users(config.data)))
+        users = tuple(map(check_user_id, _users(config)))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, users=users))
         _check_split(config, base)
         public = [item.digest() for item in load_public(config.align.source, limit=config.align.examples)]
-        own = [load_user(config.data, user).digest() for user in users]
+        own = [load_user(config.data, user).digest() for user in users if _users_text(config)]
         texts = " ".join([models.tokenizer_digest(base), *public, *own])
     folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
     files.write_text(folder / CONFIG, configuration.dump(config))
@@ -131,6 +138,21 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
         if not link.is_symlink():
             link.symlink_to(os.path.relpath(shared, link.parent))
     return str(folder)
+
+
+def _users(config: Config) -> list[str]:
+    """Who is to take part: of the source of text, or of the table of nodes where text is not here."""
+    if not config.federation.connection:
+        return list_users(config.data)
+    known = sorted(members.read(config.federation.members).values())
+    if strangers := sorted(set(config.data.users).difference(known)):
+        raise ConfigError(
+            f"data.users: {', '.join(strangers)} not in {config.federation.members}; it has"
+            f" {', '.join(known)}"
+        )
+    if not known:
+        raise ConfigError(f"{config.federation.members}: no node is registered yet")
+    return list(config.data.users) or known
 
 
 def _check_split(config: Config, base: BaseModel) -> None:
@@ -169,5 +191,6 @@ def _absolute(config: Config) -> Config:
         serve=replace(
             config.serve, **folders(own), targets=tuple({**one, **folders(one)} for one in targets)
         ),
+        federation=replace(config.federation, members=path(config.federation.members)),
         registry=replace(config.registry, root=path(config.registry.root)),
     )

@@ -1,0 +1,56 @@
+"""Held-out losses that are measured where the text is: on users' own nodes, on the emulator."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import soppu
+from soppu import files
+from soppu.evaluate.losses import UserLosses
+from soppu.federation import connection
+from soppu.stages.run import CONFIG, FEDERATION, Run
+
+WHERE = "on the emulator, on users' own nodes"
+_log = logging.getLogger(__name__)
+
+
+def measure(
+    run: Run,
+    members: Mapping[str, str],
+    bundle_id: str,
+    *,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> list[UserLosses]:
+    """Ask the nodes of the run's connection; users whose node did not answer are left out, and logged.
+
+    Args:
+        members: user -> adapter id, everybody in the bundle.
+
+    Raises:
+        FederationError: the run on the connection did not come to an end.
+    """
+    settings, workdir = run.config.federation, run.folder / f"measured-{bundle_id[:16]}"
+    trained = run.folder / FEDERATION
+    order = {
+        "bundle": bundle_id,
+        "adapters": dict(members),
+        "federation": str(trained.resolve()) if trained.exists() else "",
+    }
+    files.write_text(workdir / "order.json", json.dumps(order))
+    app = Path(soppu.__file__).resolve().parents[1]
+    remote = connection.Remote(
+        app, settings.connection, run.folder / CONFIG, workdir, task="evaluate", timeout_s=settings.timeout_s
+    )
+    found = connection.run(remote, on_progress=on_progress)
+    for user, why in found["refused"].items():
+        _log.warning("not measured: %s: %s", user, why)
+    return [
+        UserLosses(
+            user, int(one["num-examples"]), one["loss-base"], one["loss-personal"], one["loss-compressed"]
+        )
+        for user, one in sorted(found["losses"].items())
+    ]
