@@ -107,8 +107,8 @@ class FedBiOT(FedAvg):
         state = {**self._start, **self._emulator(number, arrays)}
         record = ArrayRecord(state)
         messages = []
-        for node in self.nodes:
-            order = ConfigRecord({**config, "server-round": number, "mode": mode})
+        for node, user in self.nodes.items():
+            order = ConfigRecord({**config, "server-round": number, "mode": mode, "user": user})
             content = RecordDict({self.arrayrecord_key: record, self.configrecord_key: order})
             log.bytes_down += record.count_bytes() + order.count_bytes()
             messages.append(Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node))

@@ -91,11 +91,12 @@ class FederationConfig:
     client_cpus: Count = 1
     min_users: Natural = 0
     hello_timeout_s: Count = 120  # how long those who are missing are waited for
+    round_timeout_s: Count = 900  # a client that has not answered by then has lost its place in the round
     timeout_s: Count = 3600
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "timeout_s"})
+OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "round_timeout_s", "timeout_s"})
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
