@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from server.agreement import short
 from soppu.errors import FederationError, RegistryError
 from soppu.registry import check_user_id
 
@@ -21,7 +22,6 @@ _ATTEMPTS = 3  # how often a node is asked before the first round
 _PAUSE_S = 0.5
 _NO_ANSWER = "no answer"
 _REPLY = {"hello": ConfigRecord}
-_LONGEST = 300  # characters of anything a node said that are repeated
 
 
 class _Refusal(Exception):
@@ -118,7 +118,7 @@ class Roll:
             if node not in self.silent:
                 continue
             if reply.has_error():
-                self.silent[node] = _short(reply.error.reason)
+                self.silent[node] = short(reply.error.reason)
                 continue
             del self.silent[node]
             try:
@@ -190,7 +190,7 @@ class Roll:
             raise _Refusal("holds another layer plan", whose)
         if type(examples) is not int or not 1 <= examples <= self._most:
             wanted = f"expected a whole number from 1 to data.train_examples = {self._most}"
-            raise _Refusal(f"says it has {_short(examples)} examples to train on, {wanted}", whose)
+            raise _Refusal(f"says it has {short(examples)} examples to train on, {wanted}", whose)
         return _Claim(str(user), examples)
 
     def _enrol(self, claims: Mapping[int, _Claim], here: set[int]) -> None:
@@ -221,9 +221,3 @@ class Roll:
 
 def _names(claims: Mapping[int, _Claim]) -> set[str]:
     return {claim.user for claim in claims.values()}
-
-
-def _short(said: object) -> str:
-    """At most `_LONGEST` characters of what came from outside."""
-    text = said if isinstance(said, str) else repr(said)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from server.agreement import LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, size
+from server.agreement import LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, short, size
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
 
@@ -156,7 +156,7 @@ class FedBiOT(FedAvg):
             try:
                 form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
             except AdapterError as error:
-                log.refused[user] = str(error)
+                log.refused[user] = short(str(error))
                 log.lost += [user] if message.has_error() else []
                 continue
             good[user], changes[user] = (message, form), change(adapter, self._start)
