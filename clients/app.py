@@ -1,7 +1,7 @@
 """The Flower ClientApp: one user's side. Messages in, one call into the workbench, messages out.
 
-Text is read here and stays here; what leaves is LoRA factors and numbers. A simulated client's user is
-the one its partition number points at; a real one is named by the node that runs it
+Text is read here and stays here; what leaves is LoRA factors and numbers. A simulated client is the user
+that the server says it is; a real one is named by the node that runs it
 (`--node-config 'user-id="alice" data-source="/home/alice/notes.jsonl"'`), never by the server.
 """
 
@@ -16,18 +16,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from clients.evaluation import measure
+from clients.limit import within_its_time
 from clients.packing import Parcel, pack
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
 from soppu.config import Config
-from soppu.data import list_users, load_user
+from soppu.data import load_user
 from soppu.errors import FederationError
 from soppu.evaluate.losses import mean_loss
 from soppu.federation import wire
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.train import TrainOptions, TrainResult, fit
 
-app = ClientApp()
+app = ClientApp(mods=[within_its_time])
 
 
 @app.query("hello")
@@ -82,7 +83,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
     content = RecordDict(
         {
-            "metrics": MetricRecord(measure(bench, user_id, state)),
+            "metrics": MetricRecord({**measure(bench, user_id, state)}),
             "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash}),
         }
     )
@@ -106,10 +107,9 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"
         )
-    users, number = list_users(config.data), int(node["partition-id"])
-    if number >= len(users):
-        raise FederationError(f"partition {number} has no user: {config.data.source} gives {len(users)}")
-    return config, users[number]
+    if not (user := str(msg.content["config"].get("user", ""))):
+        raise FederationError(f"partition {node['partition-id']} is nobody's: the message names no user")
+    return config, user
 
 
 def _plan(msg: Message) -> LayerPlan:

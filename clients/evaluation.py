@@ -17,14 +17,14 @@ COLUMNS = ("base", "shared", "personal", "compressed")
 EXAMPLES = "num-examples"
 
 
-def measure(bench: Workbench, user_id: str, state: Mapping[str, Tensor]) -> dict[str, float | int]:
+def measure(bench: Workbench, user_id: str, state: Mapping[str, Tensor]) -> dict[str, float]:
     """Held-out losses, nats a token, under `loss-COLUMN` for every column that came, and base.
 
     Args:
         state: adapters in wire names, each below a prefix that is its column: `personal/model.layers…`.
     """
     held = bench.states(user_id).heldout
-    numbers: dict[str, float | int] = {EXAMPLES: len(held)}
+    numbers: dict[str, float] = {EXAMPLES: len(held)}
     for column in COLUMNS:
         prefix = f"{column}/"
         part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -22,6 +22,7 @@ from torch import Tensor
 from server import checkpoint as checkpoints
 from server.agreement import Agreement
 from server.checkpoint import Checkpoint, write_progress
+from server.delivery import Delivery
 from server.evaluation import Evaluation
 from server.roll import Roll
 from server.strategy import FedBiOT
@@ -36,8 +37,9 @@ from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
 from soppu.registry import Registry
 
-# What a client needs to know; where the registry is and what is served is not its business.
+# What a client needs to know; where the registry is and what is served is not its business, nor who else there is.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
+_OURS = {"base": ("cache",), "data": ("source", "users"), "federation": ("members", "connection")}
 
 app = ServerApp()
 
@@ -46,18 +48,25 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Entry point Flower calls."""
     config = configuration.load(str(context.run_config["config"]))
-    workdir = Path(str(context.run_config["workdir"]))
+    workdir, remote = Path(str(context.run_config["workdir"])), config.federation.connection
+    nodes = members.read(config.federation.members) if remote else None
     with files.exclusive(workdir / "serverapp.lock"):  # one that was told to stop may still be at it
-        federation = Federation(config, workdir)
-        (federation.measure if context.run_config.get("task") == "evaluate" else federation.run)(grid)
+        federation = Federation(config, workdir, members=nodes)
+        task = federation.measure if context.run_config.get("task") == "evaluate" else federation.run
+        task(Delivery(grid, grace_s=federation.patience_s))
 
 
 class Federation:
-    """One federated run: model, plan, aligner, checkpoint, and the strategy that uses them."""
+    """One federated run: model, plan, aligner, checkpoint, and the strategy that uses them.
 
-    def __init__(self, config: Config, workdir: Path) -> None:
+    Args:
+        members: node id -> user, of the machines that users' text is on; None simulates the users here.
+    """
+
+    def __init__(self, config: Config, workdir: Path, *, members: Mapping[int, str] | None = None) -> None:
         self.config = config
         self.workdir = workdir
+        self.members = members
         self.last_round = config.federation.rounds + 1
         base = models.resolve(config.base.model, cache=Path(config.base.cache))
         model = models.load_model(base, dtype=config.frozen_dtype)
@@ -111,18 +120,30 @@ class Federation:
         self.strategy = strategy
         strategy.start(
             grid=grid,
-            initial_arrays=ArrayRecord(wire.split_state(self.state.tensors)[0]),
+            initial_arrays=ArrayRecord(self.state.tensors),
             num_rounds=self.last_round - done,
-            timeout=self.config.federation.timeout_s,
+            timeout=min(self.config.federation.round_timeout_s, self.config.federation.timeout_s),
             train_config=order,
         )
         self.finish(strategy)
 
     def order(self) -> ConfigRecord:
         """What a client is told with every message: settings and plan."""
+        return ConfigRecord({"settings": json.dumps(self.told()), "plan": self.plan.to_json()})
+
+    def told(self) -> dict[str, Any]:
+        """The settings that clients get. A node on another machine has its own text and its own paths, and is
+        told none of ours; a simulated one is on this machine and reads what we read.
+        """
         settings = configuration.to_dict(self.config)
         told = {name: settings[name] for name in CLIENT_SECTIONS}
-        return ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json()})
+        simulated = self.members is None
+        ours = {"data": ("users",)} if simulated else _OURS
+        for section, names in ours.items():
+            told[section] = {key: value for key, value in told[section].items() if key not in names}
+        if not simulated and Path(self.config.base.model).is_absolute():
+            told["base"].pop("model")
+        return told
 
     def hello(self, grid: Grid, order: ConfigRecord) -> None:
         """Ask every node who it is. FederationError if fewer than `federation.min_users` can train."""
@@ -130,8 +151,10 @@ class Federation:
             grid,
             order,
             plan_hash=self.plan.hash,
-            users=self.config.data.users,
+            users=self.config.data.users or tuple((self.members or {}).values()),
             most_examples=self.config.data.train_examples,
+            members=self.members,
+            simulated=self.members is None,
         )
         self.roll.gather(limit=self.patience_s)
         self.roll.check(self.config.federation.min_users)
@@ -145,8 +168,7 @@ class Federation:
         """Align the emulator before the first round, or take it over from a checkpoint."""
         self.aligner.observe(self._public)
         if self.state.done >= 0:
-            emulator_state = wire.split_state(self.state.tensors)[1]
-            self.aligner.load(wire.loose_from_state(emulator_state, base_hash=self.plan.base_hash))
+            self.aligner.load(self.state.aligner)
             return
         before = dataclasses.asdict(self.aligner.measure())
         steps = self.config.align.warmup_steps
@@ -195,7 +217,7 @@ class Federation:
             return {**wire.to_state(personal, prefix="personal/"), **kept}
 
         evaluation = Evaluation(
-            {node: user for node, user in self.members().items() if user in asked["adapters"]},
+            {node: user for node, user in (self.members or {}).items() if user in asked["adapters"]},
             own,
             common={
                 **wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR),
@@ -210,11 +232,6 @@ class Federation:
         self.progress("done", 1.0)
         files.write_text(self.workdir / "result.json", json.dumps(found, indent=2))
 
-    def members(self) -> dict[int, str]:
-        """Node of a registered key -> user; {} in a simulation, where a partition is a user."""
-        table = self.config.federation.members
-        return members.read(table) if table else {}
-
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
         """Store one user's own adapter."""
         values = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
@@ -223,8 +240,8 @@ class Federation:
 
     def remember(self, done: int, shared: Mapping[str, Tensor], **notes: Any) -> None:
         """Checkpoint after a round."""
-        tensors = {**shared, **wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)}
-        self.state = Checkpoint(self.state.key, done, tensors, {**self.state.notes, **notes})
+        notes = {**self.state.notes, **notes}
+        self.state = Checkpoint(self.state.key, done, dict(shared), notes, self.aligner.state())
         checkpoints.store(self.workdir, self.state)
 
     def finish(self, strategy: FedBiOT) -> None:

@@ -91,23 +91,17 @@ class FederationConfig:
     client_cpus: Count = 1
     min_users: Natural = 0
     hello_timeout_s: Count = 120  # how long those who are missing are waited for
+    round_timeout_s: Count = 900  # a client that has not answered by then has lost its place in the round
     timeout_s: Count = 3600
     connection: str = ""  # of Flower's configuration: a SuperLink with nodes of its own; "" simulates them
     members: str = ""
     edition: str = ""
 
-    @model_validator(mode="after")
-    def _known_nodes(self) -> Self:
-        if self.connection and not self.members:
-            raise ValueError(
-                f"federation.connection = {self.connection!r}: federation.members has to name the table of"
-                " nodes and their users; `soppu federation register` makes it"
-            )
-        return self
-
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "members", "min_users", "timeout_s"})
+OPERATIONAL = frozenset(
+    {"client_cpus", "hello_timeout_s", "members", "min_users", "round_timeout_s", "timeout_s"}
+)
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.

@@ -144,6 +144,11 @@ def _users(config: Config) -> list[str]:
     """Who is to take part: of the source of text, or of the table of nodes where text is not here."""
     if not config.federation.connection:
         return list_users(config.data)
+    if not config.federation.members:
+        raise ConfigError(
+            f"federation.connection = {config.federation.connection!r}: federation.members has to name the table"
+            " of nodes and their users; `soppu federation register` makes it"
+        )
     known = sorted(members.read(config.federation.members).values())
     if strangers := sorted(set(config.data.users).difference(known)):
         raise ConfigError(
