@@ -56,6 +56,6 @@ def write(path: str | Path, members: Mapping[int, str]) -> None:
 
 def _user(user: object, where: str) -> str:
     try:
-        return check_user_id(user if isinstance(user, str) else repr(user))
+        return check_user_id(user if isinstance(user, str) else "")
     except RegistryError as error:
         raise ConfigError(f"{where}: {error}") from None

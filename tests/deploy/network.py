@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 _WAY = f"/run/soppu-python-{os.getpid()}"  # where Python is bound to on its way from one place to another
-# Python may lie in a folder that only root may enter. In a namespace that folder is open, and empty but for Python.
+# Python may lie in a folder that only root may enter. In a namespace it is open, and empty but for Python.
 _ENTER = """
 set -e
 if [ -n "$1" ]; then

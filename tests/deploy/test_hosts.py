@@ -41,7 +41,7 @@ run = runs.prepare(sys.argv[1])
 say({"run": run})
 federation = federate.federate(run, on_progress=say)
 chosen = federate.collect(run, federation)
-bundle = compress.compress(run, chosen)
+bundle = compress.compress_set(run, chosen)
 say({"evaluation": evaluate.evaluate(run, chosen, bundle, on_progress=say), "bundle": bundle})
 """
 
