@@ -77,7 +77,11 @@ class Evaluation:
                 f"{user}: metric {EXAMPLES} is {count!r}, expected a whole number from 1 to"
                 f" {self.most_examples}"
             )
-        return {EXAMPLES: count, **{name: _loss(numbers, f"loss-{name}", user) for name in self.columns}}
+        return {EXAMPLES: count, **{name: _loss(numbers, name, user) for name in self._wanted}}
+
+    @property
+    def _wanted(self) -> list[str]:
+        return [f"loss-{column}" for column in self.columns]
 
 
 def _loss(numbers: MetricRecord, name: str, user: str) -> float:

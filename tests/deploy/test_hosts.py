@@ -218,7 +218,7 @@ def write_config(link: Host, base: Path, public: Path) -> Path:
             "round_timeout_s": 120,
             "timeout_s": 200,
         },
-        "compress": {"method": "joint", "rank": 4},
+        "compress": {"ratio": 2.0},
         "registry": {"root": str(link.home / "registry")},
     }
     path = link.home / "hosts.toml"

@@ -1,4 +1,4 @@
-"""Runs on a SuperLink that is already there: a real one, Flower's commands, and a ServerApp of a few lines."""
+"""Runs on a SuperLink that is there already: a real one, Flower's commands, a ServerApp of a few lines."""
 
 from __future__ import annotations
 
