@@ -24,7 +24,7 @@ from server.agreement import Agreement
 from server.checkpoint import Checkpoint, write_progress
 from server.delivery import Delivery
 from server.roll import Roll
-from server.strategy import FedBiOT
+from server.strategy import FedBiOT, RoundLog
 from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter
@@ -176,6 +176,7 @@ class Federation:
         """
         shared = arrays.to_torch_state_dict()
         if number - 1 > self.state.done:
+            self.enough(self.strategy.logs[-2])
             rounds = self.state.notes["rounds"] + [dataclasses.asdict(self.strategy.logs[-2])]
             self.remember(number - 1, shared, rounds=rounds)
         self.roll.ask_again(limit=self.patience_s)
@@ -188,6 +189,18 @@ class Federation:
             for _ in self.aligner.steps(self.config.align.round_steps, user_adapter=current):
                 pass
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)
+
+    def enough(self, log: RoundLog) -> None:
+        """A mean of a few is not everybody's. FederationError if too many were lost: the next attempt repeats the
+        round, because there is no checkpoint of it.
+        """
+        asked = len(log.accepted) + len(log.lost)
+        least = self.config.federation.min_users or (asked + 1) // 2
+        if len(log.accepted) < least:
+            why = "; ".join(log.refused.values())
+            raise FederationError(
+                f"round {log.round}: {len(log.accepted)} of {asked} users answered, at least {least} have to: {why}"
+            )
 
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
         """Store one user's own adapter."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Error, Message
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from clients.workbench import workbench
 from server import checkpoint as checkpoints
 from server.app import CLIENT_SECTIONS, Federation, main
+from server.delivery import Delivery
 from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter
@@ -100,6 +101,7 @@ class Finished:
 
 def finished(root: Path, config: Config) -> Finished:
     workbench.cache_clear()
+    torch.set_num_threads(1)  # as in the tests that are held against it: sums depend on how they are split
     return Finished(config, root / "work", *federate(config, root / "work"))
 
 
@@ -473,6 +475,70 @@ def test_a_user_who_was_not_there_at_hello_trains_from_the_next_round_on(
         ["alice", "bob", "carol"],
     ]
     assert found["refused"] == {}
+
+
+# ---- clients that crash or hang, in rounds of their own
+
+
+def failing(
+    fails: Callable[[str, int, int], str],
+) -> Callable[[Message, Message], Message | None]:
+    """`fails(user, round, how often asked)` -> "crash", "hang" or "" for every message of training."""
+    asked_of: dict[tuple[str, int], int] = {}
+
+    def tamper(asked: Message, reply: Message) -> Message | None:
+        if asked.metadata.message_type != "train":
+            return reply
+        place = (user_of(asked), round_of(asked))
+        asked_of[place] = asked_of.get(place, 0) + 1
+        what = fails(*place, asked_of[place])
+        return None if what == "hang" else Message(Error(0, "died"), reply_to=asked) if what else reply
+
+    return tamper
+
+
+def delivered(config: Config, workdir: Path, fails: Callable[[str, int, int], str]) -> dict[str, Any]:
+    """What a federation gives whose messages go the way they do in earnest."""
+    grid = InProcessGrid(NODES, tamper=failing(fails))
+    Federation(config, workdir).run(Delivery(grid, grace_s=1))
+    return result(workdir)
+
+
+def test_a_client_that_crashes_is_asked_again_in_the_round_and_nothing_differs(
+    plain: Finished, tmp_path: Path
+) -> None:
+    run = configuration.from_dict(
+        configuration.to_dict(plain.config) | {"registry": {"root": str(tmp_path / "registry")}}
+    )
+    found = delivered(run, tmp_path / "work", lambda user, number, times: "crash" * (times < 2))
+    assert found["adapters"] == result(plain.workdir)["adapters"]
+    assert all(sorted(log["accepted"]) == list(USERS) and not log["lost"] for log in found["rounds"])
+
+
+def test_a_client_that_hangs_costs_its_place_in_the_round_and_not_the_attempt(
+    config: Build, tmp_path: Path
+) -> None:
+    run = config(federation={"round_timeout_s": 2})
+    found = delivered(
+        run, tmp_path / "work", lambda user, number, times: "hang" * (user == "carol" and number == 1)
+    )
+    assert found["adapters"].keys() == USERS.keys()
+    first, *later = found["rounds"]
+    assert first["lost"] == ["carol"] and first["refused"] == {"carol": "carol: no answer in time"}
+    assert sorted(first["accepted"]) == ["alice", "bob"]
+    assert all(sorted(log["accepted"]) == list(USERS) for log in later)
+
+
+@pytest.mark.parametrize("least", [0, 2])
+def test_a_round_that_most_are_lost_in_is_not_averaged_but_done_again(
+    config: Build, tmp_path: Path, least: int
+) -> None:
+    run = config(federation={"min_users": least})
+    with pytest.raises(FederationError, match=r"round 1: 1 of 3 users answered, at least 2 have to: .*bob"):
+        delivered(run, tmp_path / "work", lambda user, number, times: "crash" * (user != "alice"))
+    found = delivered(run, tmp_path / "work", lambda user, number, times: "")
+    assert [sorted(log["accepted"]) for log in found["rounds"]] == [list(USERS)] * 3
+    assert found["adapters"].keys() == USERS.keys()
 
 
 # ---- killed and resumed
