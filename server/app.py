@@ -35,7 +35,7 @@ from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
 from soppu.registry import Registry
 
-# What a client needs to know; where the registry is and what is served is not its business, nor who else there is.
+# What a client needs to know; the registry, what is served and who else there is are not its business.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
 _OURS = {"base": ("cache",), "data": ("source", "users"), "federation": ("members", "connection")}
 
@@ -191,15 +191,16 @@ class Federation:
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)
 
     def enough(self, log: RoundLog) -> None:
-        """A mean of a few is not everybody's. FederationError if too many were lost: the next attempt repeats the
-        round, because there is no checkpoint of it.
+        """A mean of a few is not everybody's. FederationError if too many were lost: the next attempt repeats
+        the round, because there is no checkpoint of it.
         """
         asked = len(log.accepted) + len(log.lost)
         least = self.config.federation.min_users or (asked + 1) // 2
         if len(log.accepted) < least:
             why = "; ".join(log.refused.values())
             raise FederationError(
-                f"round {log.round}: {len(log.accepted)} of {asked} users answered, at least {least} have to: {why}"
+                f"round {log.round}: {len(log.accepted)} of {asked} users answered,"
+                f" at least {least} have to: {why}"
             )
 
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:

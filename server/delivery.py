@@ -72,9 +72,7 @@ class Delivery(Grid):
                 time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
         return replies + [parcel.failed for parcel in waiting if parcel.failed]
 
-    def _send(
-        self, waiting: list[_Parcel], under_way: dict[str, _Parcel], deadline: float
-    ) -> list[_Parcel]:
+    def _send(self, waiting: list[_Parcel], under_way: dict[str, _Parcel], deadline: float) -> list[_Parcel]:
         """Hand over what can be; the others wait on."""
         if not waiting:
             return []
@@ -126,5 +124,9 @@ def _copy(message: Message, *, ttl: float | None) -> Message:
     known = message.metadata
     content: RecordDict = message.content
     return Message(
-        content, dst_node_id=known.dst_node_id, message_type=known.message_type, ttl=ttl, group_id=known.group_id
+        content,
+        dst_node_id=known.dst_node_id,
+        message_type=known.message_type,
+        ttl=ttl,
+        group_id=known.group_id,
     )

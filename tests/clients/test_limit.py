@@ -50,7 +50,9 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def test_a_client_that_sleeps_through_its_time_is_ended_and_says_where_it_hung() -> None:
-    done = subprocess.run([sys.executable, "-c", SLEEPER], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", SLEEPER], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "began\n" and done.returncode != 0
     assert "Timeout" in done.stderr and "in hang" in done.stderr
 

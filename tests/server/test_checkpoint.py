@@ -22,12 +22,9 @@ def make(key: str = "run", *, done: int = 1, value: float = 1.0) -> Checkpoint:
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
-    return (
-        (one.key, one.done, one.notes) == (other.key, other.done, other.notes)
-        and all(
-            ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-            for ours, theirs in ((one.tensors, other.tensors), (one.aligner, other.aligner))
-        )
+    return (one.key, one.done, one.notes) == (other.key, other.done, other.notes) and all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for ours, theirs in ((one.tensors, other.tensors), (one.aligner, other.aligner))
     )
 
 

@@ -58,14 +58,21 @@ def outcome(replies: list[Message]) -> dict[int, bool]:
 
 def test_a_client_that_crashes_is_asked_again_and_keeps_its_place() -> None:
     grid = Clients({1: [FINE], 2: [CRASH, FINE], 3: [CRASH, CRASH, FINE]})
-    assert outcome(Delivery(grid).send_and_receive(messages(1, 2, 3), timeout=60)) == {1: True, 2: True, 3: True}
+    assert outcome(Delivery(grid).send_and_receive(messages(1, 2, 3), timeout=60)) == {
+        1: True,
+        2: True,
+        3: True,
+    }
     assert sorted(m.metadata.dst_node_id for m in grid.sent) == [1, 2, 2, 3, 3, 3]
     assert all(m.content["config"]["mode"] == "shared" for m in grid.sent)
 
 
 def test_a_client_that_crashes_each_time_is_lost_after_a_few_attempts() -> None:
     grid = Clients({1: [CRASH], 2: [FINE]})
-    assert outcome(Delivery(grid, attempts=3).send_and_receive(messages(1, 2), timeout=60)) == {1: False, 2: True}
+    assert outcome(Delivery(grid, attempts=3).send_and_receive(messages(1, 2), timeout=60)) == {
+        1: False,
+        2: True,
+    }
     assert [m.metadata.dst_node_id for m in grid.sent].count(1) == 3
 
 
@@ -107,7 +114,10 @@ def test_a_node_that_went_is_asked_again_when_it_is_back() -> None:
 def test_a_node_that_does_not_come_back_is_waited_for_no_longer_than_its_grace() -> None:
     grid = ComesBack({1: [CRASH, FINE], 2: [FINE]}, gone_for=10**9)
     started = time.monotonic()
-    assert outcome(Delivery(grid, grace_s=0.2).send_and_receive(messages(1, 2), timeout=600)) == {1: False, 2: True}
+    assert outcome(Delivery(grid, grace_s=0.2).send_and_receive(messages(1, 2), timeout=600)) == {
+        1: False,
+        2: True,
+    }
     assert time.monotonic() - started < 300
 
 

@@ -377,7 +377,10 @@ BAD = {
     "a novel for a form": (field("who", "form", NOVEL), "sent in the form 'x+"),
     "a list for a user": (field("who", "user", ["bob", "alice"]), "says it is from"),
     "bytes for a plan": (field("who", "plan-hash", b"p" * 64), "trained on plan b'ppp"),
-    "a negative loss": (field("metrics", "emulator-loss", -5.0), "metric emulator-loss is -5.0, expected a number"),
+    "a negative loss": (
+        field("metrics", "emulator-loss", -5.0),
+        "metric emulator-loss is -5.0, expected a number",
+    ),
     "a loss of lists": (field("metrics", "emulator-loss", [1.0] * 100_000), "metric emulator-loss is"),
     "a loss beyond all": (field("metrics", "emulator-loss", 2e4), "metric emulator-loss is 20000.0"),
     "NaN": (tensor(KEY, number(math.nan)), "holds NaN or Inf"),
