@@ -25,7 +25,7 @@ from server.checkpoint import Checkpoint, write_progress
 from server.delivery import Delivery
 from server.evaluation import Evaluation
 from server.roll import Roll
-from server.strategy import FedBiOT
+from server.strategy import FedBiOT, RoundLog
 from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter
@@ -37,7 +37,7 @@ from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
 from soppu.registry import Registry
 
-# What a client needs to know; where the registry is and what is served is not its business, nor who else there is.
+# What a client needs to know; the registry, what is served and who else there is are not its business.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
 _OURS = {"base": ("cache",), "data": ("source", "users"), "federation": ("members", "connection")}
 
@@ -186,6 +186,7 @@ class Federation:
         """
         shared = arrays.to_torch_state_dict()
         if number - 1 > self.state.done:
+            self.enough(self.strategy.logs[-2])
             rounds = self.state.notes["rounds"] + [dataclasses.asdict(self.strategy.logs[-2])]
             self.remember(number - 1, shared, rounds=rounds)
         self.roll.ask_again(limit=self.patience_s)
@@ -231,6 +232,19 @@ class Federation:
         found = evaluation.run(grid)
         self.progress("done", 1.0)
         files.write_text(self.workdir / "result.json", json.dumps(found, indent=2))
+
+    def enough(self, log: RoundLog) -> None:
+        """A mean of a few is not everybody's. FederationError if too many were lost: the next attempt repeats
+        the round, because there is no checkpoint of it.
+        """
+        asked = len(log.accepted) + len(log.lost)
+        least = self.config.federation.min_users or (asked + 1) // 2
+        if len(log.accepted) < least:
+            why = "; ".join(log.refused.values())
+            raise FederationError(
+                f"round {log.round}: {len(log.accepted)} of {asked} users answered,"
+                f" at least {least} have to: {why}"
+            )
 
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
         """Store one user's own adapter."""

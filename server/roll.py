@@ -48,7 +48,7 @@ class Roll:
         plan_hash: of the layer plan a node has to hold.
         users: everybody who is expected; empty where any node may come.
         most_examples: how many a user may say to have.
-        members: node id -> user, of all who may take part, where nodes are registered. Others are not even asked.
+        members: node id -> user, of all who may take part, where nodes are registered; others are not asked.
         simulated: the nodes are ours, and each is told which user it is.
 
     Attributes:
@@ -198,7 +198,7 @@ class Roll:
         return _Claim(str(user), examples)
 
     def _enrol(self, claims: Mapping[int, _Claim], here: set[int]) -> None:
-        """Take up who is alone with a name. Two nodes of one name are both refused: nobody can tell which is right.
+        """Take up who is alone with a name. Of two nodes with one name both are refused: either may be wrong.
 
         Where members are known both are right, and the one that is there already stays.
         """

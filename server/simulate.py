@@ -18,5 +18,6 @@ class Client(VirtualClientEngineActor):
 
 def main() -> None:
     """Entry point: Flower's own, with another actor."""
-    raybackend.ClientAppActor = ray.remote(max_restarts=-1, max_task_retries=1)(Client)
+    actor = ray.remote(max_restarts=-1, max_task_retries=1)(Client)
+    setattr(raybackend, "ClientAppActor", actor)  # noqa: B010  # the name that Flower makes its actors by
     flwr_simulation()

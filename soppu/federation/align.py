@@ -70,7 +70,7 @@ class Aligner:
         return LoraAdapter(pairs, base_hash=self.plan.base_hash)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next step follows from: the LoRA, AdamW's moments and counts, the order of blocks to come."""
+        """All that the next step follows from: the LoRA, AdamW's moments and counts, the blocks to come."""
         state = {_GENERATOR: self._generator.get_state()}
         for name, param in self._named():
             moments = self._optimizer.state.get(param, {}) if self._optimizer else {}
@@ -79,7 +79,7 @@ class Aligner:
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from an earlier `state`: the same steps follow, bit for bit. KeyError if something is missing."""
+        """Go on from an earlier `state`, bit for bit. KeyError if something is missing in it."""
         with torch.no_grad():
             for name, param in self._named():
                 param.copy_(state[name])

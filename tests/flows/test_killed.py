@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,8 @@ from soppu.registry import Registry
 from tests.flows.driver import Pipeline, until
 
 pytestmark = pytest.mark.slow
+
+OUTAGE_S = float(os.environ.get("SOPPU_TEST_OUTAGE_S", "4"))  # by hand: a minute
 
 
 def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
@@ -38,6 +42,21 @@ def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
     assert set(registry.current_set()) == {"ann", "bob", "cleo"}
 
 
+def test_a_flow_waits_for_a_prefect_server_that_is_gone_and_goes_on(tiny_pipeline: Pipeline) -> None:
+    pipeline, others = tiny_pipeline, tiny_pipeline.run_folders()
+    pipeline.overrides |= {"compress.ratio": 2.0}  # a run of its own, of the training there is
+    flow_run = pipeline.submit("soppu/full-pipeline")
+    until(lambda: "collect" in pipeline.task_runs(flow_run), timeout=240, every=0.05)
+    kill(pipeline, "prefect-server")
+    time.sleep(OUTAGE_S)
+    assert up(pipeline.stack) == {"prefect server": True, "worker": False}
+    pipeline.completed(flow_run)
+    (folder,) = pipeline.run_folders() - others
+    stages = {path.stem: json.loads(path.read_text()) for path in (folder / "stages").glob("*.json")}
+    assert {"collect", "compress", "evaluate", "publish embedded"} <= stages.keys()
+    assert {stage["attempts"] for stage in stages.values()} == {1}  # nothing was done twice
+
+
 def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeline: Pipeline) -> None:
     pipeline, others = tiny_pipeline, tiny_pipeline.run_folders()
     pipeline.overrides |= {"compress.ratio": 3.0}  # a run of its own, of the training there is
@@ -48,7 +67,7 @@ def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeli
         return "compress" in tasks and tasks["compress"]["state_type"] == "COMPLETED"
 
     until(compressed, timeout=300, every=0.1)
-    kill_worker(pipeline)
+    kill(pipeline, "worker")
     (folder,) = pipeline.run_folders() - others
     stages = folder / "stages"
     before = {path.name: path.read_text() for path in stages.glob("*.json")}
@@ -80,11 +99,10 @@ def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeli
     assert live[0].url == rows["there"]["url"] and live[0].bundle_id == rows["there"]["bundle_id"]
 
 
-def kill_worker(pipeline: Pipeline) -> None:
-    """SIGKILL to the worker and to everything under it, as a lost machine would."""
-    pid_file = pipeline.stack.pid_file("worker")
-    worker = psutil.Process(json.loads(pid_file.read_text())["pid"])
-    doomed = [worker, *worker.children(recursive=True)]
+def kill(pipeline: Pipeline, name: str) -> None:
+    """SIGKILL to a process of the stack and to everything under it, as a lost machine would."""
+    first = psutil.Process(json.loads(pipeline.stack.pid_file(name).read_text())["pid"])
+    doomed = [first, *first.children(recursive=True)]
     for item in doomed:
         item.kill()
     psutil.wait_procs(doomed, timeout=10)
