@@ -146,8 +146,8 @@ def _users(config: Config) -> list[str]:
         return list_users(config.data)
     if not config.federation.members:
         raise ConfigError(
-            f"federation.connection = {config.federation.connection!r}: federation.members has to name the table"
-            " of nodes and their users; `soppu federation register` makes it"
+            f"federation.connection = {config.federation.connection!r}: federation.members has to name the"
+            " table of nodes and their users; `soppu federation register` makes it"
         )
     known = sorted(members.read(config.federation.members).values())
     if strangers := sorted(set(config.data.users).difference(known)):
