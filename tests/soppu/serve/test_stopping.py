@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +19,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from soppu.federation.simulation import free_port
+from soppu.serve import stopping
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
@@ -21,6 +28,7 @@ from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.server import claim_port
 from soppu.serve.stopping import DrainingServer
 from tests.soppu.serve import tiny
+from tests.soppu.serve.talking import tar_of
 
 BODY = {"inputs": "the quick", "parameters": {"max_new_tokens": 8, "ignore_eos_token": True}}
 
@@ -51,7 +59,7 @@ def held(folder: Path, *, grace: float) -> Iterator[Held]:
     bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
     state = ServerState.open(folder, bank)
     engine = Engine(model, tiny.tokenizer(), bank, EngineOptions())
-    app = create_app(engine, info=ServerInfo("tiny", tiny.BASE_HASH), state=state)
+    app = create_app(engine, info=ServerInfo("tiny", tiny.BASE_HASH, admin_token="t"), state=state)
     server = DrainingServer(app, engine, grace=grace)
     with claim_port("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
