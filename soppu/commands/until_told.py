@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do to a command that runs until it is told to stop, while it is not ready to serve."""
+"""What SIGTERM and SIGINT do to a command that runs until it is told to stop, while it does not serve yet."""
 
 from __future__ import annotations
 

@@ -201,7 +201,9 @@ async def _on_fault(request: Request, _: Exception) -> Response:
     """What no handler foresaw: logged with its traceback, and answered as every other error is."""
     # CrossOrigin is passed by here
     open_ = {} if request.url.path.startswith(ADMIN) else {"access-control-allow-origin": "*"}
-    return _plain_error(request, 500, "the server has failed at this request; its log says where", headers=open_)
+    return _plain_error(
+        request, 500, "the server has failed at this request; its log says where", headers=open_
+    )
 
 
 def _plain_error(

@@ -40,7 +40,16 @@ def stopped_at(fifo: Path, number: int, command: list[str], **environment: str) 
 
 
 def serve(base: Path, folder: Path, *words: object) -> list[str]:
-    options = ["--model", base, "--port", free_port(), "--state", folder / "state", "--cache", folder / "cache"]
+    options = [
+        "--model",
+        base,
+        "--port",
+        free_port(),
+        "--state",
+        folder / "state",
+        "--cache",
+        folder / "cache",
+    ]
     return [sys.executable, "-m", "soppu.cli", "serve", *map(str, [*options, *words])]
 
 

@@ -108,7 +108,9 @@ def test_a_chat_and_its_stream_name_the_model_as_a_field(served: tuple[str, Talk
     chunks = list(client.chat.completions.create(stream=True, **asked))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
     endpoint = InferenceClient(served[0])  # which calls every model "dummy"
-    again = endpoint.chat_completion(SAID, max_tokens=6, temperature=0.0, extra_body={"model": asked["model"]})
+    again = endpoint.chat_completion(
+        SAID, max_tokens=6, temperature=0.0, extra_body={"model": asked["model"]}
+    )
     assert again.choices[0].message.content == text
     with pytest.raises(HfHubHTTPError) as caught:
         endpoint.chat_completion(SAID, max_tokens=6)

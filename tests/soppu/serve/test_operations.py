@@ -236,7 +236,14 @@ def test_a_client_in_a_page_may_send_its_key_and_its_own_headers_to_what_generat
     server: Server, asked: str
 ) -> None:
     preflight = SITE | {"access-control-request-method": "POST", "access-control-request-headers": asked}
-    for path in ("/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/", "/tokenize"):
+    for path in (
+        "/generate",
+        "/generate_stream",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/",
+        "/tokenize",
+    ):
         allowed = server.client.options(path, headers=preflight)
         assert allowed.status_code == 200
         named = {name.strip() for name in allowed.headers["access-control-allow-headers"].lower().split(",")}
@@ -254,9 +261,10 @@ def test_a_page_may_read_the_headers_of_an_answer_and_of_a_refusal(server: Serve
     bad = server.client.post("/generate", json={"inputs": ""}, headers=SITE)
     for answer in (good, bad):
         assert answer.headers["access-control-expose-headers"] == "*"
-    assert "access-control-expose-headers" not in server.client.get(
-        "/soppu/v1/bundles", headers=SITE | ADMIN
-    ).headers
+    assert (
+        "access-control-expose-headers"
+        not in server.client.get("/soppu/v1/bundles", headers=SITE | ADMIN).headers
+    )
 
 
 def test_a_page_is_told_of_a_fault_of_ours_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,10 @@ def test_a_change_that_was_begun_is_finished_and_no_other_is_begun(tmp_path: Pat
         assert inside.wait(30)
         on.server.stop()
         wait_until_refused(on.url)
-        for refused in (put(on.url, upload, "bob"), requests.post(f"{on.url}/soppu/v1/deactivate", timeout=30)):
+        for refused in (
+            put(on.url, upload, "bob"),
+            requests.post(f"{on.url}/soppu/v1/deactivate", timeout=30),
+        ):
             assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
             assert refused.json()["error_type"] == "overloaded"
         assert requests.get(f"{on.url}/soppu/v1/adapters", headers=ADMIN, timeout=30).status_code == 200
@@ -204,7 +207,11 @@ def test_a_change_that_was_begun_is_finished_and_no_other_is_begun(tmp_path: Pat
 
 @pytest.mark.parametrize("told", ["after its grace", "by a second signal"])
 def test_what_is_still_sent_or_loaded_is_answered_and_given_up(
-    told: str, tmp_path: Path, upload: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    told: str,
+    tmp_path: Path,
+    upload: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(stopping, "_FLUSH_SECONDS", 0.5)
     grace = 0.2 if told == "after its grace" else 60.0
