@@ -95,7 +95,7 @@ def test_it_stops_at_once_while_it_loads(
     )
     with weights.open(
         "wb"
-    ):  # waits until it is read; and the first process of a container hears no signal by itself
+    ):  # waits until it is read; a container's first process hears no signal by itself
         inside.kill(signal)
         assert inside.wait(timeout=60)["StatusCode"] == 0
     log = inside.logs().decode()

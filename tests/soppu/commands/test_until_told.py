@@ -1,4 +1,4 @@
-"""A server that is told to stop before it serves: wherever it is, at once, quietly, as after any other stop."""
+"""A server that is told to stop before it serves: wherever it is, at once, quietly, as after any stop."""
 
 from __future__ import annotations
 
