@@ -19,7 +19,9 @@ ENV PYTHONPATH=/app:/opt/packages:/opt/pipeline PATH=/opt/pipeline/bin:/usr/loca
     PREFECT_SERVER_ANALYTICS_ENABLED=false TOKENIZERS_PARALLELISM=false
 # Flower packs the apps out of this folder, soppu's own source included; it wins over the server's copy
 COPY app /app
-RUN python3 -m compileall -q /app
+# `soppu users` in a shell of the worker reads the registry that the pipeline writes
+RUN python3 -m compileall -q /app && ln -s /soppu /app/.soppu \
+    && printf '#!/bin/sh\nexec python3 -m soppu.cli "$@"\n' > /opt/pipeline/bin/soppu && chmod +x /opt/pipeline/bin/soppu
 WORKDIR /app
 USER 1000:1000
 EXPOSE 4200
