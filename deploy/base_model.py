@@ -13,7 +13,9 @@ from soppu.errors import SoppuError
 @click.command()
 @click.argument("name", envvar="MODEL_ID")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("/soppu/models"), show_default=True)
-@click.option("--make", "folders", type=click.Path(path_type=Path), multiple=True, help="Folder to make as well.")
+@click.option(
+    "--make", "folders", type=click.Path(path_type=Path), multiple=True, help="Folder to make as well."
+)
 def main(name: str, cache: Path, folders: tuple[Path, ...]) -> None:
     """Fetch, convert and check the base model NAME, or only check it where it is there already."""
     try:
