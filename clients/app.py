@@ -120,7 +120,7 @@ def _metrics(bench: Workbench, states: UserStates, result: TrainResult, parcel: 
             "num-examples": len(states.train),
             "train-loss-first": result.first_loss,
             "train-loss-last": result.last_loss,
-            "emulator-loss-base": mean_loss(bench.top, bench.plan, states.heldout, adapter=None),
+            "emulator-loss-base": mean_loss(bench.top, bench.plan, states.validation, adapter=None),
             "emulator-loss": parcel.loss,
         }
     )

@@ -38,7 +38,7 @@ class Agreement:
         rank: LoRA rank.
         base_model, base_hash, fan_in_fan_out: written into the adapters that are kept.
         form: "ternary" if users' own adapters may come so; float32 is always allowed.
-        max_loss: by how much the held-out loss of one that does may have risen, nats a token.
+        max_loss: by how much the validation loss of one that does may have risen, nats a token.
         max_examples: how many examples any user may say to have trained on.
         examples: user -> how many they said at hello; no reply may name more.
         max_update: how many times the median change of a round one user's may be.
@@ -128,7 +128,7 @@ class Agreement:
         rise = cast(float, metrics[TERNARY_LOSS]) - cast(float, metrics[LOSS])
         if rise > self.max_loss:
             raise AdapterError(
-                f"{user}: sent ternary, which raises the held-out loss by {rise:.4g},"
+                f"{user}: sent ternary, which raises the validation loss by {rise:.4g},"
                 f" allowed: at most {self.max_loss:g}"
             )
 

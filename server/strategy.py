@@ -27,7 +27,7 @@ SHARED, PERSONAL = "shared", "personal"
 
 @dataclass(frozen=True)
 class Received:
-    """How one user's adapter came: its form, the bytes of the reply, the held-out losses told.
+    """How one user's adapter came: its form, the bytes of the reply, the validation losses told.
 
     Attributes:
         form: "float32" or "ternary".

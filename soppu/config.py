@@ -36,6 +36,7 @@ class DataConfig:
     source: str = "stdlib"
     users: Texts = ()
     train_examples: Count = 64
+    validation_examples: Count = 16
     heldout_examples: Count = 16
     min_examples: Count = 8
     max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192

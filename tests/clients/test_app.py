@@ -34,7 +34,7 @@ from tests.soppu.compress import ternary_measures as measures
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
 SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
-USERS = {"alice": 12, "bob": 9}
+USERS = {"alice": 14, "bob": 13}
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def setup(
     write_users: Callable[[Path, Mapping[str, int]], Path],
 ) -> Setup:
     source = write_users(tmp_path / "users", USERS)
-    sizes = {"train_examples": 6, "heldout_examples": 2, "min_examples": 4, "max_tokens": 96}
+    sizes = {"train_examples": 6, "validation_examples": 2, "min_examples": 4, "max_tokens": 96}
     config = configuration.from_dict(
         {
             "base": {"model": str(tiny_base)},
@@ -271,9 +271,9 @@ def test_a_personal_adapter_within_its_budget_comes_as_signs_and_gains(setup: Se
     assert set(metrics) - set(plain.content["metrics"]) == {"emulator-loss-ternary"}
     assert metrics["emulator-loss"] == plain.content["metrics"]["emulator-loss"]
     bench = workbench(config, setup.plan)
-    heldout = bench.states("alice").heldout
+    validation = bench.states("alice").validation
     full = dataclasses.replace(wanted, base_hash=setup.plan.base_hash)
-    assert metrics["emulator-loss-ternary"] == mean_loss(bench.top, bench.plan, heldout, adapter=full)
+    assert metrics["emulator-loss-ternary"] == mean_loss(bench.top, bench.plan, validation, adapter=full)
     assert metrics["emulator-loss-ternary"] != metrics["emulator-loss"]
 
 
@@ -326,7 +326,7 @@ def leaks(message: Message, user: data.UserData, ids: list[list[int]]) -> list[s
     for array in message.content.array_records.get("arrays", {}).values():
         raw += array.data + array.numpy().tobytes()
     found = []
-    for item in (*user.train, *user.heldout):
+    for item in (*user.train, *user.validation, *user.heldout):
         for text in (
             item.prompt,
             item.completion,
@@ -348,7 +348,7 @@ def leaks(message: Message, user: data.UserData, ids: list[list[int]]) -> list[s
 def test_no_text_and_no_token_of_the_user_is_in_any_reply(setup: Setup, tiny_base: Path) -> None:
     user = data.load_user(setup.config.data, "alice")
     tokenizer = models.load_tokenizer(models.resolve(str(tiny_base), cache=Path("unused")))
-    blocks = data.tokenize((*user.train, *user.heldout), tokenizer, max_tokens=96)
+    blocks = data.tokenize((*user.train, *user.validation, *user.heldout), tokenizer, max_tokens=96)
     ids = [block.ids.tolist() for block in blocks]
     alice = node(**{"partition-id": 0})
     replies = [app(setup.message("query.hello"), alice)]

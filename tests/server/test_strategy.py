@@ -266,7 +266,7 @@ BAD_TERNARY: dict[str, tuple[Callable[[RecordDict], Any], str]] = {
     "a list of forms": (lambda content: content["who"].update(form=["ternary"]), r"form \['ternary'\]"),
     "over the budget": (
         lambda content: content["metrics"].update({"emulator-loss-ternary": 3.5}),
-        "raises the held-out loss by 0.5, allowed: at most 0.01",
+        "raises the validation loss by 0.5, allowed: at most 0.01",
     ),
     "loss not told": (lambda content: content["metrics"].pop("emulator-loss-ternary"), "metrics are"),
     "loss NaN": (
