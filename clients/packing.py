@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clients.workbench import UserStates, Workbench
 from soppu.adapter import LoraAdapter
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import wire, wire_ternary
+from soppu.federation.train import mean_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +32,21 @@ class Parcel:
     ternary_loss: float | None = None
 
 
-def pack(bench: Workbench, states: UserStates, adapter: LoraAdapter, *, personal: bool) -> Parcel:
+def pack(
+    bench: Workbench, states: UserStates, adapter: LoraAdapter, *, loss: float, personal: bool
+) -> Parcel:
     """Choose the form by `[federation]` of the bench's configuration.
 
     A shared round is averaged and always float32. In the personal one the ternary form is sent if the
     validation loss of what the server will decode rises by no more than `wire_max_loss`.
 
+    Args:
+        loss: validation loss of the adapter, nats a token.
+
     Raises:
         AdapterError: the adapter holds NaN or Inf.
     """
     settings = bench.config.federation
-    loss = mean_loss(bench.top, bench.plan, states.validation, adapter=adapter)
     if not personal or settings.wire != wire.TERNARY:
         return Parcel(wire.FLOAT32, wire.to_state(adapter), loss)
     state = wire_ternary.to_ternary(adapter, density=settings.wire_density)

@@ -67,9 +67,7 @@ class Workbench:
         """Read, tokenise and run the emulator over one user's text; kept for the last few users."""
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
-            self._states[user_id] = UserStates(
-                user, self._run(user.train), self._run(user.validation)
-            )
+            self._states[user_id] = UserStates(user, self._run(user.train), self._run(user.validation))
             while len(self._states) > _KEEP_STATES:
                 self._states.popitem(last=False)
         return self._states[user_id]

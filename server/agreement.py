@@ -22,7 +22,9 @@ from soppu.federation import wire, wire_ternary
 
 WEIGHT = "num-examples"
 LOSS, TERNARY_LOSS = "emulator-loss", "emulator-loss-ternary"
-METRICS = (WEIGHT, "train-loss-first", "train-loss-last", "emulator-loss-base", LOSS)
+BASE_LOSS, SHARED_LOSS = "emulator-loss-base", "emulator-loss-shared"
+METRICS = (WEIGHT, "train-loss-first", "train-loss-last", BASE_LOSS, SHARED_LOSS, LOSS)
+PERSONAL_METRICS = (*METRICS, "learning-rate", "steps", "share")  # how a user's own adapter was made
 _LARGEST = 1e12  # of any metric
 _HARMLESS = 1e-3
 _REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
@@ -83,7 +85,8 @@ class Agreement:
         ternary = personal and self.form == wire.TERNARY
         form = self._form(message.content.config_records["who"], user, ternary=ternary)
         metrics = message.content.metric_records["metrics"]
-        _check_metrics(metrics, user, (*METRICS, TERNARY_LOSS) if ternary else METRICS)
+        names = PERSONAL_METRICS if personal else METRICS
+        _check_metrics(metrics, user, (*names, TERNARY_LOSS) if ternary else names)
         _check_weight(metrics, user, most=self.examples.get(user, self.max_examples))
         if form == wire.TERNARY:
             self._check_rise(metrics, user)

@@ -121,9 +121,7 @@ def load_user(config: DataConfig, user_id: str) -> UserData:
     )
 
 
-def _apart(
-    examples: list[Example], chosen: Callable[[Example], bool]
-) -> tuple[list[Example], list[Example]]:
+def _apart(examples: list[Example], chosen: Callable[[Example], bool]) -> tuple[list[Example], list[Example]]:
     """Those chosen, or the first where there is none, and the others."""
     apart = [item for item in examples if chosen(item)] or examples[:1]
     taken = set(apart)
@@ -139,6 +137,12 @@ def load_public(source: str, *, limit: int) -> list[Example]:
     if not examples:
         raise DataError(f"align.source: {source} holds no examples")
     return sorted(set(examples), key=Example.digest)[:limit]
+
+
+def split_public(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Public text to train the emulator on, and some that it never is; a single text has to be both."""
+    unseen, rest = _apart(examples, Example.is_held_out)
+    return rest or unseen, unseen
 
 
 def source_digest(source: str) -> str:

@@ -24,11 +24,10 @@ from soppu.adapter import LoraAdapter
 from soppu.compress.numbers import ternary
 from soppu.config import Config, LoraSettings
 from soppu.errors import ConfigError, DataError, FederationError
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import emulator, wire, wire_ternary
 from soppu.federation.attach import initial_pairs
 from soppu.federation.emulator import LayerPlan, TopModel
-from soppu.federation.train import TrainOptions, cache_states, fit
+from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.soppu.compress import ternary_measures as measures
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -167,10 +166,10 @@ def test_a_node_that_is_not_set_up_says_what_is_missing(
 
 
 def test_a_user_with_too_little_text_says_so_before_training(setup: Setup) -> None:
-    more = dataclasses.replace(setup.config.data, min_examples=8, train_examples=10)
+    more = dataclasses.replace(setup.config.data, min_examples=11, train_examples=11)
     wanting = dataclasses.replace(setup.config, data=more)
     assert user_in(app(setup.message("query.hello", wanting), node(**{"partition-id": 0}))) == "alice"
-    with pytest.raises(DataError, match="user 'bob' has 7 examples to train on"):
+    with pytest.raises(DataError, match="user 'bob' has 10 examples to train on"):
         app(setup.message("query.hello", wanting), node(**{"partition-id": 1}))
 
 
@@ -234,6 +233,7 @@ def test_the_reply_holds_factors_of_the_adapter_layers_and_numbers_only(setup: S
         "train-loss-first",
         "train-loss-last",
         "emulator-loss-base",
+        "emulator-loss-shared",
         "emulator-loss",
     }
     assert all(isinstance(value, int | float) for value in reply.content["metrics"].values())
@@ -383,5 +383,5 @@ def test_errors_about_a_users_file_do_not_quote_it(setup: Setup, tmp_path: Path)
         (tmp_path / "users" / "alice.jsonl").write_text("\n".join([*lines, bad]))
         with pytest.raises(DataError) as caught:
             app(setup.message("query.hello"), node(**{"partition-id": 0}))
-        assert "alice.jsonl:13" in str(caught.value)
+        assert "alice.jsonl:15" in str(caught.value)
         assert "whisper" not in str(caught.value) and "secret" not in str(caught.value)

@@ -145,7 +145,9 @@ def test_the_split_is_disjoint_and_every_user_has_something_held_out(both: Path)
 
 def test_what_is_chosen_with_is_never_trained_on_and_never_judged_by(both: Path) -> None:
     whole = data.load_user(settings_for(both), "alice")
-    short = data.load_user(settings_for(both, train_examples=4, validation_examples=1, heldout_examples=1), "alice")
+    short = data.load_user(
+        settings_for(both, train_examples=4, validation_examples=1, heldout_examples=1), "alice"
+    )
     assert len(short.validation) == 1 and set(short.validation) <= set(whole.validation)
     assert not set(short.train) & set(whole.validation)
     assert not set(short.heldout) & set(whole.validation)
