@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from clients.workbench import Workbench
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import wire
+from soppu.federation.train import mean_loss
 
 COLUMNS = ("base", "shared", "personal", "compressed")
 EXAMPLES = "num-examples"
@@ -23,7 +23,7 @@ def measure(bench: Workbench, user_id: str, state: Mapping[str, Tensor]) -> dict
     Args:
         state: adapters in wire names, each below a prefix that is its column: `personal/model.layers…`.
     """
-    held = bench.states(user_id).heldout
+    held = bench.heldout(user_id)
     numbers: dict[str, float] = {EXAMPLES: len(held)}
     for column in COLUMNS:
         prefix = f"{column}/"

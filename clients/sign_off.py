@@ -7,6 +7,7 @@ it to be there, waits for what it was doing, and lets nobody in with its key. Si
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,7 +30,7 @@ def main(superlink: str, root_certificates: Path, key: Path, node: int) -> None:
     private = load_ssh_private_key(key.read_bytes(), None)
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise click.BadParameter(f"{key}: holds a key of another kind; expected an elliptic curve's")
-    interceptors = [
+    interceptors: list[Any] = [
         RuntimeVersionHttpInterceptor(component_name="SuperNode"),
         NodeAuthHttpInterceptor(private, private.public_key()),
     ]

@@ -22,8 +22,11 @@ from soppu.federation import wire, wire_ternary
 
 WEIGHT = "num-examples"
 LOSS, TERNARY_LOSS = "emulator-loss", "emulator-loss-ternary"
-METRICS = (WEIGHT, "train-loss-first", "train-loss-last", "emulator-loss-base", LOSS)
-_LARGEST = 1e4  # of any loss, nats a token; a user's losses are everybody's where they are averaged
+BASE_LOSS, SHARED_LOSS = "emulator-loss-base", "emulator-loss-shared"
+METRICS = (WEIGHT, "train-loss-first", "train-loss-last", BASE_LOSS, SHARED_LOSS, LOSS)
+PERSONAL_METRICS = (*METRICS, "learning-rate", "steps", "share")  # how a user's own adapter was made
+_LARGEST = 1e12  # of any metric
+_LARGEST_LOSS = 1e4  # nats a token; where losses are averaged a user's are everybody's
 _LONGEST = 300  # characters of anything a sender said that are repeated
 _HARMLESS = 1e-3
 _REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
@@ -39,7 +42,7 @@ class Agreement:
         rank: LoRA rank.
         base_model, base_hash, fan_in_fan_out: written into the adapters that are kept.
         form: "ternary" if users' own adapters may come so; float32 is always allowed.
-        max_loss: by how much the held-out loss of one that does may have risen, nats a token.
+        max_loss: by how much the validation loss of one that does may have risen, nats a token.
         max_examples: how many examples any user may say to have trained on.
         examples: user -> how many they said at hello; no reply may name more.
         max_update: how many times the median change of a round one user's may be.
@@ -84,7 +87,8 @@ class Agreement:
         ternary = personal and self.form == wire.TERNARY
         form = self._form(message.content.config_records["who"], user, ternary=ternary)
         metrics = message.content.metric_records["metrics"]
-        _check_metrics(metrics, user, (*METRICS, TERNARY_LOSS) if ternary else METRICS)
+        names = PERSONAL_METRICS if personal else METRICS
+        _check_metrics(metrics, user, (*names, TERNARY_LOSS) if ternary else names)
         _check_weight(metrics, user, most=self.examples.get(user, self.max_examples))
         if form == wire.TERNARY:
             self._check_rise(metrics, user)
@@ -129,7 +133,7 @@ class Agreement:
         rise = cast(float, metrics[TERNARY_LOSS]) - cast(float, metrics[LOSS])
         if rise > self.max_loss:
             raise AdapterError(
-                f"{user}: sent ternary, which raises the held-out loss by {rise:.4g},"
+                f"{user}: sent ternary, which raises the validation loss by {rise:.4g},"
                 f" allowed: at most {self.max_loss:g}"
             )
 
@@ -164,8 +168,9 @@ def _check_metrics(metrics: MetricRecord, user: str, names: tuple[str, ...]) -> 
     for name, value in metrics.items():
         if name == WEIGHT:
             continue  # has limits of its own
-        if not isinstance(value, int | float) or not 0 <= value < _LARGEST:
-            raise AdapterError(f"{user}: metric {name} is {value}, expected a number from 0 to {_LARGEST:g}")
+        limit = _LARGEST_LOSS if "loss" in name else _LARGEST
+        if not isinstance(value, int | float) or not 0 <= value < limit:
+            raise AdapterError(f"{user}: metric {name} is {value}, expected a number from 0 to {limit:g}")
 
 
 def _check_weight(metrics: MetricRecord, user: str, *, most: int) -> None:

@@ -14,7 +14,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
+from soppu.federation import wire
 
 EXAMPLES = "num-examples"
 
@@ -25,19 +27,17 @@ class Evaluation:
 
     Attributes:
         nodes: node -> user, of everybody to be measured; known from registered keys, not from what nodes say.
-        adapters: user -> the user's tensors in wire names, each below the name of its column.
-        common: what everybody is sent besides: the emulator's LoRA, the shared adapter.
+        adapters: user -> column -> the adapter that is measured there; no adapter is measured under "base".
+        emulator: the emulator's LoRA, in wire names.
         order: settings and plan, as for training.
-        columns: what has to come back, "base" among them.
         most_examples: how many a user may say were measured on.
         timeout_s: how long answers are waited for.
     """
 
     nodes: Mapping[int, str]
-    adapters: Callable[[str], dict[str, Tensor]]
-    common: Mapping[str, Tensor]
+    adapters: Callable[[str], Mapping[str, LoraAdapter]]
+    emulator: Mapping[str, Tensor]
     order: ConfigRecord
-    columns: tuple[str, ...]
     most_examples: int
     timeout_s: float
 
@@ -47,23 +47,28 @@ class Evaluation:
         refused = dict.fromkeys(
             self.nodes.values(), "the user's node is not there, or gave no answer in time"
         )
-        messages = [self._question(node, user) for node, user in self.nodes.items()]
+        columns: dict[str, list[str]] = {}
+        messages = [self._question(node, user, columns) for node, user in self.nodes.items()]
         for reply in grid.send_and_receive(messages, timeout=self.timeout_s) if messages else []:
             if (user := self.nodes.get(reply.metadata.src_node_id)) is None:
                 continue  # the SuperLink itself, which says that a node has gone
             try:
-                losses[user] = self._read(reply, user)
+                losses[user] = self._read(reply, user, [f"loss-{name}" for name in columns[user]])
                 refused.pop(user)
             except AdapterError as error:
                 refused[user] = str(error)
         return {"losses": losses, "refused": refused}
 
-    def _question(self, node: int, user: str) -> Message:
-        arrays = ArrayRecord({**self.common, **self.adapters(user)})
-        content = RecordDict({"arrays": arrays, "config": self.order})
+    def _question(self, node: int, user: str, columns: dict[str, list[str]]) -> Message:
+        state = dict(self.emulator)
+        columns[user] = ["base"]
+        for column, adapter in self.adapters(user).items():
+            columns[user].append(column)
+            state.update(wire.to_state(adapter, prefix=f"{column}/"))
+        content = RecordDict({"arrays": ArrayRecord(state), "config": self.order})
         return Message(content=content, message_type=MessageType.EVALUATE, dst_node_id=node)
 
-    def _read(self, reply: Message, user: str) -> dict[str, float]:
+    def _read(self, reply: Message, user: str, wanted: list[str]) -> dict[str, float]:
         """The numbers of a reply; AdapterError if the client failed, or they are none."""
         if reply.has_error():
             raise AdapterError(f"{user}: the client failed: {reply.error.reason}")
@@ -77,11 +82,7 @@ class Evaluation:
                 f"{user}: metric {EXAMPLES} is {count!r}, expected a whole number from 1 to"
                 f" {self.most_examples}"
             )
-        return {EXAMPLES: count, **{name: _loss(numbers, name, user) for name in self._wanted}}
-
-    @property
-    def _wanted(self) -> list[str]:
-        return [f"loss-{column}" for column in self.columns]
+        return {EXAMPLES: count, **{name: _loss(numbers, name, user) for name in wanted}}
 
 
 def _loss(numbers: MetricRecord, name: str, user: str) -> float:

@@ -12,6 +12,8 @@ import soppu
 from soppu import files
 from soppu.evaluate.losses import UserLosses
 from soppu.federation import connection
+from soppu.federation.personalise import BASE, PERSONAL
+from soppu.stages.federate import RESULT
 from soppu.stages.run import CONFIG, FEDERATION, Run
 
 WHERE = "on the emulator, on users' own nodes"
@@ -34,11 +36,15 @@ def measure(
         FederationError: the run on the connection did not come to an end.
     """
     settings, workdir = run.config.federation, run.folder / f"measured-{bundle_id[:16]}"
-    trained = run.folder / FEDERATION
+    result = run.read(RESULT)
+    served = {**dict.fromkeys(members, PERSONAL), **result.get("served", {})}
+    trained = (run.folder / FEDERATION).resolve()
     order = {
         "bundle": bundle_id,
-        "adapters": dict(members),
-        "federation": str(trained.resolve()) if trained.exists() else "",
+        "adapters": {**members, **result.get("adapters", {})},
+        "compressed": [user for user in members if served[user] != BASE],
+        "shared": str(trained / result["shared"]) if result else "",
+        "federation": str(trained) if result else "",
     }
     files.write_text(workdir / "order.json", json.dumps(order))
     app = Path(soppu.__file__).resolve().parents[1]
@@ -48,9 +54,17 @@ def measure(
     found = connection.run(remote, on_progress=on_progress)
     for user, why in found["refused"].items():
         _log.warning("not measured: %s: %s", user, why)
-    return [
-        UserLosses(
-            user, int(one["num-examples"]), one["loss-base"], one["loss-personal"], one["loss-compressed"]
-        )
-        for user, one in sorted(found["losses"].items())
-    ]
+    return [_losses(user, one, served[user]) for user, one in sorted(found["losses"].items())]
+
+
+def _losses(user: str, numbers: Mapping[str, Any], served: str) -> UserLosses:
+    base = numbers["loss-base"]
+    return UserLosses(
+        user,
+        int(numbers["num-examples"]),
+        base,
+        numbers["loss-personal"],
+        numbers.get("loss-compressed", base),  # who is served the base model is not in the bundle
+        shared=numbers.get("loss-shared"),
+        served=served,
+    )
