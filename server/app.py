@@ -210,7 +210,7 @@ class Federation:
     def measure(self, grid: Grid) -> None:
         """The other task: every user's losses on the user's own node, on the emulator they were trained on.
 
-        `order.json` in the work folder says where emulator and shared adapter are, whose adapters, which bundle.
+        `order.json` in the work folder names the federation's folder, users' adapters and the bundle.
         """
         asked = json.loads((self.workdir / "order.json").read_text())
         if asked["federation"]:

@@ -58,6 +58,7 @@ class ReportInputs:
     set_id: str = ""  # identities are "" where unknown
     bundle_id: str = ""
     base_hash: str = ""
+    measured: str = ""  # on what the losses were measured, and where
     federation: Mapping[str, Any] | None = None  # result.json of the federated run; None for a recompression
     serving: Mapping[str, Any] | None = None  # what the first live target serves; None before publication
     targets: Sequence[Mapping[str, Any]] = ()  # what became of every publication
@@ -85,6 +86,7 @@ def build(inputs: ReportInputs) -> dict[str, Any]:
         "config_digest": inputs.config.digest(),
         "seed": inputs.config.seed,
         "hardware": inputs.hardware,
+        "measured": inputs.measured,
         "base_model": inputs.config.base.model,
         "base_hash": inputs.base_hash,
         "plan": told and {name: told["plan"][name] for name in told["plan"] if name != "json"},

@@ -171,6 +171,7 @@ class Report(_Part):
     config_digest: Text
     seed: Natural
     hardware: Text
+    measured: Text
     base_model: Text
     base_hash: Text
     plan: _Plan | None

@@ -30,7 +30,7 @@ from soppu.stages.federate import RESULT
 from soppu.stages.run import FEDERATION, Run, open_run
 
 COMPRESSED = "compressed"
-HERE = "on the full model"
+HERE = "on the full model, here"
 _log = logging.getLogger(__name__)
 
 

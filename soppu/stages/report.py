@@ -54,6 +54,7 @@ def write_report(run_folder: str, evaluation: str) -> Written:
         set_id=found["set_id"],
         bundle_id=bundle_id,
         base_hash=run.base().hash,
+        measured=found["measured"],
         federation=run.read(RESULT) or None,
         serving={name: live[0][name] for name in TOLD} if live else None,
         targets=[{field.name: one[field.name] for field in fields(Published)} for one in told.values()],
