@@ -16,7 +16,7 @@ import os
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 OPERATORS = "SOPPU_OPERATORS"
@@ -39,9 +39,8 @@ class OperatorsOnly:
         if scope["type"] == "lifespan" or scope["path"].startswith(_FOR_ALL) or self._is_operator(scope):
             await self._app(scope, receive, send)
             return
-        refusal = PlainTextResponse(
-            f"only the SuperLink's own machine may ask for this, and whom {OPERATORS} names\n", 403
-        )
+        why = f"only the SuperLink's own machine may ask for this, and whom {OPERATORS} names"
+        refusal = JSONResponse({"detail": why}, 403)  # which Flower's commands show
         await refusal(scope, receive, send)
 
     def _is_operator(self, scope: Scope) -> bool:
