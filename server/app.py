@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
     nodes = members.read(config.federation.members) if remote else None
     with files.exclusive(workdir / "serverapp.lock"):  # one that was told to stop may still be at it
         federation = Federation(config, workdir, members=nodes)
-        task = federation.measure if context.run_config.get("task") == "evaluate" else federation.run
+        task = federation.measure if context.run_config["task"] == "evaluate" else federation.run
         task(Delivery(grid, grace_s=federation.patience_s))
 
 

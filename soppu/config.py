@@ -107,9 +107,7 @@ class FederationConfig:
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset(
-    {"client_cpus", "hello_timeout_s", "members", "min_users", "round_timeout_s", "timeout_s"}
-)
+OPERATIONAL = frozenset("client_cpus hello_timeout_s members min_users round_timeout_s timeout_s".split())
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
@@ -128,8 +126,9 @@ def one_target(value: float, info: ValidationInfo) -> float:
     given = {name: info.data[name] for name in TARGETS if info.data.get(name)} | {str(info.field_name): value}
     if value and len(given) > 1:
         found = ", ".join(f"compress.{name} = {other!r}" for name, other in given.items())
-        names = " and ".join(given)
-        raise ValueError(f"{found}: a bundle has one target, the others are 0; {names} are given")
+        raise ValueError(
+            f"{found}: a bundle has one target, the others are 0; {' and '.join(given)} are given"
+        )
     return value
 
 
@@ -349,7 +348,6 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     """Read a TOML file into a Config.
 
     Args:
-        path: the file.
         overrides: values that win over the file's, keyed `"section.key"`.
 
     Raises:

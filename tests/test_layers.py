@@ -25,8 +25,14 @@ BIN = Path(sys.executable).parent
 OUTSIDE = {
     "tasks": {"prefect", "httpx"},  # httpx: the errors of prefect's own connections
     "flows": {"prefect"},
-    "clients": {"flwr", "torch"},
-    "server": {"flwr", "torch", "safetensors", "ray"},  # ray: what flwr simulates with
+    "clients": {"flwr", "torch", "click", "cryptography"},  # cryptography: the keys of flwr's nodes
+    "server": {
+        "flwr",
+        "torch",
+        "safetensors",
+        "ray",
+        "starlette",
+    },  # what flwr simulates with, and serves with
 }
 APPLICATIONS = ("soppu", *OUTSIDE)
 # What a flow may know of the library: names and settings, nothing that computes.

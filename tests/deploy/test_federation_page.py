@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
+from compose_spec import PyCompose
 
 from soppu import config as configuration
 from soppu.cli import main
@@ -181,3 +183,17 @@ def test_certificates_name_every_address_and_are_made_once(tmp_path: Path) -> No
     }
     subprocess.run(command, capture_output=True, check=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+@pytest.mark.parametrize("profile", ["superlink", "supernode"])
+def test_the_compose_file_is_valid_and_starts_our_scripts_with_what_they_read(profile: str) -> None:
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", r"\2", (FILES / "compose.yaml").read_text())
+    stack = yaml.safe_load(text)
+    PyCompose.from_yaml(yaml.safe_dump(stack)).validate()
+    service = stack["services"][profile]
+    assert service["profiles"] == [profile] and service["restart"] == "always"
+    script = (ROOT / service["command"][0]).read_text()
+    given = service["environment"].keys() - {"FLWR_HOME", "SOPPU_OPERATORS"}
+    assert {name for name in given if not re.search(rf"\b{name}\b", script)} == set()
+    needed = set(re.findall(r"\$\{([A-Z_]+):\?", script))
+    assert needed <= given

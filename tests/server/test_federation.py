@@ -291,7 +291,7 @@ def test_the_entry_point_reads_its_two_keys(config: Build, tmp_path: Path) -> No
     path = tmp_path / "run.toml"
     files.write_text(path, configuration.dump(config(federation={"rounds": 0})))
     here = context(1)
-    here.run_config = {"config": str(path), "workdir": str(tmp_path / "work")}
+    here.run_config = {"config": str(path), "workdir": str(tmp_path / "work"), "task": "federate"}
     main(InProcessGrid(NODES), here)
     assert result(tmp_path / "work")["adapters"].keys() == USERS.keys()
 
