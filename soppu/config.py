@@ -126,9 +126,8 @@ def one_target(value: float, info: ValidationInfo) -> float:
     given = {name: info.data[name] for name in TARGETS if info.data.get(name)} | {str(info.field_name): value}
     if value and len(given) > 1:
         found = ", ".join(f"compress.{name} = {other!r}" for name, other in given.items())
-        raise ValueError(
-            f"{found}: a bundle has one target, the others are 0; {' and '.join(given)} are given"
-        )
+        names = " and ".join(given)
+        raise ValueError(f"{found}: a bundle has one target, the others are 0; {names} are given")
     return value
 
 

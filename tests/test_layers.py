@@ -372,5 +372,9 @@ def test_flowers_run_configuration_is_what_the_server_reads() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     source = (ROOT / "server" / "app.py").read_text() + (ROOT / "clients" / "app.py").read_text()
     assert set(re.findall(r"run_config\[\"([^\"]+)\"\]", source)) == set(listed)
-    started = (ROOT / "soppu" / "federation" / "simulation.py").read_text()
-    assert all(f'"{key}": str(' in started for key in listed)
+    started = {
+        name: (ROOT / "soppu" / "federation" / name).read_text()
+        for name in ("simulation.py", "connection.py")
+    }
+    assert all(f'"{key}": str(' in started["connection.py"] for key in listed)
+    assert all(f'"{key}": str(' in started["simulation.py"] for key, default in listed.items() if not default)

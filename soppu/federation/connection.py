@@ -177,7 +177,7 @@ def _submit(remote: Remote) -> str:
     values = {
         "config": str(remote.config.resolve()),
         "workdir": str(remote.workdir.resolve()),
-        "task": remote.task,
+        "task": str(remote.task),
     }
     settings = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
     said = flower("run", str(remote.app), remote.connection, "--run-config", settings)
