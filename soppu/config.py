@@ -82,13 +82,13 @@ class FederationConfig:
     """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
 
     rounds: Natural = 3
-    local_steps: Count = 10
     patience: Count = 2
+    local_steps: Count = 10
+    batch_size: Count = 4
+    learning_rate: Amount = 1e-3
     personal_steps: Count = 60
     personal_check_every: Count = 10
     personal_patience: Count = 2
-    batch_size: Count = 4
-    learning_rate: Amount = 1e-3
     personal_learning_rates: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-3,)
     personal_shares: tuple[Share, ...] = (0.5, 0.75)
     prox_weight: Amount = 1e-3
