@@ -344,10 +344,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a TOML file into a Config.
-
-    Args:
-        overrides: values that win over the file's, keyed `"section.key"`.
+    """Read a TOML file into a Config; `overrides`, keyed `"section.key"`, win over the file's values.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or holds faults; all of them are listed.

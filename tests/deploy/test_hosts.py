@@ -159,12 +159,15 @@ def connect(host: Host, authority: Path, address: str) -> None:
 def register(machines: dict[str, Host], folder: Path) -> dict[str, int]:
     """As the operator does it, each key under its user's name."""
     link, table = machines[LINK], machines[LINK].home / "members.toml"
+    running = []
     for name in (*USERS, IMPOSTOR):
         public = folder / f"{name}.pub"
         shutil.copy(machines[name].home / "key.pub", public)
         public.chmod(0o644)
         command = ("soppu.cli", "federation", "register", str(public), "ours", "--user", name)
-        link.run(PYTHON, "-m", *command, "--members", str(table))
+        registering = (PYTHON, "-m", *command, "--members", str(table))
+        running.append(link.start(*registering, log="register.log"))
+    assert {process.wait(timeout=120) for process in running} == {0}, link.said("register.log")
     return {user: node for node, user in members.read(table).items()}
 
 
