@@ -297,3 +297,23 @@ def test_no_text_was_outside_its_node(ended: Ended) -> None:
             assert readable == (other.name == owner), (owner, other.name)
             files = [p for p in other.home.rglob("*") if p.is_file() and p.parent.name != "text"]
             assert [p for p in files if secret in p.read_bytes()] == [], owner
+
+
+def test_the_operator_sees_who_is_there_and_shuts_a_node_out(ended: Ended) -> None:
+    """Last: the federation is not what it was afterwards."""
+    where = ("ours", "--members", str(ended.link.home / "members.toml"))
+    federation = (PYTHON, "-m", "soppu.cli", "federation")
+    _, said = ended.link.run(*federation, "members", *where)
+    lines = [line.split() for line in said.splitlines()]
+    for user in (*USERS, IMPOSTOR):
+        assert [user, str(ended.nodes[user]), "online"] in lines
+    code, said = ended.link.run(*federation, "unregister", "--user", STRANGER, *where, check=False)
+    assert code == 1 and "no node of user 'mallory'" in said
+    ended.link.run(*federation, "unregister", "--user", IMPOSTOR, *where)
+    assert IMPOSTOR not in members.read(ended.link.home / "members.toml").values()
+    node = ended.machines[IMPOSTOR]
+    until(
+        lambda: "Failed to activate SuperNode" in node.said("node.log"),
+        seconds=60,
+        why=lambda: node.said("node.log"),
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from soppu.errors import ConfigError, DataError, SoppuError
+from soppu.federation import members
 from soppu.stages.run import Run, open_run, prepare
 
 
@@ -97,3 +99,54 @@ def test_other_public_text_is_another_training(config_path: Path, tmp_path: Path
         run = prepare(str(config_path), {"align.source": str(public)})
         found.add((Path(run) / "federation").resolve())
     assert len(found) == 2
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> dict[str, Any]:
+    """What is set for users whose text is on nodes of their own; none of it is on this machine."""
+    members.write(tmp_path / "members.toml", {7: "ann", 8: "zoe"})
+    table = {"federation.connection": "team", "federation.members": str(tmp_path / "members.toml")}
+    return {**table, "data.source": str(tmp_path / "on-their-nodes")}
+
+
+def test_with_a_connection_no_users_text_is_read(config_path: Path, elsewhere: dict[str, Any]) -> None:
+    run = open_run(prepare(str(config_path), elsewhere))
+    assert run.config.data.users == ("ann", "zoe")
+    assert Path(run.config.federation.members).is_absolute()
+    for stage in ("federate", "evaluate"):
+        assert run.inputs(stage) == run.inputs(stage)
+
+
+def test_with_a_connection_a_word_says_that_text_has_changed(
+    config_path: Path, elsewhere: dict[str, Any]
+) -> None:
+    def training(**overrides: Any) -> Path:
+        named = {key.replace("__", "."): value for key, value in overrides.items()}
+        return (Path(prepare(str(config_path), {**elsewhere, **named})) / "federation").resolve()
+
+    plain = training()
+    assert training(data__source="elsewhere-again") != plain  # a setting still, and a hash of all of them
+    assert training(federation__min_users=2) == plain
+    assert training(federation__edition="autumn") != plain
+    assert training(federation__connection="others") != plain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"federation.members": ""}, r"federation\.members has to name"),
+        ({"federation.members": "absent.toml"}, r"absent\.toml: no such file"),
+        ({"data.users": ["ann", "bob"]}, r"data\.users: bob not in .*members\.toml; it has ann, zoe"),
+    ],
+)
+def test_who_can_never_take_part_is_said_before_anything_is_started(
+    config_path: Path, elsewhere: dict[str, Any], overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(str(config_path), {**elsewhere, **overrides})
+
+
+def test_a_table_without_a_member_is_told(config_path: Path, elsewhere: dict[str, Any]) -> None:
+    members.write(elsewhere["federation.members"], {})
+    with pytest.raises(ConfigError, match="no node is registered yet"):
+        prepare(str(config_path), elsewhere)
