@@ -132,7 +132,9 @@ def _enough(result: dict[str, Any], config: Config) -> bool:
     """Whether a result found is enough for this run: an earlier one may have asked for fewer users."""
     if config.federation.min_users:
         return len(result["adapters"]) >= config.federation.min_users
-    last = result["rounds"][-1] if result.get("rounds") else {"refused": {}, "lost": []}
+    if not (rounds := result.get("rounds")):
+        return True
+    last = rounds[-1]  # who was heard and refused has had their say
     return set(config.data.users) <= result["adapters"].keys() | (last["refused"].keys() - last["lost"])
 
 
