@@ -15,9 +15,12 @@ import os
 
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
+from flwr.superlink.main import _get_middleware
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from soppu.errors import FederationError
 
 OPERATORS = "SOPPU_OPERATORS"
 _FOR_ALL = ("/v1/fleet/", "/health")
@@ -54,10 +57,16 @@ class OperatorsOnly:
 
 
 def main() -> None:
-    """Start the SuperLink. It reads its options from the command line itself."""
+    """Start the SuperLink. It reads its options from the command line itself.
+
+    Raises:
+        FederationError: this Flower takes no middleware from us; it would be open to everybody.
+    """
     operators = frozenset(filter(None, map(str.strip, os.environ.get(OPERATORS, "").split(","))))
     # Flower's hook for middleware, asked for once when its application is made
     extensions.get_middleware = lambda: (Middleware(OperatorsOnly, operators=operators),)
+    if OperatorsOnly not in [item.cls for item in _get_middleware()]:
+        raise FederationError("this version of Flower leaves out what keeps its Control API to the operator")
     flower_superlink()
 
 

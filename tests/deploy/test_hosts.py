@@ -212,8 +212,7 @@ def write_config(link: Host, base: Path, public: Path) -> Path:
         "federation": {
             "connection": "ours",
             "members": str(link.home / "members.toml"),
-            "rounds": 1,
-            "local_steps": 2,
+            "rounds": 0,
             "personal_steps": 3,
             "batch_size": 2,
             "min_users": 2,

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from server import superlink
 from server.superlink import OperatorsOnly
+from soppu.errors import FederationError
 
 CONTROL = "/v1/control/start-run"
 
@@ -67,3 +69,18 @@ def test_this_machine_and_operators_reach_everything(peer: str) -> None:
 
 def test_other_kinds_of_connection_are_no_way_around() -> None:
     assert answer(CONTROL, peer="10.0.0.5", kind="websocket") == 403
+
+
+def test_a_flower_that_would_leave_the_guard_out_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink.extensions, "get_middleware", tuple)  # put back at the end
+    started: list[str] = []
+    monkeypatch.setattr(superlink, "flower_superlink", lambda: started.append("yes"))
+    monkeypatch.setenv(superlink.OPERATORS, " 10.0.0.9, ,10.0.0.8")
+    superlink.main()
+    assert started == ["yes"]
+    guard = next(item for item in superlink._get_middleware() if item.cls is OperatorsOnly)
+    assert guard.kwargs["operators"] == {"10.0.0.9", "10.0.0.8"}
+    monkeypatch.setattr(superlink, "_get_middleware", list)
+    with pytest.raises(FederationError, match="Control API"):
+        superlink.main()
+    assert started == ["yes"]
