@@ -65,7 +65,7 @@ def main() -> None:
     operators = frozenset(filter(None, map(str.strip, os.environ.get(OPERATORS, "").split(","))))
     # Flower's hook for middleware, asked for once when its application is made
     extensions.get_middleware = lambda: (Middleware(OperatorsOnly, operators=operators),)
-    if OperatorsOnly not in [item.cls for item in _get_middleware()]:
+    if not any(getattr(item, "cls", None) is OperatorsOnly for item in _get_middleware()):
         raise FederationError("this version of Flower leaves out what keeps its Control API to the operator")
     flower_superlink()
 

@@ -230,7 +230,7 @@ def write_config(link: Host, base: Path, public: Path) -> Path:
 
 
 def disturb(machines: dict[str, Host], pipeline: subprocess.Popen[bytes]) -> None:
-    """In the first round carol's node is killed, and bob's cable is out for ten seconds."""
+    """While all train, carol's node is killed, and bob's cable is out for ten seconds."""
     carol, bob = machines["carol"], machines["bob"]
 
     def training(host: Host) -> bool:
