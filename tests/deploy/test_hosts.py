@@ -312,7 +312,7 @@ def test_the_operator_sees_who_is_there_and_shuts_a_node_out(ended: Ended) -> No
     assert IMPOSTOR not in members.read(ended.link.home / "members.toml").values()
     node = ended.machines[IMPOSTOR]
     until(
-        lambda: "Failed to activate SuperNode" in node.said("node.log"),
+        lambda: "SuperNode terminated" in node.said("node.log"),
         seconds=60,
         why=lambda: node.said("node.log"),
     )
