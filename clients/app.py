@@ -2,7 +2,8 @@
 
 Text is read here and stays here; what leaves is LoRA factors and numbers. A simulated client's user is
 the one its partition number points at; a real one is named by the node that runs it
-(`--node-config 'user-id="alice" data-source="/home/alice/notes.jsonl"'`), never by the server.
+(`--node-config 'user-id="alice" data-source="/home/alice/notes.jsonl"'`), never by the server. What is a
+user's own between rounds lies in the node's `state-dir`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from clients.packing import Parcel, pack
+from clients.turn import Asked, Turn
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
-from soppu.config import Config
+from soppu.config import Config, FederationConfig
 from soppu.data import list_users, load_user
 from soppu.errors import FederationError
 from soppu.evaluate.losses import mean_loss
@@ -47,25 +49,20 @@ def train(msg: Message, context: Context) -> Message:
     shared, emulator_lora = wire.split_state(msg.content.array_records["arrays"].to_torch_state_dict())
     bench = workbench(config, _plan(msg))
     bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
-    start = wire.from_state(
-        shared,
-        bench.shapes,
-        rank=config.lora.rank,
-        who="server",
-        base_model=config.base.model,
-        base_hash=bench.plan.base_hash,
-        fan_in_fan_out=bench.plan.fan_in_fan_out,
-    )
-    states = bench.states(user_id)
     mode, number = str(order["mode"]), int(str(order["server-round"]))
+    asked = Asked(number, mode == "personal", str(order.get("run", "")))
+    turn = Turn(bench, asked, shared, user_id=user_id)
+    states = bench.states(user_id)
     options = _options(config, mode=mode, seed=_seed(config, user_id, number))
-    result = fit(bench.top, bench.plan, states.train, start=start, options=options)
-    parcel = pack(bench, states, result.adapter, personal=mode == "personal")
+    result = _trained(bench, states, turn, dataclasses.replace(options, held=turn.held))
+    parcel = pack(bench, states, turn.released(result.adapter), personal=asked.personal and turn.trains)
+    turn.remember(result.adapter)
+    who = {"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form, **turn.told}
     content = RecordDict(
         {
-            "arrays": ArrayRecord(parcel.state),
+            "arrays": ArrayRecord(turn.sent(parcel.state)),
             "metrics": _metrics(bench, states, result, parcel),
-            "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form}),
+            "who": ConfigRecord(who),
         }
     )
     return Message(content=content, reply_to=msg)
@@ -82,7 +79,12 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
             config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
         )
         base = dataclasses.replace(config.base, cache=str(node.get("model-cache", config.base.cache)))
-        return dataclasses.replace(config, data=data, base=base), str(node["user-id"])
+        state = str(
+            node.get("state-dir", FederationConfig().client_state)
+        )  # the server's is another machine's
+        federation = dataclasses.replace(config.federation, client_state=state)
+        own = dataclasses.replace(config, data=data, base=base, federation=federation)
+        return own, str(node["user-id"])
     if "partition-id" not in node:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"
@@ -95,6 +97,14 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
 
 def _plan(msg: Message) -> LayerPlan:
     return LayerPlan.from_json(str(msg.content["config"]["plan"]))
+
+
+def _trained(bench: Workbench, states: UserStates, turn: Turn, options: TrainOptions) -> TrainResult:
+    """What the turn's training gives; the start itself where the mode trains nobody alone."""
+    if turn.trains:
+        return fit(bench.top, bench.plan, states.train, start=turn.start, options=options)
+    loss = mean_loss(bench.top, bench.plan, states.train, adapter=turn.start)
+    return TrainResult(turn.start, loss, loss, 0)
 
 
 def _options(config: Config, *, mode: str, seed: int) -> TrainOptions:

@@ -10,6 +10,7 @@ round.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from soppu.config import Config
 from soppu.errors import FederationError
 from soppu.federation import emulator, wire
 from soppu.federation.align import Aligner
-from soppu.federation.attach import initial_pairs
+from soppu.federation.modes import Sharing
 from soppu.registry import Registry
 
 # What a client needs to know; where the registry is and what is served is not its business.
@@ -53,7 +54,8 @@ class Federation:
     def __init__(self, config: Config, workdir: Path) -> None:
         self.config = config
         self.workdir = workdir
-        self.last_round = config.federation.rounds + 1
+        self.sharing = Sharing.of(config)
+        self.last_round = self.sharing.shared_rounds(config.federation.rounds) + 1
         base = models.resolve(config.base.model, cache=Path(config.base.cache))
         model = models.load_model(base, dtype=config.frozen_dtype)
         tokenizer = models.load_tokenizer(base)
@@ -75,6 +77,7 @@ class Federation:
             max_loss=config.federation.wire_max_loss,
             max_examples=config.data.train_examples,
             max_update=config.federation.max_update,
+            sharing=self.sharing,
         )
         self.aligner = Aligner(
             model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed
@@ -93,7 +96,8 @@ class Federation:
         self.progress("asking who is there", 0)
         settings = configuration.to_dict(self.config)
         told = {name: settings[name] for name in CLIENT_SECTIONS}
-        order = ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json()})
+        run = hashlib.sha256(self.state.key.encode()).hexdigest()[:16]
+        order = ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json(), "run": run})
         self.hello(grid, order)
         self.warm_up()
         done = max(self.state.done, 0)
@@ -104,6 +108,7 @@ class Federation:
             keep=self.keep,
             first_round=done,
             last_round=self.last_round,
+            sharing=self.config.federation,
         )
         self.strategy = strategy
         strategy.start(
@@ -144,10 +149,8 @@ class Federation:
         for number, loss in enumerate(self.aligner.steps(steps), start=1):
             self.progress(f"aligning the emulator, l2 {loss.l2:.3f} kl {loss.kl:.3f}", number / (4 * steps))
         after = dataclasses.asdict(self.aligner.measure())
-        pairs = initial_pairs(self.agreement.shapes, rank=self.config.lora.rank, seed=self.config.seed)
-        self.remember(
-            0, wire.to_state(LoraAdapter(pairs)), align={"before": before, "after": after}, rounds=[]
-        )
+        shared, _ = self.sharing.start(self.agreement.shapes)
+        self.remember(0, shared, align={"before": before, "after": after}, rounds=[])
 
     def emulator_for_round(self, number: int, arrays: ArrayRecord) -> dict[str, Tensor]:
         """Checkpoint what the rounds before gave, see who has joined, re-align, hand out the emulator's
@@ -163,7 +166,7 @@ class Federation:
             f"round {number} of {self.last_round}{without}", 0.25 + 0.75 * (number - 1) / self.last_round
         )
         if number > 1 and self.config.align.round_steps:
-            current = self.agreement.adapter(shared, who="shared adapter")
+            current = self.agreement.shared(shared, who="shared adapter")
             for _ in self.aligner.steps(self.config.align.round_steps, user_adapter=current):
                 pass
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)

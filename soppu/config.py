@@ -19,6 +19,7 @@ from pydantic_core import ArgsKwargs
 
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
+from soppu.sharing import SharingSettings
 
 
 @settings("base")
@@ -74,8 +75,8 @@ class AlignConfig:
 
 
 @settings("federation")
-class FederationConfig:
-    """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
+class FederationConfig(SharingSettings):
+    """Shared rounds, then one personal round in which each user's own adapter comes back."""
 
     rounds: Natural = 3
     local_steps: Count = 10
@@ -95,7 +96,7 @@ class FederationConfig:
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "timeout_s"})
+OPERATIONAL = frozenset({"client_cpus", "client_state", "hello_timeout_s", "min_users", "timeout_s"})
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
@@ -306,7 +307,8 @@ class Config:
         return value
 
     @model_validator(mode="after")
-    def _served_by_vllm(self) -> Self:
+    def _goes_together(self) -> Self:
+        self.federation.own_rank(self.lora.rank)
         method = self.compress.method
         if method not in SHARED_METHODS and any(one.target == "vllm" for one in self.serve.each()):
             raise ValueError(

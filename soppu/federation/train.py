@@ -6,7 +6,7 @@ and the adapter layers start from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ class TrainOptions:
     b_ratio: float = 2.0
     prox_weight: float = 0.0  # of the squared product-space distance to the start
     seed: int = 0  # order of the examples
+    held: tuple[int, int] = (0, 0)  # the first rows of A and columns of B that stay as they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +140,19 @@ def fit(
                 loss = loss + options.prox_weight * proximal(pairs, origin)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            _hold(pairs.values(), *options.held)
             optimizer.step()
     finished = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in pairs.items()}
     result = emulator.to_full(replace(start, pairs=finished), plan, plan.adapter)
     return TrainResult(result, losses[0], losses[-1], len(losses))
+
+
+def _hold(pairs: Iterable[LoraPair], rows: int, columns: int) -> None:
+    """No gradient for the first rows of A and columns of B: Adam without decay then leaves them alone."""
+    for pair in pairs:
+        assert pair.A.grad is not None and pair.B.grad is not None
+        pair.A.grad[:rows] = 0
+        pair.B.grad[:, :columns] = 0
 
 
 def _inner(left: LoraPair, right: LoraPair) -> Tensor:

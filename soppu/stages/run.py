@@ -169,5 +169,6 @@ def _absolute(config: Config) -> Config:
         serve=replace(
             config.serve, **folders(own), targets=tuple({**one, **folders(one)} for one in targets)
         ),
+        federation=replace(config.federation, client_state=path(config.federation.client_state)),
         registry=replace(config.registry, root=path(config.registry.root)),
     )
