@@ -57,12 +57,17 @@ def train(msg: Message, context: Context) -> Message:
     result = _trained(bench, states, turn, dataclasses.replace(options, held=turn.held))
     parcel = pack(bench, states, turn.released(result.adapter), personal=asked.personal and turn.trains)
     turn.remember(result.adapter)
-    who = {"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form, **turn.told}
+    who: dict[str, int | str] = {
+        "user": user_id,
+        "plan-hash": bench.plan.hash,
+        "form": parcel.form,
+        **turn.told,
+    }
     content = RecordDict(
         {
             "arrays": ArrayRecord(turn.sent(parcel.state)),
             "metrics": _metrics(bench, states, result, parcel),
-            "who": ConfigRecord(who),
+            "who": ConfigRecord({**who}),
         }
     )
     return Message(content=content, reply_to=msg)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from clients import privacy
-from clients.memory import Memory
 from clients.workbench import Workbench
 from soppu.adapter import LoraAdapter
 from soppu.federation import modes, wire
+from soppu.federation.memory import Memory
 from soppu.federation.modes import Sharing, State
 
 _LOG = logging.getLogger(__name__)

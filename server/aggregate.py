@@ -1,32 +1,29 @@
 """The mean of what users share, by the rule that the configuration names. No files, no messages.
 
-The rules are Flower's own (FedAvg, FedTrimmedAvg, FedMedian, Krum), run on the changes of a round: they move
-with their input, so nothing else differs, and distances of small changes of large numbers keep their digits.
-The mean of products is ours: Flower averages tensors, and B A is never one.
+The rules are Flower's own (FedAvg, FedTrimmedAvg, which cut to its middle is FedMedian, and Krum), run on the
+changes of a round: they move with their input, so nothing else differs, and small changes of large numbers
+keep their digits. The mean of products is ours: Flower averages tensors, and B A is never one.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from flwr.supercore.differential_privacy import add_gaussian_noise_inplace, compute_stdv
-from numpy.typing import NDArray
 from torch import Tensor
 
 from soppu.adapter import LoraPair
 from soppu.sharing import SharingSettings
 
 State = Mapping[str, Tensor]
-Arrays = dict[str, NDArray]
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _CHANGE, _WEIGHT = "change", "weight"
 _NOTHING = 1e-6  # a singular value below this share of the largest is rounding
@@ -59,10 +56,11 @@ def averaged(
     if how.average == "products":
         return _products(start, changes, weights), factors
     mean = _RULES[how.robust](changes, weights, _hostile(how.robust_share, len(users)))
+    following = {name: tensor.float() + mean[name] for name, tensor in start.items()}
     if how.noisy_average:
         noise = compute_stdv(how.dp_noise, how.dp_clip, len(users))
-        add_gaussian_noise_inplace(list(mean.values()), noise)
-    return {name: tensor.float() + torch.from_numpy(mean[name]) for name, tensor in start.items()}, factors
+        add_gaussian_noise_inplace([tensor.numpy() for tensor in following.values()], noise)
+    return following, factors
 
 
 def refit(pairs: Sequence[LoraPair], weights: Sequence[float], *, otherwise: LoraPair) -> LoraPair:
@@ -104,7 +102,7 @@ def _change(start: State, state: State, factor: float) -> dict[str, Tensor]:
 
 def _products(start: State, changes: Sequence[State], weights: Sequence[int]) -> dict[str, Tensor]:
     shares = [weight / sum(weights) for weight in weights]
-    mean = {}
+    mean: dict[str, Tensor] = {}
     for name in (key.removesuffix(_A) for key in start if key.endswith(_A)):
         pairs = [
             LoraPair(start[name + _A] + change[name + _A], start[name + _B] + change[name + _B])
@@ -115,27 +113,32 @@ def _products(start: State, changes: Sequence[State], weights: Sequence[int]) ->
     return {name: mean[name] for name in start}
 
 
-def _mean(changes: Sequence[State], weights: Sequence[int], hostile: int) -> Arrays:
-    return _numbers(aggregate_arrayrecords(_records(changes, weights), _WEIGHT))
+def _mean(changes: Sequence[State], weights: Sequence[int], hostile: int) -> State:
+    return aggregate_arrayrecords(_records(changes, weights), _WEIGHT).to_torch_state_dict()
 
 
-def _trimmed(changes: Sequence[State], weights: Sequence[int], hostile: int) -> Arrays:
+def _trimmed(changes: Sequence[State], weights: Sequence[int], hostile: int) -> State:
+    """Without the `hostile` largest and smallest of every number; one tensor of all users at a time."""
     cut = (hostile + 0.25) / len(
         changes
     )  # it takes a share and rounds down: this many, whatever a float does
-    return {name: np.asarray(trim_mean(values, cut)) for name, values in _stacked(changes)}
+    return {
+        name: torch.as_tensor(trim_mean(torch.stack([change[name] for change in changes]).numpy(), cut))
+        for name in changes[0]
+    }
 
 
-def _median(changes: Sequence[State], weights: Sequence[int], hostile: int) -> Arrays:
-    return {name: np.asarray(np.median(values, axis=0)) for name, values in _stacked(changes)}
+def _median(changes: Sequence[State], weights: Sequence[int], hostile: int) -> State:
+    """What is left when all but the middle one, or two, are cut off."""
+    return _trimmed(changes, weights, (len(changes) - 1) // 2)
 
 
-def _krum(changes: Sequence[State], weights: Sequence[int], hostile: int) -> Arrays:
+def _krum(changes: Sequence[State], weights: Sequence[int], hostile: int) -> State:
     (chosen,) = select_multikrum(_records(changes, weights), hostile, 1)
-    return _numbers(chosen.array_records[_CHANGE])
+    return chosen.array_records[_CHANGE].to_torch_state_dict()
 
 
-_RULES: dict[str, Callable[[Sequence[State], Sequence[int], int], Arrays]] = {
+_RULES: dict[str, Callable[[Sequence[State], Sequence[int], int], State]] = {
     "mean": _mean,
     "trimmed": _trimmed,
     "median": _median,
@@ -153,13 +156,3 @@ def _records(changes: Sequence[State], weights: Sequence[int]) -> list[RecordDic
         RecordDict({_CHANGE: ArrayRecord(dict(change)), _WEIGHT: MetricRecord({_WEIGHT: weight})})
         for change, weight in zip(changes, weights, strict=True)
     ]
-
-
-def _numbers(record: ArrayRecord) -> Arrays:
-    return {name: array.numpy() for name, array in record.items()}
-
-
-def _stacked(changes: Sequence[State]) -> Iterator[tuple[str, NDArray]]:
-    """Tensor by tensor: name -> (n, ...) of all users."""
-    for name in changes[0]:
-        yield name, np.stack([change[name].numpy() for change in changes])

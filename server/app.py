@@ -30,7 +30,7 @@ from soppu import data, files, models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.errors import FederationError
-from soppu.federation import emulator, wire
+from soppu.federation import emulator, privacy, wire
 from soppu.federation.align import Aligner
 from soppu.federation.modes import Sharing
 from soppu.registry import Registry
@@ -52,6 +52,7 @@ class Federation:
     """One federated run: model, plan, aligner, checkpoint, and the strategy that uses them."""
 
     def __init__(self, config: Config, workdir: Path) -> None:
+        privacy.require(config.federation)
         self.config = config
         self.workdir = workdir
         self.sharing = Sharing.of(config)
@@ -160,6 +161,9 @@ class Federation:
         if number - 1 > self.state.done:
             rounds = self.state.notes["rounds"] + [dataclasses.asdict(self.strategy.logs[-2])]
             self.remember(number - 1, shared, rounds=rounds)
+        if self.config.federation.noisy_users and (number < self.last_round or self.sharing.trains_alone):
+            # before it is: a round that is run again after a kill has given something away twice
+            self.remember(self.state.done, shared, releases=self.state.notes.get("releases", 0) + 1)
         self.roll.ask_again(limit=self.patience_s)
         without = f", without {', '.join(absent)}" if (absent := self.roll.absent()) else ""
         self.progress(
@@ -206,9 +210,18 @@ class Federation:
             "align": self.state.notes["align"],
             "rounds": rounds,
             "refused": refused,
+            "mode": self.sharing.mode,
+            "privacy": self.privacy(),
         }
         self.progress("done", 1.0)
         files.write_text(self.workdir / "result.json", json.dumps(result, indent=2))
+
+    def privacy(self) -> dict[str, Any] | None:
+        """What clipping and noise were worth, for the result; None where they are off."""
+        settings = self.config.federation
+        releases = self.state.notes.get("releases", 0) if settings.noisy_users else self.last_round - 1
+        found = privacy.spent(settings, releases)
+        return dataclasses.asdict(found) if found else None
 
     def progress(self, note: str, share: float) -> None:
         """Tell the folder how far we are; `share` runs from 0 to 1."""

@@ -150,9 +150,9 @@ class FedBiOT(FedAvg):
         if not good:
             return None, None
         # in the order of names, not of arrival: a sum of floats depends on its order
-        replies = {user: good[user][0] for user in sorted(good)}
-        metrics = self.train_metrics_aggr_fn([reply.content for reply in replies.values()], WEIGHT)
-        arrays = None if log.mode == PERSONAL else self._mean(replies, log)
+        sent = {user: good[user][0] for user in sorted(good)}
+        metrics = self.train_metrics_aggr_fn([reply.content for reply in sent.values()], WEIGHT)
+        arrays = None if log.mode == PERSONAL else self._mean(sent, log)
         log.train_loss = cast(float, metrics["train-loss-last"])
         log.emulator_loss = cast(float, metrics[LOSS])
         return arrays, metrics

@@ -62,12 +62,12 @@ class SharingSettings:
         return bool(self.dp_clip) and self.dp_at == "client"
 
     def own_rank(self, rank: int) -> int:
-        """How much of an adapter's rank is each user's own in the mode dual; ValueError if it is all or none."""
+        """How much of an adapter's rank is each user's own in the mode dual; ValueError for all or none."""
         own = self.private_rank or rank // 2
         if self.mode == "dual" and not 0 < own < rank:
             raise ValueError(
                 f"federation.private_rank = {self.private_rank}: lora.rank = {rank} is the rank of the shared"
-                f" and the private part together; allowed: 0 (half) or 1 to {rank - 1}, with lora.rank above 1"
+                f" and the private part together; allowed: 0 (half) or 1 to {rank - 1}, lora.rank above 1"
             )
         return own if self.mode == "dual" else 0
 

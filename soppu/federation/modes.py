@@ -12,7 +12,7 @@ personal round, in which the whole adapter is handed in, plain LoRA of the full 
     ffa       0         r         A, as in every round
     local     0         0         nothing (there is no other)
 
-Sources: FedBiOT (arXiv 2406.17706) for `shared`; FedSA-LoRA (arXiv 2410.01463), which found that A learns what
+Sources: FedBiOT (arXiv 2406.17706) for `shared`; FedSA-LoRA (arXiv 2410.01463), which saw that A learns what
 users have in common and B what they have not; FFA-LoRA (arXiv 2403.12313), for which the mean of products is
 exact; FedDPA (arXiv 2403.19211), a shared adapter beside a private one, for `dual`, where both parts take
 their steps together.

@@ -22,6 +22,7 @@ from soppu.compress.options import CompressOptions
 from soppu.config import Config
 from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user, source_digest
 from soppu.errors import ConfigError
+from soppu.federation import privacy
 from soppu.federation.emulator import make_plan
 from soppu.models import BaseModel
 from soppu.registry import Registry, check_user_id
@@ -110,6 +111,7 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
+    privacy.require(config.federation)
     CompressOptions.of(config.compress, seed=config.seed).torch_device()
     texts = ""
     if text:

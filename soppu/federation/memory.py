@@ -1,7 +1,7 @@
 """What a client remembers of its user between rounds: the part of the adapter that never leaves.
 
 One folder a run and user, one file a round, so that a round which is asked for again, after the server or the
-client was killed, begins where it began before. Knows nothing of Flower.
+client was killed, begins where it began before.
 """
 
 from __future__ import annotations
