@@ -15,7 +15,7 @@ from typing import Any
 from soppu.errors import ConfigError
 from soppu.sharing import SharingSettings
 
-_ORDERS = [*(1 + step / 20 for step in range(1, 200)), *range(11, 256), *range(256, 4096, 64)]
+_ORDERS = [1.001, 1.01, *(1 + step / 20 for step in range(1, 200)), *range(11, 256), *range(256, 4096, 64)]
 _UNCOVERED = {
     "server": "from outsiders and other users alone: every change, and every user's own adapter, reaches the"
     " server as it is; losses and example counts",
