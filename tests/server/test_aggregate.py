@@ -288,7 +288,14 @@ def exact_epsilon(noise: float, releases: int, delta: float) -> float:
 def test_epsilon_is_an_upper_bound_of_the_exact_one_and_near_it(noise: float, releases: int) -> None:
     found = privacy.epsilon_of(noise, releases, 1e-5)
     exact = exact_epsilon(noise, releases, 1e-5)
-    assert exact <= found <= 1.2 * exact + 0.02
+    assert found is not None and exact <= found <= 1.02 * exact + 0.01
+
+
+def test_next_to_no_noise_has_no_epsilon_and_much_has_one_near_nothing() -> None:
+    assert privacy.epsilon_of(0.01, 3, 1e-5) is None
+    most, more = privacy.epsilon_of(50.0, 1, 1e-5), privacy.epsilon_of(1e6, 1, 1e-5)
+    assert most == more and most is not None and 0 < most < 0.1
+    assert privacy.epsilon_of(1.0, 0, 1e-5) == 0.0
 
 
 def test_what_is_told_of_privacy_says_what_it_is_of() -> None:
@@ -296,7 +303,7 @@ def test_what_is_told_of_privacy_says_what_it_is_of() -> None:
     at_client = privacy.spent(SharingSettings(dp_clip=1.0, dp_noise=4.0, dp_at="client"), 3)
     assert at_server is not None and at_client is not None
     assert at_server.epsilon == at_client.epsilon == privacy.epsilon_of(2.0, 3, 1e-5)
-    assert "every user's own adapter, reaches the server as it is" in at_server.not_covered
+    assert "every user's own adapter reaches as it is" in at_server.not_covered
     clipped = privacy.spent(SharingSettings(dp_clip=1.0), 3)
     assert clipped is not None and clipped.epsilon is None  # no noise, no bound
     assert privacy.spent(SharingSettings(), 3) is None

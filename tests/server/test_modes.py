@@ -364,18 +364,18 @@ def test_noise_at_the_client_hides_all_that_leaves_and_every_release_is_counted(
                 raise Killed
         return reply
 
-    options = {"mode": "fedsa", "dp_at": "client", "dp_clip": 0.1, "dp_noise": 0.01}
+    options = {"mode": "fedsa", "dp_at": "client", "dp_clip": 0.1, "dp_noise": 0.5}
     with pytest.raises(Killed):
         start(grid=InProcessGrid(NODES, tamper=tamper), **options)
     run = start(**options)
     told = result(run.workdir)["privacy"]
-    assert (told["at"], told["clip"], told["noise"], told["releases"]) == ("client", 0.1, 0.01, 4)
-    assert told["epsilon"] == privacy.epsilon_of(0.005, 4, 1e-5)
-    for number, start_state in ((2, run.asked(2)[0]), (3, run.asked(3)[0])):
-        for state in run.answered(number - 1):
-            change = torch.cat([(state[name] - start_state[name]).flatten() for name in start_state])
-            noise = 0.001 * math.sqrt(len(change))
-            assert float(change.norm()) < 0.1 + 1.5 * noise or number == 3
+    assert (told["at"], told["clip"], told["noise"], told["releases"]) == ("client", 0.1, 0.5, 4)
+    assert told["epsilon"] == privacy.epsilon_of(0.25, 4, 1e-5)
+    begun = run.asked(2)[0]
+    for state in run.answered(1):  # the first of this attempt: round 2
+        change = torch.cat([(state[name] - begun[name]).flatten() for name in begun])
+        # the step is at most 0.1, beside noise of 0.05 a number
+        assert float(change.norm()) == pytest.approx(0.05 * math.sqrt(len(change)), rel=0.2)
     for adapter in run.adapters().values():  # A is held in the last round, and what is held is no secret
         for name, pair in adapter.pairs.items():
             assert torch.equal(pair.A, run.asked(3)[0][f"{name}.lora_A.weight"])
@@ -386,7 +386,7 @@ def test_noise_at_the_server_is_in_the_average_and_its_epsilon_in_the_result(sta
     told = result(run.workdir)["privacy"]
     assert (told["at"], told["releases"]) == ("server", ROUNDS)
     assert told["epsilon"] == privacy.epsilon_of(1.0, ROUNDS, 1e-5)
-    assert "reaches the server as it is" in told["not_covered"]
+    assert "reaches as it is" in told["not_covered"]
     begun, then = run.asked(1)[0], run.asked(2)[0]
     moved = torch.cat([(then[name] - begun[name]).flatten() for name in begun])
     assert float(moved.norm()) == pytest.approx(0.025 * math.sqrt(len(moved)), rel=0.2)
