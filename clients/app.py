@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -20,13 +22,14 @@ from clients.packing import Parcel, pack
 from clients.turn import Asked, Turn
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
+from soppu.adapter import LoraAdapter
 from soppu.config import Config, FederationConfig
 from soppu.data import list_users, load_user
 from soppu.errors import FederationError
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import wire
 from soppu.federation.emulator import LayerPlan
-from soppu.federation.train import TrainOptions, TrainResult, fit
+from soppu.federation.personalise import SearchOptions, personalise
+from soppu.federation.train import Training, TrainOptions, fit, mean_loss
 
 app = ClientApp()
 
@@ -53,21 +56,17 @@ def train(msg: Message, context: Context) -> Message:
     asked = Asked(number, mode == "personal", str(order.get("run", "")))
     turn = Turn(bench, asked, shared, user_id=user_id)
     states = bench.states(user_id)
-    options = _options(config, mode=mode, seed=_seed(config, user_id, number))
-    result = _trained(bench, states, turn, dataclasses.replace(options, held=turn.held))
-    parcel = pack(bench, states, turn.released(result.adapter), personal=asked.personal and turn.trains)
-    turn.remember(result.adapter)
-    who: dict[str, int | str] = {
-        "user": user_id,
-        "plan-hash": bench.plan.hash,
-        "form": parcel.form,
-        **turn.told,
-    }
+    trained = _trained(bench, states, turn, _seed(config, user_id, number))
+    turn.remember(trained.adapter)
+    trained = _released(bench, states, turn, trained)
+    personal, loss = asked.personal and turn.trains, trained.losses["emulator-loss"]
+    parcel = pack(bench, states, trained.adapter, loss=loss, personal=personal)
+    who = {"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form}
     content = RecordDict(
         {
             "arrays": ArrayRecord(turn.sent(parcel.state)),
-            "metrics": _metrics(bench, states, result, parcel),
-            "who": ConfigRecord({**who}),
+            "metrics": _metrics(states, trained, parcel),
+            "who": ConfigRecord({**who, **turn.told}),
         }
     )
     return Message(content=content, reply_to=msg)
@@ -104,22 +103,93 @@ def _plan(msg: Message) -> LayerPlan:
     return LayerPlan.from_json(str(msg.content["config"]["plan"]))
 
 
-def _trained(bench: Workbench, states: UserStates, turn: Turn, options: TrainOptions) -> TrainResult:
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """An adapter, and what is told of it: losses on validation text, and how it was made."""
+
+    adapter: LoraAdapter
+    train_losses: tuple[float, float]  # at the first and the last step
+    losses: dict[str, float]
+    choice: dict[str, float | int]
+
+
+def _trained(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
     """What the turn's training gives; the start itself where the mode trains nobody alone."""
     if turn.trains:
-        return fit(bench.top, bench.plan, states.train, start=turn.start, options=options)
-    loss = mean_loss(bench.top, bench.plan, states.train, adapter=turn.start)
-    return TrainResult(turn.start, loss, loss, 0)
+        return (_personal if turn.asked.personal else _shared)(bench, states, turn, seed)
+    train_loss = mean_loss(bench.top, bench.plan, states.train, adapter=turn.start)
+    base, shared = (_validate(bench, states, adapter) for adapter in (None, turn.start))
+    losses = {"emulator-loss-base": base, "emulator-loss-shared": shared, "emulator-loss": shared}
+    choice = {"learning-rate": 0.0, "steps": 0, "share": 0.0}
+    return _Trained(turn.start, (train_loss, train_loss), losses, choice)
 
 
-def _options(config: Config, *, mode: str, seed: int) -> TrainOptions:
-    federation, personal = config.federation, mode == "personal"
+def _released(bench: Workbench, states: UserStates, turn: Turn, trained: _Trained) -> _Trained:
+    """The same as it leaves: where noise has come upon it, measured again."""
+    adapter = turn.released(trained.adapter)
+    if adapter is trained.adapter:
+        return trained
+    losses = {**trained.losses, "emulator-loss": _validate(bench, states, adapter)}
+    return dataclasses.replace(trained, adapter=adapter, losses=losses)
+
+
+def _shared(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
+    """What this user adds to the adapter that all share."""
+    federation = bench.config.federation
+    options = _options(bench.config, learning_rate=federation.learning_rate, seed=seed)
+    result = fit(
+        bench.top,
+        bench.plan,
+        states.train,
+        start=turn.start,
+        options=dataclasses.replace(options, steps=federation.local_steps, held=turn.held),
+    )
+    looked_at = {
+        "emulator-loss-base": None,
+        "emulator-loss-shared": turn.start,
+        "emulator-loss": result.adapter,
+    }
+    losses = {name: _validate(bench, states, adapter) for name, adapter in looked_at.items()}
+    return _Trained(result.adapter, (result.first_loss, result.last_loss), losses, {})
+
+
+def _personal(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
+    """This user's own adapter, the best of what is tried on their validation text."""
+    federation = bench.config.federation
+    search = SearchOptions(
+        learning_rates=federation.personal_learning_rates,
+        steps=federation.personal_steps,
+        check_every=federation.personal_check_every,
+        patience=federation.personal_patience,
+        # where a part of the start is the user's own already, the start itself is one of theirs
+        shares=(*((0.0,) if turn.sharing.remembers else ()), *federation.personal_shares),
+    )
+
+    def begin(rate: float) -> Training:
+        options = dataclasses.replace(_options(bench.config, learning_rate=rate, seed=seed), held=turn.held)
+        return Training(bench.top, bench.plan, states.train, start=turn.start, options=options)
+
+    best = personalise(begin, partial(_validate, bench, states), start=turn.start, search=search)
+    common = turn.common()
+    losses = {
+        "emulator-loss-base": best.base,
+        "emulator-loss-shared": best.shared if common is None else _validate(bench, states, common),
+        "emulator-loss": best.personal,
+    }
+    choice = {"learning-rate": best.learning_rate, "steps": best.steps, "share": best.share}
+    return _Trained(best.adapter, (best.first_loss, best.last_loss), losses, choice)
+
+
+def _validate(bench: Workbench, states: UserStates, adapter: LoraAdapter | None) -> float:
+    return mean_loss(bench.top, bench.plan, states.validation, adapter=adapter)
+
+
+def _options(config: Config, *, learning_rate: float, seed: int) -> TrainOptions:
     return TrainOptions(
-        steps=federation.personal_steps if personal else federation.local_steps,
-        batch_size=federation.batch_size,
-        learning_rate=federation.personal_learning_rate if personal else federation.learning_rate,
+        batch_size=config.federation.batch_size,
+        learning_rate=learning_rate,
         b_ratio=config.lora.alpha / config.lora.rank,
-        prox_weight=federation.prox_weight,
+        prox_weight=config.federation.prox_weight,
         seed=seed,
     )
 
@@ -129,16 +199,8 @@ def _seed(config: Config, user_id: str, server_round: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _metrics(bench: Workbench, states: UserStates, result: TrainResult, parcel: Parcel) -> MetricRecord:
-    metrics = MetricRecord(
-        {
-            "num-examples": len(states.train),
-            "train-loss-first": result.first_loss,
-            "train-loss-last": result.last_loss,
-            "emulator-loss-base": mean_loss(bench.top, bench.plan, states.heldout, adapter=None),
-            "emulator-loss": parcel.loss,
-        }
-    )
-    if parcel.ternary_loss is not None:
-        metrics["emulator-loss-ternary"] = parcel.ternary_loss
-    return metrics
+def _metrics(states: UserStates, trained: _Trained, parcel: Parcel) -> MetricRecord:
+    first, last = trained.train_losses
+    told = {"num-examples": len(states.train), "train-loss-first": first, "train-loss-last": last}
+    ternary = {} if parcel.ternary_loss is None else {"emulator-loss-ternary": parcel.ternary_loss}
+    return MetricRecord({**told, **trained.losses, **trained.choice, **ternary})

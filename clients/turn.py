@@ -74,6 +74,10 @@ class Turn:
         """How many rows of A and columns of B training leaves as they are."""
         return self.sharing.held(personal=self.asked.personal)
 
+    def common(self) -> LoraAdapter | None:
+        """What anybody could be served of what is shared; None where that is `start`."""
+        return modes.export(self._begun, self.start) if self.sharing.remembers else None
+
     def released(self, trained: LoraAdapter) -> LoraAdapter:
         """The adapter as it leaves: clipped and noised where the configuration wants that at the client."""
         if not (self._settings.noisy_users and self.trains):

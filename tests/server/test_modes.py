@@ -52,10 +52,14 @@ class Run:
         """What of an adapter was sent to the two users in a round."""
         return [shared_state(m) for m in self.grid.of_type("train") if round_of(m) == number]
 
+    def replies(self, number: int) -> list[Message]:
+        """To training: the n-th pair of this attempt."""
+        replies = [m for m in self.grid.replies if "who" in m.content]
+        return replies[2 * (number - 1) : 2 * number]
+
     def answered(self, number: int) -> list[State]:
         """What they sent back."""
-        replies = [m for m in self.grid.replies if "who" in m.content]
-        return [m.content["arrays"].to_torch_state_dict() for m in replies[2 * (number - 1) : 2 * number]]
+        return [m.content["arrays"].to_torch_state_dict() for m in self.replies(number)]
 
     def adapters(self) -> dict[str, LoraAdapter]:
         return stored(self.config, self.workdir)
@@ -126,10 +130,12 @@ def test_only_what_is_shared_travels_in_a_shared_round(
         assert names(run.asked(number)) == names(run.answered(number)) == set(sides)
         ranks = {min(t.shape) for state in run.answered(number) for t in state.values()}
         assert ranks == ({1} if mode == "dual" else {2})
-        # the next round begins with the mean of this one, by examples: of both users six
+        # the next round begins with the mean of this one, by examples
         one, other = run.answered(number)
+        first, second = (float(m.content["metrics"]["num-examples"]) for m in run.replies(number))
         for name, tensor in run.asked(number + 1)[0].items():
-            torch.testing.assert_close(tensor, (one[name] + other[name]) / 2, rtol=1e-5, atol=1e-7)
+            mean = (first * one[name] + second * other[name]) / (first + second)
+            torch.testing.assert_close(tensor, mean, rtol=1e-5, atol=1e-7)
     assert names(run.asked(last)) == set(sides)
     assert names(run.answered(last)) == (set() if mode == "shared" else {"A", "B"})  # it is handed in whole
     found = result(run.workdir)
