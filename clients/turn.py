@@ -12,8 +12,8 @@ from clients import privacy
 from clients.workbench import Workbench
 from soppu.adapter import LoraAdapter
 from soppu.federation import modes, wire
-from soppu.federation.memory import Memory
 from soppu.federation.modes import Sharing, State
+from soppu.federation.own_part import OwnPart
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class Turn:
         self.asked = asked
         self.sharing = Sharing.of(bench.config)
         self._settings = bench.config.federation
-        self._memory: Memory | None = None
+        self._memory: OwnPart | None = None
         wire.check(shared, self.sharing.sent(bench.shapes, personal=False), who="server")
         own, self.since = self.sharing.start(bench.shapes)[1], 0
         self._begun = self.sharing.join(shared, own)  # before anything of the user's text is in it
         if self.sharing.remembers:
-            self._memory = Memory.of(self._settings.client_state, run=asked.run, user=user_id)
+            self._memory = OwnPart.of(self._settings.client_state, run=asked.run, user=user_id)
             self.since, remembered = self._memory.recall(before=asked.number)
             own = remembered or own
             if asked.number > 1 and self.since != asked.number - 1:

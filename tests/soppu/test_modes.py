@@ -13,8 +13,8 @@ from soppu import config as configuration
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError, ConfigError, FederationError
 from soppu.federation import modes, wire
-from soppu.federation.memory import Memory
 from soppu.federation.modes import Sharing
+from soppu.federation.own_part import OwnPart
 from soppu.sharing import Mode
 from tests.soppu.test_wire import SHAPES, make
 
@@ -170,7 +170,7 @@ def test_a_dual_adapter_has_rank_for_both() -> None:
 
 
 def test_a_round_that_is_asked_for_again_begins_where_it_began(tmp_path: Path) -> None:
-    memory = Memory.of(str(tmp_path), run="0" * 16, user="ann")
+    memory = OwnPart.of(str(tmp_path), run="0" * 16, user="ann")
     assert memory.recall(before=1) == (0, {})
     for number in (1, 2, 3):
         since, _ = memory.recall(before=number)
@@ -190,7 +190,7 @@ def test_a_round_that_is_asked_for_again_begins_where_it_began(tmp_path: Path) -
 
 
 def test_a_run_that_begins_again_forgets_what_came_later(tmp_path: Path) -> None:
-    memory = Memory.of(str(tmp_path), run="0" * 16, user="ann")
+    memory = OwnPart.of(str(tmp_path), run="0" * 16, user="ann")
     for number in (1, 2, 3, 1):
         memory.keep(number, {"x": torch.full((1,), float(number))})
     assert memory.recall(before=4)[0] == 1
@@ -198,18 +198,18 @@ def test_a_run_that_begins_again_forgets_what_came_later(tmp_path: Path) -> None
 
 def test_users_and_runs_are_apart_and_names_are_no_paths(tmp_path: Path) -> None:
     folders = {
-        Memory.of(str(tmp_path), run=run, user=user).folder
+        OwnPart.of(str(tmp_path), run=run, user=user).folder
         for run in ("a" * 16, "b" * 16)
         for user in ("ann", "..", "a/b", "a%2Fb", "ann@example.org")
     }
     assert len(folders) == 10 and {folder.parents[1] for folder in folders} == {tmp_path}
     with pytest.raises(FederationError, match="the server says this is run '../../etc'"):
-        Memory.of(str(tmp_path), run="../../etc", user="ann")
+        OwnPart.of(str(tmp_path), run="../../etc", user="ann")
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage" * 9])
 def test_a_damaged_memory_is_an_error_that_names_the_file(tmp_path: Path, damage: bytes) -> None:
-    memory = Memory.of(str(tmp_path), run="0" * 16, user="ann")
+    memory = OwnPart.of(str(tmp_path), run="0" * 16, user="ann")
     memory.keep(1, {"x": torch.ones(1)})
     path = memory.folder / "round-0001.safetensors"
     path.write_bytes(damage)

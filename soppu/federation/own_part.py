@@ -23,13 +23,13 @@ _RUN = re.compile(r"[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Of one user in one run."""
+class OwnPart:
+    """That of one user in one run."""
 
     folder: Path
 
     @classmethod
-    def of(cls, root: str, *, run: str, user: str) -> Memory:
+    def of(cls, root: str, *, run: str, user: str) -> OwnPart:
         """Below `root`; FederationError if `run`, which a server says, is no name of a run."""
         if not _RUN.fullmatch(run):
             raise FederationError(f"the server says this is run {run!r}; expected 8 to 64 hexadecimal digits")
