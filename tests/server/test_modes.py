@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from clients.workbench import workbench
 from server.app import Federation
+from soppu import adapter as adapters
 from soppu import config as configuration
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("flower_identity")
 
 NODES = [{"partition-id": n} for n in range(2)]
 ROUNDS = 2
+SERVED = ("base", "shared", "personal")
 State = dict[str, Tensor]
 
 
@@ -188,6 +190,23 @@ def test_what_is_served_holds_what_is_shared_as_it_was_averaged(runs: Callable[[
                 if mode == "dual":
                     assert not torch.equal(A[1:], other.pairs[name].A[1:])
                     assert not torch.equal(B[:, 1:], other.pairs[name].B[:, 1:])
+
+
+def test_shared_is_what_anybody_could_be_served_and_is_measured_as_that(runs: Callable[[str], Run]) -> None:
+    """Not with a user's own part of it: where no product is shared, that is the base model."""
+    for mode in ("shared", "fedsa", "dual", "ffa", "local"):
+        run = runs(mode)
+        last = 1 if mode == "local" else ROUNDS + 1
+        common = adapters.read(run.workdir / "shared")
+        alike = all(not pair.B.any() for pair in common.pairs.values())
+        assert alike == (mode in ("fedsa", "local")) == (not run.federation.sharing.in_common)
+        for message in run.replies(last):
+            told = message.content["metrics"]
+            assert (told["emulator-loss-shared"] == told["emulator-loss-base"]) == alike
+        served = set(result(run.workdir)["served"].values())
+        assert served <= (
+            {"base", "shared"} if mode == "shared" else {"base", "personal"} if alike else {*SERVED}
+        )
 
 
 def test_a_user_s_own_part_goes_on_from_the_round_before(runs: Callable[[str], Run]) -> None:
