@@ -26,7 +26,7 @@ def run(config: Config, root: Path) -> dict[str, Any]:
     files.write_text(path, configuration.dump(config))
     app = Path(__file__).parents[2]
     return simulation.run(
-        simulation.Simulation(app=app, config=path, workdir=root / "work", users=len(USERS), timeout_s=300)
+        simulation.Simulation(app=app, config=path, workdir=root / "work", users=len(USERS), timeout_s=400)
     )
 
 
@@ -40,7 +40,7 @@ def test_fedsa_and_dual_run_in_processes_of_their_own(
         configs[mode] = builder(root, tiny_base, write_users)(
             data={"users": USERS},
             align={"warmup_steps": 1, "round_steps": 0},
-            federation={"mode": mode, "rounds": 2, "timeout_s": 120, "client_state": str(root / "clients")},
+            federation={"mode": mode, "hello_timeout_s": 120, "client_state": str(root / "clients")},
         )
     with ThreadPoolExecutor() as pool:
         done = dict(
