@@ -125,7 +125,7 @@ def test_an_absent_source_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_without_jsonl_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.docx").write_text("x")
     with pytest.raises(DataError, match=r"no \*\.jsonl files"):
         data.list_users(settings_for(tmp_path))
 
