@@ -117,7 +117,7 @@ def _seed(config: Config, user_id: str, server_round: int) -> int:
 def _metrics(bench: Workbench, states: UserStates, result: TrainResult, parcel: Parcel) -> MetricRecord:
     metrics = MetricRecord(
         {
-            "num-examples": len(states.train),
+            "num-examples": len(states.user.train),
             "train-loss-first": result.first_loss,
             "train-loss-last": result.last_loss,
             "emulator-loss-base": mean_loss(bench.top, bench.plan, states.heldout, adapter=None),

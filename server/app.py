@@ -80,9 +80,10 @@ class Federation:
             model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed
         )
         self._public = data.tokenize(
-            data.load_public(config.align.source, limit=config.align.examples),
+            data.load_public(config.align.source, limit=config.align.examples, config=config.data),
             tokenizer,
             max_tokens=config.align.max_tokens,
+            chat_template=config.data.chat_template,
         )
         self.state = checkpoints.load(workdir, key=f"{config.training_digest()} {self.plan.hash}")
         self.registry = Registry.open(config.registry.root, catalogue=config.registry.catalogue)

@@ -1,7 +1,7 @@
 """What a user may be called, and how that is written as an id: percent-escaped, and readable back.
 
-An id is 1 to 128 ASCII letters, digits, ".", "_", "-" and escapes "%40"; every other character of a name is the
-escapes of its UTF-8 bytes, so that "alice@example.com" can be a folder, and cannot be read as "user@version".
+An id is 1 to 128 ASCII letters, digits, ".", "_", "-" and escapes "%40"; every other character of a name is
+the escapes of its UTF-8 bytes: "alice@example.com" can be a folder, and is not read as "user@version".
 """
 
 from __future__ import annotations

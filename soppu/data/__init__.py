@@ -1,7 +1,7 @@
 """From a user's text to token blocks: reading, splitting, tokenising. It never leaves this process.
 
-`docs/data.md` shows every format and layout. Which files there are: `listing`; what is in one: `rows`; what a row
-means: `records`; whose it is: `sources`; what is held out: `split`; tokens: `tokens` and `chat`.
+`docs/data.md` shows every format and layout. Which files there are: `listing`; what is in one: `rows`; what a
+row means: `records`; whose it is: `sources`; what is held out: `split`; tokens: `tokens` and `chat`.
 """
 
 from soppu.data.digests import source_digest

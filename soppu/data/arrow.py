@@ -1,7 +1,7 @@
 """Parquet files and dataset folders (`Dataset.save_to_disk`): read where they lie, in parts, nothing copied.
 
-Both are read by the library `datasets` and the pyarrow beneath it, the extra `soppu[data]`; no cache is written
-and no hub asked, since only what is on this disk is opened.
+Both are read by the library `datasets` and the pyarrow beneath it, the extra `soppu[data]`; no cache is
+written and no hub asked, since only what is on this disk is opened.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPLIT = re.compile(r"(\w+)-\d{5}-of-\d{5}\.parquet")
 
 @dataclass(frozen=True)
 class Selection:
-    """What to decode: the split of a dataset that has several, the columns, and which of them names the user."""
+    """What to decode: the split of a dataset with several, the columns, and which of them names the user."""
 
     split: str = "train"
     columns: frozenset[str] = frozenset()
@@ -41,7 +41,7 @@ def split_of(path: Path) -> str:
 
 
 def choose(split: str, splits: Collection[str], path: Path) -> str:
-    """The split to read: the one called `split`, or the only one there is. DataError names those there are."""
+    """The split to read: the one called `split`, or the only one. DataError names those there are."""
     if split in splits:
         return split
     if len(splits) == 1:
@@ -59,9 +59,9 @@ def read_rows(path: Path, selection: Selection) -> Iterator[tuple[int, dict[str,
         DataError: it is damaged, or there are several splits and none is the one selected.
     """
     try:
-        import datasets
-        import pyarrow
-        from pyarrow import parquet
+        import datasets  # noqa: PLC0415 - an extra: most text needs none of it
+        import pyarrow  # noqa: PLC0415
+        from pyarrow import parquet  # noqa: PLC0415
     except ImportError:
         raise MissingExtra(f"reading {path}", package="datasets", extra="data") from None
     number = 0
@@ -94,8 +94,7 @@ def _of_folder(loaded: Any, path: Path, selection: Selection) -> Iterator[Any]:
         loaded = loaded[choose(selection.split, loaded, path)]
     names = [name for name in loaded.column_names if name in selection.columns]
     chosen = loaded.select_columns(names) if names else loaded
-    for table in chosen.with_format("arrow").iter(batch_size=_BATCH):
-        yield table
+    yield from chosen.with_format("arrow").iter(batch_size=_BATCH)
 
 
 def _plain(value: Any, names_user: bool) -> Any:

@@ -35,8 +35,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase, configured: str = "") -> str
         own = own.get("default")
     if not own:
         raise DataError(
-            "the text holds chats, and the base model's tokenizer has no chat template; set data.chat_template"
-            f" to one (Jinja), or to {PLAIN!r} for lines of 'User: ...' and 'Assistant: ...'"
+            "the text holds chats, and the base model's tokenizer has no chat template; set"
+            f" data.chat_template to one (Jinja), or to {PLAIN!r}: lines of 'User: ...' and 'Assistant: ...'"
         )
     return str(own)
 
@@ -77,8 +77,8 @@ def by_difference(
 ) -> tuple[list[int], list[bool]]:
     """By renderings that grow: what comes after "now the assistant" in the next longer one is the answer.
 
-    White space after an answer is the template's, not the assistant's. Every shorter rendering has to begin the
-    whole one: a template that renders an earlier turn otherwise once others follow is refused, by name.
+    White space after an answer is the template's, not the assistant's. Every shorter rendering has to begin
+    the whole one: a template that renders an earlier turn otherwise once others follow is refused.
     """
     whole = _render(turns, tokenizer, template)
     spans = list(_spans(turns, tokenizer, template, whole))
@@ -101,8 +101,8 @@ def _spans(
         after = _render(turns[: number + 1], tokenizer, template)
         if not (after.startswith(before) and whole.startswith(after)):
             raise DataError(
-                f"the chat template renders turn {number + 1} of {_roles(turns)} otherwise when others follow, so"
-                " what the assistant wrote cannot be told; set data.chat_template to one with"
+                f"the chat template renders turn {number + 1} of {_roles(turns)} otherwise when others"
+                " follow, so what the assistant wrote cannot be told; set data.chat_template to one with"
                 " {% generation %} markers"
             )
         end = len(after.rstrip()) if content.strip() else len(after)

@@ -1,4 +1,4 @@
-"""What one example is, and what is found of a user: prompt and completion, a chat, or a piece of plain text."""
+"""What one example is: prompt and completion, a chat, or a piece of plain text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PASSAGE = 1000
 
 @dataclass(frozen=True)
 class Example:
-    """Something a user asked for and what they wrote; or a chat of `turns`; or text that is `plain`, no prompt.
+    """What a user asked for and what they wrote; or a chat of `turns`; or text that is `plain`, no prompt.
 
     A turn is (role, content). What is learned is the completion, the assistant's turns, or all plain text.
     """

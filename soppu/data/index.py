@@ -1,7 +1,7 @@
 """A source whose rows name their users: read once to know where every user's rows lie, then row by row.
 
-JSONL is read where it lies. Rows of other formats cannot be reached by an offset, so they are written as JSONL into
-a temporary file without a name, which ends with this process and which nobody else can open.
+JSONL is read where it lies. Rows of other formats cannot be reached by an offset, so they are written as
+JSONL into a temporary file without a name, which ends with this process and which nobody else can open.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ByColumn:
         self._names: dict[str, str] = {}
         self._of_file: list[set[str]] = []  # the first two users of every file
         self._broken: dict[int, DataError] = {}
-        self._spool = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the index is
+        self._spool = tempfile.TemporaryFile()  # open as long as the index is
         self._root = stamp_of_names(listing.root)
         self._everything = tuple(look(listing.root).everything())
         for number, path in enumerate(self._files):

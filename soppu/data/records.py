@@ -105,9 +105,9 @@ def _lacking(values: Mapping[str, Any], missing: list[str], where: str, needed: 
     wrong = [f"{key} holds {_kind(values[key])}" for key in missing if key in values]
     columns = ", ".join(str(key) for key in values) or "none"
     return DataError(
-        f"{where}: lacks the text key {', '.join(missing)}; needed: {', '.join(needed)}; the row has: {columns}"
-        f"{'; ' if wrong else ''}{', '.join(wrong)}. Layouts: {LAYOUTS}; data.columns and data.user_column"
-        " say what they are called here"
+        f"{where}: lacks the text key {', '.join(missing)}; needed: {', '.join(needed)}; the row has:"
+        f" {columns}{'; ' if wrong else ''}{', '.join(wrong)}. Layouts: {LAYOUTS};"
+        " data.columns and data.user_column say what they are called here"
     )
 
 
@@ -139,7 +139,7 @@ def _chat(turns: Any, keys: tuple[str, str], where: str) -> Example:
     """Turns checked: known roles, a system turn first if at all, then user and assistant by turns."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise DataError(f"{where}: holds {_kind(turns)}, needed: a list of {{{', '.join(keys)}}}")
-    read = []
+    read: list[tuple[str, str]] = []
     for number, turn in enumerate(turns, start=1):
         at = f"{where}: turn {number}"
         role = _ROLES.get(str(turn.get(keys[0])))

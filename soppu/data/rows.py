@@ -1,7 +1,7 @@
 """From a file to its rows: JSONL, JSON, CSV, TSV, Parquet, an Arrow dataset; text formats also as .gz.
 
-A row is given with its number, and as it was decoded: whether it is an example is for `records` to say. A file
-that breaks off, or is no text, is a DataError that names it.
+A row is given with its number, and as it was decoded: whether it is an example is for `records` to say. A
+file that breaks off, or is no text, is a DataError that names it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     try:
         if path.name.lower().endswith(".gz"):
             with gzip.open(path, "rb") as packed:
-                yield io.BufferedReader(packed)  # type: ignore[type-var]
+                yield io.BufferedReader(packed)
         else:
             with path.open("rb") as stream:
                 yield stream
@@ -112,7 +112,7 @@ def parse(line: bytes, where: str) -> Any:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """One array of objects; a file that does not begin as an array is one object a line, as the hub has it."""
+    """One array of objects; a file that does not begin as one is one object a line, as the hub has it."""
     with opened(path) as stream:
         content = stream.read()
     if content.removeprefix(BOM).lstrip().startswith(b"["):

@@ -1,7 +1,7 @@
-"""A source of users' text, opened: who is in it, and one user's records. How users are told apart is decided here.
+"""A source of users' text, opened: who is in it, how they are told apart, and one user's records.
 
-What was found out about a source is kept for the process until a file of it changes, so that reading all users
-one by one costs each file once.
+What was found out about a source is kept for the process until a file of it changes, so that reading all
+users one by one costs each file once.
 """
 
 from __future__ import annotations
@@ -110,8 +110,14 @@ def open_source(config: DataConfig, user: str = "") -> Source:
     Raises:
         DataError: it cannot be read, or nothing says whose text is whose.
     """
-    key = (config.source, config.user_from, config.user_column, config.date_column, config.columns)
-    key = (*key, config.split, config.users if len(config.users) == 1 else ())
+    columns = (config.user_column, config.date_column, config.columns)
+    key = (
+        config.source,
+        config.user_from,
+        columns,
+        config.split,
+        config.users if len(config.users) == 1 else (),
+    )
     known = _opened.get(key)
     if known is None or not known.is_fresh(user):
         _opened.pop(key, None)
@@ -152,7 +158,7 @@ def of_split(listing: Listing, split: str) -> Listing:
 
 
 def _told_apart(listing: Listing, layout: Layout, selection: Selection, *, alone: bool) -> str:
-    """By a row of the first table that has one: with the user's column in it, by that; else by file or folder."""
+    """By a row of the first table that has one: with the user's column, by that; else by file or folder."""
     files = listing.tables()
     if any(rows.ending(path) == rows.TEXT for path in files):
         return FILE if listing.files else FOLDER

@@ -36,7 +36,7 @@ class UserData:
 def list_users(config: DataConfig) -> list[str]:
     """The users of a source, by id: those named in `data.users`, else everybody in it.
 
-    With `data.on_small_user = "leave-out"` those are listed too of whom something is wrong: `load_user` says what.
+    With `data.on_small_user = "leave-out"` those are listed too who cannot be read: `load_user` says why.
 
     Raises:
         DataError: the source cannot be read, or a named user is not in it, or one of them cannot be read.
@@ -64,7 +64,7 @@ def load_user(config: DataConfig, user_id: str) -> UserData:
     """Read and split one user's examples.
 
     The split is the same on every machine and under every configuration, so that nothing is ever measured on
-    text that was trained on: the newest quarter where the examples have dates, else a quarter by content hash.
+    text that was trained on: the newest quarter where the examples have dates, else a quarter by hash.
     The configured numbers only shorten each part.
 
     Raises:
@@ -81,7 +81,7 @@ def load_user(config: DataConfig, user_id: str) -> UserData:
 
 
 def split(records: Iterable[Record], *, who: str) -> tuple[list[Example], list[Example]]:
-    """(train, held out), each in the order of content hashes; a repeated example counts once, with its first date.
+    """(train, held out), each in the order of content hashes; a repeat counts once, with its first date.
 
     Raises:
         DataError: some examples have a date and others have none.
@@ -95,8 +95,8 @@ def split(records: Iterable[Record], *, who: str) -> tuple[list[Example], list[E
     dated = [item for item in examples if dates[item] is not None]
     if dated and len(dated) < len(examples):
         raise DataError(
-            f"{who}: {len(dated)} of {len(examples)} examples have a date, needed: all or none, since the newest"
-            ' quarter is held out; data.date_column = "" leaves dates out of account'
+            f"{who}: {len(dated)} of {len(examples)} examples have a date, needed: all or none, since the"
+            ' newest quarter is held out; data.date_column = "" leaves dates out of account'
         )
     if dated:
         newest = sorted(examples, key=lambda item: (dates[item] or 0.0, item.digest()))
@@ -107,7 +107,7 @@ def split(records: Iterable[Record], *, who: str) -> tuple[list[Example], list[E
 
 
 def load_public(source: str, *, limit: int, config: DataConfig | None = None) -> list[Example]:
-    """Text the server may see, for aligning the emulator: `stdlib-public`, or any layout; nobody's name is asked.
+    """Text the server may see, for aligning the emulator: `stdlib-public`, or any layout, whoever's it is.
 
     `config` says what columns are called, and which split is meant.
     """

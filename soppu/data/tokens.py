@@ -20,7 +20,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Block:
-    """One tokenised example, or a part of a long one: ids (t,), labels (t,) with IGNORE on what is only read."""
+    """One tokenised example, or a part of a long one: ids (t,), labels (t,) with IGNORE where only read."""
 
     ids: Tensor
     labels: Tensor
@@ -36,9 +36,9 @@ def tokenize(
     """Token blocks of at most `max_tokens`, one or more an example; what is not to be learned is masked.
 
     Of prompt and completion, a prompt longer than half a block loses its beginning (but not a token that the
-    tokenizer begins every text with), a completion that does not fit loses its end. A chat that does not fit is
-    read in several blocks: each turn of the assistant is learned once, with up to half a block of what came
-    before it. Plain text is learned whole, block by block.
+    tokenizer begins every text with), a completion that does not fit loses its end. A chat that does not fit
+    is read in several blocks: each turn of the assistant is learned once, with up to half a block of what
+    came before it. Plain text is learned whole, block by block.
 
     Args:
         examples: what to tokenise, in order.
@@ -87,6 +87,8 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) ->
     whole = tokenizer.encode(text)
     special = whole[: len(whole) - len(ids)]
     step = max_tokens - len(special)
+    if len(special) + len(ids) < 2:
+        ids = [*ids, tokenizer.eos_token_id]
     for start in range(0, len(ids), step):
         part = ids[start : start + step]
         if special or len(part) > 1:  # one token alone follows from nothing

@@ -15,6 +15,7 @@ from soppu.errors import FederationError, RegistryError
 from soppu.federation import emulator, simulation
 from soppu.federation.emulator import LayerPlan
 from soppu.registry import Registry
+from soppu.stages import text
 from soppu.stages.run import CONFIG, FEDERATION, open_run
 
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
@@ -29,8 +30,10 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
 
     Raises:
         FederationError: it did not come to an end, or too few users answered.
+        DataError: a user's text has changed since the run was prepared.
     """
     run = open_run(run_folder)
+    text.check_unchanged(run.config.data, run.read(text.FILE))
     with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
         result = run.read(RESULT)
         if not (result and _all_held(run.registry(), result["adapters"])):
