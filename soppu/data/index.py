@@ -33,6 +33,7 @@ class ByColumn:
         self.faults: dict[str, DataError] = {}
         self._layout, self._selection = layout, selection
         self._files = listing.tables()
+        self._in_place = [_in_place(path) for path in self._files]
         self._stamps: list[Stamp] = []
         self._rows: dict[str, array[int]] = {}
         self._names: dict[str, str] = {}
@@ -74,7 +75,7 @@ class ByColumn:
             for start in range(0, len(spans), _FIELDS):
                 number, offset, length, row = spans[start : start + _FIELDS]
                 path = self._files[number]
-                if _in_place(path) and number not in opened:
+                if self._in_place[number] and number not in opened:
                     opened[number] = os.open(path, os.O_RDONLY)
                 handle = opened.get(number, self._spool.fileno())
                 where = f"{path}:{row}"
@@ -92,7 +93,7 @@ class ByColumn:
             self._stamps.append(stamp(path))
             if rows.ending(path) == rows.TEXT:
                 raise DataError(f"{path}: plain text names no user; set data.user_from = 'file' or 'folder'")
-            if _in_place(path):
+            if self._in_place[number]:
                 with rows.opened(path) as stream:
                     for line, offset, content in rows.lines(stream):
                         span = (number, offset, len(content), line)

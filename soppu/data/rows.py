@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -32,12 +33,13 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 def ending(path: Path) -> str:
     """The format a file's name says, without .gz: ".jsonl"; "" where it is none of `FORMATS`, or hidden."""
     name = path.name.lower()
-    if arrow.is_dataset(path):
-        return arrow.DATASET
+    if name.startswith("."):
+        return ""
     plain = name.removesuffix(".gz")
-    kind = Path(plain).suffix
-    known = kind in (TEXTUAL if plain != name else FORMATS)
-    return kind if known and not name.startswith(".") else ""
+    kind = os.path.splitext(plain)[1]
+    if kind in (TEXTUAL if plain != name else FORMATS):
+        return kind
+    return arrow.DATASET if arrow.is_dataset(path) else ""
 
 
 def stem(path: Path) -> str:

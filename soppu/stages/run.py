@@ -137,7 +137,7 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
 
 
 def _check_split(config: Config, base: BaseModel) -> PreTrainedModel:
-    """Cut a model without weights, to hear of a wrong plan before a simulation is started; gives the model."""
+    """Cut a model without weights, to hear of a wrong plan before a simulation is started; gives it."""
     model = models.skeleton(base)
     make_plan(
         model,

@@ -109,9 +109,9 @@ class _Trial:
         """Every kind of chat rendered once, no text with a token the model has not. DataError says whose."""
         for item in examples:
             text = f"{item.prompt}{item.completion}{''.join(content for _, content in item.turns)}"
-            if strange := [token for token in self._strange if token in text]:
+            if strange := next((token for token in self._strange if token in text), None):
                 raise DataError(
-                    f"{who}: the text holds {strange[0]!r}, token {self._strange[strange[0]]} of the tokenizer,"
+                    f"{who}: the text holds {strange!r}, token {self._strange[strange]} of the tokenizer, "
                     f" which base model {self._config.base.model!r} does not have; take it out of the text"
                 )
             roles = tuple(role for role, _ in item.turns)
@@ -148,6 +148,7 @@ def _beyond(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int) -> di
     if needed := [token for token in beyond if token not in added or token in special]:
         raise ConfigError(
             f"base.model = {config.base.model!r}: its tokenizer has token {beyond[needed[0]]}"
-            f" ({needed[0]!r}), the model has {rows}, numbered from 0; give a folder whose tokenizer and model belong together"
+            f" ({needed[0]!r}), the model has {rows}, numbered from 0; give a folder whose"
+            " tokenizer and model belong together"
         )
     return beyond
