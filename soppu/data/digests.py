@@ -24,9 +24,19 @@ def source_digest(source: str) -> str:
     if source in (STDLIB, STDLIB_PUBLIC):
         return f"{source} {platform.python_version()}"
     root = Path(source)
-    beside = root if root.is_dir() else root.parent
-    parts = [f"{path.relative_to(beside)} {_digest(path)}" for path in look(root).everything()]
+    if root.is_dir():
+        parts = [f"{path.relative_to(root)} {_of_one(path)}" for path in look(root).everything()]
+    else:
+        parts = [f"{path.name} {_digest(path)}" for path in look(root).files]
     return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+
+def _of_one(path: Path) -> str:
+    """Of a file among others: one that cannot be read is its user's fault, and no end of the others."""
+    try:
+        return _digest(path)
+    except DataError as error:
+        return str(error)
 
 
 def _digest(path: Path) -> str:

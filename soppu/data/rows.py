@@ -107,7 +107,8 @@ def parse(line: bytes, where: str) -> Any:
     """A line's JSON value, or the DataError that says why it has none."""
     try:
         value = json.loads(line.decode("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+        if b"\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
     except (ValueError, RecursionError) as error:
         return DataError(f"{where}: not JSON in UTF-8: {error}{_hint(line)}")
     return value

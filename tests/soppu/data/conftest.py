@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,19 +36,26 @@ def pairs(user: str, count: int = 6, **more: Any) -> list[dict[str, Any]]:
 
 
 class Counter:
-    """Files below a folder that this process opens, and bytes that it reads from anywhere."""
+    """Files below a folder that this process opens, what it writes, whom it asks, and bytes that it reads."""
 
     def __init__(self) -> None:
         self.below, self.opened, self.read = "", list[str](), 0
+        self.written, self.asked = list[str](), list[str]()
         sys.addaudithook(self._hear)  # for good, there is no way to remove one
 
     def _hear(self, event: str, details: tuple[Any, ...]) -> None:
-        if self.below and event == "open" and str(details[0]).startswith(self.below):
+        if not self.below:
+            return
+        if event == "open" and str(details[0]).startswith(self.below):
             self.opened.append(Path(str(details[0])).name)
+        if event == "open" and (details[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            self.written.append(str(details[0]))
+        if event.startswith("socket.") and event != "socket.__new__":
+            self.asked.append(event)
 
     @contextmanager
     def counting(self, folder: Path) -> Iterator[Counter]:
-        self.opened, before = [], _bytes_read()
+        self.opened, self.written, self.asked, before = [], [], [], _bytes_read()
         self.below = str(folder)
         try:
             yield self
@@ -62,6 +70,3 @@ def _bytes_read() -> int:
 @pytest.fixture(scope="session")
 def counter() -> Counter:
     return Counter()
-
-
-Counting = Callable[[Path], Any]
