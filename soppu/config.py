@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
+from soppu.data_settings import DataConfig
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
 
@@ -27,40 +28,6 @@ class BaseConfig:
 
     model: str = "smollm2-135m"
     cache: str = ".soppu/models"
-
-
-# What a column of text can mean, whatever it is called.
-COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text")
-
-
-@settings("data")
-class DataConfig:
-    """Where users' text comes from, and how much of it is used."""
-
-    source: str = "stdlib"
-    users: Texts = ()
-    user_from: Literal["auto", "column", "file", "folder"] = "auto"
-    user_column: str = "user_id"
-    date_column: str = "auto"
-    columns: Annotated[Texts, allowed("a list of MEANING=COLUMN")] = ()
-    split: str = "train"
-    chat_template: str = ""
-    on_small_user: Literal["error", "leave-out"] = "error"
-    train_examples: Count = 64
-    heldout_examples: Count = 16
-    min_examples: Count = 8
-    max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192
-
-    @field_validator("columns")
-    @classmethod
-    def _meanings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [
-            text for text in value if text.partition("=")[0] not in COLUMNS or not text.partition("=")[2]
-        ]:
-            raise ValueError(
-                f"data.columns = {wrong[0]!r}, allowed: MEANING=COLUMN, MEANING of {', '.join(COLUMNS)}"
-            )
-        return value
 
 
 @settings("plan")

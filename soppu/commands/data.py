@@ -15,9 +15,9 @@ import click
 from soppu import config as configuration
 from soppu import models, tables, user_ids
 from soppu.commands.options import CACHE
-from soppu.config import DataConfig
 from soppu.data import STDLIB, UserData, tokenize
 from soppu.data.listing import look
+from soppu.data_settings import DataConfig
 from soppu.errors import DataError
 from soppu.models import BaseModel
 from soppu.stages import text

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from soppu.config import COLUMNS, DataConfig
 from soppu.data.examples import Example, Record
+from soppu.data_settings import COLUMNS, DataConfig
 from soppu.errors import DataError
 
 LAYOUTS = (

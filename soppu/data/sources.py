@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from soppu import user_ids
-from soppu.config import DataConfig
 from soppu.data import rows
 from soppu.data.arrow import Selection, choose, split_of
 from soppu.data.examples import Record, passages
 from soppu.data.index import ByColumn, stamp_of_names
 from soppu.data.listing import Listing, look, stamp
 from soppu.data.records import Layout, record, user_name
+from soppu.data_settings import DataConfig
 from soppu.errors import DataError
 
 COLUMN, FILE, FOLDER = "column", "file", "folder"

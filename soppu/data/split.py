@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soppu import corpus, user_ids
-from soppu.config import DataConfig
 from soppu.data import rows
 from soppu.data.arrow import Selection
 from soppu.data.examples import HELD_OUT_ONE_IN, Example, Record, passages
 from soppu.data.listing import STDLIB, STDLIB_PUBLIC, look
 from soppu.data.records import Layout, record
 from soppu.data.sources import of_split, open_source
+from soppu.data_settings import DataConfig
 from soppu.errors import DataError
 
 

@@ -14,9 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from soppu import config as configuration
 from soppu import files, models
@@ -28,6 +26,9 @@ from soppu.federation.emulator import make_plan
 from soppu.models import BaseModel
 from soppu.registry import Registry
 from soppu.stages import text as texts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "config.toml"
 BIRTH = "birth"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from soppu.config import Config, DataConfig
+from soppu.config import Config
 from soppu.data import Example, UserData, list_users, load_public, load_user, source_digest, tokenize
+from soppu.data_settings import DataConfig
 from soppu.errors import ConfigError, DataError
 from soppu.registry import check_user_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE = "text.json"
 _log = logging.getLogger(__name__)

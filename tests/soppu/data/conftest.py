@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from soppu.config import DataConfig
+from soppu.data_settings import DataConfig
 
 
 def settings_of(source: Path, **changes: Any) -> DataConfig:

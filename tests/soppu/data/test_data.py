@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from soppu import corpus, data
-from soppu.config import DataConfig
 from soppu.data import IGNORE, Block, Example
+from soppu.data_settings import DataConfig
 from soppu.errors import DataError
 
 
