@@ -24,11 +24,11 @@ _KEEP_STATES = 4
 
 @dataclass(frozen=True, eq=False)
 class UserStates:
-    """One user's examples behind the emulator: what training and checking start from."""
+    """One user's examples behind the emulator: to train on and to choose with. Held-out text stays unread."""
 
     user: UserData
     train: list[CachedBlock]
-    heldout: list[CachedBlock]
+    validation: list[CachedBlock]
 
 
 class Workbench:
@@ -67,7 +67,7 @@ class Workbench:
         """Read, tokenise and run the emulator over one user's text; kept for the last few users."""
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
-            self._states[user_id] = UserStates(user, self._run(user.train), self._run(user.heldout))
+            self._states[user_id] = UserStates(user, self._run(user.train), self._run(user.validation))
             while len(self._states) > _KEEP_STATES:
                 self._states.popitem(last=False)
         return self._states[user_id]

@@ -62,16 +62,23 @@ class AlignConfig:
     kl_weight: Amount = 0.05
 
 
+Share = Annotated[Real, Field(gt=0, le=1)]
+
+
 @settings("federation")
 class FederationConfig:
     """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
 
     rounds: Natural = 3
     local_steps: Count = 10
-    personal_steps: Count = 30
+    patience: Count = 2
+    personal_steps: Count = 60
+    personal_check_every: Count = 10
+    personal_patience: Count = 2
     batch_size: Count = 4
     learning_rate: Amount = 1e-3
-    personal_learning_rate: Amount = 1e-3
+    personal_learning_rates: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-3,)
+    personal_shares: tuple[Share, ...] = (0.5, 0.75)
     prox_weight: Amount = 1e-3
     wire: Literal["float32", "ternary"] = "float32"
     wire_density: Annotated[Real, Field(ge=1e-6, le=1.0)] = 0.2
@@ -93,7 +100,6 @@ Method = Literal["residual", "svd", "joint", "joint-diag", "cluster", "ternary"]
 METHODS: tuple[str, ...] = get_args(Method)
 SHARED_METHODS = ("joint", "joint-diag", "cluster")  # all of a user is coordinates in a basis
 BasisBits = Literal[2, 3, 4, 5, 6, 8, 16, 32]
-Share = Annotated[Real, Field(gt=0, le=1)]
 CoreBits = Literal[4, 6, 8, 16, 32]
 # Keys of [compress] that decide what errors are weighed by; the others are those of the library.
 CALIBRATION = frozenset({"whiten", "calibration_examples"})

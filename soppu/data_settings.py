@@ -26,6 +26,7 @@ class DataConfig:
     chat_template: str = ""
     on_small_user: Literal["error", "leave-out"] = "error"
     train_examples: Count = 64
+    validation_examples: Count = 16
     heldout_examples: Count = 16
     min_examples: Count = 8
     max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192

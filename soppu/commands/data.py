@@ -22,7 +22,7 @@ from soppu.errors import DataError
 from soppu.models import BaseModel
 from soppu.stages import text
 
-_NUMBERS = (2, 3, 4)
+_NUMBERS = (2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class _Row:
     user: str  # as people know them
     id: str
     train: int = 0
+    validation: int = 0
     held_out: int = 0
     tokens: int | None = None  # None where no model says what a token is
     left_out: str = ""
@@ -63,7 +64,7 @@ def data_command(context: click.Context, /, model: str, cache: Path, as_json: bo
         told = {"source": config.source, "users": [asdict(row) for row in rows], "passed_over": ignored}
         click.echo(json.dumps(told, indent=2))
     else:
-        heads = ("USER", "ID", "TRAIN", "HELD OUT", "TOKENS", "LEFT OUT BECAUSE")
+        heads = ("USER", "ID", "TRAIN", "VALIDATION", "HELD OUT", "TOKENS", "LEFT OUT BECAUSE")
         click.echo(tables.render(heads, map(_cells, rows), right=_NUMBERS, width=tables.terminal_width()))
         for line in _summary(rows, ignored):
             click.echo(line)
@@ -99,20 +100,30 @@ def _rows(config: DataConfig, base: BaseModel | None) -> Iterator[_Row]:
         try:
             if not isinstance(found, UserData):
                 raise found
-            examples = (*found.train, *found.heldout)
             template = config.chat_template
             tokens = None
             if tokenizer:
-                blocks = tokenize(examples, tokenizer, max_tokens=config.max_tokens, chat_template=template)
+                blocks = tokenize(
+                    found.examples, tokenizer, max_tokens=config.max_tokens, chat_template=template
+                )
                 tokens = sum(len(block.ids) for block in blocks)
-            yield _Row(name, user, len(found.train), len(found.heldout), tokens)
+            counts = (len(found.train), len(found.validation), len(found.heldout))
+            yield _Row(name, user, *counts, tokens)
         except DataError as error:
             yield _Row(name, user, left_out=str(error))
 
 
 def _cells(row: _Row) -> tuple[str, ...]:
     tokens = "-" if row.tokens is None else f"{row.tokens:,}"
-    return row.user, row.id, f"{row.train:,}", f"{row.held_out:,}", tokens, row.left_out or "-"
+    return (
+        row.user,
+        row.id,
+        f"{row.train:,}",
+        f"{row.validation:,}",
+        f"{row.held_out:,}",
+        tokens,
+        row.left_out or "-",
+    )
 
 
 def _summary(rows: list[_Row], ignored: list[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ row means: `records`; whose it is: `sources`; what is held out: `split`; tokens:
 from soppu.data.digests import source_digest
 from soppu.data.examples import HELD_OUT_ONE_IN, Example
 from soppu.data.listing import STDLIB, STDLIB_PUBLIC
-from soppu.data.split import UserData, list_users, load_public, load_user
+from soppu.data.split import UserData, list_users, load_public, load_user, split_public
 from soppu.data.tokens import IGNORE, Block, collate, tokenize
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "load_public",
     "load_user",
     "source_digest",
+    "split_public",
     "tokenize",
 ]

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 HELD_OUT_ONE_IN = 4
+VALIDATION_ONE_IN = 5  # of what is not held out
 PASSAGE = 1000
 
 
@@ -42,6 +43,10 @@ class Example:
     def is_held_out(self) -> bool:
         """Whether this is one of the quarter that is never trained on, whatever any configuration says."""
         return int(self.digest()[:8], 16) % HELD_OUT_ONE_IN == 0
+
+    def is_for_validation(self) -> bool:
+        """Whether, if not held out, this is one to choose with: steps, step size, what the user is served."""
+        return int(self.digest()[8:16], 16) % VALIDATION_ONE_IN == 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +21,22 @@ from soppu.errors import DataError
 
 @dataclass(frozen=True)
 class UserData:
-    """One user's examples, already split."""
+    """One user's examples, already split: to train on, to choose with, to be judged by."""
 
     user_id: str
     train: tuple[Example, ...]
+    validation: tuple[Example, ...]
     heldout: tuple[Example, ...]
 
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys((*self.train, *self.validation, *self.heldout)))
+
     def digest(self) -> str:
-        """Content hash over both parts."""
-        parts = [[item.digest() for item in group] for group in (self.train, self.heldout)]
+        """Content hash over all parts."""
+        groups = (self.train, self.validation, self.heldout)
+        parts = [[item.digest() for item in group] for group in groups]
         return hashlib.sha256(json.dumps([self.user_id, *parts]).encode()).hexdigest()
 
 
@@ -70,18 +77,23 @@ def load_user(config: DataConfig, user_id: str) -> UserData:
     Raises:
         DataError: fewer than `data.min_examples` are left to train on, or the text cannot be read.
     """
-    train, held = split(_records(config, _as_id(user_id)), who=f"user {user_id!r} in {config.source}")
-    if len(train) < config.min_examples:
+    rest, held = split(_records(config, _as_id(user_id)), who=f"user {user_id!r} in {config.source}")
+    if len(rest) < config.min_examples:
         raise DataError(
-            f"user {user_id!r} has {len(train)} examples to train on in {config.source} ({len(held)} are held"
+            f"user {user_id!r} has {len(rest)} examples to train on in {config.source} ({len(held)} are held"
             f" out), data.min_examples is {config.min_examples}"
         )
-    kept = tuple(train[: config.train_examples]), tuple(held[: config.heldout_examples])
-    return UserData(_as_id(user_id), *kept)
+    validation, train = _apart(rest, Example.is_for_validation)
+    return UserData(
+        _as_id(user_id),
+        tuple((train or validation)[: config.train_examples]),  # one example, or all of them drawn
+        tuple(validation[: config.validation_examples]),
+        tuple(held[: config.heldout_examples]),
+    )
 
 
 def split(records: Iterable[Record], *, who: str) -> tuple[list[Example], list[Example]]:
-    """(train, held out), each in the order of content hashes; a repeat counts once, with its first date.
+    """(the rest, held out), each in the order of content hashes; a repeat counts once, with its first date.
 
     Raises:
         DataError: some examples have a date and others have none.
@@ -101,9 +113,16 @@ def split(records: Iterable[Record], *, who: str) -> tuple[list[Example], list[E
     if dated:
         newest = sorted(examples, key=lambda item: (dates[item] or 0.0, item.digest()))
         held = set(newest[-max(1, len(newest) // HELD_OUT_ONE_IN) :])
-    else:
-        held = {item for item in examples if item.is_held_out()} or set(examples[:1])
-    return [item for item in examples if item not in held], [item for item in examples if item in held]
+        return [item for item in examples if item not in held], [item for item in examples if item in held]
+    held_out, rest = _apart(examples, Example.is_held_out)
+    return rest, held_out
+
+
+def _apart(examples: list[Example], chosen: Callable[[Example], bool]) -> tuple[list[Example], list[Example]]:
+    """Those chosen, or the first where there is none, and the others."""
+    apart = [item for item in examples if chosen(item)] or examples[:1]
+    taken = set(apart)
+    return apart, [item for item in examples if item not in taken]
 
 
 def load_public(source: str, *, limit: int, config: DataConfig | None = None) -> list[Example]:
@@ -118,6 +137,12 @@ def load_public(source: str, *, limit: int, config: DataConfig | None = None) ->
     if not examples:
         raise DataError(f"align.source: {source} holds no examples")
     return sorted(set(examples), key=Example.digest)[:limit]
+
+
+def split_public(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Public text to train the emulator on, and some that it never is; a single text has to be both."""
+    unseen, rest = _apart(examples, Example.is_held_out)
+    return rest or unseen, unseen
 
 
 def _public(source: str, config: DataConfig) -> Iterable[Example]:

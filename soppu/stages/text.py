@@ -52,7 +52,7 @@ def read(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         try:
             if isinstance(found, DataError):
                 raise found
-            trial.check((*found.train, *found.heldout), who=f"user {found.user_id!r}")
+            trial.check(found.examples, who=f"user {found.user_id!r}")
             users[check_user_id(found.user_id)] = found.digest()
         except DataError as error:
             if config.data.on_small_user == "error":

@@ -46,7 +46,7 @@ def test_leaving_out_is_no_failure_and_json_tells_the_same(source: Path) -> None
     assert done.exit_code == 0, done.output
     told = json.loads(done.output)
     alice, bob, carol = told["users"]
-    assert (alice["user"], alice["id"], alice["train"] + alice["held_out"]) == (
+    assert (alice["user"], alice["id"], alice["train"] + alice["validation"] + alice["held_out"]) == (
         "alice@example.com",
         "alice%40example.com",
         9,

@@ -78,7 +78,7 @@ def test_a_byte_order_mark_and_crlf_are_no_part_of_a_csv(tmp_path: Path) -> None
     path = tmp_path / "excel.csv"
     path.write_bytes(BOM + b'user_id,prompt,completion\r\na,NA,007\r\na,"x\r\ny",nan\r\na,,"1,5"\r\n')
     found = data.load_user(settings_of(path), "a")
-    read = {(item.prompt, item.completion) for item in (*found.train, *found.heldout)}
+    read = {(item.prompt, item.completion) for item in found.examples}
     assert read == {("NA", "007"), ("x\r\ny", "nan"), ("", "1,5")}  # no cell becomes a number or goes missing
 
 
@@ -267,12 +267,12 @@ def test_plain_text_is_cut_into_pieces_that_make_it_up_again(tmp_path: Path) -> 
     )
     (tmp_path / "alice.txt").write_bytes(BOM + text.replace("\n", "\r\n").encode())
     found = data.load_user(settings_of(tmp_path, train_examples=999, heldout_examples=999), "alice")
-    pieces = {item.completion for item in (*found.train, *found.heldout)}
+    pieces = {item.completion for item in found.examples}
     assert all(len(piece) <= 1000 for piece in pieces) and len(pieces) > 8
     assert sum(map(len, pieces)) == len(text) and all(piece in text for piece in pieces)
     (tmp_path / "alice.txt").write_text(text + " And more." * 300)
     grown = data.load_user(settings_of(tmp_path, train_examples=999, heldout_examples=999), "alice")
-    assert len(pieces - {item.completion for item in (*grown.train, *grown.heldout)}) <= 1
+    assert len(pieces - {item.completion for item in grown.examples}) <= 1
 
 
 def test_examples_of_different_kinds_are_different() -> None:

@@ -46,4 +46,4 @@ def test_an_example_of_the_page_is_read_as_it_says(
                 data.load_user(config, user)
         else:
             found = data.load_user(config, user)
-            assert len(found.train) + len(found.heldout) == count
+            assert len(found.examples) == count

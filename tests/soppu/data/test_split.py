@@ -28,7 +28,7 @@ def dated(count: int, **more: object) -> list[dict[str, object]]:
 def test_the_newest_quarter_is_held_out(tmp_path: Path) -> None:
     found = data.load_user(settings_of(write_rows(tmp_path / "x.jsonl", dated(12)[::-1])), "a")
     assert {item.prompt for item in found.heldout} == {"a asks 9", "a asks 10", "a asks 11"}
-    assert len(found.train) == 9
+    assert len(found.train) + len(found.validation) == 9
 
 
 @pytest.mark.parametrize(
