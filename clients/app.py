@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from clients.packing import Parcel, pack
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
+from soppu import user_ids
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.data import list_users, load_user
@@ -83,11 +84,10 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
     if "user-id" in node:
         if "data-source" not in node:
             raise FederationError(f"node of user {node['user-id']!r}: --node-config names no data-source")
-        data = dataclasses.replace(
-            config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
-        )
+        user = user_ids.to_id(str(node["user-id"]))
+        data = dataclasses.replace(config.data, source=str(node["data-source"]), users=(user,))
         base = dataclasses.replace(config.base, cache=str(node.get("model-cache", config.base.cache)))
-        return dataclasses.replace(config, data=data, base=base), str(node["user-id"])
+        return dataclasses.replace(config, data=data, base=base), user
     if "partition-id" not in node:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"

@@ -55,6 +55,14 @@ def name_of(user_id: str) -> str:
     return unquote(user_id) if "%" in user_id and is_id(user_id) else user_id
 
 
+def spellings(name: str) -> tuple[str, ...]:
+    """What may be meant by a name: what it says, and the id of a user who is called so."""
+    try:
+        return tuple(dict.fromkeys((name, to_id(name))))
+    except DataError:
+        return (name,)
+
+
 def some(names: Iterable[str], *, limit: int = 20) -> str:
     """Names for a message: all, or the first `limit` and how many more there are."""
     listed = list(names)

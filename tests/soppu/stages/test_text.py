@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from soppu.errors import ConfigError, DataError
+from soppu.stages.evaluate import _with_text
 from soppu.stages.federate import federate
 from soppu.stages.run import Run, open_run, prepare
 
@@ -108,6 +109,17 @@ def test_a_change_in_any_format_is_another_input_of_the_stages_that_read_it(
     assert {stage for stage in before if before[stage] != after[stage]} == {"federate", "evaluate"}
     write("one")
     assert {stage: run.inputs(stage) for stage in before} == before
+
+
+def test_one_users_text_that_cannot_be_read_leaves_the_others_measured(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(run.config.data.source)
+    (folder / "bob.jsonl").write_text("{")
+    assert list(_with_text(run.config, ["ann", "bob", "cleo", "dan"])) == ["ann", "cleo"]
+    assert "not measured" in caplog.text and "bob.jsonl:1: not JSON" in caplog.text
+    (folder / "bob.jsonl").unlink()
+    assert list(_with_text(run.config, ["ann", "bob", "cleo"])) == ["ann", "cleo"]
 
 
 # ---- what the model takes
