@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from soppu import adapter as adapters
+from soppu import models
 from soppu.errors import ConfigError, DataError
+from soppu.federation import emulator
+from soppu.stages import report
 from soppu.stages.evaluate import _with_text
-from soppu.stages.federate import federate
+from soppu.stages.federate import RESULT, collect, federate
 from soppu.stages.run import Run, open_run, prepare
 
 
@@ -120,6 +124,34 @@ def test_one_users_text_that_cannot_be_read_leaves_the_others_measured(
     assert "not measured" in caplog.text and "bob.jsonl:1: not JSON" in caplog.text
     (folder / "bob.jsonl").unlink()
     assert list(_with_text(run.config, ["ann", "bob", "cleo"])) == ["ann", "cleo"]
+
+
+@pytest.mark.parametrize("served", ["personal", "shared", "base"])
+def test_who_was_left_out_is_served_the_shared_adapter_where_adapters_help(
+    served: str, config_path: Path, run: Run, trained: dict[str, str]
+) -> None:
+    add_user(run, "dan", [pair()])
+    run = open_run(prepare(str(config_path), {"data.on_small_user": "leave-out"}))
+    registry, base = run.registry(), run.base()
+    plan = emulator.make_plan(models.load_model(base), base_hash=base.hash, adapter_layers=2, drop_ratio=0.0)
+    adapters.write(registry.get_adapter(trained["ann"]), run.folder / "federation" / "shared")
+    told = {"adapters": trained, "served": dict.fromkeys(trained, served), "shared": "shared"}
+    run.write(RESULT, {**told, "plan": {"json": plan.to_json()}})
+    registry.put_adapter(registry.get_adapter(trained["bob"]), user="eve")
+    members = registry.get_set(collect(str(run.folder), federate(str(run.folder))))
+    assert ("dan" in members) == (served != "base") and members["eve"] == trained["bob"]
+    if served != "base":
+        assert members["dan"] == trained["ann"]
+
+
+def test_the_report_names_who_was_left_out_beside_who_was_refused(config_path: Path, run: Run) -> None:
+    add_user(run, "dan", [pair()])
+    run = open_run(prepare(str(config_path), {"data.on_small_user": "leave-out"}))
+    assert report._federation(run) is None  # a recompression reports of none
+    run.write(RESULT, {"adapters": {}, "refused": {"bob": "holds another layer plan"}})
+    told = report._federation(run)
+    assert told and told["refused"]["bob"] == "holds another layer plan"
+    assert "has 0 examples to train on" in told["refused"]["dan"]
 
 
 # ---- what the model takes
