@@ -7,6 +7,7 @@ import gzip
 import json
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,36 @@ def test_data_files_as_the_hub_names_them_are_of_one_split(tmp_path: Path) -> No
     assert data.list_users(settings_of(tmp_path, split="test")) == ["tester"]
     with pytest.raises(DataError, match=r"has the splits test, train; data\.split = 'dev' is none of them"):
         data.list_users(settings_of(tmp_path, split="dev"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_chats_times_and_numbers_of_a_typed_table_are_read(kind: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [
+        {
+            "author": 7 + n % 2,
+            "messages": [
+                {"role": "user", "content": f"ask {n}"},
+                {"role": "assistant", "content": f"tell {n}"},
+            ],
+            "at": datetime(2026, 1, 1 + n, tzinfo=UTC),
+            "picture": b"\xff\xd8",
+        }
+        for n in range(16)
+    ]
+    path = tmp_path / kind
+    if kind == "parquet":
+        path = tmp_path / "x.parquet"
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        Dataset.from_list(rows).save_to_disk(path)
+    config = settings_of(path, user_column="author", date_column="at")
+    assert data.list_users(config) == ["7", "8"]
+    found = data.load_user(config, "7")
+    assert {item.turns[1] for item in found.heldout} == {("assistant", "tell 12"), ("assistant", "tell 14")}
+    with pytest.raises(DataError, match="lacks the text key user_id.*the row has: "):
+        data.list_users(settings_of(path))
 
 
 def test_public_text_may_be_of_any_format(tmp_path: Path) -> None:
