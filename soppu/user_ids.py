@@ -27,7 +27,8 @@ def is_id(text: str) -> bool:
     if not _SHAPE.fullmatch(text):
         return False
     try:
-        return "%" not in text or _escape(unquote(text, errors="strict")) == text
+        name = unquote(text, errors="strict")
+        return "%" not in text or bool(name.strip()) and _escape(name) == text
     except (UnicodeDecodeError, DataError):
         return False
 
@@ -36,15 +37,17 @@ def to_id(name: str) -> str:
     """The id of a user of this name; an id is its own. Names that differ only in Unicode's form are one.
 
     Raises:
-        DataError: it is empty, or too long once escaped, or holds a control character, which is named.
+        DataError: it is blank, or too long once escaped, or holds a control character, which is named.
     """
     if is_id(name):
         return name
     user_id = _escape(name)
-    if not 1 <= len(user_id) <= LONGEST:
+    if not name.strip():
+        raise DataError(f"user name {name!r} is empty")
+    if len(user_id) > LONGEST:
         shown = name if len(name) <= 40 else f"{name[:40]}..."
         raise DataError(
-            f"user name {shown!r}: {len(user_id)} characters as an id, allowed: 1 to {LONGEST};"
+            f"user name {shown!r}: {len(user_id)} characters as an id, allowed: {LONGEST};"
             " characters other than A-Z a-z 0-9 . _ - take three for each byte"
         )
     return user_id

@@ -39,7 +39,11 @@ def test_names_and_their_ids(name: str, user_id: str) -> None:
     assert user_ids.name_of(user_id) == name
 
 
-@given(st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Zl", "Zp")), min_size=1, max_size=10))
+@given(
+    st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Zl", "Zp")), min_size=1, max_size=10).filter(
+        str.strip
+    )
+)
 def test_an_id_is_a_folder_a_header_and_no_version_and_reads_back(name: str) -> None:
     user_id = user_ids.to_id(name)
     assert is_name(user_id) and not user_id.startswith(".")
@@ -61,7 +65,8 @@ def test_two_names_have_two_ids_unless_one_is_the_others_id(one: str, two: str) 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "0 characters as an id, allowed: 1 to 128"),
+        ("", "'' is empty"),
+        ("  ", "'  ' is empty"),
         ("a" * 129, "129 characters as an id"),
         ("é" * 30, "180 characters as an id"),
         ("a\nb", r"U\+000A \(a control character\) at 1"),
