@@ -28,6 +28,9 @@ _FIELDS = 4  # of a row: file, offset, length, number
 class ByColumn:
     """Users told apart by a column. Building it is O(bytes); a user's rows are O(that user's bytes)."""
 
+    whole = False
+    unnamed: DataError | None = None
+
     def __init__(self, listing: Listing, layout: Layout, selection: Selection) -> None:
         self.listing = listing
         self.faults: dict[str, DataError] = {}

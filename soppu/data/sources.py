@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from soppu import user_ids
 from soppu.data import rows
@@ -22,16 +22,24 @@ from soppu.data.records import Layout, record, user_name
 from soppu.data_settings import DataConfig
 from soppu.errors import DataError
 
-COLUMN, FILE, FOLDER = "column", "file", "folder"
+COLUMN: Final = "column"
+FILE: Final = "file"
+FOLDER: Final = "folder"
 _KEPT = 4
 _opened: OrderedDict[tuple[object, ...], Source] = OrderedDict()
 
 
 class Source(Protocol):
-    """Users by id. `faults` says who cannot be read, and why; who has no id is there under their name."""
+    """Users by id. `faults` says who cannot be read, and why; who has no id is there under their name.
+
+    `whole` is a single file that names no user: it is whoever's it is said to be. `unnamed` is then what is
+    to be said where nobody is; None if the file's own name will do.
+    """
 
     listing: Listing
     faults: dict[str, DataError]
+    whole: bool
+    unnamed: DataError | None
 
     def users(self) -> list[str]:
         """Everybody, those with a fault too, sorted."""
@@ -46,11 +54,14 @@ class Source(Protocol):
 class ByPlace:
     """A file a user, or a subfolder a user; or everything is one user's. Nothing is opened to list them."""
 
+    unnamed: DataError | None = None
+
     def __init__(
         self, listing: Listing, places: list[tuple[str, Path]], layout: Layout, selection: Selection
     ) -> None:
         self.listing = listing
         self.faults: dict[str, DataError] = {}
+        self.whole = listing.files == (listing.root,)
         self._layout, self._selection = layout, selection
         self._root = stamp_of_names(listing.root)
         self._first = places[0][1] if places else listing.root  # by which the layout was told
@@ -76,9 +87,9 @@ class ByPlace:
         """All that is in a user's file or folder. O(that user's bytes)."""
         if user in self.faults:
             raise self.faults[user]
-        if user not in self._places:
+        if user not in self._places and not self.whole:
             return []
-        place = self._places[user]
+        place = self.listing.root if self.whole else self._places[user]
         found = [item for path in look(place).everything() for item in self._of_file(path, user)]
         if not found:
             raise DataError(f"{place}: user without examples: it holds no text")
@@ -111,13 +122,7 @@ def open_source(config: DataConfig, user: str = "") -> Source:
         DataError: it cannot be read, or nothing says whose text is whose.
     """
     columns = (config.user_column, config.date_column, config.columns)
-    key = (
-        config.source,
-        config.user_from,
-        columns,
-        config.split,
-        config.users if len(config.users) == 1 else (),
-    )
+    key = (config.source, config.user_from, columns, config.split)
     known = _opened.get(key)
     if known is None or not known.is_fresh(user):
         _opened.pop(key, None)
@@ -132,19 +137,17 @@ def _open(config: DataConfig) -> Source:
     layout = Layout.of(config)
     selection = Selection(config.split, layout.wanted(), layout.user)
     listing = of_split(look(Path(config.source)), config.split)
-    alone = listing.files == (listing.root,) and len(config.users) == 1
-    kind = (
-        config.user_from
-        if config.user_from != "auto"
-        else _told_apart(listing, layout, selection, alone=alone)
-    )
+    kind, unnamed = config.user_from, None
+    if kind == "auto":
+        kind, unnamed = _told_apart(listing, layout, selection)
     if kind == COLUMN:
         return ByColumn(listing, layout, selection)
     if kind == FOLDER:
         folders = [path for path in listing.folders if next(look(path, empty=True).everything(), None)]
         return ByPlace(listing, [(path.name, path) for path in folders], layout, selection)
-    pairs = [(config.users[0] if alone else rows.stem(path), path) for path in listing.files]
-    return ByPlace(listing, pairs, layout, selection)
+    found = ByPlace(listing, [(rows.stem(path), path) for path in listing.files], layout, selection)
+    found.unnamed = unnamed
+    return found
 
 
 def of_split(listing: Listing, split: str) -> Listing:
@@ -157,17 +160,23 @@ def of_split(listing: Listing, split: str) -> Listing:
     return Listing(listing.root, kept, (), listing.ignored)
 
 
-def _told_apart(listing: Listing, layout: Layout, selection: Selection, *, alone: bool) -> str:
+def _told_apart(
+    listing: Listing, layout: Layout, selection: Selection
+) -> tuple[Literal["column", "file", "folder"], DataError | None]:
     """By a row of the first table that has one: with the user's column, by that; else by file or folder."""
     files = listing.tables()
     if any(rows.ending(path) == rows.TEXT for path in files):
-        return FILE if listing.files else FOLDER
+        return FILE if listing.files else FOLDER, None
     row: Any = next(filter(None, (_first_row(path, selection) for path in files)), None)
     if row is None or layout.user in row:
-        return COLUMN  # which says what is wrong where no row can be read
-    if files == (listing.root,):
-        return FILE if alone else COLUMN
-    return FILE if listing.files else FOLDER
+        return COLUMN, None  # which says what is wrong where no row can be read
+    if files != (listing.root,):
+        return FILE if listing.files else FOLDER, None
+    try:
+        record(row, f"{listing.root}:1", layout, user=True)
+    except DataError as error:
+        return FILE, error
+    return FILE, None
 
 
 def _first_row(path: Path, selection: Selection) -> Any:

@@ -54,6 +54,10 @@ def list_users(config: DataConfig) -> list[str]:
         known = corpus.packages(least=config.min_examples + 1) if unknown or not wanted else []
     else:
         source = open_source(config)
+        if source.whole and len(wanted) == 1:
+            return wanted
+        if source.unnamed:
+            raise source.unnamed
         known = source.users()
         there = set(known)
         unknown = [user for user in wanted if user not in there]

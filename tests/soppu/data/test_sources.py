@@ -41,6 +41,8 @@ def test_a_single_file_is_the_one_users_who_is_named(tmp_path: Path) -> None:
     assert data.load_user(settings_of(path, users=("alice",)), "alice").user_id == "alice"
     with pytest.raises(DataError, match="lacks the text key user_id"):
         data.list_users(settings_of(path))
+    asked = data.load_user(settings_of(path), "alice")  # a client is told its own name alone
+    assert asked == data.load_user(settings_of(path, users=("alice",)), "alice")
     path = tmp_path / "diary.txt"
     path.write_text("Dear diary.")
     assert data.list_users(settings_of(path)) == ["diary"]
