@@ -23,6 +23,7 @@ from clients.packing import Parcel, pack
 from clients.turn import Asked, Turn
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
+from soppu import user_ids
 from soppu.adapter import LoraAdapter
 from soppu.config import Config, FederationConfig
 from soppu.data import load_user
@@ -80,16 +81,14 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
     if "user-id" in node:
         if "data-source" not in node:
             raise FederationError(f"node of user {node['user-id']!r}: --node-config names no data-source")
-        data = dataclasses.replace(
-            config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
-        )
+        user = user_ids.to_id(str(node["user-id"]))
+        data = dataclasses.replace(config.data, source=str(node["data-source"]), users=(user,))
         model, cache = node.get("base-model", config.base.model), node.get("model-cache", config.base.cache)
         base = dataclasses.replace(config.base, model=str(model), cache=str(cache))
         # the server's folder is another machine's
         state = str(node.get("state-dir", FederationConfig().client_state))
         federation = dataclasses.replace(config.federation, client_state=state)
-        own = dataclasses.replace(config, data=data, base=base, federation=federation)
-        return own, str(node["user-id"])
+        return dataclasses.replace(config, data=data, base=base, federation=federation), user
     if "partition-id" not in node:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"
@@ -201,6 +200,6 @@ def _seed(config: Config, user_id: str, server_round: int) -> int:
 
 def _metrics(states: UserStates, trained: _Trained, parcel: Parcel) -> MetricRecord:
     first, last = trained.train_losses
-    told = {"num-examples": len(states.train), "train-loss-first": first, "train-loss-last": last}
+    told = {"num-examples": len(states.user.train), "train-loss-first": first, "train-loss-last": last}
     ternary = {} if parcel.ternary_loss is None else {"emulator-loss-ternary": parcel.ternary_loss}
     return MetricRecord({**told, **trained.losses, **trained.choice, **ternary})

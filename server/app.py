@@ -98,9 +98,14 @@ class Federation:
         self.aligner = Aligner(
             model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed
         )
-        public = data.load_public(config.align.source, limit=config.align.examples)
+        public = data.load_public(config.align.source, limit=config.align.examples, config=config.data)
         self._public, self._unseen = (
-            data.tokenize(part, tokenizer, max_tokens=config.align.max_tokens)
+            data.tokenize(
+                part,
+                tokenizer,
+                max_tokens=config.align.max_tokens,
+                chat_template=config.data.chat_template,
+            )
             for part in data.split_public(public)
         )
         self.state = checkpoints.load(workdir, key=f"{config.training_digest()} {self.plan.hash}")

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
+from soppu.data_settings import DataConfig
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
 from soppu.sharing import OPERATIONAL, SharingSettings
@@ -28,19 +29,6 @@ class BaseConfig:
 
     model: str = "smollm2-135m"
     cache: str = ".soppu/models"
-
-
-@settings("data")
-class DataConfig:
-    """Where users' text comes from, and how much of it is used."""
-
-    source: str = "stdlib"
-    users: Texts = ()
-    train_examples: Count = 64
-    validation_examples: Count = 16
-    heldout_examples: Count = 16
-    min_examples: Count = 8
-    max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192
 
 
 @settings("plan")
