@@ -14,18 +14,22 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soppu import config as configuration
 from soppu import files, models
 from soppu.compress.options import CompressOptions
 from soppu.config import Config
-from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user, source_digest
+from soppu.data import STDLIB, STDLIB_PUBLIC, source_digest
 from soppu.errors import ConfigError
-from soppu.federation import members
+from soppu.federation import privacy
 from soppu.federation.emulator import make_plan
 from soppu.models import BaseModel
-from soppu.registry import Registry, check_user_id
+from soppu.registry import Registry
+from soppu.stages import text as texts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "config.toml"
 BIRTH = "birth"
@@ -117,21 +121,23 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
+    privacy.require(config.federation)
     CompressOptions.of(config.compress, seed=config.seed).torch_device()
-    texts = ""
+    texts, found = "", None
     if text:
+        model = _check_split(config, base)
+        found = texts_of.read(config, model, models.load_tokenizer(base))
         # named, so that all later stages agree on who takes part
-        users = tuple(map(check_user_id, _users(config)))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, users=users))
-        _check_split(config, base)
-        public = [item.digest() for item in load_public(config.align.source, limit=config.align.examples)]
-        own = [load_user(config.data, user).digest() for user in users if _users_text(config)]
-        texts = " ".join([models.tokenizer_digest(base), *public, *own])
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, users=tuple(found.users)))
+        texts = " ".join([models.tokenizer_digest(base), *found.public, *found.users.values()])
     folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
     files.write_text(folder / CONFIG, configuration.dump(config))
     if not (folder / BIRTH).exists():
         files.write_text(folder / BIRTH, uuid.uuid4().hex)
-    if text:  # runs that differ only in what comes after the training share its folder, and so its adapters
+    if found:
+        source = "".join(_users_text(config))
+        files.write_text(folder / texts_of.FILE, json.dumps(found.to_dict(source), indent=2))
+        # runs that differ only in what comes after the training share its folder, and so its adapters
         training = _digest(config.training_digest(), base.hash, texts, config.registry.root)
         shared, link = folder.parent / ".federations" / training, folder / FEDERATION
         shared.mkdir(parents=True, exist_ok=True)
@@ -140,35 +146,17 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     return str(folder)
 
 
-def _users(config: Config) -> list[str]:
-    """Who is to take part: of the source of text, or of the table of nodes where text is not here."""
-    if not config.federation.connection:
-        return list_users(config.data)
-    if not config.federation.members:
-        raise ConfigError(
-            f"federation.connection = {config.federation.connection!r}: federation.members has to name the"
-            " table of nodes and their users; `soppu federation register` makes it"
-        )
-    known = sorted(members.read(config.federation.members).values())
-    if strangers := sorted(set(config.data.users).difference(known)):
-        raise ConfigError(
-            f"data.users: {', '.join(strangers)} not in {config.federation.members}; it has"
-            f" {', '.join(known)}"
-        )
-    if not known:
-        raise ConfigError(f"{config.federation.members}: no node is registered yet")
-    return list(config.data.users) or known
-
-
-def _check_split(config: Config, base: BaseModel) -> None:
-    """Cut a model without weights, to hear of a wrong plan before a simulation is started for it."""
+def _check_split(config: Config, base: BaseModel) -> PreTrainedModel:
+    """Cut a model without weights, to hear of a wrong plan before a simulation is started; gives it."""
+    model = models.skeleton(base)
     make_plan(
-        models.skeleton(base),
+        model,
         base_hash=base.hash,
         adapter_layers=config.plan.adapter_layers,
         drop_ratio=config.plan.drop_ratio,
         target_modules=config.lora.target_modules,
     )
+    return model
 
 
 def _digest(*parts: str) -> str:
@@ -196,6 +184,10 @@ def _absolute(config: Config) -> Config:
         serve=replace(
             config.serve, **folders(own), targets=tuple({**one, **folders(one)} for one in targets)
         ),
-        federation=replace(config.federation, members=path(config.federation.members)),
+        federation=replace(
+            config.federation,
+            members=path(config.federation.members),
+            client_state=path(config.federation.client_state),
+        ),
         registry=replace(config.registry, root=path(config.registry.root)),
     )
