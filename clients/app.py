@@ -82,7 +82,10 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
             config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
         )
         base = dataclasses.replace(config.base, cache=str(node.get("model-cache", config.base.cache)))
-        return dataclasses.replace(config, data=data, base=base), str(node["user-id"])
+        device = str(node.get("device", "auto"))  # a server does not know this machine
+        federation = dataclasses.replace(config.federation, client_device=device)
+        own = dataclasses.replace(config, data=data, base=base, federation=federation)
+        return own, str(node["user-id"])
     if "partition-id" not in node:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"

@@ -9,15 +9,21 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
-from soppu.data import UserData, load_user, tokenize
+from soppu.data import Example, UserData, load_user, tokenize
+from soppu.devices import torch_device
 from soppu.errors import FederationError
 from soppu.federation import emulator
-from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.client_part import ClientPart
+from soppu.federation.emulator import LayerPlan
 from soppu.federation.train import CachedBlock, cache_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KEEP_STATES = 4
 
@@ -41,15 +47,18 @@ class Workbench:
                 f"base model {config.base.model!r} here is {base.hash[:12]},"
                 f" the plan is for {plan.base_hash[:12]}"
             )
-        model = models.load_model(base, dtype=config.frozen_dtype)
         self.plan = plan
         self.config = config
         self.tokenizer = models.load_tokenizer(base)
-        self.shapes = emulator.target_shapes(model, plan)
-        self.top = TopModel(model, plan)
-        self._kept = emulator.with_layers(model, plan.kept)
-        self._bottom = self._kept
-        self._aligned = ""
+        self._part = ClientPart(
+            base,
+            plan,
+            dtype=config.frozen_dtype,
+            compute=models.computing(config.compute_dtype, config.frozen_dtype),
+            device=torch_device(config.federation.client_device, key="federation.client_device"),
+        )
+        self.shapes, self.top = self._part.shapes, self._part.top
+        self._aligned, self._lora = "", LoraAdapter({})
         self._states: OrderedDict[str, UserStates] = OrderedDict()
 
     def align(self, adapter: LoraAdapter) -> None:
@@ -57,9 +66,7 @@ class Workbench:
         version = adapter.content_hash()
         if version == self._aligned:
             return
-        self._bottom = emulator.with_layers(self._kept, range(len(self.plan.kept)))
-        own = emulator.to_own(adapter, self.plan, self.plan.kept, who="emulator adapter")
-        emulator.merge(self._bottom, own)
+        self._lora = emulator.to_own(adapter, self.plan, self.plan.kept, who="emulator adapter")
         self._states.clear()
         self._aligned = version
 
@@ -67,14 +74,16 @@ class Workbench:
         """Read, tokenise and run the emulator over one user's text; kept for the last few users."""
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
-            self._states[user_id] = UserStates(user, self._run(user.train), self._run(user.heldout))
+            with self._part.bottom(self._lora) as bottom:
+                train, heldout = (self._run(bottom, part) for part in (user.train, user.heldout))
+            self._states[user_id] = UserStates(user, train, heldout)
             while len(self._states) > _KEEP_STATES:
                 self._states.popitem(last=False)
         return self._states[user_id]
 
-    def _run(self, examples: tuple[object, ...]) -> list[CachedBlock]:
-        blocks = tokenize(examples, self.tokenizer, max_tokens=self.config.data.max_tokens)  # type: ignore[arg-type]
-        return cache_states(self._bottom, blocks, pad_id=self.tokenizer.pad_token_id)
+    def _run(self, bottom: PreTrainedModel, examples: tuple[Example, ...]) -> list[CachedBlock]:
+        blocks = tokenize(examples, self.tokenizer, max_tokens=self.config.data.max_tokens)
+        return cache_states(bottom, blocks, pad_id=self.tokenizer.pad_token_id)
 
 
 @lru_cache(maxsize=1)

@@ -28,6 +28,7 @@ from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
+from soppu.devices import torch_device
 from soppu.errors import FederationError
 from soppu.federation import emulator, wire
 from soppu.federation.align import Aligner
@@ -35,7 +36,7 @@ from soppu.federation.attach import initial_pairs
 from soppu.registry import Registry
 
 # What a client needs to know; where the registry is and what is served is not its business.
-CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
+CLIENT_SECTIONS = ("seed", "frozen_dtype", "compute_dtype", "base", "data", "plan", "lora", "federation")
 
 app = ServerApp()
 
@@ -55,7 +56,8 @@ class Federation:
         self.workdir = workdir
         self.last_round = config.federation.rounds + 1
         base = models.resolve(config.base.model, cache=Path(config.base.cache))
-        model = models.load_model(base, dtype=config.frozen_dtype)
+        device = torch_device(config.align.device, key="align.device")
+        model = models.load_model(base, dtype=config.frozen_dtype, device=device)
         tokenizer = models.load_tokenizer(base)
         self.plan = emulator.make_plan(
             model,
@@ -77,7 +79,13 @@ class Federation:
             max_update=config.federation.max_update,
         )
         self.aligner = Aligner(
-            model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed
+            model,
+            self.plan,
+            options=config.align,
+            pad_id=tokenizer.pad_token_id,
+            seed=config.seed,
+            compute=models.computing(config.compute_dtype, config.frozen_dtype),
+            nf4=config.frozen_dtype == "nf4",
         )
         self._public = data.tokenize(
             data.load_public(config.align.source, limit=config.align.examples),

@@ -18,7 +18,20 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
 from soppu.errors import ConfigError
-from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
+from soppu.settings import (
+    Amount,
+    Count,
+    Device,
+    Flag,
+    Natural,
+    Real,
+    Seed,
+    Texts,
+    Whole,
+    allowed,
+    build,
+    settings,
+)
 
 
 @settings("base")
@@ -71,6 +84,7 @@ class AlignConfig:
     rank: Count = 8
     learning_rate: Amount = 3e-4
     kl_weight: Amount = 0.05
+    device: Device = "auto"
 
 
 @settings("federation")
@@ -89,13 +103,17 @@ class FederationConfig:
     wire_max_loss: Amount = 0.01
     max_update: Annotated[Real, Field(ge=1.0)] = 10.0  # a user's change, over the median change of the round
     client_cpus: Count = 1
+    client_gpus: Amount = 0.0  # of a GPU, to each simulated client
+    client_device: Device = "auto"
     min_users: Natural = 0
     hello_timeout_s: Count = 120  # how long those who are missing are waited for
     timeout_s: Count = 3600
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "timeout_s"})
+OPERATIONAL = frozenset(
+    {"client_cpus", "client_device", "client_gpus", "hello_timeout_s", "min_users", "timeout_s"}
+)
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
@@ -141,12 +159,7 @@ class CompressSettings:
     max_steps: Annotated[Natural, "Most alternations of a joint fit once its ranges are found."] = 10
     tolerance: Annotated[Amount, Field(lt=1), "Stop when two steps in a row gain less than this."] = 1e-5
     shrink: Annotated[Share, "How far calibration moments are drawn towards white input."] = 0.05
-    device: Annotated[
-        str,
-        Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
-        allowed("auto, cpu, cuda or cuda:N"),
-        "auto, cpu, cuda or cuda:N.",
-    ] = "auto"
+    device: Annotated[Device, "auto, cpu, cuda or cuda:N."] = "auto"
 
     _one_target = field_validator("max_bytes", "max_error")(one_target)
 
@@ -187,6 +200,7 @@ class GateConfig:
     min_user_gain_kept: Annotated[Real, Field(ge=-10.0, le=1.0)] = 0.5
     max_relative_error: Amount = 0.7
     min_improved_users: Annotated[Real, Field(ge=0.0, le=1.0)] = 1.0
+    device: Device = "auto"
 
 
 @settings("serve")
@@ -283,7 +297,8 @@ class Config:
 
     seed: Seed = 0
     runs: str = "runs"
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    frozen_dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     base: BaseConfig = BaseConfig()
     data: DataConfig = DataConfig()
     plan: PlanConfig = PlanConfig()
@@ -319,8 +334,10 @@ class Config:
         """Hash (16 hex) of what decides which adapters come out; not of where it runs or what comes after."""
         values = dataclasses.asdict(self)
         federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
-        sections = {name: values[name] for name in ("seed", "frozen_dtype", "data", "plan", "lora", "align")}
-        return _digest({**sections, "model": self.base.model, "federation": federation})
+        align = {k: v for k, v in values["align"].items() if k != "device"}
+        names = ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora")
+        sections = {name: values[name] for name in names}
+        return _digest({**sections, "align": align, "model": self.base.model, "federation": federation})
 
     def digest(self, *sections: str) -> str:
         """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""

@@ -12,21 +12,28 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers  # its names are asked for where they are used: importing one takes seconds
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
 
 from soppu import files
 from soppu.base_identity import Base
 from soppu.errors import ModelError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "nf4": torch.bfloat16,  # what is not quantised, and what is computed in
+}
 _STAMP = "soppu-base.json"
 _AGAIN = "copy or download the folder again"
 
@@ -93,13 +100,24 @@ def tokenizer_digest(base: BaseModel) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def load_model(base: BaseModel, *, dtype: str = "float32") -> transformers.PreTrainedModel:
-    """Load the weights, frozen and in evaluation mode, on the CPU. ModelError if transformers cannot."""
+def load_model(
+    base: BaseModel, *, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> transformers.PreTrainedModel:
+    """Load all weights, frozen and in evaluation mode. ModelError if transformers cannot.
+
+    Args:
+        dtype: a key of `DTYPES`; "nf4" gives bfloat16, since only an emulator's layers are ever quantised.
+    """
     with _reading(base, "weights"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             base.path, dtype=DTYPES[dtype], local_files_only=True
         )
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def computing(compute_dtype: str, frozen_dtype: str) -> torch.dtype:
+    """What a `compute_dtype` of a configuration means beside its `frozen_dtype`."""
+    return DTYPES[frozen_dtype if compute_dtype == "auto" else compute_dtype]
 
 
 def skeleton(base: BaseModel) -> transformers.PreTrainedModel:
@@ -107,6 +125,47 @@ def skeleton(base: BaseModel) -> transformers.PreTrainedModel:
     with _reading(base, "configuration"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
         return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def empty(base: BaseModel) -> transformers.PreTrainedModel:
+    """The model with its buffers but without its weights, which `TensorFiles` reads. Raises ModelError."""
+    with _reading(base, "configuration"), init_empty_weights(include_buffers=False):
+        config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
+        return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+class TensorFiles:
+    """Where a model's tensors lie, to read some of them and no other.
+
+    Names are those of a model that transformers makes; the prefix of its base model (`model.`) may be missing
+    in the files. Raises ModelError for files that cannot be read.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._places: dict[str, Path] = {}
+        for path in sorted(base.path.glob("*.safetensors")):
+            with _reading(base, "weights"), safe_open(path, framework="pt") as file:
+                self._places.update(dict.fromkeys(file.keys(), path))
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, file by file, in the file's dtype. ModelError for one that is not there.
+
+        They are views of the file: pages that are not computed with take no memory.
+        """
+        wanted: dict[Path, list[tuple[str, str]]] = {}
+        for name in sorted(names):
+            stored = name if name in self._places else name.partition(".")[2]
+            if stored not in self._places:
+                raise ModelError(
+                    f"base model {self._base.name!r}: no tensor {name} in the *.safetensors of"
+                    f" {self._base.path}; load_model and save_pretrained give tensors today's names"
+                )
+            wanted.setdefault(self._places[stored], []).append((name, stored))
+        for path, pairs in wanted.items():
+            with safe_open(path, framework="pt") as file:
+                for name, stored in pairs:
+                    yield name, file.get_tensor(stored)
 
 
 def layer_count(folder: str | Path) -> int:

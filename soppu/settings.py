@@ -43,6 +43,9 @@ def allowed(words: str) -> GetPydanticSchema:
     )
 
 
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), allowed("auto, cpu, cuda or cuda:N")
+]  # what soppu.devices resolves
 # true is not 1 and "1" is not 1; an integer is a fine way to write a float
 Whole = Annotated[int, Strict()]
 Real = Annotated[float, Strict()]

@@ -6,7 +6,7 @@ computed once and kept; each step runs only the emulator, with a LoRA of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from soppu.config import AlignConfig
 from soppu.data import Block, collate
 from soppu.federation import emulator
 from soppu.federation.attach import attached, initial_pairs
+from soppu.federation.nf4 import quantise
 from soppu.federation.train import CachedBlock, cache_states
 
 if TYPE_CHECKING:
@@ -33,7 +34,12 @@ class AlignLoss:
 
 
 class Aligner:
-    """Distils the full bottom into the emulator's LoRA; one AdamW lives across all rounds."""
+    """Distils the full bottom into the emulator's LoRA, where `model` is; one AdamW lives across all rounds.
+
+    Args:
+        compute: what the layers above compute in.
+        nf4: the student's layers are 4-bit ones, as on the clients: it learns to make up for that too.
+    """
 
     def __init__(
         self,
@@ -43,15 +49,20 @@ class Aligner:
         options: AlignConfig,
         pad_id: int,
         seed: int,
+        compute: torch.dtype = torch.float32,
+        nf4: bool = False,
     ) -> None:
         self.plan = plan
         self.options = options
         self.pad_id = pad_id
-        self.top = emulator.TopModel(model, plan)
+        self.top = emulator.TopModel(model, plan, dtype=compute)
         self._student = emulator.with_layers(model, plan.kept)
         self._teacher = emulator.with_layers(model, plan.bottom)
+        if nf4:
+            for layer in emulator.decoder_layers(self._student):
+                quantise(layer)
         shapes = emulator.target_shapes(model, plan, plan.kept)
-        self.pairs = initial_pairs(shapes, rank=options.rank, seed=seed)
+        self.pairs = self._here(initial_pairs(shapes, rank=options.rank, seed=seed))
         self._generator = torch.Generator().manual_seed(seed)
         self._blocks: list[Block] = []
         self._states: list[CachedBlock] = []
@@ -63,14 +74,18 @@ class Aligner:
         self._states = cache_states(self._teacher, blocks, pad_id=self.pad_id)
 
     def adapter(self) -> LoraAdapter:
-        """A copy of the emulator's LoRA as it is now, full-model names."""
-        pairs = {name: LoraPair(p.A.detach().clone(), p.B.detach().clone()) for name, p in self.pairs.items()}
+        """A copy of the emulator's LoRA as it is now, full-model names, on the CPU."""
+        own = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in self.pairs.items()}
+        pairs = {name: pair.to("cpu", copy=True) for name, pair in own.items()}
         return LoraAdapter(pairs, base_hash=self.plan.base_hash)
 
     def load(self, adapter: LoraAdapter) -> None:
         """Continue from an earlier adapter; the optimiser starts afresh."""
-        self.pairs = {name: LoraPair(p.A.clone(), p.B.clone()) for name, p in adapter.pairs.items()}
+        self.pairs = self._here(adapter.pairs)
         self._optimizer = None
+
+    def _here(self, pairs: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+        return {name: pair.to(self.top.device, copy=True) for name, pair in pairs.items()}
 
     def steps(self, count: int, *, user_adapter: LoraAdapter | None = None) -> Iterable[AlignLoss]:
         """Take `count` steps, giving each step's losses as it goes.
@@ -107,11 +122,11 @@ class Aligner:
         student = emulator.bottom_states(self._student, ids, mask).float()
         teacher = nn.utils.rnn.pad_sequence(
             [self._states[index].states for index in chosen], batch_first=True
-        )
-        real = mask.bool()
+        ).float()
+        real = mask.to(student.device).bool()
         l2 = (student - teacher)[real].square().sum() / teacher[real].square().sum()
         if not self.options.kl_weight:
-            return l2, torch.zeros(())
+            return l2, l2.new_zeros(())
         with torch.no_grad():
             wanted = self.top.logits(self.top.hidden(teacher, mask)[real]).float().log_softmax(-1)
         given = self.top.logits(self.top.hidden(student, mask)[real]).float().log_softmax(-1)

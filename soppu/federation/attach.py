@@ -21,7 +21,7 @@ from soppu.errors import AdapterError
 def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
     """Add B A x to the output of every module the adapter names; None attaches nothing.
 
-    `adapter` is numbered as `model` is. Cost: O(r (i + o)) per token and module.
+    `adapter` is numbered as `model` is, and may be elsewhere. Cost: O(r (i + o)) per token and module.
 
     Raises:
         AdapterError: the model has no such module.
@@ -32,7 +32,8 @@ def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
                 module = model.get_submodule(name)
             except AttributeError:
                 raise AdapterError(f"{name}: the model has no such module") from None
-            stack.enter_context(module.register_forward_hook(_hook(pair)))
+            device = next(module.parameters()).device
+            stack.enter_context(module.register_forward_hook(_hook(pair.to(device))))
         yield
 
 

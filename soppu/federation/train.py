@@ -17,6 +17,7 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.data import IGNORE, Block, collate
 from soppu.federation import emulator
 from soppu.federation.attach import attached
+from soppu.federation.head_loss import summed_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, eq=False)
 class CachedBlock:
-    """A token block with the frozen part's output: states (t, d), labels (t,)."""
+    """A token block with the frozen part's output: states (t, d) in its dtype, on its device; labels (t,)."""
 
     states: Tensor
     labels: Tensor
@@ -63,7 +64,7 @@ def cache_states(
         chosen = order[start : start + batch_size]
         ids, mask, _ = collate([blocks[index] for index in chosen], pad_id=pad_id)
         with torch.no_grad():
-            states = emulator.bottom_states(bottom, ids, mask).float()
+            states = emulator.bottom_states(bottom, ids, mask)
         for row, index in enumerate(chosen):
             block = blocks[index]
             cached[index] = CachedBlock(states[row, : len(block.ids)].clone(), block.labels)
@@ -81,10 +82,9 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
     lengths = torch.tensor([len(block.labels) for block in blocks])
     mask = (torch.arange(states.shape[1])[None, :] < lengths[:, None]).long()
     hidden = top.hidden(states, mask)[:, :-1]
-    target = labels[:, 1:]
+    target = labels[:, 1:].to(hidden.device)
     counted = target != IGNORE
-    logits = top.logits(hidden[counted]).float()
-    return nn.functional.cross_entropy(logits, target[counted], reduction="sum"), int(counted.sum())
+    return summed_loss(top.logits, hidden[counted], target[counted]), int(counted.sum())
 
 
 def proximal(pairs: dict[str, LoraPair], start: dict[str, LoraPair]) -> Tensor:
@@ -93,11 +93,11 @@ def proximal(pairs: dict[str, LoraPair], start: dict[str, LoraPair]) -> Tensor:
     Cost: O(r^2 (i + o)) a module; no o x i matrix. FedBiOT's client term (eq. 3), in product space, with a
     gradient: the published code reads detached weights and so adds none.
     """
-    total = torch.zeros(())
-    for name, pair in pairs.items():
-        old = start[name]
-        total = total + _inner(pair, pair) - 2 * _inner(pair, old) + _inner(old, old)
-    return total
+    terms = [
+        _inner(pair, pair) - 2 * _inner(pair, start[name]) + _inner(start[name], start[name])
+        for name, pair in pairs.items()
+    ]
+    return torch.stack(terms).sum()
 
 
 def fit(
@@ -114,10 +114,10 @@ def fit(
         start: full-model names; its factors are copied, not changed.
 
     Returns:
-        The trained adapter with full-model names, float32.
+        The trained adapter with full-model names, float32, on the CPU.
     """
     own = emulator.to_own(start, plan, plan.adapter)
-    origin = {name: LoraPair(pair.A.float(), pair.B.float()) for name, pair in own.pairs.items()}
+    origin = {name: pair.to(top.device, torch.float32) for name, pair in own.pairs.items()}
     pairs = {
         name: LoraPair(pair.A.clone().requires_grad_(), pair.B.clone().requires_grad_())
         for name, pair in origin.items()
@@ -140,7 +140,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    finished = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in pairs.items()}
+    finished = {name: LoraPair(pair.A.detach(), pair.B.detach()).to("cpu") for name, pair in pairs.items()}
     result = emulator.to_full(replace(start, pairs=finished), plan, plan.adapter)
     return TrainResult(result, losses[0], losses[-1], len(losses))
 

@@ -65,7 +65,7 @@ def collect(run_folder: str, federation_id: str) -> str:
         raise FederationError(f"{run.folder}: holds federation {found}, asked for {federation_id}")
     registry, base = run.registry(), run.base()
     plan = LayerPlan.from_json(result["plan"]["json"])
-    shapes = emulator.target_shapes(models.load_model(base, dtype=run.config.frozen_dtype), plan)
+    shapes = emulator.target_shapes(models.skeleton(base), plan)
     for user, adapter_id in result["adapters"].items():
         adapter = registry.get_adapter(adapter_id)
         who = f"user {user!r}"
