@@ -9,21 +9,17 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
-from soppu.data import Example, UserData, load_user, tokenize
+from soppu.data import UserData, load_user, tokenize
 from soppu.devices import torch_device
 from soppu.errors import FederationError
 from soppu.federation import emulator
 from soppu.federation.client_part import ClientPart
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.train import CachedBlock, cache_states
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _KEEP_STATES = 4
 
@@ -74,16 +70,14 @@ class Workbench:
         """Read, tokenise and run the emulator over one user's text; kept for the last few users."""
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
+            most, pad_id = self.config.data.max_tokens, self.tokenizer.pad_token_id
+            parts = [tokenize(part, self.tokenizer, max_tokens=most) for part in (user.train, user.heldout)]
             with self._part.bottom(self._lora) as bottom:
-                train, heldout = (self._run(bottom, part) for part in (user.train, user.heldout))
+                train, heldout = (cache_states(bottom, blocks, pad_id=pad_id) for blocks in parts)
             self._states[user_id] = UserStates(user, train, heldout)
             while len(self._states) > _KEEP_STATES:
                 self._states.popitem(last=False)
         return self._states[user_id]
-
-    def _run(self, bottom: PreTrainedModel, examples: tuple[Example, ...]) -> list[CachedBlock]:
-        blocks = tokenize(examples, self.tokenizer, max_tokens=self.config.data.max_tokens)
-        return cache_states(bottom, blocks, pad_id=self.tokenizer.pad_token_id)
 
 
 @lru_cache(maxsize=1)

@@ -31,6 +31,7 @@ from soppu.settings import (
     allowed,
     build,
     settings,
+    toml,
 )
 
 
@@ -391,18 +392,4 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """TOML text that `load` reads back to an equal Config."""
-    values = to_dict(config)
-    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
-    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables]
-    for table, entries in tables.items():
-        lines += ["", f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in entries.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name} = {_toml(item)}' for name, item in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    # TOML knows no surrogate pairs, which JSON's \u escapes would give, and no bare DEL
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return toml(to_dict(config))

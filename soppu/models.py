@@ -12,16 +12,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers  # its names are asked for where they are used: importing one takes seconds
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import nn
 
 from soppu import files
@@ -108,7 +106,7 @@ def load_model(
     Args:
         dtype: a key of `DTYPES`; "nf4" gives bfloat16, since only an emulator's layers are ever quantised.
     """
-    with _reading(base, "weights"):
+    with reading(base, "weights"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             base.path, dtype=DTYPES[dtype], local_files_only=True
         )
@@ -122,50 +120,9 @@ def computing(compute_dtype: str, frozen_dtype: str) -> torch.dtype:
 
 def skeleton(base: BaseModel) -> transformers.PreTrainedModel:
     """The model without its weights, for names and shapes: no memory at any size. Raises ModelError."""
-    with _reading(base, "configuration"), torch.device("meta"):
+    with reading(base, "configuration"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
         return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def empty(base: BaseModel) -> transformers.PreTrainedModel:
-    """The model with its buffers but without its weights, which `TensorFiles` reads. Raises ModelError."""
-    with _reading(base, "configuration"), init_empty_weights(include_buffers=False):
-        config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
-        return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-
-
-class TensorFiles:
-    """Where a model's tensors lie, to read some of them and no other.
-
-    Names are those of a model that transformers makes; the prefix of its base model (`model.`) may be missing
-    in the files. Raises ModelError for files that cannot be read.
-    """
-
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
-        self._places: dict[str, Path] = {}
-        for path in sorted(base.path.glob("*.safetensors")):
-            with _reading(base, "weights"), safe_open(path, framework="pt") as file:
-                self._places.update(dict.fromkeys(file.keys(), path))
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, file by file, in the file's dtype. ModelError for one that is not there.
-
-        They are views of the file: pages that are not computed with take no memory.
-        """
-        wanted: dict[Path, list[tuple[str, str]]] = {}
-        for name in sorted(names):
-            stored = name if name in self._places else name.partition(".")[2]
-            if stored not in self._places:
-                raise ModelError(
-                    f"base model {self._base.name!r}: no tensor {name} in the *.safetensors of"
-                    f" {self._base.path}; load_model and save_pretrained give tensors today's names"
-                )
-            wanted.setdefault(self._places[stored], []).append((name, stored))
-        for path, pairs in wanted.items():
-            with safe_open(path, framework="pt") as file:
-                for name, stored in pairs:
-                    yield name, file.get_tensor(stored)
 
 
 def layer_count(folder: str | Path) -> int:
@@ -197,7 +154,7 @@ def load_tokenizer(base: BaseModel) -> transformers.PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none that transformers can read, or it has no end-of-text token.
     """
-    with _reading(base, "tokenizer"):
+    with reading(base, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -210,7 +167,7 @@ def load_tokenizer(base: BaseModel) -> transformers.PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _reading(base: BaseModel, what: str) -> Iterator[None]:
+def reading(base: BaseModel, what: str) -> Iterator[None]:
     """Turn what transformers and its parsers raise, a dozen unrelated classes, into one ModelError."""
     try:
         yield

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-_NAME = "second"
+# a type of torch's that has no kernels of its own here, and whose gradients are computed in this thread
+_DEVICE = torch.device("lazy", 0)
 _aten = torch.ops.aten
 _MOVES = {_aten._to_copy.default, _aten.copy_.default, _aten._local_scalar_dense.default}
 
@@ -29,7 +29,7 @@ class Elsewhere(Tensor):
     def __new__(cls, inner: Tensor) -> Elsewhere:
         made = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
-            dtype=inner.dtype, device=_device(),
+            dtype=inner.dtype, device=_DEVICE,
         )  # fmt: skip
         made.inner = inner
         return made
@@ -54,30 +54,23 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     indexing = func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default)
     here = [item for item in given if not isinstance(item, Elsewhere) and item.dim() and not indexing]
     if there and here and func not in _MOVES:
-        raise RuntimeError(f"{func}: expected all tensors on one device, found second:0 and cpu")
+        raise RuntimeError(f"{func}: expected all tensors on one device, found lazy:0 and cpu")
     if indexing and not isinstance(args[0], Elsewhere) and there:
-        raise RuntimeError(f"{func}: indices of second:0 into a tensor of the cpu")
+        raise RuntimeError(f"{func}: indices of lazy:0 into a tensor of the cpu")
     if func is _aten._fused_sdp_choice.default:
         return 0  # plain products: the CPU's fused kernel is the CPU's alone
     wanted = kwargs.get("device")
-    moved = {**kwargs, "device": torch.device("cpu")} if wanted is not None else kwargs
+    away = torch.device(wanted).type == _DEVICE.type if wanted is not None else bool(there)
+    moved = {**kwargs, "device": torch.device("cpu")} if wanted is not None and away else kwargs
     inner = tree_map(lambda item: item.inner if isinstance(item, Elsewhere) else item, (args, moved))
     out = func(*inner[0], **inner[1])
     if func is _aten.copy_.default or (args and func._schema.name.endswith("_") and out is inner[0][0]):
         return args[0]  # in place: the same tensor, wherever it is
-    away = torch.device(wanted).type == _NAME if wanted is not None else bool(there)
     return tree_map(lambda item: Elsewhere(item) if away and isinstance(item, Tensor) else item, out)
-
-
-@lru_cache
-def _device() -> torch.device:
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend(_NAME)  # once a process
-    return torch.device(_NAME, 0)
 
 
 @contextmanager
 def second_device() -> Iterator[torch.device]:
-    """`second:0` for the length of a with-block."""
-    device = _device()
+    """`lazy:0` for the length of a with-block."""
     with _Device():
-        yield device
+        yield _DEVICE

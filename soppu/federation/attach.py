@@ -32,7 +32,7 @@ def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
                 module = model.get_submodule(name)
             except AttributeError:
                 raise AdapterError(f"{name}: the model has no such module") from None
-            device = next(module.parameters()).device
+            device = getattr(module, "weight", pair.A).device
             stack.enter_context(module.register_forward_hook(_hook(pair.to(device))))
         yield
 

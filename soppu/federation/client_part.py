@@ -19,6 +19,7 @@ from soppu.federation import emulator
 from soppu.federation.attach import attached
 from soppu.federation.emulator import LayerPlan, TopModel
 from soppu.federation.nf4 import NF4, quantise
+from soppu.federation.tensor_files import TensorFiles, empty
 from soppu.models import BaseModel
 from soppu.module_names import split_layer
 
@@ -51,8 +52,8 @@ class ClientPart:
         device: torch.device | str = "cpu",
     ) -> None:
         self.plan, self.device, self._dtype = plan, torch.device(device), dtype
-        self._files = models.TensorFiles(base)
-        whole = models.empty(base)
+        whole = empty(base)
+        self._files = TensorFiles(base, whole)
         self._tied: dict[str, str] = dict(whole.all_tied_weights_keys)
         emulator.replace_buffers(whole, lambda buffer: buffer.to(self.device))
         self.shapes = emulator.target_shapes(whole, plan)
