@@ -1,11 +1,12 @@
 """Publishing to real containers: size, seconds, and what kill -9 leaves: benchmarks/results/container.json.
 
-    python -m benchmarks.container [--users 50] [--moments 20]
+    python -m benchmarks.container [--users 50] [--moments 20] [--part push --part kills --part fuzz]
 
 Needs a Docker engine (`make docker-up`) and our image (`make image`). Fifty users with synthetic adapters of
 a small random model are published to one container as adapters and to another as a bundle. Then publications
 to the first are ended by SIGKILL at random moments, the publisher and the container in turn; after
 each, every user is asked for by the id that the registry gives, and has to answer as in one complete version.
+At last schemathesis asks the container of the bundle. A part that is not run keeps its figures in the file.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.compression_page import read_result
 from benchmarks.record import ROOT, circumstances, store
 from benchmarks.schemathesis_run import Fuzz
 from benchmarks.schemathesis_run import run as fuzz
@@ -45,6 +47,8 @@ from tests.containers.two import EVALUATION, run_of_two
 
 RANK, LAYERS, HIDDEN = 4, 4, 64
 PROMPT, TOKENS = "def main():", 6
+PARTS = ("push", "kills", "fuzz")
+REQUESTS, EXAMPLES = 5_000, 90  # of schemathesis, and of each operation in one go
 SAME = 1e-3  # logprobs of one version, asked twice in other company
 PUBLISH = "import sys; from soppu.stages.publish import publish; publish(*sys.argv[1:])"
 Answers = dict[str, Trace]
@@ -87,17 +91,22 @@ class Place:
 @click.option("--moments", default=20, show_default=True)
 @click.option("--image", default="soppu-server:latest", show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(users: int, moments: int, image: str, seed: int) -> None:
-    """Measure all of it and write the result file."""
-    values: dict[str, Any] = {"users": users, "image": image}
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS, show_default=True)
+def main(users: int, moments: int, image: str, seed: int, parts: tuple[str, ...]) -> None:
+    """Measure all of it, or some parts, and write the result file."""
+    values: dict[str, Any] = {**read_result("container"), "users": users, "image": image}
     with closing(docker.from_env()) as engine, tempfile.TemporaryDirectory() as folder:
         values["image_mb"] = round(engine.images.get(image).attrs["Size"] / 1e6, 1)
         place = prepared(Path(folder), image=image, users=users, seed=seed)
         try:
-            values["push_s"] = measured(place)
-            values |= killed(place, engine, moments=moments, seed=seed)
-            click.echo("asking the container of the bundle for more than 5,000 odd things")
-            values |= fuzzed(place)
+            times = measured(place)
+            if "push" in parts:
+                values["push_s"] = times
+            if "kills" in parts:
+                values |= killed(place, engine, moments=moments, seed=seed)
+            if "fuzz" in parts:
+                click.echo(f"asking the container of the bundle for {REQUESTS} odd things")
+                values |= fuzzed(place)
         finally:
             for settings in place.run.config.serve.each():
                 with suppress(docker.errors.NotFound):
@@ -195,8 +204,11 @@ def fuzzed(place: Place) -> dict[str, int]:
     """What schemathesis makes of the OpenAPI document of the container that holds the bundle."""
     settings = target_settings(place.run, "bundle")
     token = tokens.ensure(tokens.token_file(Path(settings.state)))
-    told = fuzz(Fuzz(settings.url, token, examples=150))
-    return {"schemathesis_requests": told["requests"], "server_errors": told["server_errors"]}
+    asked = errors = 0
+    while asked < REQUESTS:
+        told = fuzz(Fuzz(settings.url, token, examples=EXAMPLES, seed=asked))
+        asked, errors = asked + told["requests"], errors + told["server_errors"]
+    return {"schemathesis_requests": asked, "server_errors": errors}
 
 
 def differing(answers: Answers, known: Answers) -> int:
