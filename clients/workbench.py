@@ -19,9 +19,10 @@ from soppu.errors import FederationError
 from soppu.federation import emulator
 from soppu.federation.client_part import ClientPart
 from soppu.federation.emulator import LayerPlan
+from soppu.federation.memory import KEEP_STATES
 from soppu.federation.train import CachedBlock, cache_states
 
-_KEEP_STATES = 4
+_KEEP_STATES = KEEP_STATES
 
 
 @dataclass(frozen=True, eq=False)

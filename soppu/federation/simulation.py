@@ -55,6 +55,7 @@ class Simulation:
     workdir: Path  # where checkpoints, progress and the result go; a second attempt continues from it
     users: int  # simulated clients
     client_cpus: int = 1  # cores each of them may take; how many run at a time follows from it
+    client_gpus: float = 0.0  # of a GPU, to each of them
     timeout_s: float = 3600.0  # after this the run has failed
 
 
@@ -166,7 +167,7 @@ def _start_run(simulation: Simulation, environment: dict[str, str], log: Any) ->
     cores = max(min(os.cpu_count() or 1, wanted), simulation.client_cpus)  # no more actors than users
     resources = (
         f"num-supernodes={simulation.users} client-resources-num-cpus={simulation.client_cpus}"
-        f" init-args-num-cpus={cores}"
+        f" client-resources-num-gpus={simulation.client_gpus} init-args-num-cpus={cores}"
     )
     run_config = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
     command = ["flwr", "run", str(simulation.app), "soppu", "--stream", "--run-config", run_config]

@@ -11,9 +11,11 @@ from typing import Any
 import soppu
 from soppu import adapter as adapters
 from soppu import base_identity, files, models
+from soppu.config import Config
 from soppu.errors import FederationError, RegistryError
-from soppu.federation import emulator, simulation
+from soppu.federation import emulator, memory, simulation
 from soppu.federation.emulator import LayerPlan
+from soppu.models import BaseModel
 from soppu.registry import Registry
 from soppu.stages.run import CONFIG, FEDERATION, open_run
 
@@ -29,21 +31,37 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
 
     Raises:
         FederationError: it did not come to an end, or too few users answered.
+        ConfigError: this machine has not the memory or the GPUs for it.
     """
     run = open_run(run_folder)
     with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
         result = run.read(RESULT)
         if not (result and _all_held(run.registry(), result["adapters"])):
+            check_memory(run.config, run.base())
             wanted = simulation.Simulation(
                 app=Path(soppu.__file__).resolve().parents[1],
                 config=run.folder / CONFIG,
                 workdir=run.folder / FEDERATION,
                 users=len(run.config.data.users),
                 client_cpus=run.config.federation.client_cpus,
+                client_gpus=run.config.federation.client_gpus,
                 timeout_s=run.config.federation.timeout_s,
             )
             result = simulation.run(wanted, on_progress=on_progress)
         return _id(result)
+
+
+def check_memory(config: Config, base: BaseModel) -> None:
+    """Refuse a simulation that this machine cannot hold. ConfigError names the keys to change."""
+    model = models.skeleton(base)
+    plan = emulator.make_plan(
+        model,
+        base_hash=base.hash,
+        adapter_layers=config.plan.adapter_layers,
+        drop_ratio=config.plan.drop_ratio,
+        target_modules=config.lora.target_modules,
+    )
+    memory.check(config, model, plan)
 
 
 def collect(run_folder: str, federation_id: str) -> str:
