@@ -24,9 +24,8 @@ from soppu.compress import CompressOptions, compress
 from soppu.compress.options import ratio
 from soppu.data import load_user, tokenize
 from soppu.errors import SoppuError
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import emulator
-from soppu.federation.train import CachedBlock, cache_states
+from soppu.federation.train import CachedBlock, cache_states, mean_loss
 from soppu.stages.federate import collect, federate
 from soppu.stages.run import Run, open_run, prepare
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -18,13 +20,14 @@ from flwr.clientapp import ClientApp
 from clients.packing import Parcel, pack
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
+from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.data import list_users, load_user
 from soppu.errors import FederationError
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import wire
 from soppu.federation.emulator import LayerPlan
-from soppu.federation.train import TrainOptions, TrainResult, fit
+from soppu.federation.personalise import SearchOptions, personalise
+from soppu.federation.train import Training, TrainOptions, fit, mean_loss
 
 app = ClientApp()
 
@@ -58,13 +61,15 @@ def train(msg: Message, context: Context) -> Message:
     )
     states = bench.states(user_id)
     mode, number = str(order["mode"]), int(str(order["server-round"]))
-    options = _options(config, mode=mode, seed=_seed(config, user_id, number))
-    result = fit(bench.top, bench.plan, states.train, start=start, options=options)
-    parcel = pack(bench, states, result.adapter, personal=mode == "personal")
+    seed = _seed(config, user_id, number)
+    trained = (_personal if mode == "personal" else _shared)(bench, states, start, seed)
+    parcel = pack(
+        bench, states, trained.adapter, loss=trained.losses["emulator-loss"], personal=mode == "personal"
+    )
     content = RecordDict(
         {
             "arrays": ArrayRecord(parcel.state),
-            "metrics": _metrics(bench, states, result, parcel),
+            "metrics": _metrics(states, trained, parcel),
             "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form}),
         }
     )
@@ -100,14 +105,67 @@ def _plan(msg: Message) -> LayerPlan:
     return LayerPlan.from_json(str(msg.content["config"]["plan"]))
 
 
-def _options(config: Config, *, mode: str, seed: int) -> TrainOptions:
-    federation, personal = config.federation, mode == "personal"
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """An adapter, and what is told of it: losses on validation text, and how it was made."""
+
+    adapter: LoraAdapter
+    train_losses: tuple[float, float]  # at the first and the last step
+    losses: dict[str, float]
+    choice: dict[str, float | int]
+
+
+def _shared(bench: Workbench, states: UserStates, start: LoraAdapter, seed: int) -> _Trained:
+    """What this user adds to the adapter that all share."""
+    federation = bench.config.federation
+    options = _options(bench.config, learning_rate=federation.learning_rate, seed=seed)
+    result = fit(
+        bench.top,
+        bench.plan,
+        states.train,
+        start=start,
+        options=dataclasses.replace(options, steps=federation.local_steps),
+    )
+    looked_at = {"emulator-loss-base": None, "emulator-loss-shared": start, "emulator-loss": result.adapter}
+    losses = {name: _validate(bench, states, adapter) for name, adapter in looked_at.items()}
+    return _Trained(result.adapter, (result.first_loss, result.last_loss), losses, {})
+
+
+def _personal(bench: Workbench, states: UserStates, start: LoraAdapter, seed: int) -> _Trained:
+    """This user's own adapter, the best of what is tried on their validation text."""
+    federation = bench.config.federation
+    search = SearchOptions(
+        learning_rates=federation.personal_learning_rates,
+        steps=federation.personal_steps,
+        check_every=federation.personal_check_every,
+        patience=federation.personal_patience,
+        shares=federation.personal_shares,
+    )
+
+    def begin(rate: float) -> Training:
+        options = _options(bench.config, learning_rate=rate, seed=seed)
+        return Training(bench.top, bench.plan, states.train, start=start, options=options)
+
+    best = personalise(begin, partial(_validate, bench, states), start=start, search=search)
+    losses = {
+        "emulator-loss-base": best.base,
+        "emulator-loss-shared": best.shared,
+        "emulator-loss": best.personal,
+    }
+    choice = {"learning-rate": best.learning_rate, "steps": best.steps, "share": best.share}
+    return _Trained(best.adapter, (best.first_loss, best.last_loss), losses, choice)
+
+
+def _validate(bench: Workbench, states: UserStates, adapter: LoraAdapter | None) -> float:
+    return mean_loss(bench.top, bench.plan, states.validation, adapter=adapter)
+
+
+def _options(config: Config, *, learning_rate: float, seed: int) -> TrainOptions:
     return TrainOptions(
-        steps=federation.personal_steps if personal else federation.local_steps,
-        batch_size=federation.batch_size,
-        learning_rate=federation.personal_learning_rate if personal else federation.learning_rate,
+        batch_size=config.federation.batch_size,
+        learning_rate=learning_rate,
         b_ratio=config.lora.alpha / config.lora.rank,
-        prox_weight=federation.prox_weight,
+        prox_weight=config.federation.prox_weight,
         seed=seed,
     )
 
@@ -117,16 +175,8 @@ def _seed(config: Config, user_id: str, server_round: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _metrics(bench: Workbench, states: UserStates, result: TrainResult, parcel: Parcel) -> MetricRecord:
-    metrics = MetricRecord(
-        {
-            "num-examples": len(states.train),
-            "train-loss-first": result.first_loss,
-            "train-loss-last": result.last_loss,
-            "emulator-loss-base": mean_loss(bench.top, bench.plan, states.heldout, adapter=None),
-            "emulator-loss": parcel.loss,
-        }
-    )
-    if parcel.ternary_loss is not None:
-        metrics["emulator-loss-ternary"] = parcel.ternary_loss
-    return metrics
+def _metrics(states: UserStates, trained: _Trained, parcel: Parcel) -> MetricRecord:
+    first, last = trained.train_losses
+    told = {"num-examples": len(states.train), "train-loss-first": first, "train-loss-last": last}
+    ternary = {} if parcel.ternary_loss is None else {"emulator-loss-ternary": parcel.ternary_loss}
+    return MetricRecord({**told, **trained.losses, **trained.choice, **ternary})

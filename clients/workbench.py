@@ -27,11 +27,11 @@ _KEEP_STATES = KEEP_STATES
 
 @dataclass(frozen=True, eq=False)
 class UserStates:
-    """One user's examples behind the emulator: what training and checking start from."""
+    """One user's examples behind the emulator: to train on and to choose with. Held-out text stays unread."""
 
     user: UserData
     train: list[CachedBlock]
-    heldout: list[CachedBlock]
+    validation: list[CachedBlock]
 
 
 class Workbench:
@@ -72,10 +72,12 @@ class Workbench:
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
             most, pad_id = self.config.data.max_tokens, self.tokenizer.pad_token_id
-            parts = [tokenize(part, self.tokenizer, max_tokens=most) for part in (user.train, user.heldout)]
+            parts = [
+                tokenize(part, self.tokenizer, max_tokens=most) for part in (user.train, user.validation)
+            ]
             with self._part.bottom(self._lora) as bottom:
-                train, heldout = (cache_states(bottom, blocks, pad_id=pad_id) for blocks in parts)
-            self._states[user_id] = UserStates(user, train, heldout)
+                train, validation = (cache_states(bottom, blocks, pad_id=pad_id) for blocks in parts)
+            self._states[user_id] = UserStates(user, train, validation)
             while len(self._states) > _KEEP_STATES:
                 self._states.popitem(last=False)
         return self._states[user_id]

@@ -1,14 +1,77 @@
 #!/usr/bin/env bash
-# deploy/image.sh [NAME]: the image of the embedded server, by deploy/Dockerfile; `make image` runs it.
+# deploy/image.sh [NAME [server|worker]]: an image out of this tree. `make image` runs it.
+#   server   the embedded server, by deploy/Dockerfile (soppu-server:latest)
+#   worker   Prefect's server, worker and the pipeline, by deploy/worker.Dockerfile (soppu-worker:latest) on top of the
+#            server's image: SERVER names one that is there, else soppu-server:latest is built first
 # BASE names the base image; else it is the official python if that can be pulled, else what base-image.sh makes.
 # Wheels are gathered here, in the versions of constraints.txt, so the build itself needs no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-name=${1:-soppu-server:latest}
+kind=${2:-server}
+[ "$kind" = server ] || [ "$kind" = worker ] || { echo "$kind: allowed are server and worker" >&2; exit 2; }
+name=${1:-soppu-$kind:latest}
 python=${VENV:-.venv}/bin/python
 context=.soppu/image
 official=python:3.11-slim-bookworm
+
+# gather FOLDER EXTRAS [PACKAGE...]: the wheels of soppu[EXTRAS] and of packages, once for each state of the two files that say which
+gather() {
+    local asked
+    asked=$(cat constraints.txt pyproject.toml | sha256sum)
+    if [ "$asked" = "$(cat "$1/asked" 2>/dev/null)" ]; then return; fi
+    rm -rf "$1/wheels"
+    mkdir -p "$1/wheels"
+    # torch as `make setup` gets it: the build for the CPU, where pip is told where that is
+    "$python" -m pip download --quiet --only-binary :all: --python-version 3.11 --constraint constraints.txt \
+        --dest "$1/wheels" --find-links "$context/library" pip "soppu[$2]" "${@:3}" \
+        2> >(grep -v 'is ignored: it is neither' >&2)
+    rm -f "$1"/wheels/soppu-*.whl
+    echo "$asked" >"$1/asked"
+}
+
+# build FOLDER ARGUMENT: a folder's Dockerfile
+build() {
+    # BuildKit is in buildx, or in a command line of before 23; without either it is the builder of old, which is slower
+    local cli=docker version
+    export DOCKER_BUILDKIT=1
+    if ! docker buildx version >/dev/null 2>&1; then
+        old() { [ "$("$1" --version | grep -o '[0-9]*' | head -n 1)" -lt 23 ]; }
+        if ! old docker; then
+            if [ -x /usr/bin/docker ] && old /usr/bin/docker; then cli=/usr/bin/docker; else DOCKER_BUILDKIT=0; fi
+        fi
+    fi
+    version=$("$python" -c 'import soppu; print(soppu.__version__)')
+    "$cli" build --build-arg "$2" --build-arg VERSION="$version" --tag "$name" "$1" >"$1/log" 2>&1 ||
+        { tail -n 20 "$1/log" >&2; exit 1; }
+    echo "$name: $(($(docker image inspect --format '{{.Size}}' "$name") / 1000000)) MB on ${2#*=}"
+}
+
+# library FOLDER: the wheel of this tree, alone in it
+library() {
+    rm -rf "$1"
+    "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$1" .
+}
+
+if [ "$kind" = worker ]; then
+    server=${SERVER:-soppu-server:latest}
+    [ -n "${SERVER:-}" ] || deploy/image.sh "$server" server
+    library "$context/library"
+    # async-timeout: redis, which Prefect takes, needs it on Debian's Python; pip asks about its own. s3fs: buckets
+    gather "$context-pipeline" serve,pipeline async-timeout s3fs
+    rm -rf "$context-worker"
+    mkdir -p "$context-worker/wheels" "$context-worker/app"
+    there=$(docker run --rm --entrypoint ls "$server" /opt/packages)
+    for wheel in "$context-pipeline"/wheels/*; do   # but what the server's image has
+        IFS=- read -r package release _ <<<"${wheel##*/}"
+        grep -qxF "$package-$release.dist-info" <<<"$there" || cp --link "$wheel" "$context-worker/wheels"
+    done
+    cp -r soppu clients server tasks flows configs deploy pyproject.toml prefect.toml README.md LICENSE "$context-worker/app"
+    find "$context-worker/app" -name __pycache__ -prune -exec rm -rf {} +
+    cp deploy/worker.Dockerfile "$context-worker/Dockerfile"
+    build "$context-worker" "SERVER=$server"
+    exit
+fi
 
 if [ -z "${BASE:-}" ]; then
     BASE=$official
@@ -17,32 +80,7 @@ if [ -z "${BASE:-}" ]; then
         deploy/base-image.sh "$BASE"
     fi
 fi
-
-mkdir -p "$context/wheels"
-rm -rf "$context/library"
-"$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$context/library" .
-asked=$(cat constraints.txt pyproject.toml | sha256sum)
-if [ "$asked" != "$(cat "$context/asked" 2>/dev/null)" ]; then
-    rm -rf "$context"/wheels/*
-    # torch as `make setup` gets it: the build for the CPU, where pip is told where that is
-    "$python" -m pip download --quiet --only-binary :all: --python-version 3.11 --constraint constraints.txt \
-        --dest "$context/wheels" --find-links "$context/library" pip 'soppu[serve]' \
-        2> >(grep -v 'is ignored: it is neither' >&2)
-    rm -f "$context"/wheels/soppu-*.whl
-    echo "$asked" >"$context/asked"
-fi
+library "$context/library"
+gather "$context" serve
 cp deploy/Dockerfile "$context/Dockerfile"
-
-# BuildKit is in buildx, or in a command line of before 23; without either it is the builder of old, which is slower
-cli=docker
-export DOCKER_BUILDKIT=1
-if ! docker buildx version >/dev/null 2>&1; then
-    old() { [ "$("$1" --version | grep -o '[0-9]*' | head -n 1)" -lt 23 ]; }
-    if ! old docker; then
-        if [ -x /usr/bin/docker ] && old /usr/bin/docker; then cli=/usr/bin/docker; else DOCKER_BUILDKIT=0; fi
-    fi
-fi
-version=$("$python" -c 'import soppu; print(soppu.__version__)')
-"$cli" build --build-arg BASE="$BASE" --build-arg VERSION="$version" --tag "$name" "$context" >"$context/log" 2>&1 ||
-    { tail -n 20 "$context/log" >&2; exit 1; }
-echo "$name: $(($(docker image inspect --format '{{.Size}}' "$name") / 1000000)) MB on $BASE"
+build "$context" "BASE=$BASE"

@@ -2,7 +2,8 @@
 
     python -m deploy.stack up | down | status
 
-What was started here has a pid file under the state folder; `down` ends those and nothing else.
+What was started here has a pid file under the state folder, or is a container labelled with it; `down` ends
+those and nothing else. Containers are stopped, not removed: a publication starts them again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import requests
 
 from soppu.errors import PortTaken, SoppuError, TargetError
 from soppu.federation.simulation import end_processes
-from soppu.targets import process
+from soppu.targets import container, process
 from soppu.targets.http import unreachable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,8 @@ class Stack:
     Attributes:
         api: URL of the Prefect API, `http://host:port/api`.
         state: folder for databases, logs and pid files.
-        serve_state: folder of the servers that publications start, whose pid files `down` knows too.
+        serve_state: folder of the servers that publications start, whose pid files and containers `down`
+            knows too.
     """
 
     api: str = "http://127.0.0.1:4200/api"
@@ -98,6 +100,8 @@ def down(stack: Stack) -> dict[str, bool]:
     ended["embedded server"] = process.stop(stack.serve_state / "server.pid")
     ended["vLLM server"] = process.stop(stack.serve_state / "vllm.pid")
     ended["runs under way"] = end_processes(stack.mark, variable=MARK) > 0
+    for name in container.owned(stack.serve_state):  # last: a run may have started one
+        ended[f"container {name}"] = container.stop(name)
     return ended
 
 
@@ -187,6 +191,8 @@ def main(action: str, api: str) -> None:
         else:
             click.echo(f"prefect server: {'up' if healthy(stack) else 'down'}  {stack.api}")
             click.echo(f"workers online: {', '.join(workers(stack)) if healthy(stack) else '-'}")
+            running = [f"{name} ({state})" for name, state in container.owned(stack.serve_state).items()]
+            click.echo(f"containers: {', '.join(running) or '-'}")
     except SoppuError as error:
         raise click.ClickException(str(error)) from error
 

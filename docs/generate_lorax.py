@@ -39,6 +39,62 @@ LORAX = {
     "seed": "64 bits; random where absent",
     "response_format": "a JSON schema; any `type` holds the text to it",
 }
+# Clients that were tried against a server that runs: (client, version, how, result).
+CLIENTS = (
+    (
+        "`lorax-client`",
+        "0.6.3",
+        "by the tests",
+        "generate, stream, chat and its own error classes",
+    ),
+    (
+        "`openai`",
+        "3.57.0",
+        "by the tests",
+        "completions, chat, streams, `response_format`, errors; its message is the status alone, the reason"
+        " is in `error.body`",
+    ),
+    (
+        "`huggingface_hub` `InferenceClient`",
+        "2.4.0",
+        "by the tests",
+        "`text_generation` with `adapter_id`, streams, errors; `chat.completions` with `model`; an endpoint"
+        ' without a model asks for "dummy", a 424: give `extra_body={"model": ...}`',
+    ),
+    (
+        "`litellm`, `openai/...`, `text-completion-openai/...` and `hosted_vllm/...`",
+        "1.110.2",
+        "by hand",
+        "completion, text completion, streams, JSON, errors by its own classes; `api_base` ends in `/v1`",
+    ),
+    (
+        "`litellm`, `huggingface/NAME`",
+        "1.110.2",
+        "by hand",
+        "completion, text completion, streams and errors, where NAME is the base's id or an adapter's;"
+        ' "tgi" is neither, and refused with 424',
+    ),
+    (
+        "`langchain-huggingface` `HuggingFaceEndpoint`",
+        "1.2.3, `huggingface_hub` 1.33.0",
+        "by hand",
+        "invoke, batch, stream and their asynchronous forms with its default `typical_p`, errors;"
+        ' `model_kwargs={"adapter_id": ...}`',
+    ),
+    (
+        "`langchain-huggingface` `ChatHuggingFace`",
+        "1.2.3, `huggingface_hub` 1.33.0",
+        "by hand",
+        'invoke and stream with `.bind(model=...)`; without it "dummy" is asked for, a 424',
+    ),
+    (
+        "`langchain-openai` `ChatOpenAI` and `OpenAI`",
+        "1.7.4",
+        "by hand",
+        "invoke, batch, stream, logprobs, structured output by `json_schema` and `json_mode`; tools and so"
+        " `function_calling` are refused with 422; `use_responses_api` is a 404",
+    ),
+)
 _HEAD = """\
 # LoRAX, and what our server does in its place
 
@@ -56,7 +112,8 @@ Both answer `{"error": ..., "error_type": ...}`: 422 `validation`, 424 `generati
 a client alone: a body that is not JSON is answered with JSON too; 429 and 503 carry `Retry-After`; what is
 wrong before the first token has its own status also where a stream was asked for. A server that is told to
 stop (SIGTERM) refuses new requests with 503 `overloaded`, finishes those under way for `--grace` seconds,
-and ends the others with `incomplete_generation`, as JSON or as the last event of their stream.
+and ends the others with `incomplete_generation`, as JSON or as the last event of their stream. Uploads and
+other changes under way have the same time, and are then answered with 503. Before it serves it ends at once.
 
 ## Figures
 
@@ -88,7 +145,8 @@ version until it is removed.
 Everything under `/soppu/v1` asks for `Authorization: Bearer TOKEN` on every address. TOKEN is
 `SOPPU_ADMIN_TOKEN` of the server; without it the server makes one at its first start and keeps it in the
 file `admin-token` of its state folder, readable by its user only, where `soppu rollback` and publications
-find it. Changes that a page of another site asks for are refused. Pages of any site may generate.
+find it. Changes that a page of another site asks for are refused. Pages of any site may generate, send any
+header with it and read those of the answer.
 
 ## What could not run here
 
@@ -126,6 +184,9 @@ def render() -> str:
             *_table(("parameter", "LoRAX", "ours"), parameters),
             "\n## Fields of `/v1/completions` and `/v1/chat/completions`\n",
             *_table(("field", "of", "LoRAX", "ours"), fields),
+            "\n## Clients that were tried\n",
+            "Each unchanged, against a server that runs.\n",
+            *_table(("client", "version", "tried", "result"), CLIENTS),
             _TAIL,
         ]
     )

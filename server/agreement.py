@@ -22,7 +22,9 @@ from soppu.federation import wire, wire_ternary
 
 WEIGHT = "num-examples"
 LOSS, TERNARY_LOSS = "emulator-loss", "emulator-loss-ternary"
-METRICS = (WEIGHT, "train-loss-first", "train-loss-last", "emulator-loss-base", LOSS)
+BASE_LOSS, SHARED_LOSS = "emulator-loss-base", "emulator-loss-shared"
+METRICS = (WEIGHT, "train-loss-first", "train-loss-last", BASE_LOSS, SHARED_LOSS, LOSS)
+PERSONAL_METRICS = (*METRICS, "learning-rate", "steps", "share")  # how a user's own adapter was made
 _LARGEST = 1e12  # of any metric
 _HARMLESS = 1e-3
 _REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
@@ -38,7 +40,7 @@ class Agreement:
         rank: LoRA rank.
         base_model, base_hash, fan_in_fan_out: written into the adapters that are kept.
         form: "ternary" if users' own adapters may come so; float32 is always allowed.
-        max_loss: by how much the held-out loss of one that does may have risen, nats a token.
+        max_loss: by how much the validation loss of one that does may have risen, nats a token.
         max_examples: how many examples any user may say to have trained on.
         examples: user -> how many they said at hello; no reply may name more.
         max_update: how many times the median change of a round one user's may be.
@@ -83,7 +85,8 @@ class Agreement:
         ternary = personal and self.form == wire.TERNARY
         form = self._form(message.content.config_records["who"], user, ternary=ternary)
         metrics = message.content.metric_records["metrics"]
-        _check_metrics(metrics, user, (*METRICS, TERNARY_LOSS) if ternary else METRICS)
+        names = PERSONAL_METRICS if personal else METRICS
+        _check_metrics(metrics, user, (*names, TERNARY_LOSS) if ternary else names)
         _check_weight(metrics, user, most=self.examples.get(user, self.max_examples))
         if form == wire.TERNARY:
             self._check_rise(metrics, user)
@@ -128,7 +131,7 @@ class Agreement:
         rise = cast(float, metrics[TERNARY_LOSS]) - cast(float, metrics[LOSS])
         if rise > self.max_loss:
             raise AdapterError(
-                f"{user}: sent ternary, which raises the held-out loss by {rise:.4g},"
+                f"{user}: sent ternary, which raises the validation loss by {rise:.4g},"
                 f" allowed: at most {self.max_loss:g}"
             )
 

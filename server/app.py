@@ -20,10 +20,12 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from server import checkpoint as checkpoints
-from server.agreement import Agreement
+from server.agreement import BASE_LOSS, LOSS, SHARED_LOSS, Agreement
 from server.checkpoint import Checkpoint, write_progress
+from server.patience import is_over
 from server.roll import Roll
-from server.strategy import FedBiOT
+from server.strategy import PERSONAL, FedBiOT
+from soppu import adapter as adapters
 from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter
@@ -33,8 +35,10 @@ from soppu.errors import FederationError
 from soppu.federation import emulator, wire
 from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
+from soppu.federation.personalise import served
 from soppu.registry import Registry
 
+SHARED_FOLDER = "shared"  # in the work folder: the adapter that all users averaged
 # What a client needs to know; where the registry is and what is served is not its business.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "compute_dtype", "base", "data", "plan", "lora", "federation")
 
@@ -54,7 +58,6 @@ class Federation:
     def __init__(self, config: Config, workdir: Path) -> None:
         self.config = config
         self.workdir = workdir
-        self.last_round = config.federation.rounds + 1
         base = models.resolve(config.base.model, cache=Path(config.base.cache))
         device = torch_device(config.align.device, key="align.device")
         model = models.load_model(base, dtype=config.frozen_dtype, device=device)
@@ -87,14 +90,15 @@ class Federation:
             compute=models.computing(config.compute_dtype, config.frozen_dtype),
             nf4=config.frozen_dtype == "nf4",
         )
-        self._public = data.tokenize(
-            data.load_public(config.align.source, limit=config.align.examples),
-            tokenizer,
-            max_tokens=config.align.max_tokens,
+        public = data.load_public(config.align.source, limit=config.align.examples)
+        self._public, self._unseen = (
+            data.tokenize(part, tokenizer, max_tokens=config.align.max_tokens)
+            for part in data.split_public(public)
         )
         self.state = checkpoints.load(workdir, key=f"{config.training_digest()} {self.plan.hash}")
         self.registry = Registry.open(config.registry.root, catalogue=config.registry.catalogue)
         self.adapters: dict[str, str] = {}
+        self.served: dict[str, str] = {}
 
     def run(self, grid: Grid) -> None:
         """All of it: hello, warm-up, rounds, result."""
@@ -104,24 +108,34 @@ class Federation:
         order = ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json()})
         self.hello(grid, order)
         self.warm_up()
-        done = max(self.state.done, 0)
-        strategy = FedBiOT(
+        self.strategy = FedBiOT(
             dataclasses.replace(self.agreement, examples=self.roll.examples),
             self.roll.nodes,
             emulator=self.emulator_for_round,
             keep=self.keep,
-            first_round=done,
-            last_round=self.last_round,
         )
-        self.strategy = strategy
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord(wire.split_state(self.state.tensors)[0]),
-            num_rounds=self.last_round - done,
-            timeout=self.config.federation.timeout_s,
-            train_config=order,
-        )
-        self.finish(strategy)
+        shared = ArrayRecord(wire.split_state(self.state.tensors)[0])
+        while not self.strategy.logs or self.strategy.logs[-1].mode != PERSONAL:
+            shared = self.round(grid, shared, order)
+        self.finish()
+
+    def round(self, grid: Grid, shared: ArrayRecord, order: ConfigRecord) -> ArrayRecord:
+        """The next round, the personal one where sharing is over. Gives the shared adapter after it."""
+        number, rounds = max(self.state.done, 0) + 1, self.state.notes["rounds"]
+        if number > self.config.federation.rounds or is_over(rounds, self.config.federation.patience):
+            self.strategy.last_round = number
+        self.strategy.first_round = number - 1
+        timeout = self.config.federation.timeout_s
+        result = self.strategy.start(grid, shared, num_rounds=1, timeout=timeout, train_config=order)
+        log = self.strategy.logs[-1]
+        if log.mode == PERSONAL:
+            self.shared = self.agreement.adapter(shared.to_torch_state_dict(), who="shared adapter")
+            return shared
+        shared = result.arrays or shared
+        state = shared.to_torch_state_dict()
+        log.public_loss = self.aligner.public_loss(self.agreement.adapter(state, who="shared adapter"))
+        self.remember(number, state, rounds=[*rounds, dataclasses.asdict(log)])
+        return shared
 
     def hello(self, grid: Grid, order: ConfigRecord) -> None:
         """Ask every node who it is. FederationError if fewer than `federation.min_users` can train."""
@@ -142,7 +156,7 @@ class Federation:
 
     def warm_up(self) -> None:
         """Align the emulator before the first round, or take it over from a checkpoint."""
-        self.aligner.observe(self._public)
+        self.aligner.observe(self._public, self._unseen)
         if self.state.done >= 0:
             emulator_state = wire.split_state(self.state.tensors)[1]
             self.aligner.load(wire.loose_from_state(emulator_state, base_hash=self.plan.base_hash))
@@ -158,29 +172,24 @@ class Federation:
         )
 
     def emulator_for_round(self, number: int, arrays: ArrayRecord) -> dict[str, Tensor]:
-        """Checkpoint what the rounds before gave, see who has joined, re-align, hand out the emulator's
-        LoRA.
-        """
-        shared = arrays.to_torch_state_dict()
-        if number - 1 > self.state.done:
-            rounds = self.state.notes["rounds"] + [dataclasses.asdict(self.strategy.logs[-2])]
-            self.remember(number - 1, shared, rounds=rounds)
+        """See who has joined, re-align, hand out the emulator's LoRA."""
         self.roll.ask_again(limit=self.patience_s)
         without = f", without {', '.join(absent)}" if (absent := self.roll.absent()) else ""
-        self.progress(
-            f"round {number} of {self.last_round}{without}", 0.25 + 0.75 * (number - 1) / self.last_round
-        )
+        last = self.strategy.last_round or self.config.federation.rounds + 1
+        self.progress(f"round {number} of {last}{without}", 0.25 + 0.75 * (number - 1) / last)
         if number > 1 and self.config.align.round_steps:
-            current = self.agreement.adapter(shared, who="shared adapter")
+            current = self.agreement.adapter(arrays.to_torch_state_dict(), who="shared adapter")
             for _ in self.aligner.steps(self.config.align.round_steps, user_adapter=current):
                 pass
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)
 
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
-        """Store one user's own adapter."""
+        """Store one user's own adapter, and note what they are best served with."""
         values = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         run = self.workdir.resolve().name
         self.adapters[user] = self.registry.put_adapter(adapter, user=user, run=run, metrics=values)
+        base, shared, personal = (values[name] for name in (BASE_LOSS, SHARED_LOSS, LOSS))
+        self.served[user] = served(base=base, shared=shared, personal=personal)
 
     def remember(self, done: int, shared: Mapping[str, Tensor], **notes: Any) -> None:
         """Checkpoint after a round."""
@@ -188,20 +197,22 @@ class Federation:
         self.state = Checkpoint(self.state.key, done, tensors, {**self.state.notes, **notes})
         checkpoints.store(self.workdir, self.state)
 
-    def finish(self, strategy: FedBiOT) -> None:
+    def finish(self) -> None:
         """Write result.json, last of all: its presence says that the run is whole."""
-        least = self.config.federation.min_users
-        refused = {**self.roll.missing(), **strategy.logs[-1].refused}
-        if lost := (strategy.logs[-1].lost if not least else []):
-            why = [strategy.logs[-1].refused[user] for user in lost]
+        least, last = self.config.federation.min_users, self.strategy.logs[-1]
+        refused = {**self.roll.missing(), **last.refused}
+        if lost := (last.lost if not least else []):
+            why = [last.refused[user] for user in lost]
             raise FederationError(f"{len(lost)} users sent no adapter: {'; '.join(why)}")
         if len(self.adapters) < max(1, least):
             raise FederationError(
                 f"{len(self.adapters)} adapters came back, federation.min_users is {least}: {refused}"
             )
-        rounds = self.state.notes["rounds"] + [dataclasses.asdict(strategy.logs[-1])]
+        adapters.write(self.shared, self.workdir / SHARED_FOLDER)
         result = {
             "adapters": self.adapters,
+            "shared": SHARED_FOLDER,
+            "served": self.served,
             "plan": {
                 "kept": list(self.plan.kept),
                 "adapter_layers": list(self.plan.adapter),
@@ -209,7 +220,7 @@ class Federation:
                 "json": self.plan.to_json(),
             },
             "align": self.state.notes["align"],
-            "rounds": rounds,
+            "rounds": [*self.state.notes["rounds"], dataclasses.asdict(last)],
             "refused": refused,
         }
         self.progress("done", 1.0)

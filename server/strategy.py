@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from server.agreement import LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, size
+from server.agreement import LOSS, SHARED_LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, size
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
 
@@ -27,7 +27,7 @@ SHARED, PERSONAL = "shared", "personal"
 
 @dataclass(frozen=True)
 class Received:
-    """How one user's adapter came: its form, the bytes of the reply, the held-out losses told.
+    """How one user's adapter came: its form, the bytes of the reply, the validation losses told.
 
     Attributes:
         form: "float32" or "ternary".
@@ -52,7 +52,9 @@ class RoundLog:
     bytes_up: int = 0
     seconds: float = 0.0
     train_loss: float = 0.0
-    emulator_loss: float = 0.0
+    emulator_loss: float = 0.0  # on users' validation text, of what each of them trained
+    shared_loss: float = 0.0  # on the same text, of the shared adapter that was sent
+    public_loss: float = 0.0  # of the shared adapter after the round, with the full model, on public text
     accepted: list[str] = field(default_factory=list)
     received: dict[str, Received] = field(default_factory=dict)  # of the accepted
     refused: dict[str, str] = field(default_factory=dict)
@@ -68,8 +70,11 @@ class FedBiOT(FedAvg):
             after `emulator` was called: who has joined by then takes part.
         emulator: gives the emulator's LoRA tensors for a round (and may train it first).
         keep: stores one user's own adapter in the personal round.
-        first_round: how many rounds an earlier attempt already did; Flower counts from 1 each time.
-        last_round: number of the personal round.
+        first_round: how many rounds were already done; Flower counts from 1 each time.
+        last_round: number of the personal round, where it is known.
+
+    Attributes:
+        logs: one entry a round.
     """
 
     def __init__(
@@ -79,8 +84,8 @@ class FedBiOT(FedAvg):
         *,
         emulator: Callable[[int, ArrayRecord], dict[str, Tensor]],
         keep: Callable[[str, LoraAdapter, MetricRecord], None],
-        first_round: int,
-        last_round: int,
+        first_round: int = 0,
+        last_round: int | None = None,
     ) -> None:
         super().__init__(
             fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1, weighted_by_key=WEIGHT
@@ -90,8 +95,8 @@ class FedBiOT(FedAvg):
         self.logs: list[RoundLog] = []
         self._emulator = emulator
         self._keep = keep
-        self._offset = first_round
-        self._last = last_round
+        self.first_round = first_round
+        self.last_round = last_round
         self._started = 0.0
         self._start: dict[str, Tensor] = {}
 
@@ -99,8 +104,8 @@ class FedBiOT(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message a user: the shared LoRA, the emulator's LoRA, and what to do."""
-        number = server_round + self._offset
-        mode = PERSONAL if number == self._last else SHARED
+        number = server_round + self.first_round
+        mode = PERSONAL if number == self.last_round else SHARED
         log = RoundLog(number, mode)
         self.logs.append(log)
         self._start = arrays.to_torch_state_dict()
@@ -141,6 +146,7 @@ class FedBiOT(FedAvg):
         arrays, metrics = self._mean([good[user][0] for user in sorted(good)], log)
         log.train_loss = cast(float, metrics["train-loss-last"])
         log.emulator_loss = cast(float, metrics[LOSS])
+        log.shared_loss = cast(float, metrics[SHARED_LOSS])
         return arrays, metrics
 
     def _read(

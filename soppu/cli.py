@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import soppu
+from soppu.commands.until_told import until_told
 from soppu.errors import MissingExtra, SoppuError
 
 # Name -> the module below soppu.commands that holds it, and the first line of its help.
@@ -39,6 +40,7 @@ COMMANDS = {
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
+UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
 # Package that a command needs -> the extra that installs it.
 EXTRAS = dict.fromkeys(("starlette", "uvicorn", "llguidance", "prometheus_client"), "serve")
 
@@ -63,6 +65,14 @@ class LazyGroup(click.Group):
             raise MissingExtra(f"soppu {cmd_name}", package=package, extra=EXTRAS[package]) from error
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Choose one command; a server hears signals from before its imports, which take seconds."""
+        if args[:1] and args[0] in UNTIL_TOLD and not ctx.resilient_parsing:
+            ctx.with_resource(until_told())
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Print the table above."""

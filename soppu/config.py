@@ -50,6 +50,7 @@ class DataConfig:
     source: str = "stdlib"
     users: Texts = ()
     train_examples: Count = 64
+    validation_examples: Count = 16
     heldout_examples: Count = 16
     min_examples: Count = 8
     max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192
@@ -88,16 +89,23 @@ class AlignConfig:
     device: Device = "auto"
 
 
+Share = Annotated[Real, Field(gt=0, le=1)]
+
+
 @settings("federation")
 class FederationConfig:
     """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
 
     rounds: Natural = 3
     local_steps: Count = 10
-    personal_steps: Count = 30
+    patience: Count = 2
+    personal_steps: Count = 60
+    personal_check_every: Count = 10
+    personal_patience: Count = 2
     batch_size: Count = 4
     learning_rate: Amount = 1e-3
-    personal_learning_rate: Amount = 1e-3
+    personal_learning_rates: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-3,)
+    personal_shares: tuple[Share, ...] = (0.5, 0.75)
     prox_weight: Amount = 1e-3
     wire: Literal["float32", "ternary"] = "float32"
     wire_density: Annotated[Real, Field(ge=1e-6, le=1.0)] = 0.2
@@ -112,9 +120,7 @@ class FederationConfig:
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset(
-    {"client_cpus", "client_device", "client_gpus", "hello_timeout_s", "min_users", "timeout_s"}
-)
+OPERATIONAL = frozenset("client_cpus client_device client_gpus hello_timeout_s min_users timeout_s".split())
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
@@ -123,7 +129,6 @@ Method = Literal["residual", "svd", "joint", "joint-diag", "cluster", "ternary"]
 METHODS: tuple[str, ...] = get_args(Method)
 SHARED_METHODS = ("joint", "joint-diag", "cluster")  # all of a user is coordinates in a basis
 BasisBits = Literal[2, 3, 4, 5, 6, 8, 16, 32]
-Share = Annotated[Real, Field(gt=0, le=1)]
 CoreBits = Literal[4, 6, 8, 16, 32]
 # Keys of [compress] that decide what errors are weighed by; the others are those of the library.
 CALIBRATION = frozenset({"whiten", "calibration_examples"})
@@ -336,8 +341,9 @@ class Config:
         values = dataclasses.asdict(self)
         federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
         align = {k: v for k, v in values["align"].items() if k != "device"}
-        names = ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora")
-        sections = {name: values[name] for name in names}
+        sections = {
+            key: values[key] for key in ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora")
+        }
         return _digest({**sections, "align": align, "model": self.base.model, "federation": federation})
 
     def digest(self, *sections: str) -> str:

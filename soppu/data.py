@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ STDLIB = "stdlib"
 STDLIB_PUBLIC = "stdlib-public"
 IGNORE = -100
 HELD_OUT_ONE_IN = 4
+VALIDATION_ONE_IN = 5  # of what is not held out
 _KEYS = ("user_id", "prompt", "completion")
 
 
@@ -47,18 +48,24 @@ class Example:
         """Whether this is one of the quarter that is never trained on, whatever any configuration says."""
         return int(self.digest()[:8], 16) % HELD_OUT_ONE_IN == 0
 
+    def is_for_validation(self) -> bool:
+        """Whether, if not held out, this is one to choose with: steps, step size, what the user is served."""
+        return int(self.digest()[8:16], 16) % VALIDATION_ONE_IN == 0
+
 
 @dataclass(frozen=True)
 class UserData:
-    """One user's examples, already split."""
+    """One user's examples, already split: to train on, to choose with, to be judged by."""
 
     user_id: str
     train: tuple[Example, ...]
+    validation: tuple[Example, ...]
     heldout: tuple[Example, ...]
 
     def digest(self) -> str:
-        """Content hash over both parts."""
-        parts = [[item.digest() for item in group] for group in (self.train, self.heldout)]
+        """Content hash over all parts."""
+        groups = (self.train, self.validation, self.heldout)
+        parts = [[item.digest() for item in group] for group in groups]
         return hashlib.sha256(json.dumps([self.user_id, *parts]).encode()).hexdigest()
 
 
@@ -97,15 +104,28 @@ def load_user(config: DataConfig, user_id: str) -> UserData:
         DataError: fewer than `data.min_examples` are left to train on.
     """
     examples = sorted(set(_examples(config.source, user_id)), key=Example.digest)
-    held = [item for item in examples if item.is_held_out()] or examples[:1]
-    never = set(held)
-    train = [item for item in examples if item not in never]
-    if len(train) < config.min_examples:
+    held, rest = _apart(examples, Example.is_held_out)
+    if len(rest) < config.min_examples:
         raise DataError(
-            f"user {user_id!r} has {len(train)} examples to train on in {config.source} ({len(held)} are held"
+            f"user {user_id!r} has {len(rest)} examples to train on in {config.source} ({len(held)} are held"
             f" out), data.min_examples is {config.min_examples}"
         )
-    return UserData(user_id, tuple(train[: config.train_examples]), tuple(held[: config.heldout_examples]))
+    validation, train = _apart(rest, Example.is_for_validation)
+    if not train:
+        train = validation  # one example, or all of them drawn
+    return UserData(
+        user_id,
+        tuple(train[: config.train_examples]),
+        tuple(validation[: config.validation_examples]),
+        tuple(held[: config.heldout_examples]),
+    )
+
+
+def _apart(examples: list[Example], chosen: Callable[[Example], bool]) -> tuple[list[Example], list[Example]]:
+    """Those chosen, or the first where there is none, and the others."""
+    apart = [item for item in examples if chosen(item)] or examples[:1]
+    taken = set(apart)
+    return apart, [item for item in examples if item not in taken]
 
 
 def load_public(source: str, *, limit: int) -> list[Example]:
@@ -117,6 +137,12 @@ def load_public(source: str, *, limit: int) -> list[Example]:
     if not examples:
         raise DataError(f"align.source: {source} holds no examples")
     return sorted(set(examples), key=Example.digest)[:limit]
+
+
+def split_public(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Public text to train the emulator on, and some that it never is; a single text has to be both."""
+    unseen, rest = _apart(examples, Example.is_held_out)
+    return rest or unseen, unseen
 
 
 def source_digest(source: str) -> str:

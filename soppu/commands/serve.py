@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import click
 
 from soppu.commands.options import CACHE
+from soppu.commands.until_told import log_to_stderr
 from soppu.serve import admin_token as tokens
 from soppu.serve.engine.engine import EngineOptions
 from soppu.serve.names import LOCAL
 from soppu.serve.server import ServeOptions, run
 
-_LIMITS = ("max_batch", "max_queue", "max_input_tokens", "max_total_tokens")
+_LIMITS = ("max_batch", "max_queue", "max_input_tokens", "max_total_tokens", "max_best_of")
 
 
 def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
@@ -40,6 +40,12 @@ def _limits(given: dict[str, Any]) -> EngineOptions:
     if together := given.pop("concurrent"):
         limits["max_batch"] = min(limits["max_batch"], together - 1)
         limits["max_queue"] = together - limits["max_batch"]
+    if (best := limits["max_best_of"]) > (most := max(limits["max_queue"], EngineOptions.max_best_of)):
+        raise click.BadParameter(
+            f"{best}, allowed: up to {most}; all texts of a request have to find room to wait"
+            " (--max-waiting)",
+            param_hint="--max-best-of",
+        )
     return EngineOptions(**limits)
 
 
@@ -155,6 +161,14 @@ def _limits(given: dict[str, Any]) -> EngineOptions:
     help="Of one prompt and its answer; the model may allow less.",
 )
 @click.option(
+    "--max-best-of",
+    envvar="MAX_BEST_OF",
+    type=click.IntRange(1),
+    default=EngineOptions.max_best_of,
+    show_default=True,
+    help="Texts that one request may have generated to get the likeliest.",
+)
+@click.option(
     "--grace",
     type=click.FloatRange(0),
     default=10.0,
@@ -166,11 +180,11 @@ def serve_command(**given: Any) -> None:
 
     Options of LoRAX's launcher are taken from its environment names too, so that one image takes the place
     of the other: MODEL_ID, PORT, HUGGINGFACE_HUB_CACHE, MAX_ACTIVE_ADAPTERS, DEFAULT_ADAPTER_SOURCE,
-    MAX_CONCURRENT_REQUESTS, MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS.
+    MAX_CONCURRENT_REQUESTS, MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS, MAX_BEST_OF.
 
     The routes under /soppu/v1 ask for a bearer token: that of SOPPU_ADMIN_TOKEN, else one that the server
     makes at its first start and keeps in the file admin-token of its state folder.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     limits = _limits(given)
     run(ServeOptions(**given, engine=limits, admin_token=os.environ.get(tokens.VARIABLE, "")))

@@ -16,6 +16,7 @@ from pydantic import InstanceOf
 from soppu.config import GateConfig
 from soppu.errors import GateError
 from soppu.evaluate.losses import UserLosses
+from soppu.federation.personalise import BASE
 from soppu.settings import Flag, Real, allowed
 
 Text = Annotated[InstanceOf[str], allowed("a text")]  # a name with a lone surrogate is one, too
@@ -78,7 +79,7 @@ def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], opt
         relative_error: user -> relative error of the compressed adapter, for everybody in the bundle.
         options: the limits.
     """
-    finite = [one for one in losses if all(map(math.isfinite, (one.base, one.personal, one.compressed)))]
+    finite = [one for one in losses if all(map(math.isfinite, (one.base, one.chosen, one.compressed)))]
     improved = [one for one in finite if one.gain > 0]
     gained = math.fsum(one.gain for one in improved)
     kept = math.fsum(one.base - one.compressed for one in improved)
@@ -93,7 +94,7 @@ def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], opt
         mean_gain_kept=kept / gained if gained else 0.0,
         worst_user=worst,
         worst_gain_kept=sizeable.get(worst, 0.0),
-        improved_share=sum(one.personal < one.base for one in losses) / len(losses) if losses else 0.0,
+        improved_share=sum(one.chosen < one.base for one in losses) / len(losses) if losses else 0.0,
         max_relative_error=errors.get(worst_error, 0.0),
         worst_error_user=worst_error,
         unmeasured=tuple(user for user in relative_error if user not in measured),
@@ -115,7 +116,8 @@ def _not_measured(losses: Sequence[UserLosses], relative_error: Mapping[str, flo
     if not losses:
         return "no user's held-out loss was measured"
     faults = [f"{one.user} (no held-out examples)" for one in losses if one.examples < 1]
-    faults += [f"{one.user} (no relative error)" for one in losses if one.user not in relative_error]
+    inside = [one.user for one in losses if one.served != BASE]
+    faults += [f"{user} (no relative error)" for user in inside if user not in relative_error]
     return _listed("not measured", faults)
 
 
@@ -123,7 +125,8 @@ def _not_finite(losses: Sequence[UserLosses], relative_error: Mapping[str, float
     figures = [
         (f"{one.user} {name} loss", getattr(one, name))
         for one in losses
-        for name in ("base", "personal", "compressed")
+        for name in ("base", "personal", "shared", "compressed")
+        if getattr(one, name) is not None
     ]
     figures += [(f"{user} relative error", value) for user, value in relative_error.items()]
     return [f"{name} {value}" for name, value in figures if not math.isfinite(value)]
@@ -163,11 +166,11 @@ def _improved(losses: Sequence[UserLosses], figures: Verdict, options: GateConfi
     share, limit = figures.improved_share, options.min_improved_users
     if share >= limit:
         return ""
-    behind = [one for one in losses if not one.personal < one.base]
+    behind = [one for one in losses if not one.chosen < one.base]
     return _listed(
         f"gate.min_improved_users: the personal adapter beats the base model for {_shown(share, limit)} of"
         f" the users, at least {limit}; not for",
-        [f"{one.user} ({one.personal:.4f}, base {one.base:.4f})" for one in behind],
+        [f"{one.user} ({one.chosen:.4f}, base {one.base:.4f})" for one in behind],
     )
 
 

@@ -147,9 +147,11 @@ def _users(inputs: ReportInputs) -> list[dict[str, Any]]:
                 "id": user,
                 "examples": one.examples if one else 0,
                 "loss_base": one and one.base,
+                "loss_shared": one and one.shared,
                 "loss_personal": one and one.personal,
                 "loss_compressed": one and one.compressed,
                 "gain_kept": one and one.gain_kept,
+                "served": one.served if one else "",
                 "relative_error": inputs.compression.relative_error.get(user),
                 "adapter_id": inputs.adapter_ids.get(user, ""),
             }

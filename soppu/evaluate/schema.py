@@ -39,9 +39,11 @@ class _User(_Part):
     id: Text
     examples: Natural
     loss_base: Real | None
+    loss_shared: Real | None
     loss_personal: Real | None
     loss_compressed: Real | None
     gain_kept: Real | None
+    served: Text
     relative_error: Real | None
     adapter_id: Text
 
@@ -66,6 +68,8 @@ class _Round(_Part):
     seconds: Real
     train_loss: Real | None
     emulator_loss: Real | None
+    shared_loss: Real | None
+    public_loss: Real | None
     accepted: list[Text]
     received: dict[Text, _Received]
     refused: dict[Text, Text]

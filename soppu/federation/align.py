@@ -19,7 +19,7 @@ from soppu.data import Block, collate
 from soppu.federation import emulator
 from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.nf4 import quantise
-from soppu.federation.train import CachedBlock, cache_states
+from soppu.federation.train import CachedBlock, cache_states, mean_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,12 +66,18 @@ class Aligner:
         self._generator = torch.Generator().manual_seed(seed)
         self._blocks: list[Block] = []
         self._states: list[CachedBlock] = []
+        self._unseen: list[Block] = []
+        self._unseen_states: list[CachedBlock] = []
         self._optimizer: torch.optim.AdamW | None = None
 
-    def observe(self, blocks: Sequence[Block]) -> None:
-        """Cache the teacher's states for the public blocks. Cost: one forward pass of the full bottom."""
-        self._blocks = list(blocks)
-        self._states = cache_states(self._teacher, blocks, pad_id=self.pad_id)
+    def observe(self, blocks: Sequence[Block], unseen: Sequence[Block]) -> None:
+        """Cache the teacher's states for public text, to train on and to measure with.
+
+        Cost: one forward pass of the full bottom.
+        """
+        self._blocks, self._unseen = list(blocks), list(unseen)
+        self._states = cache_states(self._teacher, self._blocks, pad_id=self.pad_id)
+        self._unseen_states = cache_states(self._teacher, self._unseen, pad_id=self.pad_id)
 
     def adapter(self) -> LoraAdapter:
         """A copy of the emulator's LoRA as it is now, full-model names, on the CPU."""
@@ -101,9 +107,11 @@ class Aligner:
         own = emulator.to_own(trained, self.plan, self.plan.kept)
         top_adapter = emulator.to_own(user_adapter, self.plan, self.plan.adapter) if user_adapter else None
         for _ in range(count):
-            chosen = torch.randint(len(self._blocks), (self.options.batch_size,), generator=self._generator)
+            drawn = torch.randint(len(self._blocks), (self.options.batch_size,), generator=self._generator)
+            chosen = drawn.tolist()
+            blocks, states = [self._blocks[n] for n in chosen], [self._states[n] for n in chosen]
             with attached(self._student, own), attached(self.top.model, top_adapter):
-                l2, kl = self._losses(chosen.tolist())
+                l2, kl = self._losses(blocks, states)
             optimizer.zero_grad(set_to_none=True)
             (l2 + self.options.kl_weight * kl).backward()
             optimizer.step()
@@ -111,18 +119,20 @@ class Aligner:
 
     @torch.no_grad()
     def measure(self, *, limit: int = 8) -> AlignLoss:
-        """Losses on the first `limit` public blocks, without training on them."""
+        """Losses on the first `limit` public blocks that nothing is trained on."""
         own = emulator.to_own(self.adapter(), self.plan, self.plan.kept)
         with attached(self._student, own):
-            l2, kl = self._losses(list(range(min(limit, len(self._blocks)))))
+            l2, kl = self._losses(self._unseen[:limit], self._unseen_states[:limit])
         return AlignLoss(float(l2), float(kl))
 
-    def _losses(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
-        ids, mask, _ = collate([self._blocks[index] for index in chosen], pad_id=self.pad_id)
+    def public_loss(self, user_adapter: LoraAdapter) -> float:
+        """Loss (nats a token) of the full model with an adapter, on the public text not trained on."""
+        return mean_loss(self.top, self.plan, self._unseen_states, adapter=user_adapter)
+
+    def _losses(self, blocks: Sequence[Block], states: Sequence[CachedBlock]) -> tuple[Tensor, Tensor]:
+        ids, mask, _ = collate(blocks, pad_id=self.pad_id)
         student = emulator.bottom_states(self._student, ids, mask).float()
-        teacher = nn.utils.rnn.pad_sequence(
-            [self._states[index].states for index in chosen], batch_first=True
-        ).float()
+        teacher = nn.utils.rnn.pad_sequence([block.states for block in states], batch_first=True).float()
         real = mask.to(student.device).bool()
         l2 = (student - teacher)[real].square().sum() / teacher[real].square().sum()
         if not self.options.kl_weight:

@@ -6,7 +6,8 @@ and the adapter layers start from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class TrainOptions:
     """How one call of `fit` trains."""
 
-    steps: int  # of the optimiser
+    steps: int = 0  # of the optimiser
     batch_size: int = 4  # examples a step
     learning_rate: float = 1e-3  # AdamW step size of A; B's is `b_ratio` times as large
     # alpha / r. Under Adam the LoRA scale is a step size for B, and this is where it enters
@@ -87,6 +88,30 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
     return summed_loss(top.logits, hidden[counted], target[counted]), int(counted.sum())
 
 
+@torch.no_grad()
+def mean_loss(
+    top: emulator.TopModel,
+    plan: emulator.LayerPlan,
+    blocks: Sequence[CachedBlock],
+    *,
+    adapter: LoraAdapter | None,
+    batch_size: int = 8,
+) -> float:
+    """Mean cross-entropy over all unmasked labels of the blocks, nats a token.
+
+    Args:
+        blocks: behind whichever bottom is to be measured, emulator or full.
+        adapter: full-model names; None measures the base model.
+    """
+    own = emulator.to_own(adapter, plan, plan.adapter) if adapter else None
+    summed, counted = 0.0, 0
+    with attached(top.model, own):
+        for start in range(0, len(blocks), batch_size):
+            loss, count = batch_loss(top, blocks[start : start + batch_size])
+            summed, counted = summed + float(loss), counted + count
+    return summed / max(counted, 1)
+
+
 def proximal(pairs: dict[str, LoraPair], start: dict[str, LoraPair]) -> Tensor:
     """Sum over modules of ||B A - B0 A0||_F^2, from r x r Grams, differentiable in A and B.
 
@@ -100,6 +125,60 @@ def proximal(pairs: dict[str, LoraPair], start: dict[str, LoraPair]) -> Tensor:
     return torch.stack(terms).sum()
 
 
+class Training:
+    """A LoRA under training: it can be carried on, looked at, and carried on again.
+
+    Args:
+        start: full-model names; its factors are copied, not changed.
+        options: `steps` is not read here.
+    """
+
+    def __init__(
+        self,
+        top: emulator.TopModel,
+        plan: emulator.LayerPlan,
+        blocks: Sequence[CachedBlock],
+        *,
+        start: LoraAdapter,
+        options: TrainOptions,
+    ) -> None:
+        self.losses: list[float] = []
+        self._top, self._plan, self._blocks, self._options = top, plan, blocks, options
+        own = emulator.to_own(start, plan, plan.adapter)
+        self._origin = {name: pair.to(top.device, torch.float32) for name, pair in own.pairs.items()}
+        pairs = {
+            name: LoraPair(pair.A.clone().requires_grad_(), pair.B.clone().requires_grad_())
+            for name, pair in self._origin.items()
+        }
+        self._own = replace(start, pairs=pairs)
+        rate = options.learning_rate
+        sides = {"A": rate, "B": rate * options.b_ratio}
+        self._optimizer = torch.optim.AdamW(
+            [{"params": [getattr(p, side) for p in pairs.values()], "lr": lr} for side, lr in sides.items()],
+            weight_decay=0.0,
+        )
+        self._batches = _batches(len(blocks), options)
+
+    def advance(self, steps: int) -> None:
+        """Take optimiser steps. Cost: one forward and one backward pass of the top a step."""
+        with attached(self._top.model, self._own):
+            for chosen in itertools.islice(self._batches, steps):
+                summed, count = batch_loss(self._top, [self._blocks[index] for index in chosen])
+                loss = summed / max(count, 1)
+                self.losses.append(float(loss.detach()))
+                if self._options.prox_weight:
+                    loss = loss + self._options.prox_weight * proximal(self._own.pairs, self._origin)
+                self._optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self._optimizer.step()
+
+    def adapter(self) -> LoraAdapter:
+        """A copy of the adapter as it is now: full-model names, float32, on the CPU."""
+        own = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in self._own.pairs.items()}
+        pairs = {name: pair.to("cpu", copy=True) for name, pair in own.items()}
+        return emulator.to_full(replace(self._own, pairs=pairs), self._plan, self._plan.adapter)
+
+
 def fit(
     top: emulator.TopModel,
     plan: emulator.LayerPlan,
@@ -108,41 +187,11 @@ def fit(
     start: LoraAdapter,
     options: TrainOptions,
 ) -> TrainResult:
-    """Train an adapter from `start` on cached blocks.
-
-    Args:
-        start: full-model names; its factors are copied, not changed.
-
-    Returns:
-        The trained adapter with full-model names, float32, on the CPU.
-    """
-    own = emulator.to_own(start, plan, plan.adapter)
-    origin = {name: pair.to(top.device, torch.float32) for name, pair in own.pairs.items()}
-    pairs = {
-        name: LoraPair(pair.A.clone().requires_grad_(), pair.B.clone().requires_grad_())
-        for name, pair in origin.items()
-    }
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [pair.A for pair in pairs.values()], "lr": options.learning_rate},
-            {"params": [p.B for p in pairs.values()], "lr": options.learning_rate * options.b_ratio},
-        ],
-        weight_decay=0.0,
-    )
-    losses = []
-    with attached(top.model, replace(start, pairs=pairs)):
-        for chosen in _batches(len(blocks), options):
-            summed, count = batch_loss(top, [blocks[index] for index in chosen])
-            loss = summed / max(count, 1)
-            losses.append(float(loss.detach()))
-            if options.prox_weight:
-                loss = loss + options.prox_weight * proximal(pairs, origin)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-    finished = {name: LoraPair(pair.A.detach(), pair.B.detach()).to("cpu") for name, pair in pairs.items()}
-    result = emulator.to_full(replace(start, pairs=finished), plan, plan.adapter)
-    return TrainResult(result, losses[0], losses[-1], len(losses))
+    """Train an adapter from `start` on cached blocks, for `options.steps`. See `Training`."""
+    training = Training(top, plan, blocks, start=start, options=options)
+    training.advance(options.steps)
+    losses = training.losses
+    return TrainResult(training.adapter(), losses[0], losses[-1], len(losses))
 
 
 def _inner(left: LoraPair, right: LoraPair) -> Tensor:
@@ -150,15 +199,13 @@ def _inner(left: LoraPair, right: LoraPair) -> Tensor:
     return ((left.B.T @ right.B) * (left.A @ right.A.T)).sum()
 
 
-def _batches(n: int, options: TrainOptions) -> list[list[int]]:
-    """Index lists, every example once before any comes again, in an order fixed by the seed."""
+def _batches(n: int, options: TrainOptions) -> Iterator[list[int]]:
+    """Index lists without end, every example once before any comes again, in an order fixed by the seed."""
     generator = torch.Generator().manual_seed(options.seed)
     size = min(options.batch_size, n)
     queue: list[int] = []
-    batches = []
-    for _ in range(options.steps):
+    while True:
         while len(queue) < size:
             queue += torch.randperm(n, generator=generator).tolist()
-        batches.append(queue[:size])
+        yield queue[:size]
         queue = queue[size:]
-    return batches

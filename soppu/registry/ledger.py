@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -175,8 +175,10 @@ def current_set(session: Session, *, base: Base | None = None) -> dict[str, str]
     return {user: held for user, held, *of in rows if base is None or base_identity.same(Base(*of), base)}
 
 
-def freeze_current(session: Session, base: Base, *, chosen: Mapping[str, str], run: str) -> str:
-    """Make `chosen` current, then fix everybody's current adapter of one base as a set; its id.
+def freeze_current(
+    session: Session, base: Base, *, chosen: Mapping[str, str], without: Collection[str] = (), run: str = ""
+) -> str:
+    """Make `chosen` current, for those `without` nothing, and fix what everybody of a base has then; its id.
 
     Raises:
         RegistryError: nobody is in the set, or one in `chosen` does not hold the adapter named.
@@ -186,9 +188,12 @@ def freeze_current(session: Session, base: Base, *, chosen: Mapping[str, str], r
     check_held(session, sorted(chosen.items()))
     before = current_set(session)
     for user, adapter_id in chosen.items():
-        if before[user] != adapter_id:  # a run of an earlier configuration, again; or one that was overtaken
+        if before.get(user) != adapter_id:  # an earlier configuration's run, again; or one overtaken
             new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics={}, at=now())
             hold(session, find_user(session, user), new)
+    for user in sorted(without):
+        find_user(session, user).holding_id = None
+    session.flush()
     members = {**current_set(session, base=base), **chosen}
     unhashed = sa.select(User.id).join(Holding, User.holding_id == Holding.id).join(Adapter)
     if left_out := set(session.scalars(unhashed.where(Adapter.base_hash == ""))) - members.keys():

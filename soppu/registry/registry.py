@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial, wraps
@@ -141,13 +141,21 @@ class Registry:
         with self._catalogue.read() as session:
             return tuple(sorted(session.scalars(query)))
 
-    def freeze_current(self, base: Base, *, chosen: Mapping[str, str] | None = None, run: str = "") -> str:
+    def freeze_current(
+        self,
+        base: Base,
+        *,
+        chosen: Mapping[str, str] | None = None,
+        without: Collection[str] = (),
+        run: str = "",
+    ) -> str:
         """Fix the current adapter of every user of one base model, as they all are at one instant.
 
         Whose adapter is of `base` is told as `soppu.base_identity.same` does; a warning names who is left out
         because their adapter does not say it. `chosen` (user -> adapter id) become current for their users
-        under `run`, and are frozen, in the same transaction, whatever others put meanwhile. Reads the
-        catalogue alone, no tensors. Idempotent.
+        under `run`, and are frozen, in the same transaction, whatever others put meanwhile; users in
+        `without` have no current adapter from then on, and keep their history. Reads the catalogue alone, no
+        tensors. Idempotent.
 
         Returns:
             "s-" and 16 hex digits of the SHA-256 of the sorted pairs.
@@ -156,7 +164,7 @@ class Registry:
             RegistryError: no users, or one in `chosen` does not hold the adapter named.
         """
         with self._catalogue.write() as session:
-            return ledger.freeze_current(session, base, chosen=chosen or {}, run=run)
+            return ledger.freeze_current(session, base, chosen=chosen or {}, without=without, run=run)
 
     def get_set(self, set_id: str) -> dict[str, str]:
         """User -> adapter id of a frozen set, sorted; forgotten users too. RegistryError if it is unknown."""

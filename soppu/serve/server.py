@@ -78,6 +78,9 @@ def run(options: ServeOptions) -> None:
             _announce(options, bank, listener)
             server.run(sockets=[listener])
             _LOG.info("stopped")
+            if server.gave_up:  # a thread that is still at it must not outlive the lock of the state folder
+                logging.shutdown()
+                os._exit(0)
         finally:
             state.close()
 

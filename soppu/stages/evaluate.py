@@ -1,4 +1,4 @@
-"""Stage: every user's held-out loss three ways, and the gate's verdict on them.
+"""Stage: every user's held-out loss four ways, and the gate's verdict on them.
 
 Held-out text is read here, in the process that evaluates. In a simulation that is the same machine; where
 users' text may not leave their side, name a source of consented held-out text, and who is not in it is
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from soppu import adapter as adapters
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
@@ -20,12 +21,15 @@ from soppu.data import Example, list_users, load_user, tokenize
 from soppu.devices import torch_device
 from soppu.errors import DataError
 from soppu.evaluate.gate import check
-from soppu.evaluate.losses import UserLosses, mean_loss
+from soppu.evaluate.losses import UserLosses
 from soppu.federation import emulator
-from soppu.federation.train import cache_states
+from soppu.federation.personalise import BASE, PERSONAL, SHARED
+from soppu.federation.train import cache_states, mean_loss
 from soppu.module_names import split_layer
-from soppu.stages.run import Run, open_run
+from soppu.stages.federate import RESULT
+from soppu.stages.run import FEDERATION, Run, open_run
 
+COMPRESSED = "compressed"
 _log = logging.getLogger(__name__)
 
 
@@ -46,10 +50,18 @@ def evaluate(
     lowest = min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))
     bench = _Bench(run, layers=lowest)
     losses = []
-    measured = _with_text(run.config, members)
+    measured = _with_text(run.config, {**members, **run.read(RESULT).get("adapters", {})})
+    result = run.read(RESULT)
+    own, served = result.get("adapters", {}), result.get("served", {})
+    shared = adapters.read(run.folder / FEDERATION / result["shared"]) if result else None
     for number, (user, heldout) in enumerate(measured.items(), start=1):
-        personal = registry.get_adapter(members[user])
-        losses.append(bench.losses(user, heldout, (personal, bundle.reconstruct(user))))
+        what = served.get(user, PERSONAL)
+        tried = {
+            PERSONAL: registry.get_adapter(own.get(user, members.get(user))),
+            SHARED: shared,
+            COMPRESSED: bundle.reconstruct(user) if what != BASE else None,
+        }
+        losses.append(bench.losses(user, heldout, tried, served=what))
         if on_progress:
             on_progress({"note": f"evaluating {user}", "share": number / len(measured)})
     verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
@@ -87,15 +99,17 @@ class _Bench:
         self.bottom = emulator.with_layers(self.model, self.plan.bottom)
 
     def losses(
-        self, user: str, held: Sequence[Example], adapters: tuple[LoraAdapter, LoraAdapter]
+        self, user: str, held: Sequence[Example], tried: Mapping[str, LoraAdapter | None], *, served: str
     ) -> UserLosses:
-        """Losses with the base model, and with the (personal, compressed) adapters."""
+        """Losses with the base model, and with the adapters given; None measures the base model."""
         blocks = tokenize(held, self.tokenizer, max_tokens=self.config.data.max_tokens)
         states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
-        base, own, joint = (
-            mean_loss(self.top, self.plan, states, adapter=adapter) for adapter in (None, *adapters)
+        base, personal, shared, compressed = (
+            mean_loss(self.top, self.plan, states, adapter=adapter)
+            for adapter in (None, *(tried[name] for name in (PERSONAL, SHARED, COMPRESSED)))
         )
-        return UserLosses(user, len(held), base, own, joint)
+        common = shared if tried[SHARED] else None
+        return UserLosses(user, len(held), base, personal, compressed, shared=common, served=served)
 
 
 def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Example, ...]]:

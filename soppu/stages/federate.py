@@ -11,13 +11,15 @@ from typing import Any
 import soppu
 from soppu import adapter as adapters
 from soppu import base_identity, files, models
+from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.errors import FederationError, RegistryError
 from soppu.federation import emulator, memory, simulation
 from soppu.federation.emulator import LayerPlan
+from soppu.federation.personalise import BASE, PERSONAL, SHARED
 from soppu.models import BaseModel
 from soppu.registry import Registry
-from soppu.stages.run import CONFIG, FEDERATION, open_run
+from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
 
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
 
@@ -65,9 +67,10 @@ def check_memory(config: Config, base: BaseModel) -> None:
 
 
 def collect(run_folder: str, federation_id: str) -> str:
-    """Check every adapter of a federation, then make them current and freeze everybody's as a set, at once.
+    """Check every adapter of a federation, make current what serves each user best, and freeze it as a set.
 
-    Of its own users the set holds exactly what this federation made, whatever another run puts meanwhile.
+    Of its own users the set holds exactly what this federation chose for them, whatever another run puts
+    meanwhile: their own adapter, the one that all share, or, where the base model is best, nothing.
     Users who took no part keep the adapter they have: a bundle without them would end their service. Returns
     the set's id.
 
@@ -90,7 +93,25 @@ def collect(run_folder: str, federation_id: str) -> str:
         adapters.validate(adapter, who=who)
         base_identity.check(adapter.base, base.base, who=who, whose="this run is for")
         adapters.check_shapes(adapter, shapes, who=who)
-    return registry.freeze_current(base.base, chosen=result["adapters"], run=run.id)
+    served = result["served"]
+    chosen = {user: held for user, held in result["adapters"].items() if served[user] == PERSONAL}
+    if sharing := [user for user, what in served.items() if what == SHARED]:
+        shared = adapters.read(run.folder / FEDERATION / result["shared"])
+        chosen |= {user: registry.put_adapter(shared, user=user, run=run.id) for user in sharing}
+    without = [user for user, what in served.items() if what == BASE]
+    return registry.freeze_current(base.base, chosen=chosen, without=without, run=run.id)
+
+
+def shared_adapter(run: Run) -> LoraAdapter | None:
+    """The adapter that the users of a run's federation averaged; None where no federation has ended.
+
+    Raises:
+        AdapterError: the folder is damaged.
+    """
+    result = run.read(RESULT)
+    if not result:
+        return None
+    return adapters.read(run.folder / FEDERATION / result["shared"])
 
 
 def freeze_current(run_folder: str) -> str:

@@ -165,6 +165,7 @@ def _launch(base: BaseModel, settings: TargetConfig) -> ContainerLaunch:
         gpus=settings.lorax_gpus,
         shm_size=settings.lorax_shm_size,
         network=settings.lorax_network,
+        owner=Path(settings.state),
         pull=settings.lorax_pull,
         timeout=float(settings.start_timeout_s),
     )

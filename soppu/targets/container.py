@@ -26,6 +26,7 @@ from soppu.errors import PortTaken, SoppuError, TargetError
 from soppu.targets import logs, pull
 
 _LABEL = "soppu.settings"
+_OWNER = "soppu.owner"
 _ANSWER_SECONDS = 120  # the engine's longest silence
 _POLL_SECONDS = 0.2
 _LOG_LINES = 1000
@@ -48,6 +49,7 @@ class ContainerLaunch:
         gpus: "" for none, "all", or device ids as in "0,1".
         shm_size: size of /dev/shm, as docker takes it.
         network: a docker network to join, "" for the default one; in "host" nothing is published.
+        owner: who starts it, a folder; see `owned`. A container that is there keeps its own.
         pull: "missing" pulls an image that is not here, "always" asks the registry, "never" does neither.
         timeout: seconds until it has to be ready; pulling does not count.
     """
@@ -62,6 +64,7 @@ class ContainerLaunch:
     gpus: str = ""
     shm_size: str = "1g"
     network: str = ""
+    owner: Path | None = None
     pull: Literal["missing", "always", "never"] = "missing"
     timeout: float = 600.0
 
@@ -147,6 +150,21 @@ def stop(name: str) -> bool:
         return running
 
 
+def owned(owner: Path) -> dict[str, str]:
+    """Containers that `start` has made for this owner and that run: name -> docker's word for its state.
+
+    None where no engine answers, for there is nothing then that could run. TargetError if one refuses.
+    """
+    try:
+        docker.from_env(timeout=_ANSWER_SECONDS).close()
+    except DockerException:
+        return {}
+    label = "=".join(*_owner(owner).items())
+    with _engine(f"containers of {owner}") as engine:
+        running = engine.containers.list(filters={"label": [_LABEL, label]}, ignore_removed=True)
+        return {container.name: container.status for container in running}
+
+
 @contextmanager
 def _engine(what: str) -> Iterator[docker.DockerClient]:
     """A client. What the engine refuses meanwhile is a TargetError about `what`."""
@@ -220,7 +238,7 @@ def _create(engine: docker.DockerClient, launch: ContainerLaunch) -> Container:
             list(launch.command),
             name=launch.name,
             environment=dict(launch.environment),
-            labels={_LABEL: json.dumps(launch.settings)},
+            labels={_LABEL: json.dumps(launch.settings)} | (_owner(launch.owner) if launch.owner else {}),
             mounts=[
                 Mount(inside, str(folder.resolve()), type="bind", read_only=read_only)
                 for folder, inside, read_only in launch.mounts
@@ -232,6 +250,10 @@ def _create(engine: docker.DockerClient, launch: ContainerLaunch) -> Container:
         )
     except ImageNotFound as error:
         raise TargetError(f"{launch.image}: {pull.NOT_HERE}, and is not to be pulled; {pull.CURE}") from error
+
+
+def _owner(folder: Path) -> dict[str, str]:
+    return {_OWNER: str(folder.resolve())}
 
 
 def _address(url: str) -> tuple[str, int]:

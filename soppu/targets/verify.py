@@ -135,12 +135,15 @@ def _users(trial: Trial, base: Reply, progress: Callable[[int, int], None] | Non
         tried += 1
         if progress is not None:
             progress(done, len(trial.subjects))
-    made = {name: _judge(found, f"{tried} users") for name, found in faults.items()}
+    answered = tried - len(faults["answers"]) - len(faults["warm"])
+    made = {name: _judge(found, f"{answered} users") for name, found in faults.items()}
     made["warm"] = _judge(faults["warm"], f"slowest {slowest:.2f} s")
     if trial.reference is None:
         made["canary"] = _absent("no base model to compare with: give --model")
     elif made["canary"].verdict == "pass":
-        made["canary"] = _judge([], f"{tried} users, logprobs within {trial.tolerance:g}")
+        made["canary"] = _judge([], f"{answered} users, logprobs within {trial.tolerance:g}")
+    if not answered:
+        made |= dict.fromkeys(("header", "effect", "canary"), _absent("no user was answered"))
     return made
 
 

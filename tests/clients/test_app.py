@@ -24,17 +24,16 @@ from soppu.adapter import LoraAdapter
 from soppu.compress.numbers import ternary
 from soppu.config import Config, LoraSettings
 from soppu.errors import ConfigError, DataError, FederationError
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import emulator, wire, wire_ternary
 from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.emulator import LayerPlan, TopModel
-from soppu.federation.train import TrainOptions, cache_states, fit
+from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.soppu.compress import ternary_measures as measures
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
 SECTIONS = ("seed", "frozen_dtype", "compute_dtype", "base", "data", "plan", "lora", "federation")
-USERS = {"alice": 12, "bob": 9}
+USERS = {"alice": 14, "bob": 13}
 
 
 @dataclasses.dataclass
@@ -83,7 +82,7 @@ def setup(
     write_users: Callable[[Path, Mapping[str, int]], Path],
 ) -> Setup:
     source = write_users(tmp_path / "users", USERS)
-    sizes = {"train_examples": 6, "heldout_examples": 2, "min_examples": 4, "max_tokens": 96}
+    sizes = {"train_examples": 6, "validation_examples": 2, "min_examples": 4, "max_tokens": 96}
     config = configuration.from_dict(
         {
             "base": {"model": str(tiny_base)},
@@ -167,10 +166,10 @@ def test_a_node_that_is_not_set_up_says_what_is_missing(
 
 
 def test_a_user_with_too_little_text_says_so_before_training(setup: Setup) -> None:
-    more = dataclasses.replace(setup.config.data, min_examples=8, train_examples=10)
+    more = dataclasses.replace(setup.config.data, min_examples=11, train_examples=11)
     wanting = dataclasses.replace(setup.config, data=more)
     assert user_in(app(setup.message("query.hello", wanting), node(**{"partition-id": 0}))) == "alice"
-    with pytest.raises(DataError, match="user 'bob' has 7 examples to train on"):
+    with pytest.raises(DataError, match="user 'bob' has 10 examples to train on"):
         app(setup.message("query.hello", wanting), node(**{"partition-id": 1}))
 
 
@@ -234,6 +233,7 @@ def test_the_reply_holds_factors_of_the_adapter_layers_and_numbers_only(setup: S
         "train-loss-first",
         "train-loss-last",
         "emulator-loss-base",
+        "emulator-loss-shared",
         "emulator-loss",
     }
     assert all(isinstance(value, int | float) for value in reply.content["metrics"].values())
@@ -271,9 +271,9 @@ def test_a_personal_adapter_within_its_budget_comes_as_signs_and_gains(setup: Se
     assert set(metrics) - set(plain.content["metrics"]) == {"emulator-loss-ternary"}
     assert metrics["emulator-loss"] == plain.content["metrics"]["emulator-loss"]
     bench = workbench(config, setup.plan)
-    heldout = bench.states("alice").heldout
+    validation = bench.states("alice").validation
     full = dataclasses.replace(wanted, base_hash=setup.plan.base_hash)
-    assert metrics["emulator-loss-ternary"] == mean_loss(bench.top, bench.plan, heldout, adapter=full)
+    assert metrics["emulator-loss-ternary"] == mean_loss(bench.top, bench.plan, validation, adapter=full)
     assert metrics["emulator-loss-ternary"] != metrics["emulator-loss"]
 
 
@@ -326,7 +326,7 @@ def leaks(message: Message, user: data.UserData, ids: list[list[int]]) -> list[s
     for array in message.content.array_records.get("arrays", {}).values():
         raw += array.data + array.numpy().tobytes()
     found = []
-    for item in (*user.train, *user.heldout):
+    for item in (*user.train, *user.validation, *user.heldout):
         for text in (
             item.prompt,
             item.completion,
@@ -348,7 +348,7 @@ def leaks(message: Message, user: data.UserData, ids: list[list[int]]) -> list[s
 def test_no_text_and_no_token_of_the_user_is_in_any_reply(setup: Setup, tiny_base: Path) -> None:
     user = data.load_user(setup.config.data, "alice")
     tokenizer = models.load_tokenizer(models.resolve(str(tiny_base), cache=Path("unused")))
-    blocks = data.tokenize((*user.train, *user.heldout), tokenizer, max_tokens=96)
+    blocks = data.tokenize((*user.train, *user.validation, *user.heldout), tokenizer, max_tokens=96)
     ids = [block.ids.tolist() for block in blocks]
     alice = node(**{"partition-id": 0})
     replies = [app(setup.message("query.hello"), alice)]
@@ -383,5 +383,5 @@ def test_errors_about_a_users_file_do_not_quote_it(setup: Setup, tmp_path: Path)
         (tmp_path / "users" / "alice.jsonl").write_text("\n".join([*lines, bad]))
         with pytest.raises(DataError) as caught:
             app(setup.message("query.hello"), node(**{"partition-id": 0}))
-        assert "alice.jsonl:13" in str(caught.value)
+        assert "alice.jsonl:15" in str(caught.value)
         assert "whisper" not in str(caught.value) and "secret" not in str(caught.value)

@@ -29,7 +29,7 @@ USERS = {"alice": 12, "bob": 9, "carol": 8, "dave": 8, "erin": 8}
 @pytest.fixture
 def config(tmp_path: Path, tiny_base: Path, write_users: Callable[[Path, Mapping[str, int]], Path]) -> Config:
     source = write_users(tmp_path / "users", USERS)
-    sizes = {"train_examples": 5, "heldout_examples": 2, "min_examples": 4, "max_tokens": 64}
+    sizes = {"train_examples": 5, "validation_examples": 2, "min_examples": 4, "max_tokens": 64}
     return configuration.from_dict(
         {"base": {"model": str(tiny_base)}, "data": {"source": str(source), **sizes}, "lora": {"rank": 2}}
     )
@@ -64,14 +64,14 @@ def test_states_are_those_of_the_emulator_with_its_lora(
     bench.align(lora)
     found = bench.states("alice")
     bottom = emulator.with_layers(tiny_llama, plan.kept)
-    for part in ("train", "heldout"):
+    for part in ("train", "validation"):
         blocks = data.tokenize(getattr(found.user, part), bench.tokenizer, max_tokens=64)
         with attached(bottom, emulator.to_own(lora, plan, plan.kept)):
             wanted = cache_states(bottom, blocks, pad_id=1)
         for ours, theirs in zip(getattr(found, part), wanted, strict=True):
             torch.testing.assert_close(ours.states, theirs.states, rtol=1e-4, atol=1e-4)
             assert torch.equal(ours.labels, theirs.labels)
-    assert (len(found.train), len(found.heldout)) == (5, 2)
+    assert (len(found.train), len(found.validation)) == (5, 2)
 
 
 def test_a_new_alignment_drops_old_states_and_starts_from_the_bare_layers(

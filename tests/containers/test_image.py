@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import docker
 import pytest
 from docker.models.containers import Container
+from docker.types import Mount
 
 from soppu.federation.simulation import free_port
 from soppu.targets import container
@@ -74,6 +76,27 @@ def test_lorax_s_settings_start_it_and_it_answers(
     assert container.stop(name)
     inside.reload()
     assert inside.attrs["State"]["ExitCode"] == 0  # it was asked to stop, and did
+
+
+def test_it_stops_at_once_while_it_loads(
+    soppu_image: str, name: str, volume: Path, docker_engine: docker.DockerClient
+) -> None:
+    weights = volume / "base" / "model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights, 0o644)
+    weights.chmod(0o644)
+    inside = docker_engine.containers.run(
+        soppu_image,
+        name=name,
+        detach=True,
+        environment={"MODEL_ID": "/data/base", "HF_HUB_OFFLINE": "1"},
+        mounts=[Mount("/data", str(volume), type="bind", read_only=True)],
+    )
+    with weights.open("wb"):  # waits until it is read; a container's first process hears no signal by itself
+        inside.kill("SIGTERM")
+        assert inside.wait(timeout=60)["StatusCode"] == 0
+    log = inside.logs().decode()
+    assert log.splitlines()[-1].endswith("stopped by SIGTERM before it served") and "Traceback" not in log
 
 
 def test_a_model_that_is_not_in_the_volume_is_named(soppu_image: str, name: str, volume: Path) -> None:

@@ -24,6 +24,7 @@ from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.publish import publish
 from soppu.stages.run import Run
+from soppu.targets import container
 from tests.containers.two import EVALUATION, run_of_two
 from tests.docker_engine import ROOT
 from tests.soppu.serve import tiny
@@ -45,7 +46,7 @@ class Served:
         )
         self.urls = {one.label: one.url for one in self.run.config.serve.each()}
         self.names = [one.lorax_container for one in self.run.config.serve.each()]
-        self.volume = folder / "volume"
+        self.folder, self.volume = folder, folder / "volume"
 
     def bundle(self, *, version: int) -> str:
         """The id of a bundle of everybody's adapters of a version."""
@@ -149,6 +150,7 @@ def test_the_report_has_a_row_for_each_and_publishing_again_changes_nothing(serv
     for form, url in served.urls.items():
         assert served.publish(registry.live(url), form) == url
     assert [one.id for one in registry.publications()] == before
+    assert sorted(container.owned(served.folder / "serve")) == sorted(served.names)
     shared = list(served.volume.glob("adapters/*/*/shared.safetensors"))
     assert len(shared) == len(USERS) and len({path.stat().st_ino for path in shared}) == 1
 

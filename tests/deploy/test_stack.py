@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import requests
+from click.testing import CliRunner
 
-from deploy.stack import Stack, down, healthy, up
+from deploy.stack import Stack, down, healthy, main, up
 from soppu.errors import PortTaken, TargetError
 from soppu.federation.simulation import free_port
 from tests.latecomer import latecomer
@@ -66,3 +67,14 @@ def test_a_remote_server_that_is_down_is_not_started_here(tmp_path: Path) -> Non
 
 def test_down_with_nothing_up_ends_nothing(tmp_path: Path) -> None:
     assert set(down(Stack(state=tmp_path, serve_state=tmp_path / "serve")).values()) == {False}
+
+
+@pytest.mark.parametrize("engine", ["unix:///nowhere/docker.sock", "tcp://127.0.0.1:9", "nonsense"])
+def test_without_a_docker_engine_there_are_no_containers(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", engine)
+    stack = Stack(state=tmp_path, serve_state=tmp_path / "serve")
+    assert not [name for name in down(stack) if "container" in name]
+    shown = CliRunner().invoke(main, ["status", "--api", "http://127.0.0.1:9/api"])
+    assert shown.exit_code == 0 and "containers: -" in shown.output

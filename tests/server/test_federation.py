@@ -553,6 +553,8 @@ def test_the_server_reads_public_text_only(config: Build, tmp_path: Path) -> Non
         path.unlink()
     federation = Federation(run, tmp_path / "work")
     federation.warm_up()
-    assert len(federation._public) == len(data.load_public(run.align.source, limit=99)) == 5
+    public = data.load_public(run.align.source, limit=99)
+    assert len(federation._public) + len(federation._unseen) == len(public) == 5
+    assert federation._public and federation._unseen  # what it trains on, and what it measures with
     with pytest.raises(FederationError, match="0 users can train"):
         federation.run(InProcessGrid(NODES))

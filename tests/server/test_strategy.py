@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from server.agreement import METRICS, Agreement
+from server.agreement import METRICS, PERSONAL_METRICS, Agreement
 from server.strategy import FedBiOT
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress.numbers import ternary
@@ -78,8 +78,8 @@ def make_adapter(seed: int) -> LoraAdapter:
 SEEDS = {"alice": 1, "bob": 2, "carol": 3}
 
 
-def reply_content(user: str) -> RecordDict:
-    metrics = {name: 1.0 + SEEDS[user] for name in METRICS} | {"num-examples": EXAMPLES[user]}
+def reply_content(user: str, *, names: tuple[str, ...] = METRICS) -> RecordDict:
+    metrics = {name: 1.0 + SEEDS[user] for name in names} | {"num-examples": EXAMPLES[user]}
     return RecordDict(
         {
             "arrays": ArrayRecord(wire.to_state(make_adapter(SEEDS[user]))),
@@ -90,7 +90,16 @@ def reply_content(user: str) -> RecordDict:
 
 
 def answer(messages: list[Message]) -> list[Message]:
-    return [Message(reply_content(NODES[m.metadata.dst_node_id]), reply_to=m) for m in messages]
+    return [
+        Message(
+            reply_content(
+                NODES[m.metadata.dst_node_id],
+                names=PERSONAL_METRICS if m.content["config"]["mode"] == "personal" else METRICS,
+            ),
+            reply_to=m,
+        )
+        for m in messages
+    ]
 
 
 def signs(user: str) -> dict[str, Tensor]:
@@ -266,7 +275,7 @@ BAD_TERNARY: dict[str, tuple[Callable[[RecordDict], Any], str]] = {
     "a list of forms": (lambda content: content["who"].update(form=["ternary"]), r"form \['ternary'\]"),
     "over the budget": (
         lambda content: content["metrics"].update({"emulator-loss-ternary": 3.5}),
-        "raises the held-out loss by 0.5, allowed: at most 0.01",
+        "raises the validation loss by 0.5, allowed: at most 0.01",
     ),
     "loss not told": (lambda content: content["metrics"].pop("emulator-loss-ternary"), "metrics are"),
     "loss NaN": (

@@ -30,7 +30,7 @@ def make_aligner(
     plan = emulator.make_plan(model, base_hash="b" * 64, adapter_layers=2, drop_ratio=drop)
     options = AlignConfig(**{**vars(OPTIONS), **changes})  # type: ignore[arg-type]
     aligner = Aligner(model, plan, options=options, pad_id=1, seed=seed)
-    aligner.observe(blocks)
+    aligner.observe(blocks, blocks)
     return aligner
 
 
@@ -128,7 +128,7 @@ def test_only_its_own_lora_changes(tiny_llama: PreTrainedModel) -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in tiny_llama.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in tiny_llama.parameters())
     assert LoraAdapter(user.pairs, base_hash="b" * 64).content_hash() == before
-    aligner.observe(make_blocks(9, 6))  # the teacher says the same as before
+    aligner.observe(make_blocks(9, 6), make_blocks(9, 6))  # the teacher says the same as before
     assert all(torch.equal(a.states, b.states) for a, b in zip(states, aligner._states, strict=True))
 
 

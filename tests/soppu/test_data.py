@@ -108,7 +108,8 @@ def test_a_user_without_examples_is_an_error(tmp_path: Path) -> None:
 def test_a_user_with_too_few_examples_is_an_error(both: Path) -> None:
     with pytest.raises(DataError, match=r"user 'bob' has 4 examples to train on in .* \(1 are held out\)"):
         data.load_user(settings_for(both, min_examples=5), "bob")
-    assert len(data.load_user(settings_for(both, min_examples=4), "bob").train) == 4
+    enough = data.load_user(settings_for(both, min_examples=4), "bob")
+    assert len(enough.train) + len(enough.validation) == 4
 
 
 def test_repeated_lines_count_once(tmp_path: Path) -> None:
@@ -135,10 +136,23 @@ def test_a_folder_without_jsonl_is_named(tmp_path: Path) -> None:
 
 def test_the_split_is_disjoint_and_every_user_has_something_held_out(both: Path) -> None:
     user = data.load_user(settings_for(both), "alice")
-    assert len(user.train) == 8 and 1 <= len(user.heldout) <= 3
-    assert not set(user.train) & set(user.heldout)
+    parts = (user.train, user.validation, user.heldout)
+    assert all(parts) and len(set().union(*parts)) == sum(map(len, parts))
+    assert len(user.train) + len(user.validation) >= 8 and len(user.heldout) <= 3
     small = data.load_user(settings_for(both), "bob")
-    assert (len(small.train), len(small.heldout)) == (4, 1)
+    assert (len(small.train), len(small.validation), len(small.heldout)) == (3, 1, 1)
+
+
+def test_what_is_chosen_with_is_never_trained_on_and_never_judged_by(both: Path) -> None:
+    whole = data.load_user(settings_for(both), "alice")
+    short = data.load_user(
+        settings_for(both, train_examples=4, validation_examples=1, heldout_examples=1), "alice"
+    )
+    assert len(short.validation) == 1 and set(short.validation) <= set(whole.validation)
+    assert not set(short.train) & set(whole.validation)
+    assert not set(short.heldout) & set(whole.validation)
+    least = data.load_user(settings_for(both, min_examples=1, users=("bob",)), "bob")
+    assert least.train and least.validation
 
 
 @settings(max_examples=40)
@@ -164,6 +178,8 @@ def test_nothing_is_measured_on_text_that_any_configuration_trained_on(
     before, after = load(one, 40), load(two, 40 + grown)
     assert not set(before.train) & set(after.heldout)
     assert not set(after.train) & set(before.heldout)
+    if len(after.train) + len(after.validation) > 1:
+        assert not set(after.train) & set(after.validation)
 
 
 def test_bytes_that_are_no_text_are_named_by_file_and_line(tmp_path: Path) -> None:
@@ -193,15 +209,17 @@ def test_the_split_depends_on_content_alone(
 
 
 def test_digests_change_with_any_part() -> None:
-    base = data.UserData("a", (Example("p", "c"),), (Example("q", "d"),))
+    base = data.UserData("a", (Example("p", "c"),), (Example("o", "b"),), (Example("q", "d"),))
     others = [
+        dataclasses.replace(base, validation=()),
+        dataclasses.replace(base, train=base.validation, validation=base.train),
         dataclasses.replace(base, user_id="b"),
         dataclasses.replace(base, train=(Example("pc", ""),)),
         dataclasses.replace(base, heldout=()),
         dataclasses.replace(base, train=base.train + base.heldout, heldout=()),
         dataclasses.replace(base, train=base.heldout, heldout=base.train),
     ]
-    assert len({item.digest() for item in (base, *others)}) == 6
+    assert len({item.digest() for item in (base, *others)}) == 8
 
 
 def test_the_built_in_users_come_without_any_file() -> None:
@@ -209,7 +227,7 @@ def test_the_built_in_users_come_without_any_file() -> None:
     user = data.load_user(config, "json")
     known = {Example(*pair) for pair in corpus.functions("json")}
     assert (len(user.train), len(user.heldout)) == (10, 4)
-    assert set(user.train) | set(user.heldout) <= known
+    assert set(user.train) | set(user.validation) | set(user.heldout) <= known
 
 
 def test_public_text_comes_from_the_library_or_a_file(both: Path, tmp_path: Path) -> None:

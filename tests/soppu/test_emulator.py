@@ -17,11 +17,10 @@ from soppu import adapter as adapters
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.data import Block
 from soppu.errors import AdapterError, UnsupportedModel
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import emulator, wire
 from soppu.federation.attach import attached
 from soppu.federation.emulator import LayerPlan, TopModel
-from soppu.federation.train import TrainOptions, cache_states, fit
+from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 
 BASE = "b" * 64
 IDS = torch.tensor([[5, 17, 200, 9, 33, 34, 35, 2, 3], [8, 7, 6, 5, 4, 1, 1, 1, 1]])

@@ -46,22 +46,25 @@ def test_the_environment_says_what_the_options_say(started: list[ServeOptions], 
         "HUGGINGFACE_HUB_CACHE": str(tmp_path),
         "MAX_ACTIVE_ADAPTERS": "7",
         "DEFAULT_ADAPTER_SOURCE": "local",
-        "MAX_CONCURRENT_REQUESTS": "9",
+        "MAX_CONCURRENT_REQUESTS": "39",
         "MAX_INPUT_LENGTH": "300",
         "MAX_TOTAL_TOKENS": "400",
+        "MAX_BEST_OF": "5",
         "HOSTNAME": "6f0c2d",  # docker sets it in every container
     }
     assert run(**names) == ""
     words = ["--model", "org/Base", "--port", 81, "--adapters", tmp_path, "--max-active-adapters", 7]
-    words += ["--max-concurrent-requests", 9, "--max-input-tokens", 300, "--max-total-tokens", 400]
+    words += ["--max-concurrent-requests", 39, "--max-input-tokens", 300, "--max-total-tokens", 400]
+    words += ["--max-best-of", 5]
     assert run(*words) == ""
     assert started[0] == started[1]
     limits = started[0].engine
     assert (limits.max_batch + limits.max_queue, limits.max_input_tokens, limits.max_total_tokens) == (
-        9,
+        39,
         300,
         400,
     )
+    assert limits.max_best_of == 5
     assert (started[0].mount, started[0].max_active_adapters, started[0].host) == (tmp_path, 7, "127.0.0.1")
 
 
@@ -96,6 +99,8 @@ def test_as_many_requests_run_and_wait_as_lorax_would_let_in(
         ("MAX_ACTIVE_ADAPTERS", "0", "0 is not in the range x>=1"),
         ("MAX_ACTIVE_ADAPTERS", "many", "'many' is not a valid integer"),
         ("HUGGINGFACE_HUB_CACHE", "/nowhere/at/all", "Directory '/nowhere/at/all' does not exist"),
+        ("MAX_BEST_OF", "0", "0 is not in the range x>=1"),
+        ("MAX_BEST_OF", "129", "--max-best-of: 129, allowed: up to 128"),
         ("PORT", "80000", "80000 is not in the range"),
     ],
 )
@@ -116,7 +121,7 @@ def test_a_server_driven_by_its_environment_answers_an_adapter_of_the_base_it_na
     (root / ALICE / adapter.IDENTITY_FILE).unlink()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    names = {"MODEL_ID": str(base), "PORT": str(port), "HUGGINGFACE_HUB_CACHE": str(root)}
+    names = {"MODEL_ID": str(base), "PORT": str(port), "HUGGINGFACE_HUB_CACHE": str(root), "MAX_BEST_OF": "3"}
     command = [sys.executable, "-m", "soppu.cli", "serve", "--state", str(tmp_path / "state")]
     server = subprocess.Popen(command, env=os.environ | names | {"HOSTNAME": "elsewhere.invalid"})
     try:
@@ -129,6 +134,14 @@ def test_a_server_driven_by_its_environment_answers_an_adapter_of_the_base_it_na
             (root / ALICE / adapter.CONFIG_FILE).write_text(json.dumps(config))
             parameters = {"adapter_id": ALICE, "adapter_source": "local", "max_new_tokens": 6}
             answer = client.post("/generate", json={"inputs": PROMPT, "parameters": parameters})
+            told = {"inputs": PROMPT, "parameters": {"details": True, "do_sample": True, "max_new_tokens": 2}}
+            for best_of, status in ((3, 200), (4, 422)):
+                told["parameters"]["best_of"] = best_of
+                best = client.post("/generate", json=told)
+                assert best.status_code == status, best.text
+                if status == 200:
+                    assert len(best.json()["details"]["best_of_sequences"]) == 2
+            assert client.get("/info").json()["max_best_of"] == 3
         torch.set_num_threads(1)
         assert answer.json()["generated_text"] == tiny.peft_text(model, PROMPT, made, tokens=6)
     finally:

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.data import IGNORE, Block
 from soppu.errors import AdapterError
-from soppu.evaluate.losses import UserLosses, mean_loss
+from soppu.evaluate.losses import UserLosses
 from soppu.federation import emulator
 from soppu.federation.attach import attached
 from soppu.federation.emulator import TopModel
-from soppu.federation.train import cache_states
+from soppu.federation.train import cache_states, mean_loss
 
 
 def make_blocks() -> list[Block]:

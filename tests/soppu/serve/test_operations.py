@@ -228,6 +228,55 @@ def test_pages_of_any_site_may_generate_and_none_may_change_anything(server: Ser
         assert not [name for name in closed.headers if name.startswith("access-control")], method
 
 
+@pytest.mark.parametrize(
+    "asked",
+    ["authorization, content-type, x-stainless-lang, x-stainless-retry-count", "x-api-key", "Authorization"],
+)
+def test_a_client_in_a_page_may_send_its_key_and_its_own_headers_to_what_generates(
+    server: Server, asked: str
+) -> None:
+    preflight = SITE | {"access-control-request-method": "POST", "access-control-request-headers": asked}
+    for path in (
+        "/generate",
+        "/generate_stream",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/",
+        "/tokenize",
+    ):
+        allowed = server.client.options(path, headers=preflight)
+        assert allowed.status_code == 200
+        named = {name.strip() for name in allowed.headers["access-control-allow-headers"].lower().split(",")}
+        assert {name.strip().lower() for name in asked.split(",")} <= named
+        assert "access-control-allow-credentials" not in allowed.headers
+    for method, path in (("PUT", "adapters/x"), ("DELETE", "adapters/x"), ("POST", "deactivate")):
+        preflight["access-control-request-method"] = method
+        closed = server.client.options(f"/soppu/v1/{path}", headers=preflight)
+        assert not [name for name in closed.headers if name.startswith("access-control")]
+
+
+def test_a_page_may_read_the_headers_of_an_answer_and_of_a_refusal(server: Server) -> None:
+    good = server.client.post("/generate", json={"inputs": "x"}, headers=SITE)
+    assert good.status_code == 200 and "x-total-time" in good.headers
+    bad = server.client.post("/generate", json={"inputs": ""}, headers=SITE)
+    for answer in (good, bad):
+        assert answer.headers["access-control-expose-headers"] == "*"
+    assert (
+        "access-control-expose-headers"
+        not in server.client.get("/soppu/v1/bundles", headers=SITE | ADMIN).headers
+    )
+
+
+def test_a_page_is_told_of_a_fault_of_ours_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(tokenizing, "tokenize", fault)
+    client = TestClient(server.client.app, raise_server_exceptions=False)
+    answer = client.post("/tokenize", json={"inputs": "x"}, headers=SITE)
+    assert answer.status_code == 500 and answer.headers["access-control-allow-origin"] == "*"
+
+
 def test_options_says_which_methods_a_path_has(server: Server) -> None:
     wanted = {
         "/": "GET, HEAD, OPTIONS, POST",

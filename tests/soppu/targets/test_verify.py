@@ -357,6 +357,19 @@ def test_our_own_server_passes_with_a_bundle(
         assert found["rank"] == "not applicable"
 
 
+def test_who_was_not_answered_passes_no_point_of_an_answer(
+    tmp_path: Path, bundle: Bundle, file: Path, base: Path, double: LoraxDouble, ids: dict[str, str]
+) -> None:
+    with tiny.served(tiny.llama(), tmp_path / "state") as url:
+        found, details = verdicts(url, "--bundle", file, "--model", base)
+    assert failing(found) == {"answers"}
+    for name in ("header", "effect", "canary"):
+        assert (found[name], details[name]) == ("not applicable", "no user was answered")
+    shutil.rmtree(double.root / ids["user1"])
+    found, details = verdicts(double.url, "--bundle", file, "--volume", double.root)
+    assert found["header"] == "pass" and details["header"] == f"{len(bundle.users) - 1} users"
+
+
 def test_our_own_server_fails_where_it_serves_somebody_else_s_numbers(
     tmp_path: Path, bundle: Bundle, base: Path
 ) -> None:

@@ -1,0 +1,128 @@
+"""One user's own training: how far to go, chosen on text that is neither trained on nor judged by.
+
+Several step sizes are tried, each until the validation loss stops falling; the best is drawn back towards
+the shared adapter as far as validation asks for. What is served follows from the same figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.federation.train import Training
+
+PERSONAL, SHARED, BASE = "personal", "shared", "base"
+Measure = Callable[[LoraAdapter | None], float]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is tried for a user, and when it ends."""
+
+    learning_rates: tuple[float, ...]  # each is a training of its own, from the same start
+    steps: int  # at most, of one training
+    check_every: int = 10  # steps between two looks at the validation loss
+    patience: int = 2  # looks in a row without a better one that end a training
+    shares: tuple[float, ...] = (0.5, 0.75)  # how far from the shared adapter to the trained one, beside 1
+
+
+@dataclass(frozen=True, eq=False)
+class Personal:
+    """What came out for a user.
+
+    Attributes:
+        adapter: the best on validation text, full-model names.
+        base, shared, personal: validation losses (nats a token) without an adapter, with the one that
+            training started from, and with `adapter`.
+        learning_rate, steps, share: how `adapter` was made.
+        first_loss, last_loss: training losses of the training it comes from, at its first and last step.
+    """
+
+    adapter: LoraAdapter
+    base: float
+    shared: float
+    personal: float
+    learning_rate: float
+    steps: int
+    share: float
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Stop:
+    """Where one training was best."""
+
+    adapter: LoraAdapter
+    loss: float
+    learning_rate: float
+    steps: int
+    first_loss: float
+    last_loss: float
+
+
+def served(*, base: float, shared: float, personal: float) -> str:
+    """Which of the three a user is served: the lowest loss; the simpler of equals; never one not finite."""
+    losses = {BASE: base, SHARED: shared, PERSONAL: personal}
+    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    return min(finite or losses, key=losses.__getitem__)
+
+
+def personalise(
+    begin: Callable[[float], Training], measure: Measure, *, start: LoraAdapter, search: SearchOptions
+) -> Personal:
+    """Train for one user and choose among what was tried.
+
+    Args:
+        begin: step size -> a training from `start` that has taken no step.
+        measure: an adapter's validation loss (None: the base model's), nats a token.
+
+    Cost: at most `steps` optimiser steps a step size, and a validation pass every `check_every` of them.
+    """
+    shared = measure(start)
+    stops = [_train(begin(rate), measure, rate=rate, search=search) for rate in search.learning_rates]
+    best = min(stops, key=lambda stop: stop.loss)
+    drawn = {share: between(start, best.adapter, share) for share in search.shares}
+    losses = {1.0: best.loss, **{share: measure(adapter) for share, adapter in drawn.items()}}
+    share = min(losses, key=losses.__getitem__)
+    return Personal(
+        adapter=drawn.get(share, best.adapter),
+        base=measure(None),
+        shared=shared,
+        personal=losses[share],
+        learning_rate=best.learning_rate,
+        steps=best.steps,
+        share=share,
+        first_loss=best.first_loss,
+        last_loss=best.last_loss,
+    )
+
+
+def between(start: LoraAdapter, end: LoraAdapter, share: float) -> LoraAdapter:
+    """The adapter a share of the way from one to the other, factor by factor: of the same rank."""
+    pairs = {
+        name: LoraPair(
+            old.A + share * (end.pairs[name].A - old.A), old.B + share * (end.pairs[name].B - old.B)
+        )
+        for name, old in start.pairs.items()
+    }
+    return replace(end, pairs=pairs)
+
+
+def _train(training: Training, measure: Measure, *, rate: float, search: SearchOptions) -> _Stop:
+    """Train until validation says stop; what it was best at."""
+    best: _Stop | None = None
+    worse = 0
+    while (left := search.steps - len(training.losses)) > 0 and worse < search.patience:
+        training.advance(min(search.check_every, left))
+        adapter = training.adapter()
+        loss = measure(adapter)
+        if best is not None and not loss < best.loss:
+            worse += 1
+            continue
+        losses, worse = training.losses, 0
+        best = _Stop(adapter, loss, rate, len(losses), losses[0], losses[-1])
+    assert best is not None  # at least one step is taken
+    return best
