@@ -118,9 +118,7 @@ def full(base: BaseModel, *, dtype: str) -> Step:
     def step(batch: Sequence[Block]) -> None:
         ids, mask, labels = collate(batch, pad_id=0)
         with attached(model, LoraAdapter(pairs)):
-            hidden = model.get_decoder()(
-                input_ids=ids, attention_mask=mask, use_cache=False
-            ).last_hidden_state
+            hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             target = labels[:, 1:]
             counted = target != -100
             loss = summed_loss(head, hidden[:, :-1][counted], target[counted]) / counted.sum()

@@ -112,7 +112,7 @@ class FederationConfig:
     wire_max_loss: Amount = 0.01
     max_update: Annotated[Real, Field(ge=1.0)] = 10.0  # a user's change, over the median change of the round
     client_cpus: Count = 1
-    client_gpus: Amount = 0.0  # of a GPU, to each simulated client
+    client_gpus: Amount = 0.0
     client_device: Device = "auto"
     min_users: Natural = 0
     hello_timeout_s: Count = 120  # how long those who are missing are waited for
@@ -121,7 +121,6 @@ class FederationConfig:
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
 OPERATIONAL = frozenset("client_cpus client_device client_gpus hello_timeout_s min_users timeout_s".split())
-
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
 TARGETS = ("ratio", "max_bytes", "max_error")
@@ -341,10 +340,8 @@ class Config:
         values = dataclasses.asdict(self)
         federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
         align = {k: v for k, v in values["align"].items() if k != "device"}
-        sections = {
-            key: values[key] for key in ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora")
-        }
-        return _digest({**sections, "align": align, "model": self.base.model, "federation": federation})
+        parts = {k: values[k] for k in ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora")}
+        return _digest({**parts, "align": align, "model": self.base.model, "federation": federation})
 
     def digest(self, *sections: str) -> str:
         """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""

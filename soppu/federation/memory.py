@@ -40,7 +40,7 @@ _PASS = 8  # examples that states are made of at once
 _CURES = {
     "emulator": "plan.drop_ratio (higher), frozen_dtype (bfloat16, nf4)",
     "top": "compute_dtype (bfloat16), plan.adapter_layers (fewer)",
-    "states": "data.train_examples, data.heldout_examples or data.max_tokens (fewer)",
+    "states": "data.train_examples, data.validation_examples or data.max_tokens (fewer)",
     "pass": "data.max_tokens (fewer)",
     "step": "data.max_tokens or federation.batch_size (fewer)",
 }
@@ -82,7 +82,7 @@ def client_parts(config: Config, plan: LayerPlan, sizes: Sizes) -> dict[str, int
     layer = sizes.layer * (_NF4_BYTES if config.frozen_dtype == NF4 else frozen)
     shared = sizes.tied and frozen == compute
     data, tokens = config.data, config.data.max_tokens
-    examples = (data.train_examples + data.heldout_examples) * min(KEEP_STATES, len(data.users) or 1)
+    examples = (data.train_examples + data.validation_examples) * min(KEEP_STATES, len(data.users) or 1)
     activations = 20 * sizes.width + 8 * sizes.widest
     return {
         "emulator": int(len(plan.kept) * layer + (0 if shared else sizes.embedding * frozen)),

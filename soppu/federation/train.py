@@ -7,7 +7,7 @@ and the adapter layers start from there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -112,7 +112,7 @@ def mean_loss(
     return summed / max(counted, 1)
 
 
-def proximal(pairs: dict[str, LoraPair], start: dict[str, LoraPair]) -> Tensor:
+def proximal(pairs: Mapping[str, LoraPair], start: Mapping[str, LoraPair]) -> Tensor:
     """Sum over modules of ||B A - B0 A0||_F^2, from r x r Grams, differentiable in A and B.
 
     Cost: O(r^2 (i + o)) a module; no o x i matrix. FedBiOT's client term (eq. 3), in product space, with a

@@ -249,7 +249,7 @@ def test_the_server_aligns_the_very_layers_that_clients_hold(llama: PreTrainedMo
     plan = make_plan(whole, base)
     options = AlignConfig(batch_size=2, rank=4, learning_rate=3e-3)
     aligner = Aligner(whole, plan, options=options, pad_id=1, seed=0, compute=torch.bfloat16, nf4=True)
-    aligner.observe([Block(row, row) for row in IDS])
+    aligner.observe([Block(row, row) for row in IDS], [Block(row, row) for row in IDS])
     before = aligner.measure()
     list(aligner.steps(15))
     assert aligner.measure().l2 < 0.8 * before.l2

@@ -17,13 +17,12 @@ from soppu.config import AlignConfig
 from soppu.data import IGNORE, Block
 from soppu.devices import torch_device
 from soppu.errors import ConfigError
-from soppu.evaluate.losses import mean_loss
 from soppu.federation import attach, emulator
 from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
 from soppu.federation.client_part import ClientPart
 from soppu.federation.emulator import TopModel
-from soppu.federation.train import TrainOptions, cache_states, fit
+from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.second_device import Elsewhere, second_device
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -147,7 +146,7 @@ def test_alignment_runs_on_its_device(make_model: Callable[..., PreTrainedModel]
 
     def align(model: PreTrainedModel) -> tuple[LoraAdapter, float]:
         aligner = Aligner(model, plan, options=options, pad_id=1, seed=0)
-        aligner.observe(BLOCKS)
+        aligner.observe(BLOCKS, BLOCKS[:2])
         aligner.load(dataclasses.replace(aligner.adapter()))
         list(aligner.steps(2, user_adapter=user))
         return aligner.adapter(), aligner.measure().l2
