@@ -34,7 +34,7 @@ from soppu.federation import emulator
 from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.client_part import ClientPart
 from soppu.federation.head_loss import summed_loss
-from soppu.federation.train import batch_loss, cache_states, proximal
+from soppu.federation.train import backward, cache_states, proximal
 from soppu.models import BaseModel
 
 RANK, BATCH, LAYERS, TOKENS, SEED = 8, 4, 4, 192, 0
@@ -91,8 +91,10 @@ def client(base: BaseModel, *, beta: float, dtype: str, cached: bool) -> Step:
         if cached:
             kept[id(batch)] = found
         with attached(part.top.model, own):
-            summed, count = batch_loss(part.top, found)
-            advance(summed / count + 1e-3 * proximal(dict(own.pairs), start), optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            backward(part.top, found)
+            (1e-3 * proximal(own.pairs, start)).backward()
+            optimizer.step()
 
     return step
 
@@ -179,6 +181,10 @@ def timed(base: BaseModel, *, dtype: str, rounds: int) -> dict[str, Any]:
 def memory(base: BaseModel, variant: str, *, dtype: str) -> dict[str, int]:
     """Peak resident bytes of this process from here on: reading, one user's states, three steps."""
     blocks = blocks_of(base, USERS[:1])
+    pair, optimizer = trainable({"x": (2, 2)})
+    advance(
+        (pair["x"].A * 2).sum(), optimizer
+    )  # torch imports its compiler at the first step of an optimiser
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before = resident("VmRSS")
     step = make(base, variant, dtype=dtype)

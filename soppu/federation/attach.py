@@ -39,8 +39,8 @@ def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
 
 def _hook(pair: LoraPair) -> Any:
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].to(pair.A.dtype)
-        change = nn.functional.linear(nn.functional.linear(x, pair.A), pair.B)
+        x = args[0]  # in its dtype: a copy of every input in float32 would be the largest thing kept
+        change = nn.functional.linear(nn.functional.linear(x, pair.A.to(x.dtype)), pair.B.to(x.dtype))
         return output + change.to(output.dtype)
 
     return add

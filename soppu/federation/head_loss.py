@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # at a time: about 10 bytes each
+_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # at a time: about 10 bytes each
 
 
 def summed_loss(logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor) -> Tensor:
@@ -33,12 +33,12 @@ class _Summed(torch.autograd.Function):
         while start < len(hidden):
             part = hidden[start : start + rows].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):
-                given = logits(part).float()
-                loss = nn.functional.cross_entropy(given, target[start : start + rows], reduction="sum")
+                given = logits(part)
+            loss, change = _cross_entropy(given.detach(), target[start : start + rows])
             if needed:
-                gradients += torch.autograd.grad(loss, part)
-            total += loss.detach()
-            start, rows = start + rows, max(1, _LOGITS.get(hidden.device.type, 2**22) // given.shape[-1])
+                gradients += torch.autograd.grad(given, part, change.to(given.dtype))
+            total += loss
+            start, rows = start + rows, max(1, _LOGITS.get(hidden.device.type, 2**21) // given.shape[-1])
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
@@ -46,3 +46,14 @@ class _Summed(torch.autograd.Function):
     def backward(ctx: Any, *outside: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outside[0].to(gradient.dtype), None, None
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss, and its gradient by the logits (n, v), float32. One copy of them, changed in place."""
+    chances = logits.to(torch.float32, copy=True)
+    chances -= chances.amax(-1, keepdim=True)
+    wanted = chances.gather(-1, target[:, None])
+    whole = chances.exp_().sum(-1, keepdim=True)
+    loss = (whole.log() - wanted).sum()
+    chances /= whole
+    return loss, chances.scatter_add_(-1, target[:, None], chances.new_full(target[:, None].shape, -1.0))

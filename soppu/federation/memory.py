@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 KEEP_STATES = 4  # users whose states a client keeps
 PROCESS = 450 * 2**20
 _CONTEXT = 500 * 2**20  # of CUDA, a process
-_LOGITS = 40 * 2**20  # soppu/federation/head_loss.py
+_LOGITS = 20 * 2**20  # soppu/federation/head_loss.py
 _NF4_BYTES = 0.52
 _PASS = 8  # examples that states are made of at once
 _CURES = {

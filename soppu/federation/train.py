@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_TOKENS = {"cpu": 2**8, "cuda": 2**14}  # that gradients are worked out for at a time, padding included
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """How one call of `fit` trains."""
@@ -86,6 +89,30 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
     target = labels[:, 1:].to(hidden.device)
     counted = target != IGNORE
     return summed_loss(top.logits, hidden[counted], target[counted]), int(counted.sum())
+
+
+def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:
+    """Mean cross-entropy over the unmasked labels (nats a token); its gradient is added where it is asked for.
+
+    Blocks of about one length go together, a few tokens at a time: less padding, and the activations of some.
+    """
+    counted = max(1, sum(int((block.labels[1:] != IGNORE).sum()) for block in blocks))
+    total = 0.0
+    for group in _groups(blocks, _TOKENS.get(top.device.type, _TOKENS["cpu"])):
+        loss = batch_loss(top, group)[0] / counted
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _groups(blocks: Sequence[CachedBlock], tokens: int) -> Iterator[list[CachedBlock]]:
+    group: list[CachedBlock] = []
+    for block in sorted(blocks, key=lambda block: len(block.labels)):
+        if group and (len(group) + 1) * len(block.labels) > tokens:
+            yield group
+            group = []
+        group.append(block)
+    yield group
 
 
 @torch.no_grad()
@@ -163,13 +190,10 @@ class Training:
         """Take optimiser steps. Cost: one forward and one backward pass of the top a step."""
         with attached(self._top.model, self._own):
             for chosen in itertools.islice(self._batches, steps):
-                summed, count = batch_loss(self._top, [self._blocks[index] for index in chosen])
-                loss = summed / max(count, 1)
-                self.losses.append(float(loss.detach()))
-                if self._options.prox_weight:
-                    loss = loss + self._options.prox_weight * proximal(self._own.pairs, self._origin)
                 self._optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                self.losses.append(backward(self._top, [self._blocks[index] for index in chosen]))
+                if self._options.prox_weight:
+                    (self._options.prox_weight * proximal(self._own.pairs, self._origin)).backward()
                 self._optimizer.step()
 
     def adapter(self) -> LoraAdapter:
