@@ -12,6 +12,7 @@ states, steps.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,10 +35,12 @@ from soppu.federation import emulator
 from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.client_part import ClientPart
 from soppu.federation.head_loss import summed_loss
+from soppu.federation.simulation import LEAN
 from soppu.federation.train import backward, cache_states, proximal
 from soppu.models import BaseModel
 
 RANK, BATCH, LAYERS, TOKENS, SEED = 8, 4, 4, 192, 0
+_STEPS = 8  # that memory is measured over
 USERS = ("email", "tkinter", "asyncio", "json")
 Step = Callable[[Sequence[Block]], None]
 VARIANTS = (
@@ -70,8 +73,14 @@ def advance(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def client(base: BaseModel, *, beta: float, dtype: str, cached: bool) -> Step:
-    """A client's step: states of the batch unless they are there already, then the adapter layers."""
+def client(
+    base: BaseModel, *, beta: float, dtype: str, cached: bool, first: Sequence[Sequence[Block]] = ()
+) -> Step:
+    """A client's step: states of the batch unless they are there already, then the adapter layers.
+
+    Args:
+        first: batches whose states are made before anything else.
+    """
     plan = plan_of(base, beta=beta)
     part = ClientPart(base, plan, dtype=dtype, compute=_COMPUTE[dtype])
     inner = emulator_lora(base, plan)
@@ -85,6 +94,10 @@ def client(base: BaseModel, *, beta: float, dtype: str, cached: bool) -> Step:
     def states(batch: Sequence[Block]) -> Any:
         with part.bottom(inner) as bottom:
             return cache_states(bottom, batch, pad_id=0)
+
+    if first:
+        with part.bottom(inner) as bottom:
+            kept = {id(batch): cache_states(bottom, batch, pad_id=0) for batch in first}
 
     def step(batch: Sequence[Block]) -> None:
         found = kept.get(id(batch)) or states(batch)
@@ -144,12 +157,13 @@ def by_peft(base: BaseModel, *, dtype: str) -> Step:
     return step
 
 
-def make(base: BaseModel, variant: str, *, dtype: str) -> Step:
+def make(base: BaseModel, variant: str, *, dtype: str, first: Sequence[Sequence[Block]] = ()) -> Step:
     if variant == "peft":
         return by_peft(base, dtype=dtype)
     if variant == "full":
         return full(base, dtype=dtype)
-    return client(base, beta=float(variant.split()[2].rstrip(",")), dtype=dtype, cached="cached" in variant)
+    beta, cached = float(variant.split()[2].rstrip(",")), "cached" in variant
+    return client(base, beta=beta, dtype=dtype, cached=cached, first=first)
 
 
 def timed(base: BaseModel, *, dtype: str, rounds: int) -> dict[str, Any]:
@@ -179,17 +193,19 @@ def timed(base: BaseModel, *, dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def memory(base: BaseModel, variant: str, *, dtype: str) -> dict[str, int]:
-    """Peak resident bytes of this process from here on: reading, one user's states, three steps."""
+    """Peak resident bytes of this process from here on: reading, one user's states, a few steps."""
     blocks = blocks_of(base, USERS[:1])
     pair, optimizer = trainable({"x": (2, 2)})
-    advance(
-        (pair["x"].A * 2).sum(), optimizer
-    )  # torch imports its compiler at the first step of an optimiser
+    advance((pair["x"].A * 2).sum(), optimizer)  # at the first, torch imports its compiler
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before = resident("VmRSS")
-    step = make(base, variant, dtype=dtype)
-    for at in range(3):
-        step(blocks[at * BATCH : (at + 1) * BATCH])
+    batches = [blocks[at : at + BATCH] for at in range(0, len(blocks), BATCH)]
+    if variant.startswith("client"):  # as a client does: the states of all examples, then steps
+        step = make(base, f"{variant}, cached", dtype=dtype, first=batches)
+    else:
+        step = make(base, variant, dtype=dtype)
+    for batch in batches[:_STEPS]:
+        step(batch)
     return {"imported": before, "peak": resident("VmHWM"), "above_imports": resident("VmHWM") - before}
 
 
@@ -198,9 +214,10 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def apart(variant: str, dtype: str) -> dict[str, int]:
+def apart(variant: str, dtype: str, cache: str) -> dict[str, int]:
     """`memory` in a process of its own."""
     words = [sys.executable, "-m", "benchmarks.client_step", "--memory", variant, "--dtype", dtype]
+    words += ["--cache", cache]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -211,16 +228,22 @@ def apart(variant: str, dtype: str) -> dict[str, int]:
 @click.option("--memory", "variant", default="", help="Only the peak memory of this variant, here.")
 @click.option("--cache", default=".soppu/models")
 def main(rounds: int, dtypes: tuple[str, ...], variant: str, cache: str) -> None:
+    if not LEAN.items() <= os.environ.items():  # as in a simulation; torch reads them when it is loaded
+        words = [sys.executable, "-m", "benchmarks.client_step", *sys.argv[1:]]
+        os.execve(sys.executable, words, {**os.environ, **LEAN})
     torch.set_num_threads(1)
     base = models.resolve("smollm2-135m", cache=Path(cache))
     if variant:
         print(json.dumps(memory(base, variant, dtype=dtypes[0])))
         return
-    found: dict[str, Any] = {"circumstances": circumstances(seed=SEED)}
+    found: dict[str, Any] = {
+        "circumstances": circumstances(seed=SEED),
+        "note": f"shared machine, load {os.getloadavg()[0]:.1f} at the start; seconds of one thread's processor time",
+    }
     weights = sum(p.numel() for p in models.skeleton(base).parameters())
     for dtype in dtypes:
         each = 4 if dtype == "float32" else 2
-        peaks = {name: apart(name, dtype) for name in VARIANTS if "cached" not in name}
+        peaks = {name: apart(name, dtype, cache) for name in VARIANTS if "cached" not in name}
         found[dtype] = {
             **timed(base, dtype=dtype, rounds=rounds),
             "full_weights_bytes": weights * each,

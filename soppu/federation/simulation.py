@@ -44,6 +44,8 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# oneDNN keeps what it has prepared for each shape of input, megabytes each; few shapes come twice here
+LEAN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]
         environment = {
             **os.environ,
             **_QUIET,
+            **LEAN,
             _MARK: mark_of(simulation.workdir),
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": scratch,

@@ -92,7 +92,7 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
 
 
 def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:
-    """Mean cross-entropy over the unmasked labels (nats a token); its gradient is added where it is asked for.
+    """Mean cross-entropy over the unmasked labels (nats a token); adds its gradient where that is asked for.
 
     Blocks of about one length go together, a few tokens at a time: less padding, and the activations of some.
     """
