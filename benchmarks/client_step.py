@@ -238,7 +238,7 @@ def main(rounds: int, dtypes: tuple[str, ...], variant: str, cache: str) -> None
         return
     found: dict[str, Any] = {
         "circumstances": circumstances(seed=SEED),
-        "note": f"shared machine, load {os.getloadavg()[0]:.1f} at the start; seconds of one thread's processor time",
+        "load": os.getloadavg()[0],  # of a shared machine, as it began
     }
     weights = sum(p.numel() for p in models.skeleton(base).parameters())
     for dtype in dtypes:
