@@ -1,4 +1,4 @@
-"""What a federation takes: the estimate grows and shrinks with what it names, and is about what is measured."""
+"""What a federation takes: the estimate follows the settings it names, and is about what is measured."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from soppu.errors import ConfigError
 from soppu.federation import emulator, memory
 from soppu.federation.memory import Sizes
 
-BASE: dict[str, Any] = {"data": {"users": ["a", "b"]}, "frozen_dtype": "bfloat16"}
+BASE: dict[str, Any] = {"data": {"users": ["a", "b"], "max_tokens": 32}, "frozen_dtype": "bfloat16"}
 
 
-def peak(model: PreTrainedModel, changes: dict[str, Any]) -> int:
+def parts_of(model: PreTrainedModel, changes: dict[str, Any]) -> dict[str, int]:
     config = made(changes)
     plan = planned(model, config)
-    return memory.client_bytes(memory.client_parts(config, plan, Sizes.of(model, plan)))
+    return memory.client_parts(config, plan, Sizes.of(model, plan))
 
 
 def made(changes: dict[str, Any]) -> Config:
@@ -53,8 +53,11 @@ def planned(model: PreTrainedModel, config: Config) -> emulator.LayerPlan:
 def test_what_the_message_tells_to_change_does_help(
     make_model: Callable[..., PreTrainedModel], less: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    model = make_model("llama", hidden_size=64, intermediate_size=8192)
-    assert peak(model, less) < peak(model, more)
+    model = make_model("llama", hidden_size=512, intermediate_size=1024)
+    small, large = parts_of(model, less), parts_of(model, more)
+    assert all(small[name] <= large[name] for name in small)
+    assert sum(small.values()) < sum(large.values())
+    assert memory.client_bytes(small) <= memory.client_bytes(large)
 
 
 def test_a_simulation_that_does_not_fit_names_the_keys(
