@@ -71,9 +71,10 @@ class Workbench:
         """Read, tokenise and run the emulator over one user's text; kept for the last few users."""
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
-            most, pad_id = self.config.data.max_tokens, self.tokenizer.pad_token_id
+            data, pad_id = self.config.data, self.tokenizer.pad_token_id
             parts = [
-                tokenize(part, self.tokenizer, max_tokens=most) for part in (user.train, user.validation)
+                tokenize(text, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template)
+                for text in (user.train, user.validation)
             ]
             with self._part.bottom(self._lora) as bottom:
                 train, validation = (cache_states(bottom, blocks, pad_id=pad_id) for blocks in parts)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from soppu.evaluate.wording import duration, ratio, shortened, size
+from soppu.evaluate.wording import duration, ratio, shortened, size, who
 from soppu.module_names import split_layer
 
 FEW = 24
@@ -107,7 +107,7 @@ def losses(users: Sequence[Row]) -> Figure:
         _bars(above, ways)
         _bars(below, gains)
         _name_users(above, [])
-        _name_users(below, [user["id"] for user in users])
+        _name_users(below, [who(user["id"]) for user in users])
     else:
         _quantiles(above, ways)
         _sorted_gains(below, gains["personal"], gains["compressed"])

@@ -162,7 +162,8 @@ def _users(inputs: ReportInputs) -> list[dict[str, Any]]:
 def _federation(told: Mapping[str, Any]) -> dict[str, Any]:
     rounds = told["rounds"]
     totals = {name: sum(log.get(name, 0) for log in rounds) for name in ("bytes_up", "bytes_down", "seconds")}
-    own = {"refused": told["refused"], "forms": _forms(rounds), "rounds_log": rounds}
+    how = {"mode": told.get("mode", ""), "privacy": told.get("privacy")}
+    own = {**how, "refused": told["refused"], "forms": _forms(rounds), "rounds_log": rounds}
     return {"rounds": len(rounds), **totals, **own}
 
 

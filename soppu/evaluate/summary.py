@@ -24,6 +24,7 @@ from soppu.evaluate.wording import (
     shortened,
     size,
     smaller,
+    who,
 )
 
 Row = Mapping[str, Any]
@@ -100,7 +101,7 @@ def markdown_compression(report: Row) -> str:
 
 def _cells(user: Row) -> tuple[str, ...]:
     return (
-        shortened(user["id"], limit=_LONGEST),
+        shortened(who(user["id"]), limit=_LONGEST),
         f"{user['examples']:,}",
         loss(user["loss_base"]),
         loss(user["loss_personal"]),

@@ -12,6 +12,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from soppu import user_ids
+
 NONE = "–"
 _COMPLETION_TOKENS = 24
 
@@ -22,6 +24,11 @@ def printable(text: str) -> str:
     User ids come from outside; in a terminal or an SVG such a character is more than a glyph.
     """
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def who(user_id: str | None) -> str:
+    """A user as people know them: "alice@example.com" for the id "alice%40example.com"."""
+    return NONE if user_id is None else user_ids.name_of(user_id)
 
 
 def shortened(text: str, *, limit: int) -> str:

@@ -38,6 +38,7 @@ class TrainOptions:
     b_ratio: float = 2.0
     prox_weight: float = 0.0  # of the squared product-space distance to the start
     seed: int = 0  # order of the examples
+    held: tuple[int, int] = (0, 0)  # the first rows of A and columns of B that stay as they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +195,15 @@ class Training:
                 self.losses.append(backward(self._top, [self._blocks[index] for index in chosen]))
                 if self._options.prox_weight:
                     (self._options.prox_weight * proximal(self._own.pairs, self._origin)).backward()
+                self._hold(*self._options.held)
                 self._optimizer.step()
+
+    def _hold(self, rows: int, columns: int) -> None:
+        """No gradient for the first rows of A and columns of B: Adam without decay then leaves them alone."""
+        for pair in self._own.pairs.values():
+            assert pair.A.grad is not None and pair.B.grad is not None
+            pair.A.grad[:rows] = 0
+            pair.B.grad[:, :columns] = 0
 
     def adapter(self) -> LoraAdapter:
         """A copy of the adapter as it is now: full-model names, float32, on the CPU."""

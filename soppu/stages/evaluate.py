@@ -102,7 +102,8 @@ class _Bench:
         self, user: str, held: Sequence[Example], tried: Mapping[str, LoraAdapter | None], *, served: str
     ) -> UserLosses:
         """Losses with the base model, and with the adapters given; None measures the base model."""
-        blocks = tokenize(held, self.tokenizer, max_tokens=self.config.data.max_tokens)
+        data = self.config.data
+        blocks = tokenize(held, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template)
         states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
         base, personal, shared, compressed = (
             mean_loss(self.top, self.plan, states, adapter=adapter)
@@ -115,9 +116,10 @@ class _Bench:
 def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Example, ...]]:
     """Held-out text of the members who have enough of it here; the gate lists the others as unmeasured."""
     found = {}
-    for user in set(list_users(config.data)).intersection(members):
+    data = dataclasses.replace(config.data, on_small_user="leave-out")  # one user's fault is not the others'
+    for user in sorted(set(data.users or list_users(data)).intersection(members)):
         try:
-            found[user] = load_user(config.data, user).heldout
+            found[user] = load_user(data, user).heldout
         except DataError as error:
             _log.warning("not measured: %s", error)
-    return dict(sorted(found.items()))
+    return found
