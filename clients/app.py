@@ -103,9 +103,10 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
         data = dataclasses.replace(config.data, source=str(node["data-source"]), users=(user,))
         model, cache = node.get("base-model", config.base.model), node.get("model-cache", config.base.cache)
         base = dataclasses.replace(config.base, model=str(model), cache=str(cache))
-        # the server's folder is another machine's
+        # the server's folder is another machine's, and it does not know this one's devices
         state = str(node.get("state-dir", FederationConfig().client_state))
-        federation = dataclasses.replace(config.federation, client_state=state)
+        device = str(node.get("device", "auto"))
+        federation = dataclasses.replace(config.federation, client_state=state, client_device=device)
         return dataclasses.replace(config, data=data, base=base, federation=federation), user
     if "partition-id" not in node:
         raise FederationError(

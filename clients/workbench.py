@@ -13,13 +13,16 @@ from pathlib import Path
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
-from soppu.data import Example, UserData, load_user, tokenize
+from soppu.data import UserData, load_user, tokenize
+from soppu.devices import torch_device
 from soppu.errors import FederationError
 from soppu.federation import emulator
-from soppu.federation.emulator import LayerPlan, TopModel
+from soppu.federation.client_part import ClientPart
+from soppu.federation.emulator import LayerPlan
+from soppu.federation.memory import KEEP_STATES
 from soppu.federation.train import CachedBlock, cache_states
 
-_KEEP_STATES = 4
+_KEEP_STATES = KEEP_STATES
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +44,18 @@ class Workbench:
                 f"base model {config.base.model!r} here is {base.hash[:12]},"
                 f" the plan is for {plan.base_hash[:12]}"
             )
-        model = models.load_model(base, dtype=config.frozen_dtype)
         self.plan = plan
         self.config = config
         self.tokenizer = models.load_tokenizer(base)
-        self.shapes = emulator.target_shapes(model, plan)
-        self.top = TopModel(model, plan)
-        self._kept = emulator.with_layers(model, plan.kept)
-        self._bottom = self._kept
-        self._aligned = ""
+        self._part = ClientPart(
+            base,
+            plan,
+            dtype=config.frozen_dtype,
+            compute=models.computing(config.compute_dtype, config.frozen_dtype),
+            device=torch_device(config.federation.client_device, key="federation.client_device"),
+        )
+        self.shapes, self.top = self._part.shapes, self._part.top
+        self._aligned, self._lora = "", LoraAdapter({})
         self._states: OrderedDict[str, UserStates] = OrderedDict()
 
     def align(self, adapter: LoraAdapter) -> None:
@@ -57,9 +63,7 @@ class Workbench:
         version = adapter.content_hash()
         if version == self._aligned:
             return
-        self._bottom = emulator.with_layers(self._kept, range(len(self.plan.kept)))
-        own = emulator.to_own(adapter, self.plan, self.plan.kept, who="emulator adapter")
-        emulator.merge(self._bottom, own)
+        self._lora = emulator.to_own(adapter, self.plan, self.plan.kept, who="emulator adapter")
         self._states.clear()
         self._aligned = version
 
@@ -67,21 +71,26 @@ class Workbench:
         """Read, tokenise and run the emulator over one user's text; kept for the last few users."""
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
-            self._states[user_id] = UserStates(user, self._run(user.train), self._run(user.validation))
+            train, validation = self._run(user.train, user.validation)
+            self._states[user_id] = UserStates(user, train, validation)
             while len(self._states) > _KEEP_STATES:
                 self._states.popitem(last=False)
         return self._states[user_id]
 
     def heldout(self, user_id: str) -> list[CachedBlock]:
         """The states of the text a user is judged by; read for that alone, and not kept."""
-        return self._run(load_user(self.config.data, user_id).heldout)
+        (states,) = self._run(load_user(self.config.data, user_id).heldout)
+        return states
 
-    def _run(self, examples: tuple[Example, ...]) -> list[CachedBlock]:
-        data = self.config.data
-        blocks = tokenize(
-            examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
-        )
-        return cache_states(self._bottom, blocks, pad_id=self.tokenizer.pad_token_id)
+    def _run(self, *texts: tuple[Example, ...]) -> list[list[CachedBlock]]:
+        """Each text's examples behind the aligned emulator."""
+        data, pad_id = self.config.data, self.tokenizer.pad_token_id
+        parts = [
+            tokenize(text, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template)
+            for text in texts
+        ]
+        with self._part.bottom(self._lora) as bottom:
+            return [cache_states(bottom, blocks, pad_id=pad_id) for blocks in parts]
 
 
 @lru_cache(maxsize=1)

@@ -34,6 +34,7 @@ from soppu import data, files, models
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.config import Config
+from soppu.devices import torch_device
 from soppu.errors import FederationError
 from soppu.federation import emulator, members, privacy, wire
 from soppu.federation.align import Aligner
@@ -43,7 +44,7 @@ from soppu.registry import Registry
 
 SHARED_FOLDER = "shared"  # in the work folder: the adapter that all users averaged
 # What a client needs to know; the registry, what is served and who else there is are not its business.
-CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
+CLIENT_SECTIONS = ("seed", "frozen_dtype", "compute_dtype", "base", "data", "plan", "lora", "federation")
 _OURS = {
     "base": ("cache",),
     "data": ("source", "users"),
@@ -79,7 +80,8 @@ class Federation:
         self.members = members
         self.sharing = Sharing.of(config)
         base = models.resolve(config.base.model, cache=Path(config.base.cache))
-        model = models.load_model(base, dtype=config.frozen_dtype)
+        device = torch_device(config.align.device, key="align.device")
+        model = models.load_model(base, dtype=config.frozen_dtype, device=device)
         tokenizer = models.load_tokenizer(base)
         self.plan = emulator.make_plan(
             model,
@@ -102,7 +104,13 @@ class Federation:
             sharing=self.sharing,
         )
         self.aligner = Aligner(
-            model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed
+            model,
+            self.plan,
+            options=config.align,
+            pad_id=tokenizer.pad_token_id,
+            seed=config.seed,
+            compute=models.computing(config.compute_dtype, config.frozen_dtype),
+            nf4=config.frozen_dtype == "nf4",
         )
         public = data.load_public(config.align.source, limit=config.align.examples, config=config.data)
         self._public, self._unseen = (

@@ -75,6 +75,12 @@ class LoraPair:
         """The dense change (o, i). O(o r i): for tests and merging, never on the way to a bundle."""
         return self.B @ self.A
 
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, *, copy: bool = False
+    ) -> LoraPair:
+        """The factors elsewhere, or in another dtype; the same tensors where that is so already."""
+        return LoraPair(self.A.to(device, dtype, copy=copy), self.B.to(device, dtype, copy=copy))
+
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:

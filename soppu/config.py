@@ -19,7 +19,21 @@ from pydantic_core import ArgsKwargs
 
 from soppu.data_settings import DataConfig
 from soppu.errors import ConfigError
-from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
+from soppu.settings import (
+    Amount,
+    Count,
+    Device,
+    Flag,
+    Natural,
+    Real,
+    Seed,
+    Texts,
+    Whole,
+    allowed,
+    build,
+    settings,
+    toml,
+)
 from soppu.sharing import OPERATIONAL, SharingSettings
 
 
@@ -61,6 +75,7 @@ class AlignConfig:
     rank: Count = 8
     learning_rate: Amount = 3e-4
     kl_weight: Amount = 0.05
+    device: Device = "auto"
 
 
 Share = Annotated[Real, Field(gt=0, le=1)]
@@ -86,6 +101,8 @@ class FederationConfig(SharingSettings):
     wire_max_loss: Amount = 0.01
     max_update: Annotated[Real, Field(ge=1.0)] = 10.0  # a user's change, over the median change of the round
     client_cpus: Count = 1
+    client_gpus: Amount = 0.0
+    client_device: Device = "auto"
     min_users: Natural = 0
     hello_timeout_s: Count = 120  # how long those who are missing are waited for
     round_timeout_s: Count = 900  # a client that has not answered by then has lost its place in the round
@@ -137,12 +154,7 @@ class CompressSettings:
     max_steps: Annotated[Natural, "Most alternations of a joint fit once its ranges are found."] = 10
     tolerance: Annotated[Amount, Field(lt=1), "Stop when two steps in a row gain less than this."] = 1e-5
     shrink: Annotated[Share, "How far calibration moments are drawn towards white input."] = 0.05
-    device: Annotated[
-        str,
-        Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
-        allowed("auto, cpu, cuda or cuda:N"),
-        "auto, cpu, cuda or cuda:N.",
-    ] = "auto"
+    device: Annotated[Device, "auto, cpu, cuda or cuda:N."] = "auto"
 
     _one_target = field_validator("max_bytes", "max_error")(one_target)
 
@@ -183,6 +195,7 @@ class GateConfig:
     min_user_gain_kept: Annotated[Real, Field(ge=-10.0, le=1.0)] = 0.5
     max_relative_error: Amount = 0.7
     min_improved_users: Annotated[Real, Field(ge=0.0, le=1.0)] = 1.0
+    device: Device = "auto"
 
 
 @settings("serve")
@@ -279,7 +292,8 @@ class Config:
 
     seed: Seed = 0
     runs: str = "runs"
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    frozen_dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     base: BaseConfig = BaseConfig()
     data: DataConfig = DataConfig()
     plan: PlanConfig = PlanConfig()
@@ -316,8 +330,9 @@ class Config:
         """Hash (16 hex) of what decides which adapters come out; not of where it runs or what comes after."""
         values = dataclasses.asdict(self)
         federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
-        sections = {name: values[name] for name in ("seed", "frozen_dtype", "data", "plan", "lora", "align")}
-        return _digest({**sections, "model": self.base.model, "federation": federation})
+        align = {k: v for k, v in values["align"].items() if k != "device"}
+        parts = {k: values[k] for k in ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora")}
+        return _digest({**parts, "align": align, "model": self.base.model, "federation": federation})
 
     def digest(self, *sections: str) -> str:
         """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""
@@ -367,18 +382,4 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """TOML text that `load` reads back to an equal Config."""
-    values = to_dict(config)
-    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
-    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables]
-    for table, entries in tables.items():
-        lines += ["", f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in entries.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name} = {_toml(item)}' for name, item in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    # TOML knows no surrogate pairs, which JSON's \u escapes would give, and no bare DEL
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return toml(to_dict(config))

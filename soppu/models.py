@@ -26,7 +26,12 @@ from soppu import files
 from soppu.base_identity import Base
 from soppu.errors import ModelError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "nf4": torch.bfloat16,  # what is not quantised, and what is computed in
+}
 _STAMP = "soppu-base.json"
 _AGAIN = "copy or download the folder again"
 
@@ -93,18 +98,29 @@ def tokenizer_digest(base: BaseModel) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def load_model(base: BaseModel, *, dtype: str = "float32") -> transformers.PreTrainedModel:
-    """Load the weights, frozen and in evaluation mode, on the CPU. ModelError if transformers cannot."""
-    with _reading(base, "weights"):
+def load_model(
+    base: BaseModel, *, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> transformers.PreTrainedModel:
+    """Load all weights, frozen and in evaluation mode. ModelError if transformers cannot.
+
+    Args:
+        dtype: a key of `DTYPES`; "nf4" gives bfloat16, since only an emulator's layers are ever quantised.
+    """
+    with reading(base, "weights"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             base.path, dtype=DTYPES[dtype], local_files_only=True
         )
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def computing(compute_dtype: str, frozen_dtype: str) -> torch.dtype:
+    """What a `compute_dtype` of a configuration means beside its `frozen_dtype`."""
+    return DTYPES[frozen_dtype if compute_dtype == "auto" else compute_dtype]
 
 
 def skeleton(base: BaseModel) -> transformers.PreTrainedModel:
     """The model without its weights, for names and shapes: no memory at any size. Raises ModelError."""
-    with _reading(base, "configuration"), torch.device("meta"):
+    with reading(base, "configuration"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
         return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -138,7 +154,7 @@ def load_tokenizer(base: BaseModel) -> transformers.PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none that transformers can read, or it has no end-of-text token.
     """
-    with _reading(base, "tokenizer"):
+    with reading(base, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -151,7 +167,7 @@ def load_tokenizer(base: BaseModel) -> transformers.PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _reading(base: BaseModel, what: str) -> Iterator[None]:
+def reading(base: BaseModel, what: str) -> Iterator[None]:
     """Turn what transformers and its parsers raise, a dozen unrelated classes, into one ModelError."""
     try:
         yield

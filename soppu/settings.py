@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -43,6 +44,9 @@ def allowed(words: str) -> GetPydanticSchema:
     )
 
 
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), allowed("auto, cpu, cuda or cuda:N")
+]  # what soppu.devices resolves
 # true is not 1 and "1" is not 1; an integer is a fine way to write a float
 Whole = Annotated[int, Strict()]
 Real = Annotated[float, Strict()]
@@ -116,3 +120,21 @@ def _unknown(of: Any, steps: tuple[int | str, ...], prefix: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown key {prefix}{name}; {prefix or 'top level'} knows: {', '.join(known)}{hint}"
+
+
+def toml(values: Mapping[str, Any]) -> str:
+    """TOML text of plain values and tables of them."""
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables]
+    for table, entries in tables.items():
+        lines += ["", f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in entries.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {_toml(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    # TOML knows no surrogate pairs, which JSON's \u escapes would give, and no bare DEL
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

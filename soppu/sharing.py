@@ -12,7 +12,17 @@ Mode = Literal["shared", "finetune", "fedsa", "dual", "local", "ffa"]
 _BOTH_FACTORS = ("shared", "finetune", "dual")  # modes in which A and B of one product are averaged
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
 OPERATIONAL = frozenset(
-    "client_cpus client_state hello_timeout_s members min_users round_timeout_s timeout_s".split()
+    {
+        "client_cpus",
+        "client_device",
+        "client_gpus",
+        "client_state",
+        "hello_timeout_s",
+        "members",
+        "min_users",
+        "round_timeout_s",
+        "timeout_s",
+    }
 )
 Clip = Annotated[Amount | Literal["median"], allowed("0, a number above 0, or median")]
 Delta = Annotated[Real, Field(gt=0.0, lt=1.0)]

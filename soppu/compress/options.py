@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, field_validator
 
 from soppu.config import CALIBRATION, CompressConfig, CompressSettings, one_target
-from soppu.errors import ConfigError
+from soppu.devices import torch_device
 from soppu.settings import Amount, Natural, Seed, settings
 
 DEFAULT_RATIO = 16.0  # of methods that need a target and were given none
@@ -81,10 +81,4 @@ class CompressOptions(CompressSettings):
 
     def torch_device(self) -> torch.device:
         """The device to compute on. Raises ConfigError where CUDA is asked for and absent."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(self.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise ConfigError(f"compress.device = {self.device!r}, this machine has {found} CUDA devices")
-        return device
+        return torch_device(self.device, key="compress.device")

@@ -18,6 +18,7 @@ from soppu.config import AlignConfig
 from soppu.data import Block, collate
 from soppu.federation import emulator
 from soppu.federation.attach import attached, initial_pairs
+from soppu.federation.nf4 import quantise
 from soppu.federation.train import CachedBlock, cache_states, mean_loss
 
 if TYPE_CHECKING:
@@ -35,7 +36,12 @@ class AlignLoss:
 
 
 class Aligner:
-    """Distils the full bottom into the emulator's LoRA; one AdamW lives across all rounds."""
+    """Distils the full bottom into the emulator's LoRA, where `model` is; one AdamW lives across all rounds.
+
+    Args:
+        compute: what the layers above compute in.
+        nf4: the student's layers are 4-bit ones, as on the clients: it learns to make up for that too.
+    """
 
     def __init__(
         self,
@@ -45,15 +51,21 @@ class Aligner:
         options: AlignConfig,
         pad_id: int,
         seed: int,
+        compute: torch.dtype = torch.float32,
+        nf4: bool = False,
     ) -> None:
         self.plan = plan
         self.options = options
         self.pad_id = pad_id
-        self.top = emulator.TopModel(model, plan)
+        self.top = emulator.TopModel(model, plan, dtype=compute)
         self._student = emulator.with_layers(model, plan.kept)
         self._teacher = emulator.with_layers(model, plan.bottom)
+        if nf4:
+            for layer in emulator.decoder_layers(self._student):
+                quantise(layer)
         shapes = emulator.target_shapes(model, plan, plan.kept)
-        self.pairs = initial_pairs(shapes, rank=options.rank, seed=seed)
+        begun = initial_pairs(shapes, rank=options.rank, seed=seed)
+        self.pairs = {name: pair.to(self.top.device) for name, pair in begun.items()}
         self._generator = torch.Generator().manual_seed(seed)
         self._blocks: list[Block] = []
         self._states: list[CachedBlock] = []
@@ -71,8 +83,9 @@ class Aligner:
         self._unseen_states = cache_states(self._teacher, self._unseen, pad_id=self.pad_id)
 
     def adapter(self) -> LoraAdapter:
-        """A copy of the emulator's LoRA as it is now, full-model names."""
-        pairs = {name: LoraPair(p.A.detach().clone(), p.B.detach().clone()) for name, p in self.pairs.items()}
+        """A copy of the emulator's LoRA as it is now, full-model names, on the CPU."""
+        own = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in self.pairs.items()}
+        pairs = {name: pair.to("cpu", copy=True) for name, pair in own.items()}
         return LoraAdapter(pairs, base_hash=self.plan.base_hash)
 
     def state(self) -> dict[str, Tensor]:
@@ -80,8 +93,8 @@ class Aligner:
         state = {_GENERATOR: self._generator.get_state()}
         for name, param in self._named():
             moments = self._optimizer.state.get(param, {}) if self._optimizer else {}
-            state |= {f"{name}/{key}": value.detach().clone() for key, value in moments.items()}
-            state[name] = param.detach().clone()
+            state |= {f"{name}/{key}": value.detach().to("cpu", copy=True) for key, value in moments.items()}
+            state[name] = param.detach().to("cpu", copy=True)
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -143,11 +156,11 @@ class Aligner:
     def _losses(self, blocks: Sequence[Block], states: Sequence[CachedBlock]) -> tuple[Tensor, Tensor]:
         ids, mask, _ = collate(blocks, pad_id=self.pad_id)
         student = emulator.bottom_states(self._student, ids, mask).float()
-        teacher = nn.utils.rnn.pad_sequence([block.states for block in states], batch_first=True)
-        real = mask.bool()
+        teacher = nn.utils.rnn.pad_sequence([block.states for block in states], batch_first=True).float()
+        real = mask.to(student.device).bool()
         l2 = (student - teacher)[real].square().sum() / teacher[real].square().sum()
         if not self.options.kl_weight:
-            return l2, torch.zeros(())
+            return l2, l2.new_zeros(())
         with torch.no_grad():
             wanted = self.top.logits(self.top.hidden(teacher, mask)[real]).float().log_softmax(-1)
         given = self.top.logits(self.top.hidden(student, mask)[real]).float().log_softmax(-1)

@@ -21,7 +21,7 @@ from soppu.errors import AdapterError
 def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
     """Add B A x to the output of every module the adapter names; None attaches nothing.
 
-    `adapter` is numbered as `model` is. Cost: O(r (i + o)) per token and module.
+    `adapter` is numbered as `model` is, and may be elsewhere. Cost: O(r (i + o)) per token and module.
 
     Raises:
         AdapterError: the model has no such module.
@@ -32,14 +32,15 @@ def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
                 module = model.get_submodule(name)
             except AttributeError:
                 raise AdapterError(f"{name}: the model has no such module") from None
-            stack.enter_context(module.register_forward_hook(_hook(pair)))
+            device = getattr(module, "weight", pair.A).device
+            stack.enter_context(module.register_forward_hook(_hook(pair.to(device))))
         yield
 
 
 def _hook(pair: LoraPair) -> Any:
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].to(pair.A.dtype)
-        change = nn.functional.linear(nn.functional.linear(x, pair.A), pair.B)
+        x = args[0]  # in its dtype: a copy of every input in float32 would be the largest thing kept
+        change = nn.functional.linear(nn.functional.linear(x, pair.A.to(x.dtype)), pair.B.to(x.dtype))
         return output + change.to(output.dtype)
 
     return add

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -221,36 +221,71 @@ def to_full(
     return renumber(adapter, plan.path, dict(enumerate(numbers)), who=who)
 
 
-def merge(model: PreTrainedModel, adapter: LoraAdapter) -> None:
-    """Add an adapter's change to a model's own weights, in place, copying the tensors it changes.
+def replace_parameters(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Give the model frozen parameters of its own: what `change` makes of each. Tied ones stay tied."""
+    changed: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                if id(old) not in changed:
+                    changed[id(old)] = nn.Parameter(change(old.detach()), requires_grad=False)
+                module._parameters[name] = changed[id(old)]
 
-    `adapter` is numbered as `model` is. A tensor shared with another model is replaced, not written to.
-    """
-    with torch.no_grad():
-        for name, pair in adapter.pairs.items():
-            module = model.get_submodule(name)
-            delta = pair.delta()
-            delta = delta if isinstance(module, nn.Linear) else delta.T
-            weight: Any = module.weight
-            changed = (weight.float() + delta).to(weight.dtype)
-            module.weight = nn.Parameter(changed, requires_grad=False)
+
+def replace_buffers(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Likewise for its buffers."""
+    for module in model.modules():
+        module._buffers.update(
+            {name: change(old) for name, old in module._buffers.items() if old is not None}
+        )
+
+
+class _NoEmbedding(nn.Module):
+    """In place of an embedding whose output nobody reads: its shape, without its memory."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = width, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros((*ids.shape, self.width), dtype=self.dtype, device=ids.device)
 
 
 class TopModel:
     """The adapter layers, the final norm and the head, fed with cached hidden states.
 
     Works for every family: the hidden states replace the first argument of the first layer, so that
-    embeddings and learned positions are not applied a second time. Computes in float32.
+    embeddings and learned positions are not applied a second time.
+
+    Args:
+        layers: where the adapter layers are in `model`; their full-model numbers if left out.
+        dtype: what it computes in. Weights of another one are copied, so float32 over bfloat16 layers
+            costs four bytes for each of their numbers, and of the head's.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: LayerPlan) -> None:
-        top = with_layers(model, plan.adapter)
-        exact = all(p.dtype == torch.float32 for p in top.parameters())
-        # .float() would widen the tensors in place, and they are the full model's too
-        self.model: PreTrainedModel = top if exact else copy.deepcopy(top).float()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: LayerPlan,
+        *,
+        layers: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = with_layers(model, plan.adapter if layers is None else layers)
+        embedding: Any = self.model.get_input_embeddings()
+        width = int(embedding.weight.shape[-1])
+        self.model.set_input_embeddings(_NoEmbedding(width, dtype))
+        replace_parameters(self.model, lambda weight: weight.to(dtype))  # nothing is copied that is so
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
 
     def hidden(self, below: Tensor, mask: Tensor) -> Tensor:
         """Final-norm output (b, t, d) from the bottom's output `below` (b, t, d) and the mask (b, t)."""
+        weight = next(self.model.parameters())
+        below, mask = below.to(weight), mask.to(weight.device)
         decoder = self.model.get_decoder()
         first = decoder_layers(self.model)[0]
 
@@ -273,7 +308,9 @@ class TopModel:
 
 
 def bottom_states(bottom: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Output (b, t, d) of the last bottom layer, before any final norm."""
+    """Output (b, t, d) of the last bottom layer, before any final norm, on the bottom's device."""
+    device = next(bottom.parameters()).device
+    ids, mask = ids.to(device), mask.to(device)
     captured: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:

@@ -53,6 +53,8 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# oneDNN keeps what it has prepared for each shape of input, megabytes each; few shapes come twice here
+LEAN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Simulation:
     workdir: Path  # where checkpoints, progress and the result go; a second attempt continues from it
     users: int  # simulated clients
     client_cpus: int = 1  # cores each of them may take; how many run at a time follows from it
+    client_gpus: float = 0.0  # of a GPU, to each of them
     timeout_s: float = 3600.0  # after this the run has failed
 
 
@@ -163,6 +166,7 @@ def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]
         environment = {
             **os.environ,
             **_QUIET,
+            **LEAN,
             _MARK: mark_of(simulation.workdir),
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": scratch,
@@ -199,7 +203,7 @@ def _start_run(simulation: Simulation, environment: dict[str, str], log: Any) ->
     cores = max(min(os.cpu_count() or 1, wanted), simulation.client_cpus)  # no more actors than users
     resources = (
         f"num-supernodes={simulation.users} client-resources-num-cpus={simulation.client_cpus}"
-        f" init-args-num-cpus={cores}"
+        f" client-resources-num-gpus={simulation.client_gpus} init-args-num-cpus={cores}"
     )
     run_config = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
     command = ["flwr", "run", str(simulation.app), "soppu", "--stream", "--run-config", run_config]

@@ -18,9 +18,13 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.data import IGNORE, Block, collate
 from soppu.federation import emulator
 from soppu.federation.attach import attached
+from soppu.federation.head_loss import summed_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_TOKENS = {"cpu": 2**8, "cuda": 2**14}  # that gradients are worked out for at a time, padding included
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, eq=False)
 class CachedBlock:
-    """A token block with the frozen part's output: states (t, d), labels (t,)."""
+    """A token block with the frozen part's output: states (t, d) in its dtype, on its device; labels (t,)."""
 
     states: Tensor
     labels: Tensor
@@ -65,7 +69,7 @@ def cache_states(
         chosen = order[start : start + batch_size]
         ids, mask, _ = collate([blocks[index] for index in chosen], pad_id=pad_id)
         with torch.no_grad():
-            states = emulator.bottom_states(bottom, ids, mask).float()
+            states = emulator.bottom_states(bottom, ids, mask)
         for row, index in enumerate(chosen):
             block = blocks[index]
             cached[index] = CachedBlock(states[row, : len(block.ids)].clone(), block.labels)
@@ -83,10 +87,33 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
     lengths = torch.tensor([len(block.labels) for block in blocks])
     mask = (torch.arange(states.shape[1])[None, :] < lengths[:, None]).long()
     hidden = top.hidden(states, mask)[:, :-1]
-    target = labels[:, 1:]
+    target = labels[:, 1:].to(hidden.device)
     counted = target != IGNORE
-    logits = top.logits(hidden[counted]).float()
-    return nn.functional.cross_entropy(logits, target[counted], reduction="sum"), int(counted.sum())
+    return summed_loss(top.logits, hidden[counted], target[counted]), int(counted.sum())
+
+
+def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:
+    """Mean cross-entropy over the unmasked labels (nats a token); adds its gradient where that is asked for.
+
+    Blocks of about one length go together, a few tokens at a time: less padding, and the activations of some.
+    """
+    counted = max(1, sum(int((block.labels[1:] != IGNORE).sum()) for block in blocks))
+    total = 0.0
+    for group in _groups(blocks, _TOKENS.get(top.device.type, _TOKENS["cpu"])):
+        loss = batch_loss(top, group)[0] / counted
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _groups(blocks: Sequence[CachedBlock], tokens: int) -> Iterator[list[CachedBlock]]:
+    group: list[CachedBlock] = []
+    for block in sorted(blocks, key=lambda block: len(block.labels)):
+        if group and (len(group) + 1) * len(block.labels) > tokens:
+            yield group
+            group = []
+        group.append(block)
+    yield group
 
 
 @torch.no_grad()
@@ -119,11 +146,11 @@ def proximal(pairs: Mapping[str, LoraPair], start: Mapping[str, LoraPair]) -> Te
     Cost: O(r^2 (i + o)) a module; no o x i matrix. FedBiOT's client term (eq. 3), in product space, with a
     gradient: the published code reads detached weights and so adds none.
     """
-    total = torch.zeros(())
-    for name, pair in pairs.items():
-        old = start[name]
-        total = total + _inner(pair, pair) - 2 * _inner(pair, old) + _inner(old, old)
-    return total
+    terms = [
+        _inner(pair, pair) - 2 * _inner(pair, start[name]) + _inner(start[name], start[name])
+        for name, pair in pairs.items()
+    ]
+    return torch.stack(terms).sum()
 
 
 class Training:
@@ -146,7 +173,7 @@ class Training:
         self.losses: list[float] = []
         self._top, self._plan, self._blocks, self._options = top, plan, blocks, options
         own = emulator.to_own(start, plan, plan.adapter)
-        self._origin = {name: LoraPair(pair.A.float(), pair.B.float()) for name, pair in own.pairs.items()}
+        self._origin = {name: pair.to(top.device, torch.float32) for name, pair in own.pairs.items()}
         pairs = {
             name: LoraPair(pair.A.clone().requires_grad_(), pair.B.clone().requires_grad_())
             for name, pair in self._origin.items()
@@ -164,13 +191,10 @@ class Training:
         """Take optimiser steps. Cost: one forward and one backward pass of the top a step."""
         with attached(self._top.model, self._own):
             for chosen in itertools.islice(self._batches, steps):
-                summed, count = batch_loss(self._top, [self._blocks[index] for index in chosen])
-                loss = summed / max(count, 1)
-                self.losses.append(float(loss.detach()))
-                if self._options.prox_weight:
-                    loss = loss + self._options.prox_weight * proximal(self._own.pairs, self._origin)
                 self._optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                self.losses.append(backward(self._top, [self._blocks[index] for index in chosen]))
+                if self._options.prox_weight:
+                    (self._options.prox_weight * proximal(self._own.pairs, self._origin)).backward()
                 self._hold(*self._options.held)
                 self._optimizer.step()
 
@@ -182,11 +206,9 @@ class Training:
             pair.B.grad[:, :columns] = 0
 
     def adapter(self) -> LoraAdapter:
-        """A copy of the adapter as it is now: full-model names, float32."""
-        pairs = {
-            name: LoraPair(pair.A.detach().clone(), pair.B.detach().clone())
-            for name, pair in self._own.pairs.items()
-        }
+        """A copy of the adapter as it is now: full-model names, float32, on the CPU."""
+        own = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in self._own.pairs.items()}
+        pairs = {name: pair.to("cpu", copy=True) for name, pair in own.items()}
         return emulator.to_full(replace(self._own, pairs=pairs), self._plan, self._plan.adapter)
 
 

@@ -18,6 +18,7 @@ from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.config import Config
 from soppu.data import Example, list_users, load_user, tokenize
+from soppu.devices import torch_device
 from soppu.errors import DataError
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import UserLosses
@@ -102,7 +103,8 @@ class _Bench:
     def __init__(self, run: Run, *, layers: int) -> None:
         base = run.base()
         self.config = run.config
-        self.model = models.load_model(base, dtype=run.config.frozen_dtype)
+        device = torch_device(run.config.gate.device, key="gate.device")
+        self.model = models.load_model(base, dtype=run.config.frozen_dtype, device=device)
         self.tokenizer = models.load_tokenizer(base)
         total = len(emulator.decoder_layers(self.model))
         self.plan = emulator.make_plan(

@@ -14,9 +14,10 @@ from soppu import base_identity, files, models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.errors import FederationError, RegistryError
-from soppu.federation import connection, emulator, simulation
+from soppu.federation import connection, emulator, memory, simulation
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.personalise import BASE, PERSONAL, SHARED
+from soppu.models import BaseModel
 from soppu.registry import Registry
 from soppu.stages import text
 from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
@@ -35,6 +36,7 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
     Raises:
         FederationError: it did not come to an end, or too few users answered.
         DataError: a user's text has changed since the run was prepared.
+        ConfigError: this machine has not the memory or the GPUs for it.
     """
     run = open_run(run_folder)
     text.check_unchanged(run.config.data, run.read(text.FILE))
@@ -52,15 +54,30 @@ def _train(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) -> di
     if settings.connection:
         remote = connection.Remote(app, settings.connection, config, workdir, timeout_s=settings.timeout_s)
         return connection.run(remote, on_progress=on_progress)
+    check_memory(run.config, run.base())
     wanted = simulation.Simulation(
         app=app,
         config=config,
         workdir=workdir,
         users=len(run.config.data.users),
         client_cpus=settings.client_cpus,
+        client_gpus=settings.client_gpus,
         timeout_s=settings.timeout_s,
     )
     return simulation.run(wanted, on_progress=on_progress)
+
+
+def check_memory(config: Config, base: BaseModel) -> None:
+    """Refuse a simulation that this machine cannot hold. ConfigError names the keys to change."""
+    model = models.skeleton(base)
+    plan = emulator.make_plan(
+        model,
+        base_hash=base.hash,
+        adapter_layers=config.plan.adapter_layers,
+        drop_ratio=config.plan.drop_ratio,
+        target_modules=config.lora.target_modules,
+    )
+    memory.check(config, model, plan)
 
 
 def collect(run_folder: str, federation_id: str) -> str:
@@ -83,7 +100,7 @@ def collect(run_folder: str, federation_id: str) -> str:
         raise FederationError(f"{run.folder}: holds federation {found}, asked for {federation_id}")
     registry, base = run.registry(), run.base()
     plan = LayerPlan.from_json(result["plan"]["json"])
-    shapes = emulator.target_shapes(models.load_model(base, dtype=run.config.frozen_dtype), plan)
+    shapes = emulator.target_shapes(models.skeleton(base), plan)
     for user, adapter_id in result["adapters"].items():
         adapter = registry.get_adapter(adapter_id)
         who = f"user {user!r}"

@@ -25,14 +25,14 @@ from soppu.compress.numbers import ternary
 from soppu.config import Config, LoraSettings
 from soppu.errors import ConfigError, DataError, FederationError
 from soppu.federation import emulator, wire, wire_ternary
-from soppu.federation.attach import initial_pairs
+from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.emulator import LayerPlan, TopModel
 from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.soppu.compress import ternary_measures as measures
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
-SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
+SECTIONS = ("seed", "frozen_dtype", "compute_dtype", "base", "data", "plan", "lora", "federation")
 USERS = {"alice": 14, "bob": 13}
 
 
@@ -225,15 +225,15 @@ def test_settings_with_a_fault_are_refused(setup: Setup) -> None:
 def test_the_reply_is_what_fit_gives_on_the_aligned_emulator(
     setup: Setup, tiny_llama: PreTrainedModel, mode: str
 ) -> None:
-    """Written down again without workbench, merge or messages."""
+    """Written down again without workbench, files or messages."""
     reply = app(setup.train(mode), node(**{"partition-id": 0}))
     base = models.resolve(setup.config.base.model, cache=Path("unused"))
     tokenizer = models.load_tokenizer(base)
     user = data.load_user(setup.config.data, "alice")
     bottom = emulator.with_layers(tiny_llama, setup.plan.kept)
-    emulator.merge(bottom, emulator.to_own(setup.emulator, setup.plan, setup.plan.kept))
     blocks = data.tokenize(user.train, tokenizer, max_tokens=96)
-    cached = cache_states(bottom, blocks, pad_id=1)
+    with attached(bottom, emulator.to_own(setup.emulator, setup.plan, setup.plan.kept)):
+        cached = cache_states(bottom, blocks, pad_id=1)
     seed = int.from_bytes(hashlib.sha256(b"0 alice 1").digest()[:7], "big")
     steps = 3 if mode == "personal" else 2
     options = TrainOptions(steps=steps, batch_size=2, b_ratio=2.0, prox_weight=1e-3, seed=seed)

@@ -82,7 +82,7 @@ x = 1
         "unknown key nonsense;",
         "unknown key lora.rnak; lora. knows: rank, alpha, target_modules; did you mean rank?",
         "seed = 'one', allowed: a whole number",
-        "frozen_dtype = 'int4', allowed: float32, bfloat16",
+        "frozen_dtype = 'int4', allowed: float32, bfloat16, nf4",
         "base = 3, allowed: a table",
         "lora.rank = 0, allowed: at least 1",
         "lora.alpha = True, allowed: a number",
@@ -217,7 +217,9 @@ def test_a_digest_is_that_of_the_plain_values(name: str) -> None:
         values[section] = values[section] | entry if isinstance(entry, dict) else entry
     config = configuration.load(folder / f"{name}.toml")
     assert config.digest() == sha256(values)
-    training = {part: values[part] for part in ("seed", "frozen_dtype", "data", "plan", "lora", "align")}
+    parts = ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora", "align")
+    training = {part: values[part] for part in parts}
+    del training["align"]["device"]  # where, not what
     rounds = {key: value for key, value in values["federation"].items() if key not in OPERATIONAL}
     assert config.training_digest() == sha256(
         {**training, "model": values["base"]["model"], "federation": rounds}

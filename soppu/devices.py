@@ -1,0 +1,50 @@
+"""Which device is computed on, and how much memory it has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from soppu.errors import ConfigError
+
+_CGROUPS = (  # folder, limit, use, and what of the use is files that can be read again: versions 2 and 1
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def torch_device(name: str, *, key: str) -> torch.device:
+    """The device that a setting names: auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.
+
+    Args:
+        key: the setting, for the message.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{key} = {name!r}, allowed: auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{key} = {name!r}, this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be taken now: of the GPU, or of the machine within its control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    for folder, limit, used, files in _CGROUPS:
+        try:
+            most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
+            told = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+        free = min(free, most - taken + int(told.get(files, 0)))
+    return max(free, 0)
