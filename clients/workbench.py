@@ -13,7 +13,7 @@ from pathlib import Path
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
-from soppu.data import UserData, load_user, tokenize
+from soppu.data import Example, UserData, load_user, tokenize
 from soppu.devices import torch_device
 from soppu.errors import FederationError
 from soppu.federation import emulator
