@@ -22,7 +22,8 @@ def make_losses(users: list[str], seed: int = 0) -> list[UserLosses]:
     made = []
     for user in users:
         base, gain = rng.uniform(2.0, 3.5), rng.uniform(0.05, 0.6)
-        made.append(UserLosses(user, 16, base, base - gain, base - gain * rng.uniform(0.92, 1.0)))
+        compressed, shared = base - gain * rng.uniform(0.92, 1.0), base - gain * rng.uniform(0.5, 0.9)
+        made.append(UserLosses(user, 16, base, base - gain, compressed, shared))
     return made
 
 
@@ -72,6 +73,8 @@ def make_federation(users: list[str]) -> dict[str, Any]:
             "seconds": 20.5,
             "train_loss": 2.5 - 0.1 * number,
             "emulator_loss": 2.6 - 0.1 * number,
+            "shared_loss": 2.7 - 0.1 * number,
+            "public_loss": 2.8 - 0.1 * number if number < 3 else 0.0,
             "accepted": users[1:] if number == 2 else users,
             "received": {
                 user: make_received("ternary" if number == 3 and user != users[-1] else "float32")
