@@ -29,6 +29,10 @@ USERS = ("ann", "bob", "cleo")
 
 @pytest.fixture
 def config_path(tiny_base: Path, tmp_path: Path) -> Path:
+    return three_users(tmp_path, tiny_base)
+
+
+def three_users(tmp_path: Path, tiny_base: Path) -> Path:
     """A configuration file for three users with a few lines each and the tiny model."""
     source = tmp_path / "users"
     source.mkdir()
