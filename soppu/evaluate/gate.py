@@ -18,7 +18,7 @@ from soppu.errors import GateError
 from soppu.evaluate.gains import Gain, by_user, over_users
 from soppu.evaluate.intervals import Interval
 from soppu.evaluate.losses import COLUMNS, TOLERANCE, UserLosses
-from soppu.federation.personalise import BASE
+from soppu.federation.personalise import BASE, SHARED
 from soppu.settings import Flag, Real, allowed
 
 Text = Annotated[InstanceOf[str], allowed("a text")]  # a name with a lone surrogate is one, too
@@ -95,32 +95,20 @@ def check(
         seed: of the draws for intervals.
     """
     finite = [one for one in losses if all(map(math.isfinite, (one.base, one.chosen, one.compressed)))]
-    improved = [one for one in finite if one.gain > 0]
-    gained = math.fsum(one.gain for one in improved)
-    kept = math.fsum(one.base - one.compressed for one in improved)
-    sizeable = {one.user: one.gain_kept for one in improved if one.gain > TOLERANCE}
-    worst = min(sizeable, key=sizeable.__getitem__, default="")
     changed = [one for one in losses if one.served != BASE]
     errors = {user: value for user, value in relative_error.items() if math.isfinite(value)}
     worst_error = max(errors, key=errors.__getitem__, default="")
     measured = {one.user for one in losses}
     over_shared = by_user(losses, "compressed", over="shared", seed=seed)
     mean = over_users(over_shared, seed=seed)
-    surely = {user: -_upper(gain) for user, gain in over_shared.items()}
-    behind = max(surely, key=surely.__getitem__, default="")
     figures = Verdict(
         passed=False,
         reasons=(),
-        mean_gain_kept=kept / gained if gained else 0.0,
-        worst_user=worst,
-        worst_gain_kept=sizeable.get(worst, 0.0),
+        **_kept(finite),
         improved_share=sum(map(_improves, changed)) / len(changed) if changed else float(bool(losses)),
         max_relative_error=errors.get(worst_error, 0.0),
         worst_error_user=worst_error,
-        gain_over_shared=mean.mean if mean else None,
-        gain_over_shared_high=_upper(mean) if mean else None,
-        loss_over_shared=surely.get(behind),
-        loss_over_shared_user=behind,
+        **_beside_shared(over_shared, mean),
         unmeasured=tuple(user for user in relative_error if user not in measured),
         limits={name: value for name, value in vars(options).items() if not isinstance(value, str)},
     )
@@ -138,12 +126,39 @@ def check(
     return dataclasses.replace(figures, passed=not reasons, reasons=reasons)
 
 
+def _kept(finite: Sequence[UserLosses]) -> dict[str, Any]:
+    """What is left of the gains after compression, of all users and of the one who keeps least."""
+    improved = [one for one in finite if one.gain > 0]
+    gained = math.fsum(one.gain for one in improved)
+    kept = math.fsum(one.base - one.compressed for one in improved)
+    sizeable = {one.user: one.gain_kept for one in improved if one.gain > TOLERANCE}
+    worst = min(sizeable, key=sizeable.__getitem__, default="")
+    return {
+        "mean_gain_kept": kept / gained if gained else 0.0,
+        "worst_user": worst,
+        "worst_gain_kept": sizeable.get(worst, 0.0),
+    }
+
+
+def _beside_shared(gains: Mapping[str, Interval], mean: Gain | None) -> dict[str, Any]:
+    surely = {user: -_upper(gain) for user, gain in gains.items()}
+    behind = max(surely, key=surely.__getitem__, default="")
+    return {
+        "gain_over_shared": mean.mean if mean else None,
+        "gain_over_shared_high": _upper(mean) if mean else None,
+        "loss_over_shared": surely.get(behind),
+        "loss_over_shared_user": behind,
+    }
+
+
 def _not_measured(losses: Sequence[UserLosses], relative_error: Mapping[str, float]) -> str:
     if not losses:
         return "no user's held-out loss was measured"
     faults = [f"{one.user} (no held-out examples)" for one in losses if one.examples < 1]
     inside = [one.user for one in losses if one.served != BASE]
     faults += [f"{user} (no relative error)" for user in inside if user not in relative_error]
+    blind = [one.user for one in losses if one.served == SHARED and one.shared is None]
+    faults += [f"{user} (served the shared adapter, which has no loss)" for user in blind]
     return _listed("not measured", faults)
 
 

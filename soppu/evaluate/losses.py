@@ -71,8 +71,9 @@ class UserLosses:
 
     @property
     def chosen(self) -> float:
-        """The loss of what was chosen, before compression."""
-        return {SHARED: self.shared, BASE: self.base}.get(self.served, self.personal) or 0.0
+        """The loss of what was chosen, before compression; NaN for a shared adapter not measured."""
+        losses = {SHARED: math.nan if self.shared is None else self.shared, BASE: self.base}
+        return losses.get(self.served, self.personal)
 
     @property
     def gain(self) -> float:

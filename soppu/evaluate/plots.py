@@ -181,7 +181,7 @@ def round_losses(federation: Row) -> Figure:
     )
     if shared:
         axes.axvline(shared[-1]["round"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 2)))
-    axes.set_title(patience(federation))
+    axes.set_title(f"Losses over the rounds: {patience(federation)}")
     axes.set_xlabel("rounds that the adapter has had")
     axes.set_xticks(range(0, 1 + max(one["round"] for one in log), 1 + len(log) // 20))
     axes.set_ylabel("nats a token")

@@ -173,7 +173,7 @@ def _users(inputs: ReportInputs) -> list[dict[str, Any]]:
 
 
 def _interval(gain: Interval | None) -> dict[str, Any] | None:
-    return gain and asdict(gain)
+    return asdict(gain) if gain else None
 
 
 def _federation(told: Mapping[str, Any], config: Config) -> dict[str, Any]:

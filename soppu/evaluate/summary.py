@@ -36,8 +36,10 @@ Row = Mapping[str, Any]
 _LISTED = 40  # users in the terminal table; of more, the ones that keep least are shown
 _WORST = 20
 _LONGEST = 32  # characters of a user id
-_HEADS = ("user", "examples", "base", "shared", "personal", "compressed")
-_HEADS += ("over shared", "gain kept", "served", "adapter")
+_HEADS = [
+    *("user", "examples", "base", "shared", "personal", "compressed"),
+    *("over shared", "gain kept", "served", "adapter"),
+]
 _NUMBERS = range(1, 8)
 _MARKUP = re.compile(r"([\\`*_\[\]#|~$])")
 

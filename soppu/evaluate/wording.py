@@ -131,8 +131,10 @@ def patience(federation: Mapping[str, Any]) -> str:
     """What ended the shared rounds: patience, or their number."""
     done = sum(log["mode"] == "shared" for log in federation["rounds_log"])
     most = federation["max_shared_rounds"]
+    if not done:
+        return "no shared round"
     if done >= most:
-        return f"{done} shared rounds, as many as were allowed"
+        return f"{done} shared rounds, as many as are allowed"
     return (
         f"patience ended the shared rounds after {done} of at most {most}: {federation['patience']} in a row"
         " lowered neither loss"

@@ -131,8 +131,8 @@ class _Bench:
             compressed=each.mean("compressed"),
             shared=each.mean("shared") if tried["shared"] else None,
             served=served,
-            validation_shared=by and by.mean("shared"),
-            validation_compressed=by and by.mean("compressed"),
+            validation_shared=by.mean("shared") if by else None,
+            validation_compressed=by.mean("compressed") if by else None,
             each=each,
         )
 

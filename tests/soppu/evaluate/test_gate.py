@@ -251,6 +251,12 @@ def test_each_user_is_judged_by_what_they_are_served(served: str, compressed: fl
     assert verdict.improved_share == 1.0
 
 
+def test_a_user_served_a_shared_adapter_that_nobody_measured_is_refused() -> None:
+    bob = UserLosses("bob", 16, 3.0, 2.5, 2.5, served="shared")
+    (reason,) = judge(user("alice"), bob, options=LENIENT).reasons
+    assert "bob (served the shared adapter, which has no loss)" in reason and "alice" not in reason
+
+
 def test_users_served_the_base_model_are_not_asked_to_beat_it() -> None:
     bob = UserLosses("bob", 16, 3.0, 3.9, 3.0, shared=3.2, served="base")
     cleo = UserLosses("cleo", 16, 3.0, 2.9, 3.1, shared=3.2)

@@ -98,7 +98,9 @@ def test_losses_over_the_rounds_are_drawn_where_the_adapter_had_them() -> None:
     assert (list(validation.get_xdata()), list(public.get_xdata())) == ([0, 1, 2], [1, 2])
     assert list(validation.get_ydata()) == [log["shared_loss"] for log in federation["rounds_log"]]
     assert list(own.get_xdata()) == [3] and list(end.get_xdata()) == [2, 2]
-    assert axes.get_title().startswith("patience ended the shared rounds after 2 of at most 3")
+    assert axes.get_title().startswith(
+        "Losses over the rounds: patience ended the shared rounds after 2 of at most 3"
+    )
 
 
 def test_a_round_in_which_nobody_counted_has_no_loss() -> None:

@@ -247,7 +247,7 @@ def test_how_the_shared_rounds_ended_is_told() -> None:
         "patience ended the shared rounds after 2 of at most 3: 2 in"
     )
     assert (
-        wording.patience(federation | {"max_shared_rounds": 2}) == "2 shared rounds, as many as were allowed"
+        wording.patience(federation | {"max_shared_rounds": 2}) == "2 shared rounds, as many as are allowed"
     )
 
 
