@@ -54,8 +54,8 @@ def text(report: Row, *, report_path: str = "", prefect_url: str = "", width: in
     users, gate = report["users"], report["gate"]
     shown = users
     if len(users) > _LISTED:
-        kept = [user for user in users if user["gain_kept"] is not None and user["served"] != "base"]
-        shown = sorted(kept, key=lambda user: user["gain_kept"])[:_WORST] or users[:_WORST]
+        gained = [user for user in users if user["gain_kept"] is not None and user["served"] != "base"]
+        shown = sorted(gained, key=lambda user: user["gain_kept"])[:_WORST] or users[:_WORST]
     lines = [tables.render(_HEADS, map(_cells, shown), right=_NUMBERS, rule=True, width=width)]
     if len(shown) < len(users):
         lines.append(f"{len(users)} users; these {len(shown)} keep the least, the report lists all")
