@@ -1,7 +1,7 @@
 """The Flower ClientApp: one user's side. Messages in, one call into the workbench, messages out.
 
-Text is read here and stays here; what leaves is LoRA factors and numbers. A simulated client's user is
-the one its partition number points at; a real one is named by the node that runs it
+Text is read here and stays here; what leaves is LoRA factors and numbers. A simulated client is the user
+that the server says it is; a real one is named by the node that runs it
 (`--node-config 'user-id="alice" data-source="/home/alice/notes.jsonl"'`), never by the server.
 """
 
@@ -17,19 +17,20 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.limit import within_its_time
 from clients.packing import Parcel, pack
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
-from soppu.data import list_users, load_user
+from soppu.data import load_user
 from soppu.errors import FederationError
 from soppu.federation import wire
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.personalise import SearchOptions, personalise
 from soppu.federation.train import Training, TrainOptions, fit, mean_loss
 
-app = ClientApp()
+app = ClientApp(mods=[within_its_time])
 
 
 @app.query("hello")
@@ -86,16 +87,16 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
         data = dataclasses.replace(
             config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
         )
-        base = dataclasses.replace(config.base, cache=str(node.get("model-cache", config.base.cache)))
+        model, cache = node.get("base-model", config.base.model), node.get("model-cache", config.base.cache)
+        base = dataclasses.replace(config.base, model=str(model), cache=str(cache))
         return dataclasses.replace(config, data=data, base=base), str(node["user-id"])
     if "partition-id" not in node:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"
         )
-    users, number = list_users(config.data), int(node["partition-id"])
-    if number >= len(users):
-        raise FederationError(f"partition {number} has no user: {config.data.source} gives {len(users)}")
-    return config, users[number]
+    if not (user := str(msg.content["config"].get("user", ""))):
+        raise FederationError(f"partition {node['partition-id']} is nobody's: the message names no user")
+    return config, user
 
 
 def _plan(msg: Message) -> LayerPlan:

@@ -55,6 +55,7 @@ class Stack:
             "PREFECT_API_URL": self.api,
             "PREFECT_HOME": str(self.state / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_CLIENT_MAX_RETRIES": "9",  # each wait twice as long: a server may be away for minutes
             "PREFECT_WORKER_QUERY_SECONDS": "2",  # Prefect's 10 is what somebody who started a run waits for
             "DO_NOT_TRACK": "1",
             "SOPPU_HOME": str(ROOT),

@@ -9,6 +9,7 @@ from prefect import flow
 from flows.recompress import recompress
 from tasks.collect import collect
 from tasks.federate import federate
+from tasks.outage import outlasting
 from tasks.prepare import prepare
 
 
@@ -23,4 +24,4 @@ def full_pipeline(config: str = "configs/default.toml", overrides: dict[str, Any
     run = prepare(config, overrides)
     federation = federate(run)
     set_id = collect(run, federation)
-    return recompress(run=run, set_id=set_id)
+    return outlasting(recompress, run=run, set_id=set_id)

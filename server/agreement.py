@@ -26,6 +26,8 @@ BASE_LOSS, SHARED_LOSS = "emulator-loss-base", "emulator-loss-shared"
 METRICS = (WEIGHT, "train-loss-first", "train-loss-last", BASE_LOSS, SHARED_LOSS, LOSS)
 PERSONAL_METRICS = (*METRICS, "learning-rate", "steps", "share")  # how a user's own adapter was made
 _LARGEST = 1e12  # of any metric
+_LARGEST_LOSS = 1e4  # nats a token; where losses are averaged a user's are everybody's
+_LONGEST = 300  # characters of anything a sender said that are repeated
 _HARMLESS = 1e-3
 _REPLY = {"arrays": ArrayRecord, "metrics": MetricRecord, "who": ConfigRecord}
 
@@ -136,6 +138,12 @@ class Agreement:
             )
 
 
+def short(said: object) -> str:
+    """What came from outside, at most `_LONGEST` characters of it."""
+    text = said if isinstance(said, str) else repr(said)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
 def size(state: Mapping[str, Tensor]) -> float:
     """Frobenius norm over all tensors, in float64: the square of a large float32 is not one."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in state.values()))
@@ -160,11 +168,9 @@ def _check_metrics(metrics: MetricRecord, user: str, names: tuple[str, ...]) -> 
     for name, value in metrics.items():
         if name == WEIGHT:
             continue  # has limits of its own
-        # a mean of losses near the largest float is infinite, though each of them is finite
-        if not isinstance(value, int | float) or not abs(value) < _LARGEST:
-            raise AdapterError(
-                f"{user}: metric {name} is {value}, expected a finite number below {_LARGEST:g}"
-            )
+        limit = _LARGEST_LOSS if "loss" in name else _LARGEST
+        if not isinstance(value, int | float) or not 0 <= value < limit:
+            raise AdapterError(f"{user}: metric {name} is {value}, expected a number from 0 to {limit:g}")
 
 
 def _check_weight(metrics: MetricRecord, user: str, *, most: int) -> None:

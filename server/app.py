@@ -22,9 +22,10 @@ from torch import Tensor
 from server import checkpoint as checkpoints
 from server.agreement import BASE_LOSS, LOSS, SHARED_LOSS, Agreement
 from server.checkpoint import Checkpoint, write_progress
+from server.delivery import Delivery
 from server.patience import is_over
 from server.roll import Roll
-from server.strategy import PERSONAL, FedBiOT
+from server.strategy import PERSONAL, FedBiOT, RoundLog
 from soppu import adapter as adapters
 from soppu import config as configuration
 from soppu import data, files, models
@@ -38,8 +39,9 @@ from soppu.federation.personalise import served
 from soppu.registry import Registry
 
 SHARED_FOLDER = "shared"  # in the work folder: the adapter that all users averaged
-# What a client needs to know; where the registry is and what is served is not its business.
+# What a client needs to know; the registry, what is served and who else there is are not its business.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
+_OURS = {"base": ("cache",), "data": ("source", "users"), "federation": ("members", "connection")}
 
 app = ServerApp()
 
@@ -48,15 +50,21 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Entry point Flower calls."""
     config = configuration.load(str(context.run_config["config"]))
-    Federation(config, Path(str(context.run_config["workdir"]))).run(grid)
+    federation = Federation(config, Path(str(context.run_config["workdir"])))
+    federation.run(Delivery(grid, grace_s=federation.patience_s))
 
 
 class Federation:
-    """One federated run: model, plan, aligner, checkpoint, and the strategy that uses them."""
+    """One federated run: model, plan, aligner, checkpoint, and the strategy that uses them.
 
-    def __init__(self, config: Config, workdir: Path) -> None:
+    Args:
+        members: node id -> user, of the machines that users' text is on; None simulates the users here.
+    """
+
+    def __init__(self, config: Config, workdir: Path, *, members: Mapping[int, str] | None = None) -> None:
         self.config = config
         self.workdir = workdir
+        self.members = members
         base = models.resolve(config.base.model, cache=Path(config.base.cache))
         model = models.load_model(base, dtype=config.frozen_dtype)
         tokenizer = models.load_tokenizer(base)
@@ -95,9 +103,7 @@ class Federation:
     def run(self, grid: Grid) -> None:
         """All of it: hello, warm-up, rounds, result."""
         self.progress("asking who is there", 0)
-        settings = configuration.to_dict(self.config)
-        told = {name: settings[name] for name in CLIENT_SECTIONS}
-        order = ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json()})
+        order = ConfigRecord({"settings": json.dumps(self.told()), "plan": self.plan.to_json()})
         self.hello(grid, order)
         self.warm_up()
         self.strategy = FedBiOT(
@@ -106,7 +112,7 @@ class Federation:
             emulator=self.emulator_for_round,
             keep=self.keep,
         )
-        shared = ArrayRecord(wire.split_state(self.state.tensors)[0])
+        shared = ArrayRecord(self.state.tensors)
         while not self.strategy.logs or self.strategy.logs[-1].mode != PERSONAL:
             shared = self.round(grid, shared, order)
         self.finish()
@@ -117,17 +123,32 @@ class Federation:
         if number > self.config.federation.rounds or is_over(rounds, self.config.federation.patience):
             self.strategy.last_round = number
         self.strategy.first_round = number - 1
-        timeout = self.config.federation.timeout_s
+        timeout = min(self.config.federation.round_timeout_s, self.config.federation.timeout_s)
         result = self.strategy.start(grid, shared, num_rounds=1, timeout=timeout, train_config=order)
         log = self.strategy.logs[-1]
         if log.mode == PERSONAL:
             self.shared = self.agreement.adapter(shared.to_torch_state_dict(), who="shared adapter")
             return shared
+        self.enough(log)
         shared = result.arrays or shared
         state = shared.to_torch_state_dict()
         log.public_loss = self.aligner.public_loss(self.agreement.adapter(state, who="shared adapter"))
         self.remember(number, state, rounds=[*rounds, dataclasses.asdict(log)])
         return shared
+
+    def told(self) -> dict[str, Any]:
+        """The settings that clients get. A node on another machine has its own text and its own paths, and is
+        told none of ours; a simulated one is on this machine and reads what we read.
+        """
+        settings = configuration.to_dict(self.config)
+        told = {name: settings[name] for name in CLIENT_SECTIONS}
+        simulated = self.members is None
+        ours = {"data": ("users",)} if simulated else _OURS
+        for section, names in ours.items():
+            told[section] = {key: value for key, value in told[section].items() if key not in names}
+        if not simulated and Path(self.config.base.model).is_absolute():
+            told["base"].pop("model")
+        return told
 
     def hello(self, grid: Grid, order: ConfigRecord) -> None:
         """Ask every node who it is. FederationError if fewer than `federation.min_users` can train."""
@@ -135,8 +156,10 @@ class Federation:
             grid,
             order,
             plan_hash=self.plan.hash,
-            users=self.config.data.users,
+            users=self.config.data.users or tuple((self.members or {}).values()),
             most_examples=self.config.data.train_examples,
+            members=self.members,
+            simulated=self.members is None,
         )
         self.roll.gather(limit=self.patience_s)
         self.roll.check(self.config.federation.min_users)
@@ -150,8 +173,7 @@ class Federation:
         """Align the emulator before the first round, or take it over from a checkpoint."""
         self.aligner.observe(self._public, self._unseen)
         if self.state.done >= 0:
-            emulator_state = wire.split_state(self.state.tensors)[1]
-            self.aligner.load(wire.loose_from_state(emulator_state, base_hash=self.plan.base_hash))
+            self.aligner.load(self.state.aligner)
             return
         before = dataclasses.asdict(self.aligner.measure())
         steps = self.config.align.warmup_steps
@@ -175,6 +197,19 @@ class Federation:
                 pass
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)
 
+    def enough(self, log: RoundLog) -> None:
+        """A mean of a few is not everybody's. FederationError if too many were lost: the next attempt repeats
+        the round, because there is no checkpoint of it.
+        """
+        asked = len(log.accepted) + len(log.lost)
+        least = self.config.federation.min_users or (asked + 1) // 2
+        if len(log.accepted) < least:
+            why = "; ".join(log.refused.values())
+            raise FederationError(
+                f"round {log.round}: {len(log.accepted)} of {asked} users answered,"
+                f" at least {least} have to: {why}"
+            )
+
     def keep(self, user: str, adapter: LoraAdapter, metrics: MetricRecord) -> None:
         """Store one user's own adapter, and note what they are best served with."""
         values = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
@@ -185,8 +220,8 @@ class Federation:
 
     def remember(self, done: int, shared: Mapping[str, Tensor], **notes: Any) -> None:
         """Checkpoint after a round."""
-        tensors = {**shared, **wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)}
-        self.state = Checkpoint(self.state.key, done, tensors, {**self.state.notes, **notes})
+        notes = {**self.state.notes, **notes}
+        self.state = Checkpoint(self.state.key, done, dict(shared), notes, self.aligner.state())
         checkpoints.store(self.workdir, self.state)
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from soppu import files
+from soppu.federation import wire
 
 _STATE = "checkpoint.json"
 
@@ -27,14 +28,16 @@ class Checkpoint:
     Attributes:
         key: identity of the run; a file with another key is not used.
         done: rounds finished.
-        tensors: shared LoRA and emulator LoRA, in wire names.
+        tensors: the shared LoRA, in wire names.
         notes: JSON-able record of the rounds so far.
+        aligner: state of the aligner, the emulator's LoRA among it.
     """
 
     key: str
     done: int = -1
     tensors: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    aligner: dict[str, Tensor] = field(default_factory=dict)
 
 
 def load(folder: Path, *, key: str) -> Checkpoint:
@@ -45,13 +48,16 @@ def load(folder: Path, *, key: str) -> Checkpoint:
     values = json.loads(path.read_text())
     if values["key"] != key:
         return Checkpoint(key)
-    return Checkpoint(key, values["done"], load_file(folder / values["tensors"]), values["notes"])
+    tensors, aligner = wire.split_state(load_file(folder / values["tensors"]))
+    return Checkpoint(key, values["done"], tensors, values["notes"], aligner)
 
 
 def store(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; the one before stays valid until this one is whole."""
     name = f"round-{checkpoint.done:04d}.safetensors"
-    files.write_bytes(folder / name, save({k: v.contiguous() for k, v in checkpoint.tensors.items()}))
+    aligner = {f"{wire.EMULATOR}{key}": value for key, value in checkpoint.aligner.items()}
+    tensors = {key: value.contiguous() for key, value in {**checkpoint.tensors, **aligner}.items()}
+    files.write_bytes(folder / name, save(tensors))
     files.write_text(
         folder / _STATE,
         json.dumps(

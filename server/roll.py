@@ -1,23 +1,43 @@
 """Who takes part: every node is asked who it is, and asked again until all are there or it is time to begin.
 
 Nobody is lost in silence: whoever is not known is absent, and asked again before the next round, or refused,
-and named with the reason.
+and named with the reason. Nobody is believed: who a node is follows from its registered id where there is a
+table of members, from its place in a simulation, and else from what it says, unless two say the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from server.agreement import short
 from soppu.errors import FederationError, RegistryError
 from soppu.registry import check_user_id
 
 _ATTEMPTS = 3  # how often a node is asked before the first round
 _PAUSE_S = 0.5
 _NO_ANSWER = "no answer"
+_REPLY = {"hello": ConfigRecord}
+
+
+class _Refusal(Exception):
+    """Why a node cannot take part, and whose it is, if that is known; never leaves this file."""
+
+    def __init__(self, why: str, user: str = "") -> None:
+        super().__init__(why)
+        self.user = user
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What a node says of itself, found to be possible."""
+
+    user: str
+    examples: int
 
 
 class Roll:
@@ -28,6 +48,8 @@ class Roll:
         plan_hash: of the layer plan a node has to hold.
         users: everybody who is expected; empty where any node may come.
         most_examples: how many a user may say to have.
+        members: node id -> user, of all who may take part, where nodes are registered; others are not asked.
+        simulated: the nodes are ours, and each is told which user it is.
 
     Attributes:
         nodes: node id -> user, of those who take part.
@@ -37,7 +59,15 @@ class Roll:
     """
 
     def __init__(
-        self, grid: Grid, order: ConfigRecord, *, plan_hash: str, users: Sequence[str], most_examples: int
+        self,
+        grid: Grid,
+        order: ConfigRecord,
+        *,
+        plan_hash: str,
+        users: Sequence[str],
+        most_examples: int,
+        members: Mapping[int, str] | None = None,
+        simulated: bool = False,
     ) -> None:
         self.nodes: dict[int, str] = {}
         self.examples: dict[str, int] = {}
@@ -48,6 +78,8 @@ class Roll:
         self._plan_hash = plan_hash
         self._users = users
         self._most = most_examples
+        self._members = None if members is None and not simulated else dict(members or {})
+        self._simulated = simulated
         self._turned_away: set[int] = set()
         self._short = ""
 
@@ -72,15 +104,32 @@ class Roll:
 
     def ask(self, *, timeout: float) -> None:
         """Ask every node that is neither known nor refused, once."""
-        nodes = sorted(set(self._grid.get_node_ids()) - self.nodes.keys() - self._turned_away)
+        here = set(self._grid.get_node_ids())
+        nodes = [
+            node for node in sorted(here - self.nodes.keys() - self._turned_away) if self._may_come(node)
+        ]
         self.silent = dict.fromkeys(nodes, _NO_ANSWER)
         messages = [
-            Message(content=RecordDict({"config": self._order}), message_type="query.hello", dst_node_id=node)
+            Message(
+                RecordDict({"config": self._question(node)}), message_type="query.hello", dst_node_id=node
+            )
             for node in nodes
         ]
         replies = self._grid.send_and_receive(messages, timeout=timeout) if messages else []
+        claims: dict[int, _Claim] = {}
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            self._hear(reply.metadata.src_node_id, reply)
+            node = reply.metadata.src_node_id
+            if node not in self.silent:
+                continue
+            if reply.has_error():
+                self.silent[node] = short(reply.error.reason)
+                continue
+            del self.silent[node]
+            try:
+                claims[node] = self._heard(node, reply)
+            except _Refusal as refusal:
+                self._turn_away(node, str(refusal), user=refusal.user)
+        self._enrol(claims, here)
 
     def absent(self) -> list[str]:
         """The users expected who do not take part, by name."""
@@ -89,7 +138,7 @@ class Roll:
     def missing(self) -> dict[str, str]:
         """Every user and node that does not take part -> why."""
         users = {user: "no node says it is this user" for user in self.absent() if user not in self.refused}
-        silent = {f"node {node}": why for node, why in self.silent.items()}
+        silent = {(self._members or {}).get(node, f"node {node}"): why for node, why in self.silent.items()}
         return {**users, **silent, **self.refused}
 
     def check(self, least: int) -> None:
@@ -110,33 +159,69 @@ class Roll:
     def _come(self) -> int:
         return len(list(self._grid.get_node_ids()))
 
-    def _hear(self, node: int, reply: Message) -> None:
-        if node not in self.silent:
-            return
-        if reply.has_error():
-            self.silent[node] = str(reply.error.reason)
-            return
-        del self.silent[node]
-        said = reply.content.config_records.get("hello", ConfigRecord())
-        user, examples = str(said.get("user", "")), said.get("examples")
-        if fault := self._name_fault(user):
-            self._turn_away(node, f"node {node}", fault)
-        elif said.get("plan-hash") != self._plan_hash:
-            self._turn_away(node, user, "holds another layer plan")
-        elif type(examples) is not int or not 1 <= examples <= self._most:
-            expected = f"expected a whole number from 1 to data.train_examples = {self._most}"
-            self._turn_away(node, user, f"says it has {examples!r} examples to train on, {expected}")
-        else:
-            self.nodes[node], self.examples[user] = user, examples
+    def _may_come(self, node: int) -> bool:
+        """Whether a node is asked at all; one that is no member is refused unasked."""
+        if self._members is None or node in self._members:
+            return True
+        if self._simulated and (free := [user for user in self._users if user not in self._members.values()]):
+            self._members[node] = free[0]
+            return True
+        self._turn_away(node, "is nobody's: the federation's members are others")
+        return False
 
-    def _turn_away(self, node: int, who: str, why: str) -> None:
-        self._turned_away.add(node)
-        self.refused[who] = why
+    def _question(self, node: int) -> ConfigRecord:
+        """The order, for a simulated node with its user's name: it has none of its own."""
+        named = {"user": (self._members or {})[node]} if self._simulated else {}
+        return ConfigRecord({**self._order, **named})
 
-    def _name_fault(self, user: str) -> str:
-        """Why a node cannot go by this name, or "": adapters are stored under it, one a user."""
+    def _heard(self, node: int, reply: Message) -> _Claim:
+        """What a node says, or _Refusal: whatever is in a reply, it ends nobody else's federation."""
+        known = (self._members or {}).get(node, "")
+        if not reply.has_content() or {key: type(item) for key, item in reply.content.items()} != _REPLY:
+            raise _Refusal("its reply to hello is not one record `hello`", known)
+        said = reply.content.config_records["hello"]
+        user, examples = said.get("user"), said.get("examples")
         try:
-            check_user_id(user)
+            check_user_id(user if type(user) is str else "")
         except RegistryError as error:
-            return str(error)
-        return f"says it is user {user!r}, and so does another node" if user in self.nodes.values() else ""
+            raise _Refusal(str(error), known) from None
+        if known and user != known:
+            raise _Refusal(f"says it is user {user!r}, its node is {known!r}", known)
+        if self._users and user not in self._users:
+            raise _Refusal(f"says it is user {user!r}, who is not among those expected")
+        whose = known or ("" if user in self.nodes.values() else str(user))
+        if said.get("plan-hash") != self._plan_hash:
+            raise _Refusal("holds another layer plan", whose)
+        if type(examples) is not int or not 1 <= examples <= self._most:
+            wanted = f"expected a whole number from 1 to data.train_examples = {self._most}"
+            raise _Refusal(f"says it has {short(examples)} examples to train on, {wanted}", whose)
+        return _Claim(str(user), examples)
+
+    def _enrol(self, claims: Mapping[int, _Claim], here: set[int]) -> None:
+        """Take up who is alone with a name. Of two nodes with one name both are refused: either may be wrong.
+
+        Where members are known both are right, and the one that is there already stays.
+        """
+        for gone in [node for node in self.nodes if node not in here and self.nodes[node] in _names(claims)]:
+            del self.nodes[gone]  # its user is back under another id
+        for user in sorted(_names(claims)):
+            holders = [node for node, name in self.nodes.items() if name == user]
+            nodes = [node for node, claim in claims.items() if claim.user == user]
+            if self._members is None and len(holders + nodes) > 1:
+                for node in sorted(holders + nodes):
+                    self.nodes.pop(node, None)
+                    self._turn_away(node, f"says it is user {user!r}, and so does another node")
+                self.examples.pop(user, None)
+                continue
+            for node in nodes[1:] if not holders else nodes:
+                self._turn_away(node, f"is user {user!r}, who is here with another node")
+            if not holders:
+                self.nodes[nodes[0]], self.examples[user] = user, claims[nodes[0]].examples
+
+    def _turn_away(self, node: int, why: str, *, user: str = "") -> None:
+        self._turned_away.add(node)
+        self.refused[user or f"node {node}"] = why
+
+
+def _names(claims: Mapping[int, _Claim]) -> set[str]:
+    return {claim.user for claim in claims.values()}

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from server.agreement import LOSS, SHARED_LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, size
+from server.agreement import LOSS, SHARED_LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, short, size
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
 
@@ -112,8 +112,8 @@ class FedBiOT(FedAvg):
         state = {**self._start, **self._emulator(number, arrays)}
         record = ArrayRecord(state)
         messages = []
-        for node in self.nodes:
-            order = ConfigRecord({**config, "server-round": number, "mode": mode})
+        for node, user in self.nodes.items():
+            order = ConfigRecord({**config, "server-round": number, "mode": mode, "user": user})
             content = RecordDict({self.arrayrecord_key: record, self.configrecord_key: order})
             log.bytes_down += record.count_bytes() + order.count_bytes()
             messages.append(Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node))
@@ -162,7 +162,7 @@ class FedBiOT(FedAvg):
             try:
                 form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
             except AdapterError as error:
-                log.refused[user] = str(error)
+                log.refused[user] = short(str(error))
                 log.lost += [user] if message.has_error() else []
                 continue
             good[user], changes[user] = (message, form), change(adapter, self._start)

@@ -82,13 +82,13 @@ class FederationConfig:
     """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
 
     rounds: Natural = 3
-    local_steps: Count = 10
     patience: Count = 2
+    local_steps: Count = 10
+    batch_size: Count = 4
+    learning_rate: Amount = 1e-3
     personal_steps: Count = 60
     personal_check_every: Count = 10
     personal_patience: Count = 2
-    batch_size: Count = 4
-    learning_rate: Amount = 1e-3
     personal_learning_rates: Annotated[tuple[Amount, ...], Field(min_length=1)] = (1e-3,)
     personal_shares: tuple[Share, ...] = (0.5, 0.75)
     prox_weight: Amount = 1e-3
@@ -99,11 +99,12 @@ class FederationConfig:
     client_cpus: Count = 1
     min_users: Natural = 0
     hello_timeout_s: Count = 120  # how long those who are missing are waited for
+    round_timeout_s: Count = 900  # a client that has not answered by then has lost its place in the round
     timeout_s: Count = 3600
 
 
 # Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "timeout_s"})
+OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "round_timeout_s", "timeout_s"})
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.

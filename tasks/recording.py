@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from soppu.errors import (
 )
 from soppu.stages.run import open_run
 
+_log = logging.getLogger(__name__)
 _HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, BundleError, MissingExtra)
 
 
@@ -62,7 +64,10 @@ def note(run: str, name: str, *, seconds: float) -> None:
 
 
 class Progress:
-    """A Prefect progress artifact that follows `{"note", "share"}` messages, at most one in `every_s`."""
+    """A Prefect progress artifact that follows `{"note", "share"}` messages, at most one in `every_s`.
+
+    What cannot be shown is logged; it ends no work.
+    """
 
     def __init__(self, key: str, *, every_s: float = 10.0) -> None:
         # sync in a sync task; the annotation also covers the coroutine of an async one
@@ -75,4 +80,7 @@ class Progress:
         now, share = time.monotonic(), float(said["share"])
         if now - self._last >= self._every_s or share >= 1.0:
             self._last = now
-            update_progress_artifact(self._id, progress=100.0 * share, description=str(said["note"]))
+            try:
+                update_progress_artifact(self._id, progress=100.0 * share, description=str(said["note"]))
+            except Exception as error:  # a server that is away raises half a dozen kinds
+                _log.warning("progress is not shown: %s", error)

@@ -6,7 +6,7 @@ computed once and kept; each step runs only the emulator, with a LoRA of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ from soppu.federation.train import CachedBlock, cache_states, mean_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_GENERATOR = "generator"
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,37 @@ class Aligner:
         pairs = {name: LoraPair(p.A.detach().clone(), p.B.detach().clone()) for name, p in self.pairs.items()}
         return LoraAdapter(pairs, base_hash=self.plan.base_hash)
 
-    def load(self, adapter: LoraAdapter) -> None:
-        """Continue from an earlier adapter; the optimiser starts afresh."""
-        self.pairs = {name: LoraPair(p.A.clone(), p.B.clone()) for name, p in adapter.pairs.items()}
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step follows from: the LoRA, AdamW's moments and counts, the blocks to come."""
+        state = {_GENERATOR: self._generator.get_state()}
+        for name, param in self._named():
+            moments = self._optimizer.state.get(param, {}) if self._optimizer else {}
+            state |= {f"{name}/{key}": value.detach().clone() for key, value in moments.items()}
+            state[name] = param.detach().clone()
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from an earlier `state`, bit for bit. KeyError if something is missing in it."""
+        with torch.no_grad():
+            for name, param in self._named():
+                param.copy_(state[name])
+        self._generator.set_state(state[_GENERATOR])
+        moments = {param: _moments(state, name, param) for name, param in self._named()}
         self._optimizer = None
+        if any(moments.values()):
+            self._start_optimizer().state.update(moments)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [
+            (f"{name}.lora_{side}.weight", getattr(pair, side))
+            for name, pair in self.pairs.items()
+            for side in ("A", "B")
+        ]
+
+    def _start_optimizer(self) -> torch.optim.AdamW:
+        params = [param.requires_grad_() for _, param in self._named()]
+        self._optimizer = torch.optim.AdamW(params, lr=self.options.learning_rate, weight_decay=0.0)
+        return self._optimizer
 
     def steps(self, count: int, *, user_adapter: LoraAdapter | None = None) -> Iterable[AlignLoss]:
         """Take `count` steps, giving each step's losses as it goes.
@@ -84,10 +113,7 @@ class Aligner:
         Args:
             user_adapter: the shared adapter at present; both sides of the KL term carry it.
         """
-        if self._optimizer is None:
-            params = [side.requires_grad_() for pair in self.pairs.values() for side in (pair.A, pair.B)]
-            self._optimizer = torch.optim.AdamW(params, lr=self.options.learning_rate, weight_decay=0.0)
-        optimizer = self._optimizer
+        optimizer = self._optimizer or self._start_optimizer()
         trained = LoraAdapter(self.pairs, base_hash=self.plan.base_hash)
         own = emulator.to_own(trained, self.plan, self.plan.kept)
         top_adapter = emulator.to_own(user_adapter, self.plan, self.plan.adapter) if user_adapter else None
@@ -127,3 +153,9 @@ class Aligner:
         given = self.top.logits(self.top.hidden(student, mask)[real]).float().log_softmax(-1)
         kl = nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
         return l2, kl
+
+
+def _moments(state: Mapping[str, Tensor], name: str, param: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of one parameter; its count of steps stays on the CPU."""
+    own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+    return {key: value.clone() if key == "step" else value.to(param, copy=True) for key, value in own.items()}

@@ -1,7 +1,8 @@
 """A federated simulation as a set of processes that we own: started, watched, and always ended.
 
 Flower's own `local` connection leaves a SuperLink running and shares it between runs. Here every run has a
-SuperLink, a port and a Flower home of its own, and whatever it started is gone when the call returns.
+SuperLink, a port and a Flower home of its own, and whatever it started is gone when the call returns, or when
+the process that made it has died.
 This file starts Flower's programs; it does not import Flower.
 """
 
@@ -28,6 +29,14 @@ from soppu.errors import FederationError
 
 RESULT, PROGRESS = "result.json", "progress.json"
 _MARK = "SOPPU_SIMULATION"
+# First in PATH of what we start: Flower starts its programs by their names.
+_SIMULATION = """#!{python}
+import sys
+sys.path.insert(0, {app!r})
+from server.simulate import main
+del sys.path[0]
+main()
+"""
 _CONNECTION = """[superlink]
 default = "soppu"
 
@@ -76,6 +85,7 @@ def run(
         end_processes(environment[_MARK])  # of an attempt that was killed
         result.unlink(missing_ok=True)
         try:
+            _start_watchdog(environment, stream)
             superlink = _start_superlink(environment, port, stream)
             client = _start_run(simulation, environment, stream)
             _watch(simulation, (superlink, client), on_progress)
@@ -110,6 +120,16 @@ def _kill_marked(mark: str, variable: str) -> list[psutil.Process]:
     return found
 
 
+def end_after(pid: int, started: float, mark: str) -> None:
+    """Wait until the process `pid` that was started at `started` is gone, then end what holds the mark."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        ours = process.create_time() == started  # else its number has gone to another by now
+        while ours and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
+    end_processes(mark)
+
+
 def mark_of(workdir: Path) -> str:
     """What all processes of a run carry in their environment; the same for every attempt at it."""
     return hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:32]
@@ -134,6 +154,10 @@ def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]
     with tempfile.TemporaryDirectory(prefix="soppu-", ignore_cleanup_errors=True) as scratch:
         home = Path(scratch, "flwr")
         home.mkdir()
+        program = Path(scratch, "bin", "flwr-simulation")
+        program.parent.mkdir()
+        program.write_text(_SIMULATION.format(python=sys.executable, app=str(simulation.app)))
+        program.chmod(0o755)
         (home / "config.toml").write_text(_CONNECTION.format(port=port))
         scripts = str(Path(sys.executable).parent)
         environment = {
@@ -142,10 +166,19 @@ def _environment(simulation: Simulation) -> Iterator[tuple[dict[str, str], int]]
             _MARK: mark_of(simulation.workdir),
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": scratch,
-            "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+            "PATH": os.pathsep.join([str(program.parent), scripts, os.environ.get("PATH", "")]),
             "OMP_NUM_THREADS": str(simulation.client_cpus),
         }
         yield environment, port
+
+
+def _start_watchdog(environment: dict[str, str], log: Any) -> None:
+    """A process that outlives this one, and ends the others if this one is killed. It ends with them."""
+    ours = psutil.Process()
+    call = f"end_after({ours.pid}, {ours.create_time()!r}, {environment[_MARK]!r})"
+    code = f"from soppu.federation.simulation import end_after; {call}"
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]))
+    _started([sys.executable, "-c", code], {**environment, "PYTHONPATH": path}, log)
 
 
 def _start_superlink(environment: dict[str, str], port: int, log: Any) -> subprocess.Popen[bytes]:

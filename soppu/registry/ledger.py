@@ -188,9 +188,7 @@ def freeze_current(
     check_held(session, sorted(chosen.items()))
     before = current_set(session)
     for user, adapter_id in chosen.items():
-        if (
-            before.get(user) != adapter_id
-        ):  # an earlier configuration's run, again; or one overtaken
+        if before.get(user) != adapter_id:  # an earlier configuration's run, again; or one overtaken
             new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics={}, at=now())
             hold(session, find_user(session, user), new)
     for user in sorted(without):

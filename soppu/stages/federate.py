@@ -12,6 +12,7 @@ import soppu
 from soppu import adapter as adapters
 from soppu import base_identity, files, models
 from soppu.adapter import LoraAdapter
+from soppu.config import Config
 from soppu.errors import FederationError, RegistryError
 from soppu.federation import emulator, simulation
 from soppu.federation.emulator import LayerPlan
@@ -35,7 +36,7 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
     run = open_run(run_folder)
     with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
         result = run.read(RESULT)
-        if not (result and _all_held(run.registry(), result["adapters"])):
+        if not (result and _enough(result, run.config) and _all_held(run.registry(), result["adapters"])):
             wanted = simulation.Simulation(
                 app=Path(soppu.__file__).resolve().parents[1],
                 config=run.folder / CONFIG,
@@ -115,6 +116,16 @@ def freeze_current(run_folder: str) -> str:
 def _id(result: dict[str, Any]) -> str:
     pairs = json.dumps(sorted(result.get("adapters", {}).items()))
     return f"f-{hashlib.sha256(pairs.encode()).hexdigest()[:16]}"
+
+
+def _enough(result: dict[str, Any], config: Config) -> bool:
+    """Whether a result found is enough for this run: an earlier one may have asked for fewer users."""
+    if config.federation.min_users:
+        return len(result["adapters"]) >= config.federation.min_users
+    if not (rounds := result.get("rounds")):
+        return True
+    last = rounds[-1]  # who was heard and refused has had their say
+    return set(config.data.users) <= result["adapters"].keys() | (last["refused"].keys() - last["lost"])
 
 
 def _all_held(registry: Registry, adapters: dict[str, str]) -> bool:

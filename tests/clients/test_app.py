@@ -48,7 +48,8 @@ class Setup:
     def message(self, kind: str, config: Config | None = None, **order: Any) -> Message:
         settings = configuration.to_dict(config or self.config)
         told = {name: settings[name] for name in SECTIONS}
-        record = ConfigRecord({"settings": json.dumps(told), "plan": self.plan.to_json(), **order})
+        order = {"settings": json.dumps(told), "plan": self.plan.to_json(), "user": "alice", **order}
+        record = ConfigRecord({name: value for name, value in order.items() if value is not None})
         content = RecordDict({"config": record})
         if kind == "train":
             state = {**wire.to_state(self.start()), **wire.to_state(self.emulator, prefix=wire.EMULATOR)}
@@ -108,24 +109,24 @@ def user_in(reply: Message) -> str:
 # ---- who answers
 
 
-def test_a_simulated_node_is_the_user_its_partition_points_at(setup: Setup) -> None:
+def test_a_simulated_node_is_the_user_that_the_server_says_it_is(setup: Setup) -> None:
     for number, user in enumerate(USERS):
-        reply = app(setup.message("query.hello"), node(**{"partition-id": number}))
-        hello = reply.content["hello"]
-        assert (hello["user"], hello["examples"]) == (user, 6)
-        assert hello["plan-hash"] == setup.plan.hash
+        for partition in (number, 1 - number):
+            message = setup.message("query.hello", user=user)
+            hello = app(message, node(**{"partition-id": partition})).content["hello"]
+            assert (hello["user"], hello["examples"]) == (user, 6)
+            assert hello["plan-hash"] == setup.plan.hash
 
 
-def test_partitions_follow_the_order_of_the_configuration(setup: Setup) -> None:
-    turned = dataclasses.replace(
-        setup.config, data=dataclasses.replace(setup.config.data, users=("bob", "alice"))
-    )
-    assert user_in(app(setup.message("query.hello", turned), node(**{"partition-id": 0}))) == "bob"
+def test_a_simulated_node_needs_to_know_of_no_other_user(setup: Setup) -> None:
+    alone = dataclasses.replace(setup.config, data=dataclasses.replace(setup.config.data, users=()))
+    message = setup.message("query.hello", alone, user="bob")
+    assert user_in(app(message, node(**{"partition-id": 0}))) == "bob"
 
 
 def test_a_partition_without_a_user_says_so(setup: Setup) -> None:
-    with pytest.raises(FederationError, match=r"partition 2 has no user: .*users gives 2"):
-        app(setup.message("query.hello"), node(**{"partition-id": 2}))
+    with pytest.raises(FederationError, match="partition 2 is nobody's: the message names no user"):
+        app(setup.message("query.hello", user=None), node(**{"partition-id": 2}))
 
 
 def test_a_real_node_decides_for_itself_who_it_is_and_where_its_text_is(
@@ -170,7 +171,7 @@ def test_a_user_with_too_little_text_says_so_before_training(setup: Setup) -> No
     wanting = dataclasses.replace(setup.config, data=more)
     assert user_in(app(setup.message("query.hello", wanting), node(**{"partition-id": 0}))) == "alice"
     with pytest.raises(DataError, match="user 'bob' has 10 examples to train on"):
-        app(setup.message("query.hello", wanting), node(**{"partition-id": 1}))
+        app(setup.message("query.hello", wanting, user="bob"), node(**{"partition-id": 1}))
 
 
 def test_settings_with_a_fault_are_refused(setup: Setup) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,8 @@ from soppu.registry import Registry
 from tests.flows.driver import Pipeline, until
 
 pytestmark = pytest.mark.slow
+
+OUTAGE_S = float(os.environ.get("SOPPU_TEST_OUTAGE_S", "4"))  # by hand: a minute
 
 
 def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
@@ -38,7 +42,9 @@ def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
     assert set(registry.current_set()) == {"ann", "bob", "cleo"}
 
 
-def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeline: Pipeline) -> None:
+def test_a_killed_worker_a_server_that_is_away_and_a_target_that_is_gone_cost_nothing_else(
+    tiny_pipeline: Pipeline,
+) -> None:
     pipeline, others = tiny_pipeline, tiny_pipeline.run_folders()
     pipeline.overrides |= {"compress.ratio": 3.0}  # a run of its own, of the training there is
     first = pipeline.submit("soppu/full-pipeline")
@@ -48,7 +54,7 @@ def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeli
         return "compress" in tasks and tasks["compress"]["state_type"] == "COMPLETED"
 
     until(compressed, timeout=300, every=0.1)
-    kill_worker(pipeline)
+    kill(pipeline, "worker")
     (folder,) = pipeline.run_folders() - others
     stages = folder / "stages"
     before = {path.name: path.read_text() for path in stages.glob("*.json")}
@@ -56,12 +62,16 @@ def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeli
 
     assert up(pipeline.stack)["worker"]
     again = pipeline.submit("soppu/full-pipeline")
+    until(lambda: "collect" in pipeline.task_runs(again), timeout=300, every=0.05)
+    kill(pipeline, "prefect-server")  # the flow waits for it, and goes on
+    time.sleep(OUTAGE_S)
+    assert up(pipeline.stack) == {"prefect server": True, "worker": False}
     pipeline.completed(again)
     tasks = pipeline.task_runs(again)
     for name in ("federate", "compress"):
         assert tasks[name]["state_name"] == "Cached", tasks[name]["state_name"]
         assert (stages / f"{name}.json").read_text() == before[f"{name}.json"]
-    assert (stages / "publish embedded.json").exists()
+    assert json.loads((stages / "publish embedded.json").read_text())["attempts"] == 1
 
     # a second target, at which nobody answers, keeps nothing from the first, and the run says so
     nobody = f"http://127.0.0.1:{free_port()}"
@@ -80,11 +90,10 @@ def test_a_killed_worker_or_a_target_that_is_gone_costs_nothing_else(tiny_pipeli
     assert live[0].url == rows["there"]["url"] and live[0].bundle_id == rows["there"]["bundle_id"]
 
 
-def kill_worker(pipeline: Pipeline) -> None:
-    """SIGKILL to the worker and to everything under it, as a lost machine would."""
-    pid_file = pipeline.stack.pid_file("worker")
-    worker = psutil.Process(json.loads(pid_file.read_text())["pid"])
-    doomed = [worker, *worker.children(recursive=True)]
+def kill(pipeline: Pipeline, name: str) -> None:
+    """SIGKILL to a process of the stack and to everything under it, as a lost machine would."""
+    first = psutil.Process(json.loads(pipeline.stack.pid_file(name).read_text())["pid"])
+    doomed = [first, *first.children(recursive=True)]
     for item in doomed:
         item.kill()
     psutil.wait_procs(doomed, timeout=10)

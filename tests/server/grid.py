@@ -34,6 +34,7 @@ class InProcessGrid(Grid):
         self.tamper = tamper
         self.sent: list[Message] = []
         self.replies: list[Message] = []
+        self.ready: dict[str, Message] = {}  # message -> reply that was not yet asked for
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
@@ -68,7 +69,13 @@ class InProcessGrid(Grid):
         raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
+        names = []
+        for message in messages:
+            names.append(f"m{len(self.sent)}")
+            message.metadata.__dict__["_message_id"] = names[-1]
+            if (reply := self._answer(message)) is not None:
+                self.ready[names[-1]] = reply
+        return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
+        return [self.ready.pop(name) for name in list(message_ids) if name in self.ready]

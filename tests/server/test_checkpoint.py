@@ -15,17 +15,16 @@ from soppu.errors import StorageError
 
 
 def make(key: str = "run", *, done: int = 1, value: float = 1.0) -> Checkpoint:
-    tensors = {"a.lora_A.weight": torch.full((2, 3), value), "emulator/b.lora_B.weight": torch.ones(4, 2).T}
-    return Checkpoint(
-        key, done, tensors, {"rounds": [{"round": done, "refused": {}}], "align": {"after": 0.25}}
-    )
+    tensors = {"a.lora_A.weight": torch.full((2, 3), value), "b.lora_B.weight": torch.ones(4, 2).T}
+    aligner = {"b.lora_B.weight": torch.ones(5, 2).T, "b.lora_B.weight/step": torch.tensor(3.0)}
+    notes = {"rounds": [{"round": done, "refused": {}}], "align": {"after": 0.25}}
+    return Checkpoint(key, done, tensors, notes, aligner)
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
-    return (
-        (one.key, one.done, one.notes) == (other.key, other.done, other.notes)
-        and one.tensors.keys() == other.tensors.keys()
-        and all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+    return (one.key, one.done, one.notes) == (other.key, other.done, other.notes) and all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for ours, theirs in ((one.tensors, other.tensors), (one.aligner, other.aligner))
     )
 
 

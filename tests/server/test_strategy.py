@@ -359,7 +359,39 @@ def scaled(content: RecordDict, factor: float) -> None:
     content["arrays"] = ArrayRecord({name: value * factor for name, value in state.items()})
 
 
+def array(value: np.ndarray[Any, Any], **claims: Any) -> Callable[[RecordDict], None]:
+    """An array as numpy writes it, pickled if need be, whatever the record says that it is."""
+    stream = io.BytesIO()
+    np.save(stream, value, allow_pickle=True)
+    said = {"dtype": "float32", "shape": (2, 8), "stype": "numpy.ndarray", **claims}
+    return lambda record: record["arrays"].update({KEY: Array(data=stream.getvalue(), **said)})
+
+
+NOVEL = "x" * 5_000_000
+
 BAD = {
+    "no numbers": (tensor(KEY, torch.zeros(0, 8)), r"shape \(0, 8\), the plan says \(2, 8\)"),
+    "one number": (tensor(KEY, torch.tensor(1.0)), r"shape \(\), the plan says"),
+    "one more axis": (tensor(KEY, torch.zeros(2, 8, 1)), r"shape \(2, 8, 1\), the plan says"),
+    "far too many": (tensor(KEY, torch.zeros(2, 800_000)), r"shape \(2, 800000\), the plan says"),
+    "truth values": (tensor(KEY, torch.zeros(2, 8, dtype=torch.bool)), "holds torch.bool"),
+    "complex numbers": (tensor(KEY, torch.zeros(2, 8, dtype=torch.complex64)), "holds torch.complex64"),
+    "pickled objects": (array(np.array([[print] * 8] * 2, dtype=object)), "the arrays cannot be read"),
+    "texts": (array(np.array([["a"] * 8] * 2)), "the arrays cannot be read"),
+    "records": (array(np.zeros((2, 8), dtype=[("a", "f4")])), "the arrays cannot be read"),
+    "another library": (array(np.zeros((2, 8)), stype="torch.Tensor"), "the arrays cannot be read"),
+    "a shape that is a lie": (array(np.zeros((3, 8))), r"shape \(3, 8\), the plan says \(2, 8\)"),
+    "a kind that is a lie": (array(np.zeros((2, 8), dtype="i8")), "holds torch.int64"),
+    "a novel for a name": (tensor(NOVEL, torch.zeros(1)), "tensor x+.*"),
+    "a novel for a form": (field("who", "form", NOVEL), "sent in the form 'x+"),
+    "a list for a user": (field("who", "user", ["bob", "alice"]), "says it is from"),
+    "bytes for a plan": (field("who", "plan-hash", b"p" * 64), "trained on plan b'ppp"),
+    "a negative loss": (
+        field("metrics", "emulator-loss", -5.0),
+        "metric emulator-loss is -5.0, expected a number",
+    ),
+    "a loss of lists": (field("metrics", "emulator-loss", [1.0] * 100_000), "metric emulator-loss is"),
+    "a loss beyond all": (field("metrics", "emulator-loss", 2e4), "metric emulator-loss is 20000.0"),
     "NaN": (tensor(KEY, number(math.nan)), "holds NaN or Inf"),
     "Inf": (tensor(KEY, number(-math.inf)), "holds NaN or Inf"),
     "wrong shape": (tensor(KEY, torch.zeros(3, 8)), r"shape \(3, 8\), the plan says \(2, 8\)"),

@@ -9,14 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import uuid4
 
+import httpx
 import pytest
 from prefect import Task
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Failed
 
 from soppu.errors import ConfigError, FederationError, GateError, SoppuError, TargetError
+from soppu.federation.simulation import free_port
 from soppu.stages.run import READS, prepare
-from tasks.recording import stage_key, transient
+from tasks import outage
+from tasks.recording import Progress, stage_key, transient
 
 FOLDER = Path(__file__).resolve().parents[2] / "tasks"
 
@@ -194,3 +199,36 @@ def test_settings_changed_in_the_run_folder_itself_count_too(
 
 def _subclasses(cls: type[Exception]) -> set[type[Exception]]:
     return {item for sub in cls.__subclasses__() for item in {sub, *_subclasses(sub)}}
+
+
+def test_a_subflow_that_cannot_be_made_is_called_again_and_one_that_fails_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outage, "_PAUSES_S", (0.0,) * 3)
+    errors: list[Exception] = [httpx.ConnectError("away"), httpx.ConnectError("away")]
+
+    def subflow(value: int) -> int:
+        if errors:
+            raise errors.pop(0)
+        return value
+
+    assert outage.outlasting(subflow, value=7) == 7
+    errors += [httpx.ConnectError("away")] * 4
+    with pytest.raises(httpx.ConnectError):
+        outage.outlasting(subflow, value=7)
+    assert not errors
+    for own in (GateError(["worse"]), httpx.ReadTimeout("slow"), ConnectionError("a target's")):
+        errors.append(own)
+        with pytest.raises(type(own)):
+            outage.outlasting(subflow, value=7)
+
+
+def test_progress_that_cannot_be_shown_ends_no_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody listens at the API's address."""
+    progress = object.__new__(Progress)
+    progress._id, progress._every_s, progress._last = uuid4(), 0.0, 0.0
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
+        progress({"note": "round 2", "share": 0.5})
+    assert "progress is not shown" in caplog.text
