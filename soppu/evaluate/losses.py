@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from soppu.adapter import LoraAdapter
 from soppu.federation import emulator
 from soppu.federation.attach import attached
 from soppu.federation.emulator import LayerPlan, TopModel
 from soppu.federation.personalise import BASE, PERSONAL, SHARED
-from soppu.federation.train import CachedBlock, batch_loss
+from soppu.federation.train import CachedBlock, before_head
 
 CURRENT = "current"  # what the registry holds for a user: no federation of this run has chosen it
+_ROWS = 1024  # labels whose logits are held at a time
 COLUMNS = ("base", "shared", "personal", "compressed")
 FULL_MODEL, EMULATOR = "full model", "emulator at the client"
 TOLERANCE = 0.01
@@ -112,13 +114,24 @@ class UserLosses:
 
 @torch.no_grad()
 def example_losses(
-    top: TopModel, plan: LayerPlan, blocks: Sequence[CachedBlock], *, adapter: LoraAdapter | None
+    top: TopModel,
+    plan: LayerPlan,
+    blocks: Sequence[CachedBlock],
+    *,
+    adapter: LoraAdapter | None,
+    batch_size: int = 8,
 ) -> list[tuple[float, int]]:
     """Summed loss (nats) of every block and the tokens it counts; None measures the base model.
 
-    Cost: one forward pass of the top a block. Raises AdapterError for an adapter of other layers.
+    Cost: one forward pass of the top. Raises AdapterError for an adapter of other layers.
     """
     own = emulator.to_own(adapter, plan, plan.adapter) if adapter else None
+    found: list[tuple[float, int]] = []
     with attached(top.model, own):
-        losses = (batch_loss(top, [block]) for block in blocks)
-        return [(float(loss), count) for loss, count in losses]
+        for start in range(0, len(blocks), batch_size):
+            hidden, target, counts = before_head(top, blocks[start : start + batch_size])
+            rows = zip(hidden.split(_ROWS), target.split(_ROWS), strict=True)
+            losses = [cross_entropy(top.logits(h).float(), t, reduction="none") for h, t in rows]
+            each = torch.cat(losses).double().split(counts)
+            found += [(float(one.sum()), count) for one, count in zip(each, counts, strict=True)]
+    return found

@@ -76,6 +76,13 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
 
     The head runs only where a label counts: O(labels x v) instead of O(tokens x v).
     """
+    hidden, target, counts = before_head(top, blocks)
+    logits = top.logits(hidden).float()
+    return nn.functional.cross_entropy(logits, target, reduction="sum"), sum(counts)
+
+
+def before_head(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[Tensor, Tensor, list[int]]:
+    """States (n, d) that the head predicts unmasked labels from, the labels (n,), how many each block has."""
     pad = nn.utils.rnn.pad_sequence
     states = pad([block.states for block in blocks], batch_first=True)
     labels = pad([block.labels for block in blocks], batch_first=True, padding_value=IGNORE)
@@ -84,8 +91,7 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
     hidden = top.hidden(states, mask)[:, :-1]
     target = labels[:, 1:]
     counted = target != IGNORE
-    logits = top.logits(hidden[counted]).float()
-    return nn.functional.cross_entropy(logits, target[counted], reduction="sum"), int(counted.sum())
+    return hidden[counted], target[counted], counted.sum(dim=1).tolist()
 
 
 @torch.no_grad()

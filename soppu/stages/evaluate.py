@@ -122,7 +122,8 @@ class _Bench:
         again = {name: tried[name] for name in ("shared", "compressed")}
         # where there is little text what was trained on doubles as validation text: nothing is learnt from it
         apart = text.validation != text.train and all(again.values())
-        by = self._measure(text.validation, again) if apart else None
+        # no more of it than is held out: it says only which of two is better
+        by = self._measure(text.validation[: len(text.heldout)], again) if apart else None
         return UserLosses(
             text.user_id,
             len(text.heldout),
