@@ -20,8 +20,11 @@ from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.evaluate import html
+from soppu.evaluate.losses import EMULATOR, UserLosses
 from soppu.federation.attach import attached
+from soppu.federation.personalise import SHARED
 from soppu.federation.simulation import free_port
+from soppu.stages import evaluate as stage
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
@@ -154,6 +157,29 @@ def test_a_verdict_of_the_next_night_measures_the_same_adapters_without_a_federa
     assert "2 with the adapter they have" in page.users_markdown
     assert "over the shared adapter" not in page.users_markdown
     assert nightly.read(name)["verdict"]["gain_over_shared"] is None
+
+
+def test_numbers_may_come_from_users_own_side(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where text may not leave: means alone, of an emulator; verdict and page are made all the same."""
+
+    def asked(run: Run, members: Any, bundle_id: str, *, on_progress: Any = None) -> list[UserLosses]:
+        assert set(members) == {"ann", "bob"} and bundle_id == served.bundle_id
+        return [
+            UserLosses("ann", 4, 3.0, 2.5, 2.52, 2.6, measured_on=EMULATOR),
+            UserLosses("bob", 4, 3.0, 2.9, 2.71, 2.7, SHARED, measured_on=EMULATOR),
+        ]
+
+    monkeypatch.setattr(stage, "source_of", lambda run: asked)
+    config = served.run.folder / "config.toml"
+    other = open_run(prepare(str(config), {"runs": f"{served.run.config.runs}-elsewhere"}, text=False))
+    bundle_id = compress_set(str(other.folder), served.set_id)
+    name = evaluate(str(other.folder), served.set_id, bundle_id)
+    assert other.read(name)["verdict"]["gain_over_shared"] == pytest.approx((0.08 - 0.01) / 2)
+    report = json.loads((write_report(str(other.folder), name).html.parent / "report.json").read_text())
+    ann = report["users"][0]
+    assert (ann["measured_on"], ann["compression_lost"]) == ("emulator at the client", None)
+    assert ann["gain_over_shared"] == {"mean": pytest.approx(0.08), "low": None, "high": None}
+    assert "measured on the emulator at the client." in html.page(report)
 
 
 def test_published_each_user_is_answered_with_what_serves_them_best(served: Served) -> None:
