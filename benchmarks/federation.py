@@ -117,7 +117,12 @@ def federate(config: Config, workdir: Path) -> Measured:
     registry = Registry.open(config.registry.root)
     losses: dict[str, dict[str, float]] = {"base": {}, "shared": {}, "personal": {}}
     for user, adapter_id in result["adapters"].items():
-        blocks = tokenize(load_user(config.data, user).heldout, tokenizer, max_tokens=config.data.max_tokens)
+        blocks = tokenize(
+            load_user(config.data, user).heldout,
+            tokenizer,
+            max_tokens=config.data.max_tokens,
+            chat_template=config.data.chat_template,
+        )
         states = cache_states(bottom, blocks, pad_id=tokenizer.pad_token_id)
         tried = {"base": None, "shared": shared, "personal": registry.get_adapter(adapter_id)}
         for name, adapter in tried.items():

@@ -61,7 +61,12 @@ class Bench:
         self.states: dict[str, list[CachedBlock]] = {}
         for user in tqdm(run.config.data.users, desc="states"):
             held = load_user(run.config.data, user).heldout
-            blocks = tokenize(held, tokenizer, max_tokens=run.config.data.max_tokens)
+            blocks = tokenize(
+                held,
+                tokenizer,
+                max_tokens=run.config.data.max_tokens,
+                chat_template=run.config.data.chat_template,
+            )
             self.states[user] = cache_states(bottom, blocks, pad_id=tokenizer.pad_token_id)
 
     def loss(self, user: str, adapter: LoraAdapter | None) -> float:

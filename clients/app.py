@@ -2,7 +2,8 @@
 
 Text is read here and stays here; what leaves is LoRA factors and numbers. A simulated client is the user
 that the server says it is; a real one is named by the node that runs it
-(`--node-config 'user-id="alice" data-source="/home/alice/notes.jsonl"'`), never by the server.
+(`--node-config 'user-id="alice" data-source="/home/alice/notes.jsonl"'`), never by the server. What is a
+user's own between rounds lies in the node's `state-dir`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from flwr.clientapp import ClientApp
 
 from clients.limit import within_its_time
 from clients.packing import Parcel, pack
+from clients.turn import Asked, Turn
 from clients.workbench import UserStates, Workbench, workbench
 from soppu import config as configuration
+from soppu import user_ids
 from soppu.adapter import LoraAdapter
-from soppu.config import Config
+from soppu.config import Config, FederationConfig
 from soppu.data import load_user
 from soppu.errors import FederationError
 from soppu.federation import wire
@@ -51,27 +54,21 @@ def train(msg: Message, context: Context) -> Message:
     shared, emulator_lora = wire.split_state(msg.content.array_records["arrays"].to_torch_state_dict())
     bench = workbench(config, _plan(msg))
     bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
-    start = wire.from_state(
-        shared,
-        bench.shapes,
-        rank=config.lora.rank,
-        who="server",
-        base_model=config.base.model,
-        base_hash=bench.plan.base_hash,
-        fan_in_fan_out=bench.plan.fan_in_fan_out,
-    )
-    states = bench.states(user_id)
     mode, number = str(order["mode"]), int(str(order["server-round"]))
-    seed = _seed(config, user_id, number)
-    trained = (_personal if mode == "personal" else _shared)(bench, states, start, seed)
-    parcel = pack(
-        bench, states, trained.adapter, loss=trained.losses["emulator-loss"], personal=mode == "personal"
-    )
+    asked = Asked(number, mode == "personal", str(order.get("run", "")))
+    turn = Turn(bench, asked, shared, user_id=user_id)
+    states = bench.states(user_id)
+    trained = _trained(bench, states, turn, _seed(config, user_id, number))
+    turn.remember(trained.adapter)
+    trained = _released(bench, states, turn, trained)
+    personal, loss = asked.personal and turn.trains, trained.losses["emulator-loss"]
+    parcel = pack(bench, states, trained.adapter, loss=loss, personal=personal)
+    who = {"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form}
     content = RecordDict(
         {
-            "arrays": ArrayRecord(parcel.state),
+            "arrays": ArrayRecord(turn.sent(parcel.state)),
             "metrics": _metrics(states, trained, parcel),
-            "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash, "form": parcel.form}),
+            "who": ConfigRecord({**who, **turn.told}),
         }
     )
     return Message(content=content, reply_to=msg)
@@ -84,12 +81,14 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
     if "user-id" in node:
         if "data-source" not in node:
             raise FederationError(f"node of user {node['user-id']!r}: --node-config names no data-source")
-        data = dataclasses.replace(
-            config.data, source=str(node["data-source"]), users=(str(node["user-id"]),)
-        )
+        user = user_ids.to_id(str(node["user-id"]))
+        data = dataclasses.replace(config.data, source=str(node["data-source"]), users=(user,))
         model, cache = node.get("base-model", config.base.model), node.get("model-cache", config.base.cache)
         base = dataclasses.replace(config.base, model=str(model), cache=str(cache))
-        return dataclasses.replace(config, data=data, base=base), str(node["user-id"])
+        # the server's folder is another machine's
+        state = str(node.get("state-dir", FederationConfig().client_state))
+        federation = dataclasses.replace(config.federation, client_state=state)
+        return dataclasses.replace(config, data=data, base=base, federation=federation), user
     if "partition-id" not in node:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"
@@ -113,7 +112,27 @@ class _Trained:
     choice: dict[str, float | int]
 
 
-def _shared(bench: Workbench, states: UserStates, start: LoraAdapter, seed: int) -> _Trained:
+def _trained(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
+    """What the turn's training gives; the start itself where the mode trains nobody alone."""
+    if turn.trains:
+        return (_personal if turn.asked.personal else _shared)(bench, states, turn, seed)
+    train_loss = mean_loss(bench.top, bench.plan, states.train, adapter=turn.start)
+    base, shared = (_validate(bench, states, adapter) for adapter in (None, turn.start))
+    losses = {"emulator-loss-base": base, "emulator-loss-shared": shared, "emulator-loss": shared}
+    choice = {"learning-rate": 0.0, "steps": 0, "share": 0.0}
+    return _Trained(turn.start, (train_loss, train_loss), losses, choice)
+
+
+def _released(bench: Workbench, states: UserStates, turn: Turn, trained: _Trained) -> _Trained:
+    """The same as it leaves: where noise has come upon it, measured again."""
+    adapter = turn.released(trained.adapter)
+    if adapter is trained.adapter:
+        return trained
+    losses = {**trained.losses, "emulator-loss": _validate(bench, states, adapter)}
+    return dataclasses.replace(trained, adapter=adapter, losses=losses)
+
+
+def _shared(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
     """What this user adds to the adapter that all share."""
     federation = bench.config.federation
     options = _options(bench.config, learning_rate=federation.learning_rate, seed=seed)
@@ -121,15 +140,19 @@ def _shared(bench: Workbench, states: UserStates, start: LoraAdapter, seed: int)
         bench.top,
         bench.plan,
         states.train,
-        start=start,
-        options=dataclasses.replace(options, steps=federation.local_steps),
+        start=turn.start,
+        options=dataclasses.replace(options, steps=federation.local_steps, held=turn.held),
     )
-    looked_at = {"emulator-loss-base": None, "emulator-loss-shared": start, "emulator-loss": result.adapter}
+    looked_at = {
+        "emulator-loss-base": None,
+        "emulator-loss-shared": turn.start,
+        "emulator-loss": result.adapter,
+    }
     losses = {name: _validate(bench, states, adapter) for name, adapter in looked_at.items()}
     return _Trained(result.adapter, (result.first_loss, result.last_loss), losses, {})
 
 
-def _personal(bench: Workbench, states: UserStates, start: LoraAdapter, seed: int) -> _Trained:
+def _personal(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
     """This user's own adapter, the best of what is tried on their validation text."""
     federation = bench.config.federation
     search = SearchOptions(
@@ -137,17 +160,19 @@ def _personal(bench: Workbench, states: UserStates, start: LoraAdapter, seed: in
         steps=federation.personal_steps,
         check_every=federation.personal_check_every,
         patience=federation.personal_patience,
-        shares=federation.personal_shares,
+        # where a part of the start is the user's own already, the start itself is one of theirs
+        shares=(*((0.0,) if turn.sharing.remembers else ()), *federation.personal_shares),
     )
 
     def begin(rate: float) -> Training:
-        options = _options(bench.config, learning_rate=rate, seed=seed)
-        return Training(bench.top, bench.plan, states.train, start=start, options=options)
+        options = dataclasses.replace(_options(bench.config, learning_rate=rate, seed=seed), held=turn.held)
+        return Training(bench.top, bench.plan, states.train, start=turn.start, options=options)
 
-    best = personalise(begin, partial(_validate, bench, states), start=start, search=search)
+    best = personalise(begin, partial(_validate, bench, states), start=turn.start, search=search)
+    common = turn.common()
     losses = {
         "emulator-loss-base": best.base,
-        "emulator-loss-shared": best.shared,
+        "emulator-loss-shared": best.shared if common is None else _validate(bench, states, common),
         "emulator-loss": best.personal,
     }
     choice = {"learning-rate": best.learning_rate, "steps": best.steps, "share": best.share}
@@ -175,6 +200,6 @@ def _seed(config: Config, user_id: str, server_round: int) -> int:
 
 def _metrics(states: UserStates, trained: _Trained, parcel: Parcel) -> MetricRecord:
     first, last = trained.train_losses
-    told = {"num-examples": len(states.train), "train-loss-first": first, "train-loss-last": last}
+    told = {"num-examples": len(states.user.train), "train-loss-first": first, "train-loss-last": last}
     ternary = {} if parcel.ternary_loss is None else {"emulator-loss-ternary": parcel.ternary_loss}
     return MetricRecord({**told, **trained.losses, **trained.choice, **ternary})

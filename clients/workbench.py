@@ -13,7 +13,7 @@ from pathlib import Path
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
-from soppu.data import UserData, load_user, tokenize
+from soppu.data import Example, UserData, load_user, tokenize
 from soppu.errors import FederationError
 from soppu.federation import emulator
 from soppu.federation.emulator import LayerPlan, TopModel
@@ -72,8 +72,11 @@ class Workbench:
                 self._states.popitem(last=False)
         return self._states[user_id]
 
-    def _run(self, examples: tuple[object, ...]) -> list[CachedBlock]:
-        blocks = tokenize(examples, self.tokenizer, max_tokens=self.config.data.max_tokens)  # type: ignore[arg-type]
+    def _run(self, examples: tuple[Example, ...]) -> list[CachedBlock]:
+        data = self.config.data
+        blocks = tokenize(
+            examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
+        )
         return cache_states(self._bottom, blocks, pad_id=self.tokenizer.pad_token_id)
 
 

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
 from soppu.federation import wire, wire_ternary
+from soppu.federation.modes import Sharing
 
 WEIGHT = "num-examples"
 LOSS, TERNARY_LOSS = "emulator-loss", "emulator-loss-ternary"
@@ -46,6 +48,7 @@ class Agreement:
         max_examples: how many examples any user may say to have trained on.
         examples: user -> how many they said at hello; no reply may name more.
         max_update: how many times the median change of a round one user's may be.
+        sharing: what of an adapter comes in which round; None: the whole of it in each.
     """
 
     plan_hash: str
@@ -59,6 +62,16 @@ class Agreement:
     max_examples: int = 1_000_000
     examples: Mapping[str, int] = field(default_factory=dict)
     max_update: float = 10.0
+    sharing: Sharing | None = None
+
+    @cached_property
+    def mode(self) -> Sharing:
+        """What comes in which round."""
+        return self.sharing or Sharing("finetune", self.rank)
+
+    @cached_property
+    def _own(self) -> Mapping[str, Tensor]:
+        return self.mode.start(self.shapes)[1]
 
     def adapter(self, state: Mapping[str, Tensor], *, who: str, form: str = wire.FLOAT32) -> LoraAdapter:
         """Tensors -> adapter; AdapterError names `who` and what is wrong."""
@@ -73,8 +86,18 @@ class Agreement:
             fan_in_fan_out=self.fan_in_fan_out,
         )
 
-    def read(self, message: Message, user: str, *, personal: bool) -> tuple[str, LoraAdapter]:
-        """The form and the adapter of a user's reply.
+    def shared(self, state: Mapping[str, Tensor], *, who: str) -> LoraAdapter:
+        """What is shared -> the adapter of a user whose own part is as it began; AdapterError as above."""
+        wire.check(state, self.mode.sent(self.shapes, personal=False), who=who)
+        return self.adapter(self.mode.join(state, self._own), who=who)
+
+    def read(
+        self, message: Message, user: str, *, personal: bool, begun: Mapping[str, Tensor] | None = None
+    ) -> tuple[str, LoraAdapter]:
+        """The form and the adapter of a user's reply: whole, or in a shared round what `shared` makes of it.
+
+        Args:
+            begun: the shared tensors of the round's start: the adapter of one who has nothing to send back.
 
         Raises:
             AdapterError: the client failed, or anything in the reply is not as agreed.
@@ -84,7 +107,7 @@ class Agreement:
         if {name: type(record) for name, record in message.content.items()} != _REPLY:
             found = ", ".join(sorted(message.content))
             raise AdapterError(f"{user}: the reply holds {found or 'nothing'}; expected {', '.join(_REPLY)}")
-        ternary = personal and self.form == wire.TERNARY
+        ternary = personal and self.mode.trains_alone and self.form == wire.TERNARY
         form = self._form(message.content.config_records["who"], user, ternary=ternary)
         metrics = message.content.metric_records["metrics"]
         names = PERSONAL_METRICS if personal else METRICS
@@ -92,7 +115,14 @@ class Agreement:
         _check_weight(metrics, user, most=self.examples.get(user, self.max_examples))
         if form == wire.TERNARY:
             self._check_rise(metrics, user)
-        adapter = self.adapter(_tensors(message, user), who=user, form=form)
+        state = _tensors(message, user)
+        if not personal:
+            adapter = self.shared(state, who=user)
+        elif self.mode.trains_alone:
+            adapter = self.adapter(state, who=user, form=form)
+        else:
+            wire.check(state, {}, who=user)
+            adapter = self.shared(begun or {}, who="server")
         _check_product(adapter, user)
         return form, adapter
 

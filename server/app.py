@@ -10,6 +10,7 @@ round.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,16 +33,20 @@ from soppu import data, files, models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.errors import FederationError
-from soppu.federation import emulator, wire
+from soppu.federation import emulator, privacy, wire
 from soppu.federation.align import Aligner
-from soppu.federation.attach import initial_pairs
+from soppu.federation.modes import Sharing
 from soppu.federation.personalise import served
 from soppu.registry import Registry
 
 SHARED_FOLDER = "shared"  # in the work folder: the adapter that all users averaged
 # What a client needs to know; the registry, what is served and who else there is are not its business.
 CLIENT_SECTIONS = ("seed", "frozen_dtype", "base", "data", "plan", "lora", "federation")
-_OURS = {"base": ("cache",), "data": ("source", "users"), "federation": ("members", "connection")}
+_OURS = {
+    "base": ("cache",),
+    "data": ("source", "users"),
+    "federation": ("client_state", "members", "connection"),
+}
 
 app = ServerApp()
 
@@ -62,9 +67,11 @@ class Federation:
     """
 
     def __init__(self, config: Config, workdir: Path, *, members: Mapping[int, str] | None = None) -> None:
+        privacy.require(config.federation)
         self.config = config
         self.workdir = workdir
         self.members = members
+        self.sharing = Sharing.of(config)
         base = models.resolve(config.base.model, cache=Path(config.base.cache))
         model = models.load_model(base, dtype=config.frozen_dtype)
         tokenizer = models.load_tokenizer(base)
@@ -86,13 +93,19 @@ class Federation:
             max_loss=config.federation.wire_max_loss,
             max_examples=config.data.train_examples,
             max_update=config.federation.max_update,
+            sharing=self.sharing,
         )
         self.aligner = Aligner(
             model, self.plan, options=config.align, pad_id=tokenizer.pad_token_id, seed=config.seed
         )
-        public = data.load_public(config.align.source, limit=config.align.examples)
+        public = data.load_public(config.align.source, limit=config.align.examples, config=config.data)
         self._public, self._unseen = (
-            data.tokenize(part, tokenizer, max_tokens=config.align.max_tokens)
+            data.tokenize(
+                part,
+                tokenizer,
+                max_tokens=config.align.max_tokens,
+                chat_template=config.data.chat_template,
+            )
             for part in data.split_public(public)
         )
         self.state = checkpoints.load(workdir, key=f"{config.training_digest()} {self.plan.hash}")
@@ -103,7 +116,8 @@ class Federation:
     def run(self, grid: Grid) -> None:
         """All of it: hello, warm-up, rounds, result."""
         self.progress("asking who is there", 0)
-        order = ConfigRecord({"settings": json.dumps(self.told()), "plan": self.plan.to_json()})
+        run = hashlib.sha256(self.state.key.encode()).hexdigest()[:16]
+        order = ConfigRecord({"settings": json.dumps(self.told()), "plan": self.plan.to_json(), "run": run})
         self.hello(grid, order)
         self.warm_up()
         self.strategy = FedBiOT(
@@ -111,6 +125,7 @@ class Federation:
             self.roll.nodes,
             emulator=self.emulator_for_round,
             keep=self.keep,
+            sharing=self.config.federation,
         )
         shared = ArrayRecord(self.state.tensors)
         while not self.strategy.logs or self.strategy.logs[-1].mode != PERSONAL:
@@ -120,19 +135,20 @@ class Federation:
     def round(self, grid: Grid, shared: ArrayRecord, order: ConfigRecord) -> ArrayRecord:
         """The next round, the personal one where sharing is over. Gives the shared adapter after it."""
         number, rounds = max(self.state.done, 0) + 1, self.state.notes["rounds"]
-        if number > self.config.federation.rounds or is_over(rounds, self.config.federation.patience):
+        most = self.sharing.shared_rounds(self.config.federation.rounds)
+        if number > most or is_over(rounds, self.config.federation.patience):
             self.strategy.last_round = number
         self.strategy.first_round = number - 1
         timeout = min(self.config.federation.round_timeout_s, self.config.federation.timeout_s)
         result = self.strategy.start(grid, shared, num_rounds=1, timeout=timeout, train_config=order)
         log = self.strategy.logs[-1]
         if log.mode == PERSONAL:
-            self.shared = self.agreement.adapter(shared.to_torch_state_dict(), who="shared adapter")
+            self.shared = self.agreement.shared(shared.to_torch_state_dict(), who="shared adapter")
             return shared
         self.enough(log)
         shared = result.arrays or shared
         state = shared.to_torch_state_dict()
-        log.public_loss = self.aligner.public_loss(self.agreement.adapter(state, who="shared adapter"))
+        log.public_loss = self.aligner.public_loss(self.agreement.shared(state, who="shared adapter"))
         self.remember(number, state, rounds=[*rounds, dataclasses.asdict(log)])
         return shared
 
@@ -180,19 +196,23 @@ class Federation:
         for number, loss in enumerate(self.aligner.steps(steps), start=1):
             self.progress(f"aligning the emulator, l2 {loss.l2:.3f} kl {loss.kl:.3f}", number / (4 * steps))
         after = dataclasses.asdict(self.aligner.measure())
-        pairs = initial_pairs(self.agreement.shapes, rank=self.config.lora.rank, seed=self.config.seed)
-        self.remember(
-            0, wire.to_state(LoraAdapter(pairs)), align={"before": before, "after": after}, rounds=[]
-        )
+        shared, _ = self.sharing.start(self.agreement.shapes)
+        self.remember(0, shared, align={"before": before, "after": after}, rounds=[])
 
     def emulator_for_round(self, number: int, arrays: ArrayRecord) -> dict[str, Tensor]:
         """See who has joined, re-align, hand out the emulator's LoRA."""
+        shared = arrays.to_torch_state_dict()
+        if self.config.federation.noisy_users and (
+            number != self.strategy.last_round or self.sharing.trains_alone
+        ):
+            # before it is: a round that is run again after a kill has given something away twice
+            self.remember(self.state.done, shared, releases=self.state.notes.get("releases", 0) + 1)
         self.roll.ask_again(limit=self.patience_s)
         without = f", without {', '.join(absent)}" if (absent := self.roll.absent()) else ""
         last = self.strategy.last_round or self.config.federation.rounds + 1
         self.progress(f"round {number} of {last}{without}", 0.25 + 0.75 * (number - 1) / last)
         if number > 1 and self.config.align.round_steps:
-            current = self.agreement.adapter(arrays.to_torch_state_dict(), who="shared adapter")
+            current = self.agreement.shared(shared, who="shared adapter")
             for _ in self.aligner.steps(self.config.align.round_steps, user_adapter=current):
                 pass
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)
@@ -249,9 +269,18 @@ class Federation:
             "align": self.state.notes["align"],
             "rounds": [*self.state.notes["rounds"], dataclasses.asdict(last)],
             "refused": refused,
+            "mode": self.sharing.mode,
+            "privacy": self.privacy(),
         }
         self.progress("done", 1.0)
         files.write_text(self.workdir / "result.json", json.dumps(result, indent=2))
+
+    def privacy(self) -> dict[str, Any] | None:
+        """What clipping and noise were worth, for the result; None where they are off."""
+        settings, notes = self.config.federation, self.state.notes
+        releases = notes.get("releases", 0) if settings.noisy_users else len(notes["rounds"])
+        found = privacy.spent(settings, releases)
+        return dataclasses.asdict(found) if found else None
 
     def progress(self, note: str, share: float) -> None:
         """Tell the folder how far we are; `share` runs from 0 to 1."""

@@ -1,8 +1,8 @@
-"""FedBiOT as a Flower strategy: FedAvg on the shared LoRA, then one personal round.
+"""FedBiOT as a Flower strategy: a mean of what is shared of users' LoRA, then one personal round.
 
 This is the federation's server. The HTTP server that answers prompts is `soppu.serve`.
 
-Shared rounds average what comes back, weighted by examples. In the personal round every user's own
+Shared rounds average what comes back (`server.aggregate` knows how). In the personal round every user's own
 adapter is kept as it is, under the user's name. A damaged reply is refused by name; the round goes on.
 """
 
@@ -18,9 +18,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from server.aggregate import Reply, averaged
 from server.agreement import LOSS, SHARED_LOSS, TERNARY_LOSS, WEIGHT, Agreement, change, short, size
 from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError
+from soppu.federation import wire
+from soppu.sharing import SharingSettings
 
 SHARED, PERSONAL = "shared", "personal"
 
@@ -34,12 +37,14 @@ class Received:
         bytes_up: of the whole reply.
         loss_float32: on the client's emulator, of the adapter as trained.
         loss_ternary: of its ternary form, sent or not; None where there was none.
+        own_since: the round that the user's own part was trained on from, as the client says; 0 is anew.
     """
 
     form: str
     bytes_up: int
     loss_float32: float
     loss_ternary: float | None
+    own_since: int | None = None
 
 
 @dataclass
@@ -58,11 +63,12 @@ class RoundLog:
     accepted: list[str] = field(default_factory=list)
     received: dict[str, Received] = field(default_factory=dict)  # of the accepted
     refused: dict[str, str] = field(default_factory=dict)
+    clipped: dict[str, float] = field(default_factory=dict)  # user -> factor on the change, below 1
     lost: list[str] = field(default_factory=list)  # of the refused, those whose client crashed or was silent
 
 
 class FedBiOT(FedAvg):
-    """FedAvg over the users' shared LoRA, with alignment before each round and a personal last round.
+    """Means of what users share of their LoRA, with alignment before each round and a personal last round.
 
     Args:
         agreement: what replies are held against.
@@ -72,6 +78,7 @@ class FedBiOT(FedAvg):
         keep: stores one user's own adapter in the personal round.
         first_round: how many rounds were already done; Flower counts from 1 each time.
         last_round: number of the personal round, where it is known.
+        sharing: how what is shared is averaged.
 
     Attributes:
         logs: one entry a round.
@@ -86,6 +93,7 @@ class FedBiOT(FedAvg):
         keep: Callable[[str, LoraAdapter, MetricRecord], None],
         first_round: int = 0,
         last_round: int | None = None,
+        sharing: SharingSettings | None = None,
     ) -> None:
         super().__init__(
             fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1, weighted_by_key=WEIGHT
@@ -98,7 +106,9 @@ class FedBiOT(FedAvg):
         self.first_round = first_round
         self.last_round = last_round
         self._started = 0.0
-        self._start: dict[str, Tensor] = {}
+        self._sharing = sharing or SharingSettings()
+        self._start: dict[str, Tensor] = {}  # what is shared of the adapter that the round began with
+        self._whole: dict[str, Tensor] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -109,6 +119,7 @@ class FedBiOT(FedAvg):
         log = RoundLog(number, mode)
         self.logs.append(log)
         self._start = arrays.to_torch_state_dict()
+        self._whole = wire.to_state(self.agreement.shared(self._start, who="server"))
         state = {**self._start, **self._emulator(number, arrays)}
         record = ArrayRecord(state)
         messages = []
@@ -126,15 +137,16 @@ class FedBiOT(FedAvg):
         """Check every reply, refuse by name, then average (shared) or keep apart (personal)."""
         log = self.logs[-1]
         good, changes = self._read(replies, log)
-        for user, why in self.agreement.outsized(changes, start=size(self._start)).items():
-            log.refused[user] = why
-            del good[user]
+        if log.mode == PERSONAL or not self._sharing.clip:
+            for user, why in self.agreement.outsized(changes, start=size(self._whole)).items():
+                log.refused[user] = why
+                del good[user]
         for user, (message, form) in good.items():
             log.accepted.append(user)
             log.received[user] = _received(message, form)
             if log.mode == PERSONAL:
                 # read again: to keep what was read would hold every adapter of the round in memory twice
-                _, adapter = self.agreement.read(message, user, personal=True)
+                _, adapter = self.agreement.read(message, user, personal=True, begun=self._start)
                 self._keep(user, adapter, message.content.metric_records["metrics"])
         for user in set(self.nodes.values()) - set(log.accepted) - set(log.refused):
             log.refused[user] = f"{user}: no answer in time"
@@ -143,7 +155,9 @@ class FedBiOT(FedAvg):
         if not good:
             return None, None
         # in the order of names, not of arrival: a sum of floats depends on its order
-        arrays, metrics = self._mean([good[user][0] for user in sorted(good)], log)
+        sent = {user: good[user][0] for user in sorted(good)}
+        metrics = self.train_metrics_aggr_fn([reply.content for reply in sent.values()], WEIGHT)
+        arrays = None if log.mode == PERSONAL else self._mean(sent, log)
         log.train_loss = cast(float, metrics["train-loss-last"])
         log.emulator_loss = cast(float, metrics[LOSS])
         log.shared_loss = cast(float, metrics[SHARED_LOSS])
@@ -160,21 +174,27 @@ class FedBiOT(FedAvg):
             if message.has_content():
                 log.bytes_up += _size(message)
             try:
-                form, adapter = self.agreement.read(message, user, personal=log.mode == PERSONAL)
+                form, adapter = self.agreement.read(
+                    message, user, personal=log.mode == PERSONAL, begun=self._start
+                )
             except AdapterError as error:
                 log.refused[user] = short(str(error))
                 log.lost += [user] if message.has_error() else []
                 continue
-            good[user], changes[user] = (message, form), change(adapter, self._start)
+            good[user], changes[user] = (message, form), change(adapter, self._whole)
         return good, changes
 
-    def _mean(self, replies: list[Message], log: RoundLog) -> tuple[ArrayRecord | None, MetricRecord]:
-        """What the replies have in common: of a personal round the numbers alone."""
-        if log.mode == PERSONAL:
-            return None, self.train_metrics_aggr_fn([reply.content for reply in replies], WEIGHT)
-        arrays, metrics = super().aggregate_train(log.round, replies)
-        assert metrics is not None  # FedAvg gives both where there is a reply, and there is one
-        return arrays, metrics
+    def _mean(self, replies: Mapping[str, Message], log: RoundLog) -> ArrayRecord:
+        """What the next round begins with."""
+        read = {
+            user: Reply(
+                reply.content.array_records["arrays"].to_torch_state_dict(),
+                cast(int, reply.content.metric_records["metrics"][WEIGHT]),
+            )
+            for user, reply in replies.items()
+        }
+        state, log.clipped = averaged(self._start, read, self._sharing)
+        return ArrayRecord(state)
 
 
 def _size(message: Message) -> int:
@@ -185,9 +205,11 @@ def _size(message: Message) -> int:
 def _received(message: Message, form: str) -> Received:
     metrics = message.content.metric_records["metrics"]
     ternary = metrics.get(TERNARY_LOSS)
+    who = message.content.config_records["who"]
     return Received(
         form,
         _size(message),
         loss_float32=float(cast(float, metrics[LOSS])),
         loss_ternary=None if ternary is None else float(cast(float, ternary)),
+        own_since=since if type(since := who.get("own-since")) is int else None,
     )

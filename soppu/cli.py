@@ -16,6 +16,7 @@ from soppu.errors import MissingExtra, SoppuError
 
 # Name -> the module below soppu.commands that holds it, and the first line of its help.
 COMMANDS = {
+    "data": ("data", "List who has text in SOURCE, how much, and who would be left out of a run, and why."),
     "users": ("users", "List every user: current adapter, metrics, and where they are served."),
     "show": ("users", "Show every adapter USER has held, oldest first; * marks the current one."),
     "forget": ("users", "Delete USER's history, metrics and adapters."),

@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
+from soppu.data_settings import DataConfig
 from soppu.errors import ConfigError
 from soppu.settings import Amount, Count, Flag, Natural, Real, Seed, Texts, Whole, allowed, build, settings
+from soppu.sharing import OPERATIONAL, SharingSettings
 
 
 @settings("base")
@@ -27,19 +29,6 @@ class BaseConfig:
 
     model: str = "smollm2-135m"
     cache: str = ".soppu/models"
-
-
-@settings("data")
-class DataConfig:
-    """Where users' text comes from, and how much of it is used."""
-
-    source: str = "stdlib"
-    users: Texts = ()
-    train_examples: Count = 64
-    validation_examples: Count = 16
-    heldout_examples: Count = 16
-    min_examples: Count = 8
-    max_tokens: Annotated[Whole, Field(ge=16, le=32768)] = 192
 
 
 @settings("plan")
@@ -78,8 +67,8 @@ Share = Annotated[Real, Field(gt=0, le=1)]
 
 
 @settings("federation")
-class FederationConfig:
-    """Shared FedAvg rounds, then one personal round in which each user's own adapter comes back."""
+class FederationConfig(SharingSettings):
+    """Shared rounds, then one personal round in which each user's own adapter comes back."""
 
     rounds: Natural = 3
     patience: Count = 2
@@ -101,10 +90,6 @@ class FederationConfig:
     hello_timeout_s: Count = 120  # how long those who are missing are waited for
     round_timeout_s: Count = 900  # a client that has not answered by then has lost its place in the round
     timeout_s: Count = 3600
-
-
-# Keys of [federation] that change how a run is carried out, not what comes out of it.
-OPERATIONAL = frozenset({"client_cpus", "hello_timeout_s", "min_users", "round_timeout_s", "timeout_s"})
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
@@ -316,7 +301,8 @@ class Config:
         return value
 
     @model_validator(mode="after")
-    def _served_by_vllm(self) -> Self:
+    def _goes_together(self) -> Self:
+        self.federation.own_rank(self.lora.rank)
         method = self.compress.method
         if method not in SHARED_METHODS and any(one.target == "vllm" for one in self.serve.each()):
             raise ValueError(

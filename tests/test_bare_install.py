@@ -28,7 +28,19 @@ from soppu.evaluate import html
 from tests.soppu.evaluate.example import make_report
 
 ROOT = Path(__file__).parents[1]
-OF_EXTRAS = {"prefect", "flwr", "ray", "starlette", "uvicorn", "fastapi", "docker", "pytest"}
+OF_EXTRAS = {
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "prefect",
+    "flwr",
+    "ray",
+    "starlette",
+    "uvicorn",
+    "fastapi",
+    "docker",
+    "pytest",
+}
 
 
 def pip(*words: object) -> None:

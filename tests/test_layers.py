@@ -32,7 +32,7 @@ APPLICATIONS = ("soppu", *OUTSIDE)
 # What a flow may know of the library: names and settings, nothing that computes.
 FLOWS_KNOW = {"soppu.config", "soppu.errors"}
 # Imports inside a function: of what is not always installed, or slow and seldom asked for.
-OPTIONAL = {"vllm", "peft", "huggingface_hub"}
+OPTIONAL = {"vllm", "peft", "huggingface_hub", "datasets", "pyarrow", "prv_accountant"}
 # vLLM calls `register` in every process, with or without a bundle; only with one is the plugin loaded.
 LATE = {"soppu/serve/vllm_plugin/__init__.py"}
 SOURCES = ("soppu", "tasks", "flows", "clients", "server", "deploy", "tests", "benchmarks")
@@ -149,7 +149,7 @@ def test_imports_follow_the_picture_and_the_rooms(copy: Path) -> None:
             "soppu.models -> tasks.federate",
         ),
         ("soppu/errors.py", "from clients import app", "soppu.errors -> clients.app"),
-        ("soppu/data.py", "import benchmarks.record", "soppu.data -> benchmarks"),
+        ("soppu/data/rows.py", "import benchmarks.record", "soppu.data.rows -> benchmarks"),
         ("tasks/federate.py", "from flows.pipeline import full_pipeline", "tasks.federate -> flows.pipeline"),
         ("tasks/federate.py", "from clients.app import app", "tasks.federate -> clients.app"),
         ("clients/app.py", "from server.app import app", "clients.app -> server.app"),

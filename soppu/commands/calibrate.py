@@ -22,7 +22,7 @@ from soppu.compress.linalg import whitening
     "--source",
     default="stdlib-public",
     show_default=True,
-    help="Public text: stdlib-public, or a JSONL file with user_id, prompt and completion.",
+    help="Public text: stdlib-public, or a file or folder of any layout in docs/data.md.",
 )
 @click.option(
     "--examples", type=click.IntRange(1), default=32, show_default=True, help="Texts to read, at most."

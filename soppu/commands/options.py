@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import click
 
-from soppu import adapter, files, models
+from soppu import adapter, files, models, user_ids
 from soppu.adapter import CONFIG_FILE, LoraAdapter
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _CACHE = Path(".soppu/models")
 
 BUNDLE = click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
+USER = click.argument("user", callback=lambda context, option, value: user_ids.to_id(value))  # or their name
 OUT = click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Bundle to write."
 )

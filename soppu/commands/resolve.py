@@ -8,13 +8,13 @@ from dataclasses import asdict
 import click
 
 from soppu import tables
-from soppu.commands.options import registry_options
+from soppu.commands.options import USER, registry_options
 from soppu.errors import RegistryError
 from soppu.registry import Registry
 
 
 @click.command("resolve")
-@click.argument("user")
+@USER
 @click.option("--url", default="", help="Of this server alone.")
 @registry_options("Where publications are recorded.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from soppu import tables
-from soppu.commands.options import registry_options
+from soppu.commands.options import USER, registry_options
 from soppu.registry import ForgetReport, HistoryRow, Registry, UserRow
 
 _REGISTRY = registry_options("Where adapters and bundles are kept.")
@@ -31,7 +31,7 @@ def users_command(root: str, catalogue: str, as_json: bool) -> None:
 
 
 @click.command("show")
-@click.argument("user")
+@USER
 @_REGISTRY
 @_JSON
 def show_command(user: str, root: str, catalogue: str, as_json: bool) -> None:
@@ -47,7 +47,7 @@ def show_command(user: str, root: str, catalogue: str, as_json: bool) -> None:
 
 
 @click.command("forget")
-@click.argument("user")
+@USER
 @_REGISTRY
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def forget_command(user: str, root: str, catalogue: str, yes: bool) -> None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from soppu.evaluate.wording import duration, patience, ratio, shortened, size
+from soppu.evaluate.wording import duration, patience, ratio, shortened, size, who
 from soppu.module_names import split_layer
 
 FEW = 24
@@ -115,7 +115,7 @@ def losses(users: Sequence[Row]) -> Figure:
         _bars(above, ways)
         _bars(below, gains)
         _name_users(above, [])
-        _name_users(below, [user["id"] for user in users])
+        _name_users(below, [who(user["id"]) for user in users])
     else:
         _quantiles(above, ways)
         _sorted_gains(below, gains["personal"], gains["compressed"])
@@ -141,7 +141,7 @@ def over_shared(users: Sequence[Row]) -> Figure:
                 axes.plot([place] * 2, [one["low"], one["high"]], color=MUTED, linewidth=1.4)
         axes.plot(range(len(means)), means, "o", color=COMPRESSED, markersize=5)
         axes.axhline(0, color=SHARED, linewidth=1)
-        _name_users(axes, [user["id"] for user in users])
+        _name_users(axes, [who(user["id"]) for user in users])
         axes.set_ylabel("nats a token")
     else:
         axes.hist(means, bins=30, color=COMPRESSED)

@@ -179,7 +179,13 @@ def _interval(gain: Interval | None) -> dict[str, Any] | None:
 def _federation(told: Mapping[str, Any], config: Config) -> dict[str, Any]:
     rounds = told["rounds"]
     totals = {name: sum(log.get(name, 0) for log in rounds) for name in ("bytes_up", "bytes_down", "seconds")}
-    own = {"refused": told["refused"], "forms": _forms(rounds), "rounds_log": list(map(_round, rounds))}
+    how = {"mode": told.get("mode", ""), "privacy": told.get("privacy")}
+    own = {
+        **how,
+        "refused": told["refused"],
+        "forms": _forms(rounds),
+        "rounds_log": list(map(_round, rounds)),
+    }
     limits = {"max_shared_rounds": config.federation.rounds, "patience": config.federation.patience}
     return {"rounds": len(rounds), **limits, **totals, **own}
 

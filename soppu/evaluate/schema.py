@@ -98,7 +98,19 @@ class _Round(_Part):
     refused: dict[Text, Text]
 
 
+class _Privacy(_Part):
+    at: Text
+    clip: Real
+    noise: Real
+    releases: Natural
+    delta: Real
+    epsilon: Real | None
+    not_covered: Text
+
+
 class _Federation(_Part):
+    mode: Text
+    privacy: _Privacy | None
     rounds: Natural
     max_shared_rounds: Natural
     patience: Natural

@@ -29,6 +29,7 @@ from soppu.evaluate.wording import (
     shortened,
     size,
     smaller,
+    who,
 )
 
 Row = Mapping[str, Any]
@@ -112,7 +113,7 @@ def markdown_compression(report: Row) -> str:
 
 def _cells(user: Row) -> tuple[str, ...]:
     return (
-        shortened(user["id"], limit=_LONGEST),
+        shortened(who(user["id"]), limit=_LONGEST),
         f"{user['examples']:,}",
         *(loss(user[f"loss_{name}"]) for name in ("base", "shared", "personal", "compressed")),
         nats((user["gain_over_shared"] or {}).get("mean")),

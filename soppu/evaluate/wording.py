@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from soppu import user_ids
+
 NONE = "–"
 _COMPLETION_TOKENS = 24
 _NAMED = 10  # users spelt out in a sentence; the rest is counted
@@ -24,6 +26,11 @@ def printable(text: str) -> str:
     User ids come from outside; in a terminal or an SVG such a character is more than a glyph.
     """
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def who(user_id: str | None) -> str:
+    """A user as people know them: "alice@example.com" for the id "alice%40example.com"."""
+    return NONE if user_id is None else user_ids.name_of(user_id)
 
 
 def shortened(text: str, *, limit: int) -> str:
@@ -99,7 +106,7 @@ def _beats(own: Mapping[str, Any]) -> str:
 
 
 def _worst(gain: Mapping[str, Any]) -> str:
-    return f"{printable(gain['worst_user'])} ({gain['worst']:+.3f})"
+    return f"{printable(who(gain['worst_user']))} ({gain['worst']:+.3f})"
 
 
 def _nats(gain: Mapping[str, Any]) -> str:
@@ -109,7 +116,7 @@ def _nats(gain: Mapping[str, Any]) -> str:
 
 def lost(report: Mapping[str, Any]) -> str:
     """Who would do better with the shared adapter than with what compression left of theirs; "" if nobody."""
-    users = [printable(user["id"]) for user in report["users"] if user["compression_lost"]]
+    users = [printable(who(user["id"])) for user in report["users"] if user["compression_lost"]]
     if not users:
         return ""
     more = f" and {len(users) - _NAMED:,} more" if len(users) > _NAMED else ""

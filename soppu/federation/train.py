@@ -7,7 +7,7 @@ and the adapter layers start from there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ class TrainOptions:
     b_ratio: float = 2.0
     prox_weight: float = 0.0  # of the squared product-space distance to the start
     seed: int = 0  # order of the examples
+    held: tuple[int, int] = (0, 0)  # the first rows of A and columns of B that stay as they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ def mean_loss(
     return summed / max(counted, 1)
 
 
-def proximal(pairs: dict[str, LoraPair], start: dict[str, LoraPair]) -> Tensor:
+def proximal(pairs: Mapping[str, LoraPair], start: Mapping[str, LoraPair]) -> Tensor:
     """Sum over modules of ||B A - B0 A0||_F^2, from r x r Grams, differentiable in A and B.
 
     Cost: O(r^2 (i + o)) a module; no o x i matrix. FedBiOT's client term (eq. 3), in product space, with a
@@ -176,7 +177,15 @@ class Training:
                     loss = loss + self._options.prox_weight * proximal(self._own.pairs, self._origin)
                 self._optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                self._hold(*self._options.held)
                 self._optimizer.step()
+
+    def _hold(self, rows: int, columns: int) -> None:
+        """No gradient for the first rows of A and columns of B: Adam without decay then leaves them alone."""
+        for pair in self._own.pairs.values():
+            assert pair.A.grad is not None and pair.B.grad is not None
+            pair.A.grad[:rows] = 0
+            pair.B.grad[:, :columns] = 0
 
     def adapter(self) -> LoraAdapter:
         """A copy of the adapter as it is now: full-model names, float32."""

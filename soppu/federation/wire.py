@@ -57,11 +57,31 @@ def from_state(
     Raises:
         AdapterError: a missing or unknown tensor, a wrong shape or kind of number, NaN or Inf.
     """
-    wanted = {
-        f"{name}.lora_{side}.weight": (rank, i) if side == "A" else (o, rank)
-        for name, (o, i) in expected.items()
-        for side in ("A", "B")
+    check(state, tensors(expected, rank, rank), who=who)
+    pairs = {
+        name: LoraPair(state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float())
+        for name in expected
     }
+    return LoraAdapter(pairs, base_model, base_hash, fan_in_fan_out)
+
+
+def tensors(shapes: Mapping[str, tuple[int, int]], a: int, b: int) -> dict[str, tuple[int, int]]:
+    """Tensor name -> shape, where A has `a` rows and B has `b` columns; a factor of none is left out."""
+    sides = (("A", a), ("B", b))
+    return {
+        f"{name}.lora_{side}.weight": (rank, i) if side == "A" else (o, rank)
+        for name, (o, i) in shapes.items()
+        for side, rank in sides
+        if rank
+    }
+
+
+def check(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, int]], *, who: str) -> None:
+    """Hold tensors against what has to be there: exactly these names and shapes, finite numbers.
+
+    Raises:
+        AdapterError: a missing or unknown tensor, a wrong shape or kind of number, NaN or Inf.
+    """
     if missing := sorted(wanted.keys() - state.keys()):
         raise AdapterError(f"{who}: tensor {missing[0]} is missing ({len(missing)} in all)")
     if unknown := sorted(state.keys() - wanted.keys()):
@@ -75,11 +95,6 @@ def from_state(
         # as float32, which is what it becomes: a float64 may be finite and yet too large for that
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{who}: {key}: holds NaN or Inf")
-    pairs = {
-        name: LoraPair(state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float())
-        for name in expected
-    }
-    return LoraAdapter(pairs, base_model, base_hash, fan_in_fan_out)
 
 
 def loose_from_state(state: Mapping[str, Tensor], *, base_hash: str = "") -> LoraAdapter:

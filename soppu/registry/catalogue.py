@@ -7,7 +7,6 @@ and bundles do not belong here (`blobs`). Every time is a UTC ISO string of one 
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
 import time
 import uuid
@@ -22,11 +21,11 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from soppu import user_ids
 from soppu.errors import RegistryError, StorageError
 
 SCHEMA_VERSION = 2
 _BUSY_SECONDS = 30.0
-_USER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 def _name(length: int) -> sa.types.TypeEngine[str]:
@@ -153,14 +152,11 @@ def check_user_id(user: str) -> str:
     "@" is left out because serving reads "user@version"; a leading dot because ids may become file names.
 
     Raises:
-        RegistryError: anything but 1 to 128 ASCII letters, digits, ".", "_" or "-", or a leading dot.
+        RegistryError: it is none that `soppu.user_ids` gives.
     """
-    if not _USER_ID.fullmatch(user):
+    if not user_ids.is_id(user):
         shown = user if len(user) <= 140 else f"{user[:140]}..."
-        raise RegistryError(
-            f"user id {shown!r} is not valid: 1 to 128 of the letters A-Z a-z, digits 0-9, '.', '_' and '-', "
-            "not beginning with '.'"
-        )
+        raise RegistryError(f"user id {shown!r} is not valid: {user_ids.ALLOWED}")
     return user
 
 

@@ -54,11 +54,12 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
     """Second moments of every adapted module's input; kept in the run folder, named by what decides them."""
     modules = sorted({name for adapter in adapters.values() for name in adapter.pairs})
     base, config = run.base(), run.config
-    texts = load_public(config.align.source, limit=config.compress.calibration_examples)
+    texts = load_public(config.align.source, limit=config.compress.calibration_examples, config=config.data)
     parts = [
         base.hash,
         models.tokenizer_digest(base),
         str(config.data.max_tokens),
+        config.data.chat_template,
         config.frozen_dtype,
         *modules,
         *(t.digest() for t in texts),
@@ -67,7 +68,12 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
     path = run.folder / f"moments-{digest}.safetensors"
     if not path.exists():
         model = models.load_model(base, dtype=config.frozen_dtype)
-        blocks = tokenize(texts, models.load_tokenizer(base), max_tokens=config.data.max_tokens)
+        blocks = tokenize(
+            texts,
+            models.load_tokenizer(base),
+            max_tokens=config.data.max_tokens,
+            chat_template=config.data.chat_template,
+        )
         found = calibrate.second_moments(
             model,
             blocks,

@@ -7,6 +7,7 @@ text, and who is not in it is judged by the error of their adapter alone.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -121,7 +122,7 @@ class _Bench:
         each = self._measure(text.heldout, {name: tried.get(name) for name in columns})
         again = {name: tried[name] for name in ("shared", "compressed")}
         # where there is little text what was trained on doubles as validation text: nothing is learnt from it
-        apart = text.validation != text.train and all(again.values())
+        apart = text.validation and text.validation != text.train and all(again.values())
         # no more of it than is held out: it says only which of two is better
         by = self._measure(text.validation[: len(text.heldout)], again) if apart else None
         return UserLosses(
@@ -139,7 +140,10 @@ class _Bench:
 
     def _measure(self, examples: Sequence[Example], tried: Mapping[str, LoraAdapter | None]) -> ExampleLosses:
         """Every example with each of the adapters. The layers below them run once."""
-        blocks = tokenize(examples, self.tokenizer, max_tokens=self.config.data.max_tokens)
+        data = self.config.data
+        blocks = tokenize(
+            examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
+        )
         states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
         found = {
             name: example_losses(self.top, self.plan, states, adapter=adapter)
@@ -154,9 +158,10 @@ class _Bench:
 def _with_text(config: Config, members: Iterable[str]) -> dict[str, UserData]:
     """Text of the members who have enough of it here; the gate lists the others as unmeasured."""
     found = {}
-    for user in set(list_users(config.data)).intersection(members):
+    data = dataclasses.replace(config.data, on_small_user="leave-out")  # one user's fault is not the others'
+    for user in sorted(set(data.users or list_users(data)).intersection(members)):
         try:
-            found[user] = load_user(config.data, user)
+            found[user] = load_user(data, user)
         except DataError as error:
             _log.warning("not measured: %s", error)
-    return dict(sorted(found.items()))
+    return found

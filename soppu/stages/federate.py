@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from soppu.federation import emulator, simulation
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.personalise import BASE, PERSONAL, SHARED
 from soppu.registry import Registry
+from soppu.stages import text
 from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
+from soppu.user_ids import is_id
 
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
 
@@ -32,8 +34,10 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
 
     Raises:
         FederationError: it did not come to an end, or too few users answered.
+        DataError: a user's text has changed since the run was prepared.
     """
     run = open_run(run_folder)
+    text.check_unchanged(run.config.data, run.read(text.FILE))
     with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
         result = run.read(RESULT)
         if not (result and _enough(result, run.config) and _all_held(run.registry(), result["adapters"])):
@@ -54,8 +58,8 @@ def collect(run_folder: str, federation_id: str) -> str:
 
     Of its own users the set holds exactly what this federation chose for them, whatever another run puts
     meanwhile: their own adapter, the one that all share, or, where the base model is best, nothing.
-    Users who took no part keep the adapter they have: a bundle without them would end their service. Returns
-    the set's id.
+    Users who took no part keep the adapter they have: a bundle without them would end their service; who was
+    left out for want of text and has none gets the shared one. Returns the set's id.
 
     Raises:
         FederationError: the run folder holds the result of another federation.
@@ -76,13 +80,24 @@ def collect(run_folder: str, federation_id: str) -> str:
         adapters.validate(adapter, who=who)
         base_identity.check(adapter.base, base.base, who=who, whose="this run is for")
         adapters.check_shapes(adapter, shapes, who=who)
-    served = result["served"]
+    served = result["served"] | _newcomers(run, result["served"], known=registry.current_set(base=base.base))
     chosen = {user: held for user, held in result["adapters"].items() if served[user] == PERSONAL}
     if sharing := [user for user, what in served.items() if what == SHARED]:
         shared = adapters.read(run.folder / FEDERATION / result["shared"])
         chosen |= {user: registry.put_adapter(shared, user=user, run=run.id) for user in sharing}
     without = [user for user, what in served.items() if what == BASE]
     return registry.freeze_current(base.base, chosen=chosen, without=without, run=run.id)
+
+
+def _newcomers(run: Run, served: Mapping[str, str], *, known: Collection[str]) -> dict[str, str]:
+    """Who was left out for their text and has no adapter yet: they are served the shared one, if an adapter
+    serves most of the others best; else the base model, as anybody without a name.
+    """
+    gain = [what for what in served.values() if what != BASE]
+    if len(gain) * 2 <= len(served):
+        return {}
+    left_out = run.read(text.FILE).get("left_out", {})
+    return dict.fromkeys((user for user in left_out if is_id(user) and user not in known), SHARED)
 
 
 def shared_adapter(run: Run) -> LoraAdapter | None:

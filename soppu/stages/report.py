@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from soppu.compress.bundle.report import CompressionReport
 from soppu.evaluate import report as reports
@@ -12,9 +13,10 @@ from soppu.evaluate import summary
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
+from soppu.stages import text
 from soppu.stages.federate import RESULT
 from soppu.stages.published import TOLD, Published, serving_file, stage_name, target_names
-from soppu.stages.run import open_run
+from soppu.stages.run import Run, open_run
 
 BEFORE = ("prepare", "federate", "collect", "compress", "evaluate")
 
@@ -54,7 +56,7 @@ def write_report(run_folder: str, evaluation: str) -> Written:
         set_id=found["set_id"],
         bundle_id=bundle_id,
         base_hash=run.base().hash,
-        federation=run.read(RESULT) or None,
+        federation=_federation(run),
         serving={name: live[0][name] for name in TOLD} if live else None,
         targets=[{field.name: one[field.name] for field in fields(Published)} for one in told.values()],
         stages=[stage for stage in noted if stage],
@@ -63,6 +65,13 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     _, html = reports.write(run.folder, report)
     _point_latest(run.folder)
     return Written(html, summary.markdown_users(report), summary.markdown_compression(report))
+
+
+def _federation(run: Run) -> dict[str, Any] | None:
+    """What the federation told, and with those it refused also those whose text was left out before it."""
+    told = run.read(RESULT)
+    left_out = run.read(text.FILE).get("left_out", {})
+    return {**told, "refused": {**left_out, **told["refused"]}} if told else None
 
 
 def _point_latest(folder: Path) -> None:

@@ -14,17 +14,22 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soppu import config as configuration
 from soppu import files, models
 from soppu.compress.options import CompressOptions
 from soppu.config import Config
-from soppu.data import STDLIB, STDLIB_PUBLIC, list_users, load_public, load_user, source_digest
+from soppu.data import STDLIB, STDLIB_PUBLIC, source_digest
 from soppu.errors import ConfigError
+from soppu.federation import privacy
 from soppu.federation.emulator import make_plan
 from soppu.models import BaseModel
-from soppu.registry import Registry, check_user_id
+from soppu.registry import Registry
+from soppu.stages import text as texts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "config.toml"
 BIRTH = "birth"
@@ -110,21 +115,22 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     """
     config = _absolute(configuration.load(config_path, overrides))
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
+    privacy.require(config.federation)
     CompressOptions.of(config.compress, seed=config.seed).torch_device()
-    texts = ""
+    texts, found = "", None
     if text:
+        model = _check_split(config, base)
+        found = texts_of.read(config, model, models.load_tokenizer(base))
         # named, so that all later stages agree on who takes part
-        users = tuple(map(check_user_id, list_users(config.data)))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, users=users))
-        _check_split(config, base)
-        public = [item.digest() for item in load_public(config.align.source, limit=config.align.examples)]
-        own = [load_user(config.data, user).digest() for user in users]
-        texts = " ".join([models.tokenizer_digest(base), *public, *own])
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, users=tuple(found.users)))
+        texts = " ".join([models.tokenizer_digest(base), *found.public, *found.users.values()])
     folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
     files.write_text(folder / CONFIG, configuration.dump(config))
     if not (folder / BIRTH).exists():
         files.write_text(folder / BIRTH, uuid.uuid4().hex)
-    if text:  # runs that differ only in what comes after the training share its folder, and so its adapters
+    if found:
+        files.write_text(folder / texts_of.FILE, json.dumps(found.to_dict(config.data.source), indent=2))
+        # runs that differ only in what comes after the training share its folder, and so its adapters
         training = _digest(config.training_digest(), base.hash, texts, config.registry.root)
         shared, link = folder.parent / ".federations" / training, folder / FEDERATION
         shared.mkdir(parents=True, exist_ok=True)
@@ -133,15 +139,17 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
     return str(folder)
 
 
-def _check_split(config: Config, base: BaseModel) -> None:
-    """Cut a model without weights, to hear of a wrong plan before a simulation is started for it."""
+def _check_split(config: Config, base: BaseModel) -> PreTrainedModel:
+    """Cut a model without weights, to hear of a wrong plan before a simulation is started; gives it."""
+    model = models.skeleton(base)
     make_plan(
-        models.skeleton(base),
+        model,
         base_hash=base.hash,
         adapter_layers=config.plan.adapter_layers,
         drop_ratio=config.plan.drop_ratio,
         target_modules=config.lora.target_modules,
     )
+    return model
 
 
 def _digest(*parts: str) -> str:
@@ -169,5 +177,6 @@ def _absolute(config: Config) -> Config:
         serve=replace(
             config.serve, **folders(own), targets=tuple({**one, **folders(one)} for one in targets)
         ),
+        federation=replace(config.federation, client_state=path(config.federation.client_state)),
         registry=replace(config.registry, root=path(config.registry.root)),
     )

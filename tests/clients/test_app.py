@@ -129,6 +129,43 @@ def test_a_partition_without_a_user_says_so(setup: Setup) -> None:
         app(setup.message("query.hello", user=None), node(**{"partition-id": 2}))
 
 
+@pytest.mark.parametrize("kind", ["plain text", "chats"])
+def test_text_of_other_kinds_is_trained_on_and_counted_as_hello_counts_it(
+    setup: Setup, tmp_path: Path, kind: str
+) -> None:
+    """One example may be read in several blocks; the weight of a reply is the number that was agreed."""
+    if kind == "plain text":
+        source = tmp_path / "diary.txt"
+        source.write_text(
+            "\n\n".join(f"On day {n} we painted the boat, {'and again, ' * 30}." for n in range(40))
+        )
+    else:
+        source = tmp_path / "chats.jsonl"
+        talk = [
+            ("user", "what is next"),
+            ("assistant", "paint " * 40),
+            ("user", "and"),
+            ("assistant", "paint " * 40),
+        ]
+        chats = [[*talk, ("user", f"day {n}"), ("assistant", "done")] for n in range(16)]
+        rows = [{"messages": [{"role": role, "content": said} for role, said in chat]} for chat in chats]
+        source.write_text("\n".join(map(json.dumps, rows)))
+    place = node(**{"user-id": "carol@x.org", "data-source": str(source)})
+    config = dataclasses.replace(
+        setup.config, data=dataclasses.replace(setup.config.data, chat_template="plain")
+    )
+    hello = app(setup.message("query.hello", config), place).content["hello"]
+    assert (hello["user"], hello["examples"]) == ("carol%40x.org", 6)
+    reply = app(setup.train("shared", config), place)
+    assert user_in(reply) == "carol%40x.org"
+    metrics = reply.content["metrics"]
+    assert metrics["num-examples"] == hello["examples"]
+    assert (
+        np.isfinite(metrics["emulator-loss"])
+        and metrics["train-loss-last"] < metrics["train-loss-first"] * 1.5
+    )
+
+
 def test_a_real_node_decides_for_itself_who_it_is_and_where_its_text_is(
     setup: Setup, tmp_path: Path, write_users: Callable[[Path, Mapping[str, int]], Path]
 ) -> None:

@@ -14,6 +14,7 @@ from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
 from soppu.errors import AdapterError, BundleError
 from soppu.serve.names import find_version
+from soppu.user_ids import spellings
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +116,16 @@ class Holdings(Generic[S, A]):
         """What `name` means now, or why it means nothing.
 
         "alice" is the adapter of that name, or alice in the active bundle; "alice@<bundle id>" (or a prefix
-        that only one loaded bundle has) is alice in that bundle, active or not.
+        that only one loaded bundle has) is alice in that bundle, active or not. Users may be asked for by the
+        name behind their id: where nobody is "alice@example.com", that is "alice%40example.com".
         """
+        found = self._named(name)
+        user, prefix, _ = find_version(name, self.bundles)
+        others = [*spellings(name)[1:], *(f"{one}@{prefix}" for one in spellings(user)[1:])]
+        tried = (self._named(other) for other in others if isinstance(found, str))
+        return next((one for one in tried if not isinstance(one, str)), found)
+
+    def _named(self, name: str) -> Resolved[S] | str:
         if name in self.adapters:
             adapter = self.adapters[name]
             return Resolved(name, adapter.content_hash, adapter.where)
@@ -136,6 +145,10 @@ class Holdings(Generic[S, A]):
 
     def answers(self, user: str) -> Answer | None:
         """What is answered for a user of bundles, or an adapter's name; None for somebody unknown."""
+        told = map(self._answers, spellings(user))
+        return next((answer for answer in told if answer), None)
+
+    def _answers(self, user: str) -> Answer | None:
         loaded = tuple(f"{user}@{bundle_id}" for bundle_id, users in self.bundles.items() if user in users)
         if user in self.adapters:
             return Answer(user, self.adapters[user].content_hash, (user, *loaded))

@@ -112,6 +112,16 @@ def make_federation(users: list[str]) -> dict[str, Any]:
         "align": {"before": {"l2": 0.31, "kl": 1.2}, "after": {"l2": 0.12, "kl": 0.4}},
         "rounds": rounds,
         "refused": {"late": "no answer in time"},
+        "mode": "finetune",
+        "privacy": {
+            "at": "server",
+            "clip": 1.0,
+            "noise": 4.0,
+            "releases": 2,
+            "delta": 1e-5,
+            "epsilon": 1.38,
+            "not_covered": "losses and example counts",
+        },
     }
 
 

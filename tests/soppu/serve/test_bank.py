@@ -244,3 +244,16 @@ def test_a_name_is_a_user_and_the_bundles_it_may_mean(
 ) -> None:
     assert split_version(name) == (user, prefix)
     assert find_version(name, BUNDLES) == (user, prefix, bundles)
+
+
+def test_a_user_may_be_asked_for_by_the_name_behind_the_id(bank: AdapterBank) -> None:
+    bank.stage(bundle("alice%40example.com", "alice", "zo%C3%AB"), bundle_id=A)
+    bank.activate(A)
+    for asked in ("alice@example.com", "alice%40example.com", f"alice@example.com@{A[:4]}"):
+        assert bank.resolve(asked).where.index == 0  # type: ignore[union-attr]
+        assert bank.resolve(asked).adapter_id == asked
+    assert bank.resolve("zoë").where.index == 2  # type: ignore[union-attr]
+    assert bank.answers("zoë") == bank.answers("zo%C3%AB")
+    assert bank.resolve(f"alice@{A[:4]}").where.index == 1  # type: ignore[union-attr]  # that is a version
+    refusal(bank, "bob@example.com")
+    refusal(bank, "a\u200bb")

@@ -82,10 +82,18 @@ def test_what_cannot_work_is_said_before_anything_is_started(
 
 
 def test_a_user_id_that_cannot_be_stored_is_refused(config_path: Path, run: Run) -> None:
+    lines = [{"user_id": "a\x07@b", "prompt": str(n), "completion": "c"} for n in range(20)]
+    (Path(run.config.data.source) / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SoppuError, match=r"a\\x07@b.*U\+0007"):
+        prepare(str(config_path))
+
+
+def test_an_address_as_a_user_id_is_stored_escaped(config_path: Path, run: Run) -> None:
     lines = [{"user_id": "a@b", "prompt": str(n), "completion": "c"} for n in range(20)]
     (Path(run.config.data.source) / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(SoppuError, match="a@b"):
-        prepare(str(config_path))
+    assert "a%40b" in open_run(prepare(str(config_path))).config.data.users
+    for name in ("a@b", "a%40b"):
+        assert open_run(prepare(str(config_path), {"data.users": [name]})).config.data.users == ("a%40b",)
 
 
 def test_other_public_text_is_another_training(config_path: Path, tmp_path: Path) -> None:

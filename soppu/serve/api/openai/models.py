@@ -15,6 +15,7 @@ from soppu.serve.api.requests import Json
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.names import check_name, find_version
 from soppu.serve.refusals import invalid
+from soppu.user_ids import spellings
 
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
 
@@ -56,6 +57,7 @@ class ModelsApi:
         name: str = request.path_params["id"]
         check_name(name, what="id")
         listed, bundles = dict(self._models()), self._bank.bundles()
+        name = next((one for one in spellings(name) if one in listed), name)
         user, _, matches = find_version(name, bundles)
         if name not in listed and not (len(matches) == 1 and user in bundles[matches[0]]):
             why = f"model {name!r} is not served here; {len(listed)} are"

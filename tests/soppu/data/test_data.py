@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from soppu import corpus, data
-from soppu.config import DataConfig
 from soppu.data import IGNORE, Block, Example
+from soppu.data_settings import DataConfig
 from soppu.errors import DataError
 
 
@@ -126,7 +126,7 @@ def test_an_absent_source_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_without_jsonl_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.docx").write_text("x")
     with pytest.raises(DataError, match=r"no \*\.jsonl files"):
         data.list_users(settings_for(tmp_path))
 

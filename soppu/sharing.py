@@ -1,0 +1,96 @@
+"""How users share what they train: the keys of [federation] that say so, and which of them go together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from soppu.settings import Amount, Natural, Real, allowed, settings
+
+Mode = Literal["shared", "finetune", "fedsa", "dual", "local", "ffa"]
+_BOTH_FACTORS = ("shared", "finetune", "dual")  # modes in which A and B of one product are averaged
+# Keys of [federation] that change how a run is carried out, not what comes out of it.
+OPERATIONAL = frozenset(
+    {"client_cpus", "client_state", "hello_timeout_s", "min_users", "round_timeout_s", "timeout_s"}
+)
+Clip = Annotated[Amount | Literal["median"], allowed("0, a number above 0, or median")]
+Delta = Annotated[Real, Field(gt=0.0, lt=1.0)]
+
+
+@settings("federation")
+class SharingSettings:
+    """What of an adapter is shared, how it is averaged, and what is hidden of it."""
+
+    mode: Mode = "finetune"
+    private_rank: Natural = 0
+    average: Literal["factors", "products"] = "factors"
+    robust: Literal["mean", "trimmed", "median", "krum"] = "mean"
+    robust_share: Annotated[Real, Field(ge=0.0, lt=0.5)] = 0.2
+    clip: Clip = 0.0
+    dp_at: Literal["server", "client"] = "server"
+    dp_clip: Amount = 0.0
+    dp_noise: Amount = 0.0
+    dp_delta: Delta = 1e-5
+    client_state: str = ".soppu/clients"
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.private_rank and self.mode != "dual":
+            raise ValueError(self._refused("private_rank", "0", "only the mode dual has a private rank"))
+        if self.average == "products":
+            if self.mode not in _BOTH_FACTORS:
+                words = (
+                    f"the mode {self.mode} averages no products; allowed modes: {', '.join(_BOTH_FACTORS)}"
+                )
+                raise ValueError(self._refused("average", "factors", words))
+            if self.robust != "mean":
+                words = f"there is no {self.robust} of products without a matrix of the layer's size"
+                raise ValueError(self._refused("robust", "mean", words))
+        if self.dp_noise and not self.dp_clip:
+            words = "noise is measured in clipping norms; federation.dp_clip is 0"
+            raise ValueError(self._refused("dp_noise", "0, or dp_clip above 0", words))
+        self._check_averages("local" if self.mode == "local" else "")
+        if self.noisy_average:
+            self._check_sensitivity()
+        return self
+
+    @property
+    def noisy_average(self) -> bool:
+        """Whether the server clips and noises the average: central differential privacy."""
+        return bool(self.dp_clip) and self.dp_at == "server"
+
+    @property
+    def noisy_users(self) -> bool:
+        """Whether each client clips and noises what it sends: local differential privacy."""
+        return bool(self.dp_clip) and self.dp_at == "client"
+
+    def own_rank(self, rank: int) -> int:
+        """How much of an adapter's rank is each user's own in the mode dual; ValueError for all or none."""
+        own = self.private_rank or rank // 2
+        if self.mode == "dual" and not 0 < own < rank:
+            raise ValueError(
+                f"federation.private_rank = {self.private_rank}: lora.rank = {rank} is the rank of the shared"
+                f" and the private part together; allowed: 0 (half) or 1 to {rank - 1}, lora.rank above 1"
+            )
+        return own if self.mode == "dual" else 0
+
+    def _check_averages(self, mode: str) -> None:
+        """In the mode local nothing is averaged."""
+        for key, default in (("robust", "mean"), ("clip", 0.0)) if mode else ():
+            if getattr(self, key) != default:
+                raise ValueError(self._refused(key, repr(default), "the mode local averages nothing"))
+        if mode and self.noisy_average:
+            words = "the mode local averages nothing that a server could clip"
+            raise ValueError(self._refused("dp_at", "'client'", words))
+
+    def _check_sensitivity(self) -> None:
+        """How far one user can move a plain mean of clipped factors is known; of the others it is not."""
+        plain: dict[str, Any] = {"average": "factors", "robust": "mean", "clip": 0.0}
+        for key, value in plain.items():
+            if getattr(self, key) != value:
+                words = "noise at the server is for the plain mean of changes that dp_clip has clipped"
+                raise ValueError(self._refused(key, repr(value), words))
+
+    def _refused(self, key: str, values: str, why: str) -> str:
+        return f"federation.{key} = {getattr(self, key)!r}: {why}; allowed here: {values}"
