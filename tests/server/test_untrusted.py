@@ -91,7 +91,7 @@ def test_a_node_that_is_not_registered_is_told_nothing(config: Build, tmp_path: 
     assert {m.metadata.dst_node_id for m in grid.sent} == {100}
 
 
-def test_a_name_the_registry_cannot_hold_is_refused_before_any_training(
+def test_a_name_other_than_the_registered_one_is_refused_before_any_training(
     config: Build, tmp_path: Path
 ) -> None:
     nodes = [real_node(tmp_path / "users", "alice"), real_node(tmp_path / "users", "bob", "bob@home")]
@@ -99,7 +99,7 @@ def test_a_name_the_registry_cannot_hold_is_refused_before_any_training(
     grid = on_machines(run, tmp_path / "work", nodes, {100: "alice", 101: "bob"})
     found = result(tmp_path / "work")
     assert found["adapters"].keys() == {"alice"}
-    assert "user id 'bob@home' is not valid" in found["refused"]["bob"]
+    assert "says it is user 'bob%40home', its node is 'bob'" in found["refused"]["bob"]
     assert len(grid.of_type("train")) == 1
 
 
