@@ -33,32 +33,38 @@ class Gain:
     worst_user: str
 
 
-def by_user(losses: Sequence[UserLosses], of: str, *, over: str, seed: int) -> dict[str, Interval]:
-    """User -> what column `of` wins over column `over`, with an interval over the user's examples.
+def means(losses: Sequence[UserLosses], of: str, *, over: str) -> dict[str, float]:
+    """User -> what column `of` wins over column `over`, in the order of names.
 
-    Users for whom one of the two was not measured, or is not finite, are left out. Where only means are
-    known an interval has no ends. Cost: O(examples) a user, times the draws.
+    Users for whom one of the two was not measured, or is not finite, are left out.
     """
-    gains = {}
-    for one in sorted(losses, key=lambda one: one.user):
-        before, after = getattr(one, over), getattr(one, of)
-        if before is None or after is None or not math.isfinite(before - after):
-            continue
-        gains[one.user] = _paired(one, of, over=over, seed=seed) or Interval(before - after)
-    return gains
+    pairs = {one.user: (getattr(one, over), getattr(one, of)) for one in losses}
+    known = {user: pair[0] - pair[1] for user, pair in sorted(pairs.items()) if None not in pair}
+    return {user: gain for user, gain in known.items() if math.isfinite(gain)}
 
 
-def over_users(gains: Mapping[str, Interval], *, seed: int) -> Gain | None:
+def by_user(losses: Sequence[UserLosses], of: str, *, over: str, seed: int) -> dict[str, Interval]:
+    """The same with an interval over each user's examples, which has no ends where only means are known.
+
+    Cost: O(examples) a user, times the draws: about a millisecond.
+    """
+    measured = {one.user: one for one in losses}
+    return {
+        user: _paired(measured[user], of, over=over, seed=seed) or Interval(gain)
+        for user, gain in means(losses, of, over=over).items()
+    }
+
+
+def over_users(gains: Mapping[str, float], *, seed: int) -> Gain | None:
     """The mean of users' gains with an interval over users; None where nobody has one."""
     if not gains:
         return None
-    means = {user: gain.mean for user, gain in gains.items()}
-    worst = min(means, key=means.__getitem__)
-    values = np.array(list(means.values()))
+    worst = min(gains, key=gains.__getitem__)
+    values = np.array(list(gains.values()))
     drawn = interval(values, np.ones_like(values), seed=seed)
-    better = sum(value > 0 for value in means.values())
+    better = sum(value > 0 for value in gains.values())
     # summed exactly: an equal gain of all users has to be their mean to the last bit
-    return Gain(fmean(means.values()), drawn.low, drawn.high, better, len(means), means[worst], worst)
+    return Gain(fmean(gains.values()), drawn.low, drawn.high, better, len(gains), gains[worst], worst)
 
 
 def told(losses: Sequence[UserLosses], *, seed: int) -> dict[str, Any]:
@@ -68,10 +74,7 @@ def told(losses: Sequence[UserLosses], *, seed: int) -> dict[str, Any]:
         "over_shared": ("compressed", "shared"),
         "personal_over_shared": ("personal", "shared"),
     }
-    found = {
-        name: over_users(by_user(losses, of, over=over, seed=seed), seed=seed)
-        for name, (of, over) in pairs.items()
-    }
+    found = {name: over_users(means(losses, of, over=over), seed=seed) for name, (of, over) in pairs.items()}
     return {name: gain and asdict(gain) for name, gain in found.items()}
 
 

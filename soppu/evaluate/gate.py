@@ -15,7 +15,7 @@ from pydantic import InstanceOf
 
 from soppu.config import GateConfig
 from soppu.errors import GateError
-from soppu.evaluate.gains import Gain, by_user, over_users
+from soppu.evaluate.gains import Gain, by_user, means, over_users
 from soppu.evaluate.intervals import Interval
 from soppu.evaluate.losses import COLUMNS, TOLERANCE, UserLosses
 from soppu.federation.personalise import BASE, SHARED
@@ -100,7 +100,7 @@ def check(
     worst_error = max(errors, key=errors.__getitem__, default="")
     measured = {one.user for one in losses}
     over_shared = by_user(losses, "compressed", over="shared", seed=seed)
-    mean = over_users(over_shared, seed=seed)
+    mean = over_users(means(losses, "compressed", over="shared"), seed=seed)
     figures = Verdict(
         passed=False,
         reasons=(),
