@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from soppu.evaluate.report import read
-from soppu.evaluate.wording import bounded, made_by
+from soppu.evaluate.wording import bounded, gains, made_by, served
 from soppu.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +40,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         "run": report["run"],
         "created": report["created"],
         "users": [{k: v for k, v in user.items() if k != "relative_error"} for user in report["users"]],
+        "gains": report["gains"],
         "align": report["align"],
         "federation": {k: report["federation"][k] for k in ("rounds", "bytes_up", "bytes_down", "seconds")},
         "compression": {
@@ -68,13 +69,31 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _users(result: dict[str, Any]) -> list[str]:
+    """A row a user; where there was a shared adapter, who is served what, and what that wins."""
+    shared = "gains" in result  # not in a result from before there was one
+    ways = ["base", *(["shared"] if shared else []), "personal", "compressed"]
+    heads = [
+        "user",
+        "held-out examples",
+        "loss base",
+        *ways[1:],
+        "gain kept",
+        *(["served"] if shared else []),
+    ]
+    rows = [heads, ["---"] * len(heads)]
+    for user in result["users"]:
+        losses = [f"{user[f'loss_{way}']:.3f}" for way in ways]
+        told = [user["id"], str(user["examples"]), *losses, f"{100 * user['gain_kept']:.1f} %"]
+        rows.append([*told, *([user["served"]] if shared else [])])
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    table[1] = f"|{'|'.join(rows[1])}|"
+    said = ["", " ".join([f"Served: {served(result)}.", *gains(result)])] if shared else []
+    return [*table, *said]
+
+
 def block(result: dict[str, Any]) -> str:
     """The README's Markdown for a result file."""
-    rows = [
-        f"| {user['id']} | {user['examples']} | {user['loss_base']:.3f} | {user['loss_personal']:.3f} |"
-        f" {user['loss_compressed']:.3f} | {100 * user['gain_kept']:.1f} % |"
-        for user in result["users"]
-    ]
     made, rounds = result["compression"], result["federation"]
     errors = made["relative_error"]
     seconds = {stage["name"]: stage["seconds"] for stage in result["stages"]}
@@ -82,11 +101,9 @@ def block(result: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value >= 1)
     return "\n".join(
         [
-            "| user | held-out examples | loss base | personal | compressed | gain kept |",
-            "|---|---|---|---|---|---|",
-            *rows,
+            *_users(result),
             "",
-            f"Losses are nats a token on held-out functions. {len(rows)} adapters of"
+            f"Losses are nats a token on held-out functions. {len(result['users'])} adapters of"
             f" {_mb(made['bytes_before'])} (float32) became one bundle of {_mb(made['bytes_after'])}"
             f" ({made_by(made)}; {made['dtype']}): {made['ratio']:.1f}x fewer bytes on disk,"
             f" {made['ratio_16_bit']:.1f}x fewer than at 16 bits a number. Relative error:"

@@ -195,6 +195,8 @@ class GateConfig:
     min_user_gain_kept: Annotated[Real, Field(ge=-10.0, le=1.0)] = 0.5
     max_relative_error: Amount = 0.7
     min_improved_users: Annotated[Real, Field(ge=0.0, le=1.0)] = 1.0
+    min_mean_gain_over_shared: Annotated[Real, Field(ge=-10.0, le=10.0)] = -0.01
+    max_loss_over_shared: Amount = 0.1
     device: Device = "auto"
 
 

@@ -18,6 +18,6 @@ from tasks.recording import Progress, recorded, stage_key, transient
     persist_result=True,
 )
 def evaluate(run: str, set_id: str, bundle_id: str) -> str:
-    """Held-out loss of every user with base, personal and compressed adapter, and the gate's verdict."""
+    """Held-out loss of every user: base, shared, personal and compressed; and the gate's verdict."""
     with recorded(run, "evaluate"):
         return stage.evaluate(run, set_id, bundle_id, on_progress=Progress("soppu-evaluation"))

@@ -15,14 +15,13 @@ from pydantic import InstanceOf
 
 from soppu.config import GateConfig
 from soppu.errors import GateError
-from soppu.evaluate.losses import UserLosses
-from soppu.federation.personalise import BASE
+from soppu.evaluate.gains import Gain, by_user, means, over_users
+from soppu.evaluate.intervals import Interval
+from soppu.evaluate.losses import COLUMNS, TOLERANCE, UserLosses
+from soppu.federation.personalise import BASE, SHARED
 from soppu.settings import Flag, Real, allowed
 
 Text = Annotated[InstanceOf[str], allowed("a text")]  # a name with a lone surrogate is one, too
-
-TOLERANCE = 0.01
-"""Nats a token. A personal gain up to this is too small to be a ratio's denominator."""
 
 _NAMED = 10  # users spelt out in one reason; the rest is counted
 
@@ -33,14 +32,23 @@ class Verdict:
 
     passed: Flag  # whether the bundle may be published
     reasons: tuple[Text, ...]  # one line for each broken rule; empty when passed
-    # compressed gain / personal gain, both summed over the users whose personal adapter beats the base model;
-    # 0 where there is no such user
+    # gain after compression / before it, both summed over the users for whom what was chosen beats the base
+    # model; 0 where there is no such user
     mean_gain_kept: Real
     worst_user: Text  # who keeps the least of a gain above `TOLERANCE`; "" if nobody gained that much
     worst_gain_kept: Real  # what that user keeps; 0 without such a user
-    improved_share: Real  # of the measured users, those whose personal loss is below the base model's
+    improved_share: (
+        Real  # of the users measured with an adapter, those for whom what is served beats the base model
+    )
     max_relative_error: Real  # largest relative error of one user's adapter
     worst_error_user: Text  # whose that is
+    # of what is served, over the shared adapter, nats a token; None where nothing shared was measured
+    gain_over_shared: Real | None  # the mean over users
+    gain_over_shared_high: Real | None  # upper end of its interval: what is held against the limit
+    loss_over_shared: (
+        Real | None
+    )  # what a user loses at least, given how few the examples are; the most of any user
+    loss_over_shared_user: Text  # whose that is
     unmeasured: tuple[Text, ...]  # users of the bundle without a held-out loss: judged by their error alone
     limits: dict[Text, Real]  # the rules as configured, config key -> value
 
@@ -64,10 +72,16 @@ class Verdict:
         return cls(**known)
 
 
-def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], options: GateConfig) -> Verdict:
+def check(
+    losses: Sequence[UserLosses], relative_error: Mapping[str, float], options: GateConfig, *, seed: int = 0
+) -> Verdict:
     """Judge a bundle.
 
-    A user whose personal gain is at most `TOLERANCE` (or negative) has nothing whose kept share could be told
+    All is about what users are served: their own adapter, the shared one, or the base model, whose users
+    have nothing that compression could take. The shared adapter is compared with where it was measured; the
+    limits on that are broken only where the intervals say so, since a few examples tell no more.
+
+    A user whose gain is at most `TOLERANCE` (or negative) has nothing whose kept share could be told
     from noise. Such a user breaks `gate.min_user_gain_kept` where the compressed loss is worse than the base
     model's by more than `TOLERANCE`.
 
@@ -78,27 +92,25 @@ def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], opt
         losses: what was measured, one entry a user.
         relative_error: user -> relative error of the compressed adapter, for everybody in the bundle.
         options: the limits.
+        seed: of the draws for intervals.
     """
     finite = [one for one in losses if all(map(math.isfinite, (one.base, one.chosen, one.compressed)))]
-    improved = [one for one in finite if one.gain > 0]
-    gained = math.fsum(one.gain for one in improved)
-    kept = math.fsum(one.base - one.compressed for one in improved)
-    sizeable = {one.user: one.gain_kept for one in improved if one.gain > TOLERANCE}
-    worst = min(sizeable, key=sizeable.__getitem__, default="")
+    changed = [one for one in losses if one.served != BASE]
     errors = {user: value for user, value in relative_error.items() if math.isfinite(value)}
     worst_error = max(errors, key=errors.__getitem__, default="")
     measured = {one.user for one in losses}
+    over_shared = by_user(losses, "compressed", over="shared", seed=seed)
+    mean = over_users(means(losses, "compressed", over="shared"), seed=seed)
     figures = Verdict(
         passed=False,
         reasons=(),
-        mean_gain_kept=kept / gained if gained else 0.0,
-        worst_user=worst,
-        worst_gain_kept=sizeable.get(worst, 0.0),
-        improved_share=sum(one.chosen < one.base for one in losses) / len(losses) if losses else 0.0,
+        **_kept(finite),
+        improved_share=sum(map(_improves, changed)) / len(changed) if changed else float(bool(losses)),
         max_relative_error=errors.get(worst_error, 0.0),
         worst_error_user=worst_error,
+        **_beside_shared(over_shared, mean),
         unmeasured=tuple(user for user in relative_error if user not in measured),
-        limits=dataclasses.asdict(options),
+        limits={name: value for name, value in vars(options).items() if not isinstance(value, str)},
     )
     found = (
         _not_measured(losses, relative_error),
@@ -106,10 +118,37 @@ def check(losses: Sequence[UserLosses], relative_error: Mapping[str, float], opt
         _total(figures, options) if finite else "",
         _each(finite, options.min_user_gain_kept),
         _error(errors, options.max_relative_error),
-        _improved(losses, figures, options) if losses else "",
+        _improved(changed, figures, options),
+        _mean_over_shared(mean, options.min_mean_gain_over_shared),
+        _each_over_shared(over_shared, options.max_loss_over_shared),
     )
     reasons = tuple(filter(None, found))
     return dataclasses.replace(figures, passed=not reasons, reasons=reasons)
+
+
+def _kept(finite: Sequence[UserLosses]) -> dict[str, Any]:
+    """What is left of the gains after compression, of all users and of the one who keeps least."""
+    improved = [one for one in finite if one.gain > 0]
+    gained = math.fsum(one.gain for one in improved)
+    kept = math.fsum(one.base - one.compressed for one in improved)
+    sizeable = {one.user: one.gain_kept for one in improved if one.gain > TOLERANCE}
+    worst = min(sizeable, key=sizeable.__getitem__, default="")
+    return {
+        "mean_gain_kept": kept / gained if gained else 0.0,
+        "worst_user": worst,
+        "worst_gain_kept": sizeable.get(worst, 0.0),
+    }
+
+
+def _beside_shared(gains: Mapping[str, Interval], mean: Gain | None) -> dict[str, Any]:
+    surely = {user: -_upper(gain) for user, gain in gains.items()}
+    behind = max(surely, key=surely.__getitem__, default="")
+    return {
+        "gain_over_shared": mean.mean if mean else None,
+        "gain_over_shared_high": _upper(mean) if mean else None,
+        "loss_over_shared": surely.get(behind),
+        "loss_over_shared_user": behind,
+    }
 
 
 def _not_measured(losses: Sequence[UserLosses], relative_error: Mapping[str, float]) -> str:
@@ -118,6 +157,8 @@ def _not_measured(losses: Sequence[UserLosses], relative_error: Mapping[str, flo
     faults = [f"{one.user} (no held-out examples)" for one in losses if one.examples < 1]
     inside = [one.user for one in losses if one.served != BASE]
     faults += [f"{user} (no relative error)" for user in inside if user not in relative_error]
+    blind = [one.user for one in losses if one.served == SHARED and one.shared is None]
+    faults += [f"{user} (served the shared adapter, which has no loss)" for user in blind]
     return _listed("not measured", faults)
 
 
@@ -125,7 +166,7 @@ def _not_finite(losses: Sequence[UserLosses], relative_error: Mapping[str, float
     figures = [
         (f"{one.user} {name} loss", getattr(one, name))
         for one in losses
-        for name in ("base", "personal", "shared", "compressed")
+        for name in COLUMNS
         if getattr(one, name) is not None
     ]
     figures += [(f"{user} relative error", value) for user, value in relative_error.items()]
@@ -162,15 +203,43 @@ def _error(errors: Mapping[str, float], limit: float) -> str:
     return _listed(f"gate.max_relative_error: relative error at most {limit}", faults)
 
 
-def _improved(losses: Sequence[UserLosses], figures: Verdict, options: GateConfig) -> str:
+def _improves(one: UserLosses) -> bool:
+    return one.compressed < one.base
+
+
+def _improved(changed: Sequence[UserLosses], figures: Verdict, options: GateConfig) -> str:
     share, limit = figures.improved_share, options.min_improved_users
-    if share >= limit:
+    if not changed or share >= limit:
         return ""
-    behind = [one for one in losses if not one.chosen < one.base]
+    behind = [one for one in changed if not _improves(one)]
     return _listed(
-        f"gate.min_improved_users: the personal adapter beats the base model for {_shown(share, limit)} of"
+        f"gate.min_improved_users: what is served beats the base model for {_shown(share, limit)} of"
         f" the users, at least {limit}; not for",
-        [f"{one.user} ({one.chosen:.4f}, base {one.base:.4f})" for one in behind],
+        [f"{one.user} ({one.compressed:.4f}, base {one.base:.4f})" for one in behind],
+    )
+
+
+def _upper(gain: Gain | Interval) -> float:
+    """The most that a gain may be; itself where it has no interval."""
+    return gain.mean if gain.high is None else gain.high
+
+
+def _mean_over_shared(mean: Gain | None, limit: float) -> str:
+    if mean is None or _upper(mean) >= limit:
+        return ""
+    within = "" if mean.high is None else f", 95 % interval {mean.low:.4f} to {_shown(mean.high, limit)}"
+    return (
+        f"gate.min_mean_gain_over_shared: what is served gains {_shown(mean.mean, limit)} nats a token over"
+        f" the shared adapter on the mean{within}, at least {limit}; the worst is {mean.worst_user}"
+        f" ({mean.worst:.4f})"
+    )
+
+
+def _each_over_shared(gains: Mapping[str, Interval], limit: float) -> str:
+    over = sorted((user for user in gains if -_upper(gains[user]) > limit), key=lambda user: gains[user].mean)
+    return _listed(
+        f"gate.max_loss_over_shared: served worse than the shared adapter by at most {limit} nats a token",
+        [f"{user} {-gains[user].mean:.4f} (surely {_shown(-_upper(gains[user]), limit)})" for user in over],
     )
 
 

@@ -25,6 +25,10 @@ def page(report: Row) -> str:
         folded=_FOLDED,
         figures=plots.figures(report),
         modules=list(_modules(report["compression"])),
+        served=wording.served(report),
+        gain_sentences=wording.gains(report),
+        lost=wording.lost(report),
+        measured_on=wording.measured_on(report),
         curl=wording.curl(report),
         NONE=wording.NONE,
     )

@@ -1,4 +1,4 @@
-"""The report's four figures, as SVG text to be put into the page.
+"""The report's figures, as SVG text to be put into the page.
 
 Drawn on matplotlib Figure objects; pyplot is not used. Style settings hold only while a figure is drawn, but
 matplotlib keeps them in one place, so two threads should not draw at once. The same report gives the same
@@ -21,17 +21,17 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from soppu.evaluate.wording import duration, ratio, shortened, size, who
+from soppu.evaluate.wording import duration, patience, ratio, shortened, size, who
 from soppu.module_names import split_layer
 
 FEW = 24
 """Up to this many users are drawn one by one, more as distributions."""
 
-# Blue, orange and grey of Okabe and Ito: apart for every common colour blindness, and in brightness.
+# Blue, orange and grey of Okabe and Ito, and a plum: apart for common colour blindness, and in brightness.
 INK, MUTED, LINE = "#1f2329", "#59636f", "#d1d9e1"
-BASE, PERSONAL, COMPRESSED = "#8c959e", "#0072b2", "#e69f01"
+BASE, SHARED, PERSONAL, COMPRESSED = "#8c959e", "#7a1f5c", "#0072b2", "#e69f01"
 _REST = (PERSONAL, COMPRESSED, "#009e73", "#cc79a7", "#d55e00", "#56b4e9", BASE)
-_WAYS = {"base": BASE, "personal": PERSONAL, "compressed": COMPRESSED}
+_WAYS = {"base": BASE, "shared": SHARED, "personal": PERSONAL, "compressed": COMPRESSED}
 # The page sets these variables, once for light and once for dark.
 _THEME = {INK: "ink", MUTED: "muted", LINE: "line"} | {colour: name for name, colour in _WAYS.items()}
 _WIDTH = 9.0  # inches; the page scales it
@@ -65,9 +65,16 @@ FloatArray = npt.NDArray[np.float64]
 def figures(report: Row) -> dict[str, str]:
     """Every figure the report has data for: name -> SVG text."""
     users = [user for user in report["users"] if user["loss_base"] is not None]
-    made = report["compression"]
+    made, rounds = report["compression"], report["federation"]
     drawings: tuple[tuple[str, str, Callable[[Any], Figure], Any], ...] = (
         ("losses", "Held-out loss and gain of every user", losses, users),
+        ("over_shared", "Gain over the shared adapter of every user", over_shared, _with_shared(users)),
+        (
+            "rounds",
+            "Losses over the rounds",
+            round_losses,
+            rounds if rounds and rounds["rounds_log"] else None,
+        ),
         ("errors", "Relative reconstruction error by layer", errors, made["by_module"]),
         ("sizes", "Parameters and bytes before and after", sizes, made),
         ("stages", "Seconds a stage took", stage_times, report["stages"]),
@@ -98,11 +105,12 @@ def draw(figure: Callable[[], Figure], *, name: str, label: str) -> str:
 
 
 def losses(users: Sequence[Row]) -> Figure:
-    """Loss three ways above, gain over the base model below: bars for few users, sorted curves for many."""
+    """Losses above, gains over the base model below: bars for few users, sorted curves for many."""
     figure = Figure(figsize=(_WIDTH, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
-    ways = {name: np.array([user[f"loss_{name}"] for user in users], dtype=float) for name in _WAYS}
-    gains = {name: ways["base"] - ways[name] for name in ("personal", "compressed")}
+    names = [name for name in _WAYS if any(user[f"loss_{name}"] is not None for user in users)]
+    ways = {name: np.array([user[f"loss_{name}"] for user in users], dtype=float) for name in names}
+    gains = {name: ways["base"] - ways[name] for name in names[1:]}
     if len(users) <= FEW:
         _bars(above, ways)
         _bars(below, gains)
@@ -111,14 +119,78 @@ def losses(users: Sequence[Row]) -> Figure:
     else:
         _quantiles(above, ways)
         _sorted_gains(below, gains["personal"], gains["compressed"])
-    above.set_title("Held-out loss, three ways (lower is better)")
+    above.set_title("Held-out loss (lower is better)")
     above.set_ylabel("nats a token")
     below.set_title("Gain over the base model (higher is better)")
     below.set_ylabel("nats a token")
     below.axhline(0, color=MUTED, linewidth=0.8)
     handles, labels = above.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=3)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(names))
     return figure
+
+
+def over_shared(users: Sequence[Row]) -> Figure:
+    """Gain of what is served over the shared adapter: a dot and its interval each, or a histogram of many."""
+    figure = Figure(figsize=(_WIDTH, 2.6), layout="constrained")
+    axes = figure.subplots()
+    told = [user["gain_over_shared"] for user in users]
+    means = [one["mean"] for one in told]
+    if len(users) <= FEW:
+        for place, one in enumerate(told):
+            if one["low"] is not None:
+                axes.plot([place] * 2, [one["low"], one["high"]], color=MUTED, linewidth=1.4)
+        axes.plot(range(len(means)), means, "o", color=COMPRESSED, markersize=5)
+        axes.axhline(0, color=SHARED, linewidth=1)
+        _name_users(axes, [who(user["id"]) for user in users])
+        axes.set_ylabel("nats a token")
+    else:
+        axes.hist(means, bins=30, color=COMPRESSED)
+        axes.axvline(0, color=SHARED, linewidth=1)
+        axes.set_xlabel("nats a token")
+        axes.set_ylabel("users")
+    axes.set_title("Gain of what is served over the shared adapter (higher is better)")
+    return figure
+
+
+def round_losses(federation: Row) -> Figure:
+    """The losses that decide when shared rounds are over, by how many rounds the adapter has had."""
+    figure = Figure(figsize=(_WIDTH, 2.6), layout="constrained")
+    axes = figure.subplots()
+    log = federation["rounds_log"]
+    shared = [one for one in log if one["mode"] == "shared"]
+    # a round's validation loss is of the adapter that was sent: of the round before
+    series = (
+        (
+            "validation text, shared adapter",
+            PERSONAL,
+            [(one["round"] - 1, one["shared_loss"]) for one in log],
+        ),
+        ("public text, shared adapter", SHARED, [(one["round"], one["public_loss"]) for one in shared]),
+    )
+    for name, colour, points in series:
+        known = [(place, loss) for place, loss in points if loss is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), "o-", color=colour, markersize=4, label=name)
+    own = [one for one in log if one["mode"] != "shared" and one["emulator_loss"] is not None]
+    axes.plot(
+        [one["round"] for one in own],
+        [one["emulator_loss"] for one in own],
+        "D",
+        color=COMPRESSED,
+        label="validation text, as trained in the personal round",
+    )
+    if shared:
+        axes.axvline(shared[-1]["round"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 2)))
+    axes.set_title(f"Losses over the rounds: {patience(federation)}")
+    axes.set_xlabel("rounds that the adapter has had")
+    axes.set_xticks(range(0, 1 + max(one["round"] for one in log), 1 + len(log) // 20))
+    axes.set_ylabel("nats a token")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _with_shared(users: Sequence[Row]) -> list[Row]:
+    return [user for user in users if user["gain_over_shared"] is not None]
 
 
 def errors(by_module: Mapping[str, Mapping[str, float | None]]) -> Figure:

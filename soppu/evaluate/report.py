@@ -20,9 +20,11 @@ from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.options import ratio
 from soppu.config import Config
 from soppu.errors import ReportError
-from soppu.evaluate import html, schema
+from soppu.evaluate import gains, html, schema
 from soppu.evaluate.gate import Verdict
-from soppu.evaluate.losses import UserLosses
+from soppu.evaluate.intervals import Interval
+from soppu.evaluate.losses import CURRENT, UserLosses
+from soppu.federation.personalise import PERSONAL
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -92,7 +94,8 @@ def build(inputs: ReportInputs) -> dict[str, Any]:
         "plan": told and {name: told["plan"][name] for name in told["plan"] if name != "json"},
         "align": told and told["align"],
         "users": _users(inputs),
-        "federation": told and _federation(told),
+        "gains": gains.told(inputs.losses, seed=inputs.config.seed),
+        "federation": told and _federation(told, inputs.config),
         "compression": _compression(inputs),
         "gate": inputs.verdict.to_dict(),
         "serving": inputs.serving and {**inputs.serving, "canaries_ok": ok},
@@ -140,20 +143,30 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _users(inputs: ReportInputs) -> list[dict[str, Any]]:
+    """Everybody in the bundle, and who was measured, or has been given nothing by the federation, besides."""
     measured = {one.user: one for one in inputs.losses}
+    chosen = (inputs.federation or {}).get("served", {})
+    over = {
+        name: gains.by_user(inputs.losses, "compressed", over=name, seed=inputs.config.seed)
+        for name in ("base", "shared")
+    }
     rows = []
-    for user in dict.fromkeys([*inputs.adapter_ids, *measured]):
+    for user in dict.fromkeys([*inputs.adapter_ids, *measured, *chosen]):
         one = measured.get(user)
         rows.append(
             {
                 "id": user,
                 "examples": one.examples if one else 0,
+                "measured_on": one.measured_on if one else "",
                 "loss_base": one and one.base,
                 "loss_shared": one and one.shared,
                 "loss_personal": one and one.personal,
                 "loss_compressed": one and one.compressed,
                 "gain_kept": one and one.gain_kept,
-                "served": one.served if one else "",
+                "gain_over_base": _interval(over["base"].get(user)),
+                "gain_over_shared": _interval(over["shared"].get(user)),
+                "served": one.served if one else chosen.get(user, CURRENT),
+                "compression_lost": one and one.compression_lost,
                 "relative_error": inputs.compression.relative_error.get(user),
                 "adapter_id": inputs.adapter_ids.get(user, ""),
             }
@@ -161,19 +174,36 @@ def _users(inputs: ReportInputs) -> list[dict[str, Any]]:
     return rows
 
 
-def _federation(told: Mapping[str, Any]) -> dict[str, Any]:
+def _interval(gain: Interval | None) -> dict[str, Any] | None:
+    return asdict(gain) if gain else None
+
+
+def _federation(told: Mapping[str, Any], config: Config) -> dict[str, Any]:
     rounds = told["rounds"]
     totals = {name: sum(log.get(name, 0) for log in rounds) for name in ("bytes_up", "bytes_down", "seconds")}
     how = {"mode": told.get("mode", ""), "privacy": told.get("privacy")}
-    own = {**how, "refused": told["refused"], "forms": _forms(rounds), "rounds_log": rounds}
-    return {"rounds": len(rounds), **totals, **own}
+    own = {
+        **how,
+        "refused": told["refused"],
+        "forms": _forms(rounds),
+        "rounds_log": list(map(_round, rounds)),
+    }
+    limits = {"max_shared_rounds": config.federation.rounds, "patience": config.federation.patience}
+    return {"rounds": len(rounds), **limits, **totals, **own}
+
+
+def _round(log: Mapping[str, Any]) -> dict[str, Any]:
+    """One round, without the zeros that stand for what was not measured in it."""
+    nobody = ("train_loss", "emulator_loss", "shared_loss") if not log.get("accepted") else ()
+    unheard = ("public_loss",) if log.get("mode") == PERSONAL else ()
+    return {**log, **dict.fromkeys((*nobody, *unheard))}
 
 
 def _forms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """How many users sent their own adapter in which form, and the bytes of those replies."""
     found: dict[str, dict[str, int]] = {}
     for log in rounds:
-        for one in log.get("received", {}).values() if log.get("mode") == "personal" else ():
+        for one in log.get("received", {}).values() if log.get("mode") == PERSONAL else ():
             form = found.setdefault(one.get("form", ""), {"users": 0, "bytes_up": 0})
             form["users"] += 1
             form["bytes_up"] += one.get("bytes_up", 0)

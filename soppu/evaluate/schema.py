@@ -35,15 +35,38 @@ class _Align(_Part):
     after: _Distance
 
 
+class _UserGain(_Part):
+    mean: Real
+    low: Real | None
+    high: Real | None
+
+
+class _Gain(_UserGain):
+    better: Natural
+    users: Natural
+    worst: Real
+    worst_user: Text
+
+
+class _Gains(_Part):
+    over_base: _Gain | None
+    over_shared: _Gain | None
+    personal_over_shared: _Gain | None
+
+
 class _User(_Part):
     id: Text
     examples: Natural
+    measured_on: Text
     loss_base: Real | None
     loss_shared: Real | None
     loss_personal: Real | None
     loss_compressed: Real | None
     gain_kept: Real | None
+    gain_over_base: _UserGain | None
+    gain_over_shared: _UserGain | None
     served: Text
+    compression_lost: Flag | None
     relative_error: Real | None
     adapter_id: Text
 
@@ -89,6 +112,8 @@ class _Federation(_Part):
     mode: Text
     privacy: _Privacy | None
     rounds: Natural
+    max_shared_rounds: Natural
+    patience: Natural
     bytes_up: Natural
     bytes_down: Natural
     seconds: Real
@@ -189,6 +214,7 @@ class Report(_Part):
     plan: _Plan | None
     align: _Align | None
     users: list[_User]
+    gains: _Gains
     federation: _Federation | None
     compression: Compression
     gate: Verdict

@@ -12,15 +12,20 @@ from typing import Any
 
 from soppu import tables
 from soppu.evaluate.wording import (
+    adapter,
     bounded,
     certificate,
     curl,
     errors,
     gain_kept,
+    gains,
     loss,
+    lost,
     made_by,
+    nats,
     percent,
     printable,
+    served,
     shortened,
     size,
     smaller,
@@ -32,8 +37,11 @@ Row = Mapping[str, Any]
 _LISTED = 40  # users in the terminal table; of more, the ones that keep least are shown
 _WORST = 20
 _LONGEST = 32  # characters of a user id
-_HEADS = ("user", "examples", "base", "personal", "compressed", "gain kept", "adapter")
-_NUMBERS = range(1, 6)
+_HEADS = [
+    *("user", "examples", "base", "shared", "personal", "compressed"),
+    *("over shared", "gain kept", "served", "adapter"),
+]
+_NUMBERS = range(1, 8)
 _MARKUP = re.compile(r"([\\`*_\[\]#|~$])")
 
 
@@ -47,10 +55,12 @@ def text(report: Row, *, report_path: str = "", prefect_url: str = "", width: in
     users, gate = report["users"], report["gate"]
     shown = users
     if len(users) > _LISTED:
-        shown = sorted(users, key=lambda user: (user["gain_kept"] is None, user["gain_kept"]))[:_WORST]
+        gained = [user for user in users if user["gain_kept"] is not None and user["served"] != "base"]
+        shown = sorted(gained, key=lambda user: user["gain_kept"])[:_WORST] or users[:_WORST]
     lines = [tables.render(_HEADS, map(_cells, shown), right=_NUMBERS, rule=True, width=width)]
     if len(shown) < len(users):
         lines.append(f"{len(users)} users; these {len(shown)} keep the least, the report lists all")
+    lines += ["", f"served: {served(report)}", *gains(report), *filter(None, [lost(report)])]
     verdict = f"gate {'passed' if gate['passed'] else 'REFUSED'}"
     kept = f"all users together keep {percent(gate['mean_gain_kept'])} of their gain"
     lines += ["", compression_line(report["compression"]), f"{verdict}: {kept}"]
@@ -81,8 +91,10 @@ def compression_line(made: Row) -> str:
 
 
 def markdown_users(report: Row) -> str:
-    """The table of all users in Markdown."""
-    return _markdown(_HEADS, map(_cells, report["users"]), right=_NUMBERS)
+    """The table of all users in Markdown, and in sentences what was won."""
+    table = _markdown(_HEADS, map(_cells, report["users"]), right=_NUMBERS)
+    said = [f"Served: {served(report)}.", *gains(report), *filter(None, [lost(report)])]
+    return "\n\n".join([table, *map(_mark, said)])
 
 
 def markdown_compression(report: Row) -> str:
@@ -103,11 +115,11 @@ def _cells(user: Row) -> tuple[str, ...]:
     return (
         shortened(who(user["id"]), limit=_LONGEST),
         f"{user['examples']:,}",
-        loss(user["loss_base"]),
-        loss(user["loss_personal"]),
-        loss(user["loss_compressed"]),
+        *(loss(user[f"loss_{name}"]) for name in ("base", "shared", "personal", "compressed")),
+        nats((user["gain_over_shared"] or {}).get("mean")),
         gain_kept(user),
-        printable(user["adapter_id"]),
+        user["served"],
+        printable(adapter(user)),
     )
 
 

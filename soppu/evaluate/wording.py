@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from soppu import user_ids
 
 NONE = "–"
 _COMPLETION_TOKENS = 24
+_NAMED = 10  # users spelt out in a sentence; the rest is counted
 
 
 def printable(text: str) -> str:
@@ -54,10 +56,109 @@ def short(value: float | None) -> str:
 
 def gain_kept(user: Mapping[str, Any]) -> str:
     """What a user keeps; in words where there was nothing to keep."""
-    base, personal = user["loss_base"], user["loss_personal"]
-    if None in (base, personal, user["gain_kept"]):
+    ways = {"base": user["loss_base"], "shared": user["loss_shared"]}
+    chosen = ways.get(user["served"], user["loss_personal"])
+    if None in (user["loss_base"], chosen, user["gain_kept"]):
         return NONE
-    return percent(user["gain_kept"]) if personal < base else "no gain"
+    return percent(user["gain_kept"]) if chosen < user["loss_base"] else "no gain"
+
+
+def adapter(user: Mapping[str, Any]) -> str:
+    """What a user is asked as, or that there is nothing to ask for."""
+    return "no adapter: the base model" if user["served"] == "base" else user["adapter_id"] or NONE
+
+
+def served(report: Mapping[str, Any]) -> str:
+    """How many users are served what: "6 personal, 2 shared, 0 base"."""
+    counts = Counter(user["served"] for user in report["users"])
+    words = [f"{counts[name]:,} {name}" for name in ("personal", "shared", "base")]
+    current = f"{counts['current']:,} with the adapter they have"
+    if counts["current"] == len(report["users"]):
+        return current
+    return ", ".join([*words, current] if counts["current"] else words)
+
+
+def gains(report: Mapping[str, Any]) -> list[str]:
+    """What was won, as sentences: over the base model, over the shared adapter, by personal training."""
+    found = report["gains"]
+    over = ((found["over_base"], "the base model"), (found["over_shared"], "the shared adapter"))
+    told = [
+        f"What is served wins {_nats(gain)} over {what} on the mean over {gain['users']:,} users, better"
+        f" for {gain['better']:,}; the worst is {_worst(gain)}."
+        for gain, what in over
+        if gain
+    ]
+    if own := found["personal_over_shared"]:
+        told.append(
+            f"Personal adapters {_beats(own)}: {_nats(own)} on the mean, before compression, better for"
+            f" {own['better']:,} of {own['users']:,} users; the worst is {_worst(own)}."
+        )
+    return told
+
+
+def _beats(own: Mapping[str, Any]) -> str:
+    """Only what the interval leaves no doubt of is claimed."""
+    if own["mean"] <= 0:
+        return "do not beat one shared adapter here"
+    if own["low"] is None or own["low"] <= 0:
+        return "are not shown to beat one shared adapter here"
+    return "beat one shared adapter here"
+
+
+def _worst(gain: Mapping[str, Any]) -> str:
+    return f"{printable(who(gain['worst_user']))} ({gain['worst']:+.3f})"
+
+
+def _nats(gain: Mapping[str, Any]) -> str:
+    within = "" if gain["low"] is None else f" (95 % interval {gain['low']:+.3f} to {gain['high']:+.3f})"
+    return f"{gain['mean']:+.3f} nats a token{within}"
+
+
+def lost(report: Mapping[str, Any]) -> str:
+    """Who would do better with the shared adapter than with what compression left of theirs; "" if nobody."""
+    users = [printable(who(user["id"])) for user in report["users"] if user["compression_lost"]]
+    if not users:
+        return ""
+    more = f" and {len(users) - _NAMED:,} more" if len(users) > _NAMED else ""
+    return (
+        "Compression lost what was won: on their validation text the shared adapter is better than the"
+        f" compressed one of {', '.join(users[:_NAMED])}{more}."
+    )
+
+
+def measured_on(report: Mapping[str, Any]) -> str:
+    """Which models the losses are of: "the full model", or how many users' on which."""
+    counts = Counter(user["measured_on"] for user in report["users"] if user["measured_on"])
+    if len(counts) < 2:
+        return "".join(f"the {model}" for model in counts)
+    return ", ".join(f"the {model} ({number:,} users)" for model, number in counts.most_common())
+
+
+def patience(federation: Mapping[str, Any]) -> str:
+    """What ended the shared rounds: patience, or their number."""
+    done = sum(log["mode"] == "shared" for log in federation["rounds_log"])
+    most = federation["max_shared_rounds"]
+    if not done:
+        return "no shared round"
+    if done >= most:
+        return f"{done} shared rounds, as many as are allowed"
+    return (
+        f"patience ended the shared rounds after {done} of at most {most}: {federation['patience']} in a row"
+        " lowered neither loss"
+    )
+
+
+def nats(value: float | None) -> str:
+    """A difference of losses, with its sign."""
+    return NONE if value is None else f"{value:+.3f}"
+
+
+def gain(told: Mapping[str, Any] | None) -> str:
+    """A user's gain with its interval: "+0.031 (+0.010 to +0.052)"."""
+    if told is None:
+        return NONE
+    within = "" if told["low"] is None else f" ({told['low']:+.3f} to {told['high']:+.3f})"
+    return f"{told['mean']:+.3f}{within}"
 
 
 def size(count: float) -> str:
@@ -183,7 +284,8 @@ def curl(report: Mapping[str, Any]) -> str:
     serving, users = report["serving"], report["users"]
     if not serving or not users:
         return ""
-    user = next(iter(serving["completions"]), users[0]["id"])
+    inside = [user["id"] for user in users if user["served"] != "base"]  # nobody else is known there
+    user = next(iter([*serving["completions"], *inside]), "")
     asked_as = serving["asked_as"].get(user, user)
     path, body = _asked(serving["target"], asked_as, serving["prompt"])
     words = (shlex.quote(f"{serving['url'].rstrip('/')}{path}"), shlex.quote(json.dumps(body)))

@@ -81,6 +81,12 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
 
     The head runs only where a label counts: O(labels x v) instead of O(tokens x v).
     """
+    hidden, target, counts = before_head(top, blocks)
+    return summed_loss(top.logits, hidden, target), sum(counts)
+
+
+def before_head(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[Tensor, Tensor, list[int]]:
+    """States (n, d) that the head predicts unmasked labels from, the labels (n,), how many each block has."""
     pad = nn.utils.rnn.pad_sequence
     states = pad([block.states for block in blocks], batch_first=True)
     labels = pad([block.labels for block in blocks], batch_first=True, padding_value=IGNORE)
@@ -89,7 +95,7 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
     hidden = top.hidden(states, mask)[:, :-1]
     target = labels[:, 1:].to(hidden.device)
     counted = target != IGNORE
-    return summed_loss(top.logits, hidden[counted], target[counted]), int(counted.sum())
+    return hidden[counted], target[counted], counted.sum(dim=1).tolist()
 
 
 def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:

@@ -10,9 +10,9 @@ from typing import Any
 
 import soppu
 from soppu import files
-from soppu.evaluate.losses import UserLosses
+from soppu.evaluate.losses import CURRENT, EMULATOR, UserLosses
 from soppu.federation import connection
-from soppu.federation.personalise import BASE, PERSONAL
+from soppu.federation.personalise import BASE
 from soppu.stages.federate import RESULT
 from soppu.stages.run import CONFIG, FEDERATION, Run
 
@@ -37,7 +37,7 @@ def measure(
     """
     settings, workdir = run.config.federation, run.folder / f"measured-{bundle_id[:16]}"
     result = run.read(RESULT)
-    served = {**dict.fromkeys(members, PERSONAL), **result.get("served", {})}
+    served = {**dict.fromkeys(members, CURRENT), **result.get("served", {})}
     trained = (run.folder / FEDERATION).resolve()
     order = {
         "bundle": bundle_id,
@@ -67,4 +67,5 @@ def _losses(user: str, numbers: Mapping[str, Any], served: str) -> UserLosses:
         numbers.get("loss-compressed", base),  # who is served the base model is not in the bundle
         shared=numbers.get("loss-shared"),
         served=served,
+        measured_on=EMULATOR,
     )

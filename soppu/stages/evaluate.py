@@ -1,8 +1,8 @@
 """Stage: every user's held-out loss four ways, and the gate's verdict on them.
 
-Held-out text is read here, in the process that evaluates. In a simulation that is the same machine; where
-users' text may not leave their side, name a source of consented held-out text, and who is not in it is
-judged by the error of their adapter alone.
+Numbers come from a `Measure`. The one here reads held-out text in the process that evaluates: in a simulation
+that is the same machine; where users' text may not leave their side, name a source of consented held-out
+text, and who is not in it is judged by the error of their adapter alone.
 """
 
 from __future__ import annotations
@@ -10,38 +10,41 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from soppu import adapter as adapters
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.config import Config
-from soppu.data import Example, list_users, load_user, tokenize
+from soppu.data import Example, UserData, list_users, load_user, tokenize
 from soppu.devices import torch_device
 from soppu.errors import DataError
 from soppu.evaluate.gate import check
-from soppu.evaluate.losses import UserLosses
+from soppu.evaluate.losses import COLUMNS, CURRENT, ExampleLosses, UserLosses, example_losses
 from soppu.federation import emulator
-from soppu.federation.personalise import BASE, PERSONAL, SHARED
-from soppu.federation.train import cache_states, mean_loss
+from soppu.federation.personalise import BASE
+from soppu.federation.train import cache_states
 from soppu.module_names import split_layer
 from soppu.stages import elsewhere
-from soppu.stages.federate import RESULT
-from soppu.stages.run import FEDERATION, Run, open_run
+from soppu.stages.federate import RESULT, shared_adapter
+from soppu.stages.run import Run, open_run
 
-COMPRESSED = "compressed"
 HERE = "on the full model, here"
+Tell = Callable[[dict[str, Any]], None]
 _log = logging.getLogger(__name__)
 
 
-def evaluate(
-    run_folder: str,
-    set_id: str,
-    bundle_id: str,
-    *,
-    on_progress: Callable[[dict[str, Any]], None] | None = None,
-) -> str:
+class Measure(Protocol):
+    """A source of losses: of those among `members` (user -> adapter id) whose text it can have read."""
+
+    def __call__(
+        self, run: Run, members: Mapping[str, str], bundle_id: str, *, on_progress: Tell | None = None
+    ) -> list[UserLosses]:
+        """One entry a user measured; the gate lists the others."""
+        ...
+
+
+def evaluate(run_folder: str, set_id: str, bundle_id: str, *, on_progress: Tell | None = None) -> str:
     """Measure, judge, and write both down; returns the name of the file in the run folder."""
     run = open_run(run_folder)
     # named before text is read: were it changed meanwhile, the name would belong to the text before
@@ -49,10 +52,8 @@ def evaluate(
     registry = run.registry()
     members = registry.get_set(set_id)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
-    losses = (elsewhere.measure if run.config.federation.connection else measure)(
-        run, members, bundle_id, on_progress=on_progress
-    )
-    verdict = check(losses, bundle.report.relative_error, options=run.config.gate)
+    losses = source_of(run)(run, members, bundle_id, on_progress=on_progress)
+    verdict = check(losses, bundle.report.relative_error, options=run.config.gate, seed=run.config.seed)
     run.write(
         name,
         {
@@ -60,40 +61,43 @@ def evaluate(
             "set_id": set_id,
             "adapters": members,
             "measured": elsewhere.WHERE if run.config.federation.connection else HERE,
-            "losses": [dataclasses.asdict(item) for item in losses],
+            "losses": [item.to_dict() for item in losses],
             "verdict": verdict.to_dict(),
         },
     )
     return name
 
 
+def source_of(run: Run) -> Measure:
+    """Who measures for a run: the nodes of its connection, or this process, on the full model."""
+    return elsewhere.measure if run.config.federation.connection else measure
+
+
 def measure(
-    run: Run,
-    members: Mapping[str, str],
-    bundle_id: str,
-    *,
-    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    run: Run, members: Mapping[str, str], bundle_id: str, *, on_progress: Tell | None = None
 ) -> list[UserLosses]:
-    """Losses on the full model, here, of everybody whose held-out text is at hand."""
-    registry = run.registry()
+    """Losses on the full model, of everybody whose text is at hand: of the set, and of the run's federation.
+
+    Users of the federation who are served the base model are in no set; they are measured all the same.
+    Without a federation a user's own adapter is the current one, and nothing is shared.
+    """
+    registry, result, shared = run.registry(), run.read(RESULT), shared_adapter(run)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
     lowest = min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))
     bench = _Bench(run, layers=lowest)
+    own, served = {**members, **result.get("adapters", {})}, result.get("served", {})
     losses = []
-    measured = _with_text(run.config, {**members, **run.read(RESULT).get("adapters", {})})
-    result = run.read(RESULT)
-    own, served = result.get("adapters", {}), result.get("served", {})
-    shared = adapters.read(run.folder / FEDERATION / result["shared"]) if result else None
-    for number, (user, heldout) in enumerate(measured.items(), start=1):
-        what = served.get(user, PERSONAL)
+    here = _with_text(run.config, own)
+    for number, (user, text) in enumerate(here.items(), start=1):
+        what = served.get(user, CURRENT)
         tried = {
-            PERSONAL: registry.get_adapter(own.get(user, members.get(user))),
-            SHARED: shared,
-            COMPRESSED: bundle.reconstruct(user) if what != BASE else None,
+            "personal": registry.get_adapter(own[user]),
+            "shared": shared,
+            "compressed": None if what == BASE else bundle.reconstruct(user),
         }
-        losses.append(bench.losses(user, heldout, tried, served=what))
+        losses.append(bench.losses(text, tried, served=what))
         if on_progress:
-            on_progress({"note": f"evaluating {user}", "share": number / len(measured)})
+            on_progress({"note": f"evaluating {user}", "share": number / len(here)})
     return losses
 
 
@@ -117,28 +121,52 @@ class _Bench:
         self.top = emulator.TopModel(self.model, self.plan)
         self.bottom = emulator.with_layers(self.model, self.plan.bottom)
 
-    def losses(
-        self, user: str, held: Sequence[Example], tried: Mapping[str, LoraAdapter | None], *, served: str
-    ) -> UserLosses:
-        """Losses with the base model, and with the adapters given; None measures the base model."""
-        data = self.config.data
-        blocks = tokenize(held, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template)
-        states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
-        base, personal, shared, compressed = (
-            mean_loss(self.top, self.plan, states, adapter=adapter)
-            for adapter in (None, *(tried[name] for name in (PERSONAL, SHARED, COMPRESSED)))
+    def losses(self, text: UserData, tried: Mapping[str, LoraAdapter | None], *, served: str) -> UserLosses:
+        """Losses with the base model and with what is tried, by column; None there is the base model."""
+        columns = [name for name in COLUMNS if name != "shared" or tried[name]]
+        each = self._measure(text.heldout, {name: tried.get(name) for name in columns})
+        again = {name: tried[name] for name in ("shared", "compressed")}
+        # where there is little text what was trained on doubles as validation text: nothing is learnt from it
+        apart = text.validation and text.validation != text.train and all(again.values())
+        # no more of it than is held out: it says only which of two is better
+        by = self._measure(text.validation[: len(text.heldout)], again) if apart else None
+        return UserLosses(
+            text.user_id,
+            len(text.heldout),
+            base=each.mean("base"),
+            personal=each.mean("personal"),
+            compressed=each.mean("compressed"),
+            shared=each.mean("shared") if tried["shared"] else None,
+            served=served,
+            validation_shared=by.mean("shared") if by else None,
+            validation_compressed=by.mean("compressed") if by else None,
+            each=each,
         )
-        common = shared if tried[SHARED] else None
-        return UserLosses(user, len(held), base, personal, compressed, shared=common, served=served)
+
+    def _measure(self, examples: Sequence[Example], tried: Mapping[str, LoraAdapter | None]) -> ExampleLosses:
+        """Every example with each of the adapters. The layers below them run once."""
+        data = self.config.data
+        blocks = tokenize(
+            examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
+        )
+        states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
+        found = {
+            name: example_losses(self.top, self.plan, states, adapter=adapter)
+            for name, adapter in tried.items()
+        }
+        tokens = tuple(count for _, count in next(iter(found.values())))
+        return ExampleLosses(
+            tokens, {name: tuple(loss for loss, _ in pairs) for name, pairs in found.items()}
+        )
 
 
-def _with_text(config: Config, members: Iterable[str]) -> dict[str, tuple[Example, ...]]:
-    """Held-out text of the members who have enough of it here; the gate lists the others as unmeasured."""
+def _with_text(config: Config, members: Iterable[str]) -> dict[str, UserData]:
+    """Text of the members who have enough of it here; the gate lists the others as unmeasured."""
     found = {}
     data = dataclasses.replace(config.data, on_small_user="leave-out")  # one user's fault is not the others'
     for user in sorted(set(data.users or list_users(data)).intersection(members)):
         try:
-            found[user] = load_user(data, user).heldout
+            found[user] = load_user(data, user)
         except DataError as error:
             _log.warning("not measured: %s", error)
     return found

@@ -47,7 +47,7 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     inputs = ReportInputs(
         run=run.id,
         config=run.config,
-        losses=[UserLosses(**item) for item in found["losses"]],
+        losses=[UserLosses.from_dict(item) for item in found["losses"]],
         adapter_ids=found["adapters"],
         compression=CompressionReport.from_dict(compression),
         bytes_before=compression["bytes_before"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from soppu.compress.bundle.report import CompressionReport
@@ -10,20 +12,40 @@ from soppu.compress.linalg.certificate import Certificate
 from soppu.config import Config
 from soppu.evaluate import report
 from soppu.evaluate.gate import check
-from soppu.evaluate.losses import UserLosses
+from soppu.evaluate.losses import ExampleLosses, UserLosses
 from soppu.evaluate.report import ReportInputs
 
 HOSTILE = "<script>alert('1')</script>&\"|`$\\foo$\x1b[31m\u202e]]> --><img src=x onerror=y>"
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
 
 
-def make_losses(users: list[str], seed: int = 0) -> list[UserLosses]:
+def make_losses(users: list[str], seed: int = 0, **changes: Any) -> list[UserLosses]:
+    """Everybody is best served their own adapter, and gains by it; examples of a user differ."""
     rng = random.Random(seed)
     made = []
     for user in users:
         base, gain = rng.uniform(2.0, 3.5), rng.uniform(0.05, 0.6)
-        made.append(UserLosses(user, 16, base, base - gain, base - gain * rng.uniform(0.92, 1.0)))
+        means = {
+            "base": base,
+            "shared": base - gain * rng.uniform(0.5, 0.9),
+            "personal": base - gain,
+            "compressed": base - gain * rng.uniform(0.92, 1.0),
+        }
+        losses = UserLosses(user, 16, **means, validation_shared=2.0, validation_compressed=1.9)
+        made.append(replace(losses, each=make_examples(means, rng), **changes))
     return made
+
+
+def make_examples(means: dict[str, float], rng: random.Random, count: int = 16) -> ExampleLosses:
+    """Examples of 20 tokens with these means; what they have in common is the same in every column."""
+    noise = [rng.gauss(0.0, 0.5) for _ in range(count)]
+    noise = [value - fmean(noise) for value in noise]
+    own = {name: [rng.gauss(0.0, 0.05) for _ in noise] for name in means}
+    sums = {
+        name: tuple(20 * (mean + a + b - fmean(own[name])) for a, b in zip(noise, own[name], strict=True))
+        for name, mean in means.items()
+    }
+    return ExampleLosses((20,) * count, sums)
 
 
 def make_compression(users: list[str], seed: int = 0) -> CompressionReport:
@@ -72,6 +94,8 @@ def make_federation(users: list[str]) -> dict[str, Any]:
             "seconds": 20.5,
             "train_loss": 2.5 - 0.1 * number,
             "emulator_loss": 2.6 - 0.1 * number,
+            "shared_loss": 2.7 - 0.1 * number,
+            "public_loss": 2.8 - 0.1 * number if number < 3 else 0.0,
             "accepted": users[1:] if number == 2 else users,
             "received": {
                 user: make_received("ternary" if number == 3 and user != users[-1] else "float32")
@@ -83,6 +107,7 @@ def make_federation(users: list[str]) -> dict[str, Any]:
     ]
     return {
         "adapters": {user: f"a-{index:016x}" for index, user in enumerate(users)},
+        "served": dict.fromkeys(users, "personal"),
         "plan": {"kept": [0, 1, 3, 5], "adapter_layers": [6, 7], "hash": "c" * 64, "json": "{}"},
         "align": {"before": {"l2": 0.31, "kl": 1.2}, "after": {"l2": 0.12, "kl": 0.4}},
         "rounds": rounds,

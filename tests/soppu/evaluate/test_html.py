@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 from jinja2 import UndefinedError
 
-from soppu.evaluate import html, plots
-from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
+from soppu.config import Config
+from soppu.evaluate import html, plots, wording
+from soppu.evaluate.gate import check
+from tests.soppu.evaluate.example import (
+    HOSTILE,
+    make_compression,
+    make_inputs,
+    make_losses,
+    make_report,
+)
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "area", "base", "col", "embed", "source", "track", "wbr"}
 
@@ -124,10 +133,12 @@ def test_every_user_is_in_the_table_with_their_figures() -> None:
     page = Page(text_for(200))
     for user in made["users"]:
         start = page.cells.index(user["id"], page.cells.index("gain kept"))
-        losses = [f"{user[name]:.3f}" for name in ("loss_base", "loss_personal", "loss_compressed")]
-        assert page.cells[start + 2 : start + 5] == losses
-        assert page.cells[start + 5] == f"{100 * user['gain_kept']:.1f} %"
-        assert page.cells[start + 7] == user["adapter_id"]
+        losses = [f"{user[f'loss_{name}']:.3f}" for name in ("base", "shared", "personal", "compressed")]
+        assert page.cells[start + 2 : start + 6] == losses
+        assert page.cells[start + 6 : start + 8] == [f"{100 * user['gain_kept']:.1f} %", "personal"]
+        gains = [wording.gain(user[f"gain_over_{name}"]) for name in ("base", "shared")]
+        assert page.cells[start + 8 : start + 10] == gains and " to " in gains[1]
+        assert page.cells[start + 11] == user["adapter_id"]
 
 
 def test_long_tables_start_folded_and_short_ones_do_not() -> None:
@@ -135,11 +146,11 @@ def test_long_tables_start_folded_and_short_ones_do_not() -> None:
     assert "all 200 users" in Page(text_for(200)).text
 
 
-def test_all_four_figures_are_on_it() -> None:
+def test_all_figures_are_on_it() -> None:
     text = text_for(8)
     for svg in plots.figures(make_report(8)).values():
         assert svg in text
-    assert Page(text).tags.count("svg") == 4
+    assert Page(text).tags.count("svg") == 6
 
 
 def test_the_verdict_comes_with_every_reason() -> None:
@@ -153,10 +164,11 @@ def test_the_verdict_comes_with_every_reason() -> None:
 def test_the_federation_table_has_traffic_and_refusals_of_every_round() -> None:
     page = Page(text_for(8))
     start = page.cells.index("refused") + 1
-    rounds = [page.cells[start + 9 * number : start + 9 * number + 9] for number in range(3)]
+    rounds = [page.cells[start + 11 * number : start + 11 * number + 11] for number in range(3)]
     assert rounds[0][:5] == ["1", "shared", "4.96 MB", "2.48 MB", "20 s"]
-    assert rounds[1][7:] == ["7", "user-0000: user-0000: lora_A holds NaN or Inf"]
-    assert rounds[2][1] == "personal" and rounds[2][8] == "–"
+    assert rounds[0][5:9] == ["2.400", "2.600", "2.500", "2.700"]
+    assert rounds[1][9:] == ["7", "user-0000: user-0000: lora_A holds NaN or Inf"]
+    assert rounds[2][1] == "personal" and rounds[2][8] == "–" and rounds[2][10] == "–"
     assert "late: no answer in time" in page.text
     assert "7 as ternary (63 kB up), 1 as float32 (310 kB up)" in page.text
     assert "0.31 before, 0.12 after" in page.text and "0-1, 3, 5" in page.text
@@ -247,3 +259,38 @@ def test_both_colour_schemes_define_every_colour_used() -> None:
     light, dark = (set(re.findall(r"--(\w+): #", part)) for part in text.split("@media (prefers-color", 1))
     used = set(re.findall(r"var\(--(\w+)", text))
     assert used <= light and used <= dark
+
+
+def test_a_page_without_a_shared_adapter_reads_well() -> None:
+    """A recompression: no federation, nothing shared, everybody keeps the adapter they have."""
+    losses = [replace(one, shared=None, served="current") for one in make_losses(["alice", "bob"])]
+    verdict = check(losses, {"alice": 0.1, "bob": 0.1}, Config().gate)
+    made = make_report(users=["alice", "bob"], losses=losses, federation=None, verdict=verdict)
+    assert made["gains"]["over_shared"] is made["users"][0]["gain_over_shared"] is None
+    page = Page(html.page(made))
+    assert "Served: 2 with the adapter they have." in page.text
+    users = page.text[: page.text.index("Federation")]
+    assert "over the shared adapter" not in users and "Personal adapters" not in users and "None" not in users
+    start = page.cells.index("alice", page.cells.index("over shared"))
+    assert page.cells[start + 3] == page.cells[start + 9] == "–"
+
+
+def test_a_user_served_the_base_model_is_shown_without_an_adapter() -> None:
+    losses = make_losses(["alice", "bob"])
+    losses[1] = replace(losses[1], served="base", compressed=losses[1].base, each=None)
+    compression = make_compression(["alice"])
+    made = make_report(
+        users=["alice", "bob"], losses=losses, adapter_ids={"alice": "a-1"}, compression=compression
+    )
+    page = Page(html.page(made))
+    start = page.cells.index("bob", page.cells.index("over shared"))
+    assert page.cells[start + 6 : start + 8] == ["no gain", "base"]
+    assert page.cells[start + 10 : start + 12] == ["–", "no adapter: the base model"]
+
+
+def test_what_compression_lost_is_said() -> None:
+    losses = make_losses(["alice", "bob"])
+    losses[1] = replace(losses[1], validation_compressed=2.001)
+    page = Page(html.page(make_report(users=["alice", "bob"], losses=losses)))
+    assert "the shared adapter is better than the compressed one of bob." in page.text
+    assert page.text.count("(compression lost)") == 1

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.data import IGNORE, Block
 from soppu.errors import AdapterError
-from soppu.evaluate.losses import UserLosses
+from soppu.evaluate.losses import UserLosses, example_losses
 from soppu.federation import emulator
 from soppu.federation.attach import attached
 from soppu.federation.emulator import TopModel
@@ -49,6 +49,11 @@ def test_mean_loss_is_that_of_the_whole_model_token_by_token(
     for batch_size in (1, 2, 8):
         found = mean_loss(top, plan, cached, adapter=adapter, batch_size=batch_size)
         assert found == pytest.approx(summed / count, rel=1e-4)
+        each = example_losses(top, plan, cached, adapter=adapter, batch_size=batch_size)
+        assert [tokens for _, tokens in each] == [len(block.ids) - 2 for block in blocks]
+        assert sum(loss for loss, _ in each) == pytest.approx(summed, rel=1e-4)
+        alone = example_losses(top, plan, cached[2:3], adapter=adapter)
+        assert each[2] == pytest.approx(alone[0], rel=1e-4)
 
 
 def test_an_adapter_of_other_layers_is_refused(tiny_llama: PreTrainedModel) -> None:

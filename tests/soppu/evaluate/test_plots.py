@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,11 +19,11 @@ import matplotlib
 import pytest
 
 from soppu.evaluate import plots
-from tests.soppu.evaluate.example import HOSTILE, make_report
+from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
 
 ROOT = Path(__file__).parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
-NAMES = ["losses", "errors", "sizes", "stages"]
+NAMES = ["losses", "over_shared", "rounds", "errors", "sizes", "stages"]
 
 
 @functools.cache
@@ -64,11 +65,53 @@ def test_bars_have_the_heights_of_the_losses() -> None:
     above, below = plots.losses(users).axes
     heights = [[bar.get_height() for bar in bars] for bars in above.containers]
     assert heights == [
-        [user[f"loss_{name}"] for user in users] for name in ("base", "personal", "compressed")
+        [user[f"loss_{name}"] for user in users] for name in ("base", "shared", "personal", "compressed")
     ]
     gains = [[bar.get_height() for bar in bars] for bars in below.containers]
-    assert gains[1] == pytest.approx([user["loss_base"] - user["loss_compressed"] for user in users])
+    assert gains[2] == pytest.approx([user["loss_base"] - user["loss_compressed"] for user in users])
     assert above.get_ylim()[0] == 0  # bars that do not start at zero exaggerate
+
+
+def test_without_a_shared_adapter_three_ways_are_drawn() -> None:
+    users = [user | {"loss_shared": None} for user in make_report(3)["users"]]
+    above, below = plots.losses(users).axes
+    assert [bars.get_label() for bars in above.containers] == ["base", "personal", "compressed"]
+    assert len(below.containers) == 2
+
+
+def test_gains_over_the_shared_adapter_come_with_their_intervals_or_as_a_histogram() -> None:
+    users = make_report(3)["users"]
+    axes = plots.over_shared(users).axes[0]
+    spans, dots, zero = [list(line.get_ydata()) for line in axes.lines[:3]], axes.lines[3], axes.lines[4]
+    assert spans == [[user["gain_over_shared"][end] for end in ("low", "high")] for user in users]
+    assert list(dots.get_ydata()) == [user["gain_over_shared"]["mean"] for user in users]
+    assert list(zero.get_ydata()) == [0, 0]
+    many = plots.over_shared(make_report(40)["users"]).axes[0]
+    assert sum(bar.get_height() for bar in many.containers[0]) == 40
+
+
+def test_losses_over_the_rounds_are_drawn_where_the_adapter_had_them() -> None:
+    """What clients say of the adapter they were sent is a round behind what the server says of it."""
+    federation = make_report(2)["federation"]
+    axes = plots.round_losses(federation).axes[0]
+    validation, public, own, end = axes.lines
+    assert (list(validation.get_xdata()), list(public.get_xdata())) == ([0, 1, 2], [1, 2])
+    assert list(validation.get_ydata()) == [log["shared_loss"] for log in federation["rounds_log"]]
+    assert list(own.get_xdata()) == [3] and list(end.get_xdata()) == [2, 2]
+    assert axes.get_title().startswith(
+        "Losses over the rounds: patience ended the shared rounds after 2 of at most 3"
+    )
+
+
+def test_a_round_in_which_nobody_counted_has_no_loss() -> None:
+    told = make_inputs(2).federation
+    assert told
+    empty = {**told["rounds"][1], "accepted": [], "train_loss": 0.0, "shared_loss": 0.0, "emulator_loss": 0.0}
+    made = make_report(2, federation={**told, "rounds": [told["rounds"][0], empty]})
+    log = made["federation"]["rounds_log"][1]
+    assert log["train_loss"] is log["shared_loss"] is log["emulator_loss"] is None
+    validation = plots.round_losses(made["federation"]).axes[0].lines[0]
+    assert list(validation.get_xdata()) == [0]
 
 
 @pytest.mark.parametrize("count", [4, 40])
@@ -129,7 +172,7 @@ def test_missing_and_odd_figures_are_drawn_around() -> None:
     assert list(found) == NAMES
     assert "user-0001" not in texts(found["losses"])
     made["stages"], made["compression"]["by_module"] = [], {}
-    made["users"] = [made["users"][1]]
+    made["users"], made["federation"] = [made["users"][1] | {"gain_over_shared": None}], None
     assert list(plots.figures(made)) == ["sizes"]
 
 
@@ -205,13 +248,13 @@ def test_colours_stay_apart_for_colour_blind_eyes_and_in_grey() -> None:
         [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
         [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
     ]
-    shown = (plots.BASE, plots.PERSONAL, plots.COMPRESSED)
+    shown = (plots.BASE, plots.SHARED, plots.PERSONAL, plots.COMPRESSED)
     for matrix in simulations:
         seen = [
             [sum(weight * value for weight, value in zip(row, channels(one), strict=True)) for row in matrix]
             for one in shown
         ]
-        for first, second in ((0, 1), (0, 2), (1, 2)):
+        for first, second in itertools.combinations(range(4), 2):
             assert sum((a - b) ** 2 for a, b in zip(seen[first], seen[second], strict=True)) > 0.05
     brightness = sorted(map(luminance, shown))
     assert all(b / a > 1.3 for a, b in zip(brightness, brightness[1:], strict=False))

@@ -15,7 +15,7 @@ import pytest
 from server.strategy import Received, RoundLog
 from soppu.compress.bundle.report import CompressionReport
 from soppu.errors import ReportError, SoppuError, StorageError
-from soppu.evaluate import report, schema
+from soppu.evaluate import gains, report, schema
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs, build
 from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report, make_serving, make_stage
@@ -27,13 +27,22 @@ def test_every_figure_arrives_where_it_belongs() -> None:
     inputs = make_inputs(3)
     made = build(inputs)
     first, losses = made["users"][0], inputs.losses[0]
+    over = {
+        name: gains.by_user(inputs.losses, "compressed", over=name, seed=0) for name in ("base", "shared")
+    }
     assert first == {
         "id": "user-0000",
         "examples": 16,
+        "measured_on": "full model",
         "loss_base": losses.base,
+        "loss_shared": losses.shared,
         "loss_personal": losses.personal,
         "loss_compressed": losses.compressed,
+        "served": "personal",
+        "compression_lost": False,
         "gain_kept": losses.gain_kept,
+        "gain_over_base": asdict(over["base"]["user-0000"]),
+        "gain_over_shared": asdict(over["shared"]["user-0000"]),
         "relative_error": inputs.compression.relative_error["user-0000"],
         "adapter_id": "a-0000000000000000",
     }

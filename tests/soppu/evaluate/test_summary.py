@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from soppu.evaluate import summary, wording
-from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
+from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_losses, make_report
 
 
 @pytest.fixture
@@ -45,12 +46,13 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_the_table_has_a_line_for_every_user() -> None:
     made = make_report(6)
     head, rule, *lines = summary.text(made).splitlines()
-    assert head.split() == "user examples base personal compressed gain kept adapter".split()
+    heads = "user examples base shared personal compressed over shared gain kept served adapter"
+    assert head.split() == heads.split()
     assert set(rule) == {"-", " "}
     for user, line in zip(made["users"], lines, strict=False):
-        losses = [f"{user[name]:.3f}" for name in ("loss_base", "loss_personal", "loss_compressed")]
-        kept = f"{100 * user['gain_kept']:.1f}"
-        assert line.split() == [user["id"], "16", *losses, kept, "%", user["adapter_id"]]
+        losses = [f"{user[f'loss_{name}']:.3f}" for name in ("base", "shared", "personal", "compressed")]
+        kept = [f"{user['gain_over_shared']['mean']:+.3f}", f"{100 * user['gain_kept']:.1f}", "%"]
+        assert line.split() == [user["id"], "16", *losses, *kept, "personal", user["adapter_id"]]
 
 
 def test_columns_stay_aligned_with_wide_names() -> None:
@@ -152,14 +154,16 @@ def test_nothing_a_user_is_called_reaches_the_terminal() -> None:
     made = make_report(users=["\x1b]0;owned\x07", "a\rb\nc\td", "\u202egnp.exe", "x" * 300])
     text = summary.text(made)
     assert all(c.isprintable() or c == "\n" for c in text)
-    assert len(text.splitlines()[:6]) == 6 and max(map(len, text.splitlines()[:6])) < 120
+    assert len(text.splitlines()[:6]) == 6 and max(map(len, text.splitlines()[:6])) < 140
 
 
 def test_markdown_is_one_table_row_a_user_whatever_they_are_called() -> None:
-    lines = summary.markdown_users(make_report(users=["a|b", "`x`\n| y |", HOSTILE, "*_[l](u)"])).splitlines()
+    lines = summary.markdown_users(make_report(users=["a|b", "`x`\n| y |", HOSTILE, "*_[l](u)"]))
+    lines, said = lines.split("\n\n", 1)[0].splitlines(), lines.split("\n\n", 1)[1]
+    assert not re.search(r"(?<!\\)[`*_\[\]<>|]", said)
     assert len(lines) == 6
     for line in lines:
-        assert len(re.findall(r"(?<!\\)\|", line)) == 8
+        assert len(re.findall(r"(?<!\\)\|", line)) == 11
         assert not re.search(r"(?<!\\)[`*_\[\]<>]", line)
 
 
@@ -175,7 +179,7 @@ def test_markdown_of_the_compression_has_figures_certificate_and_verdict() -> No
 def markdown_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     heads, _, *rows = (
         [cell.strip() for cell in line.strip("| ").split(" | ")]
-        for line in summary.markdown_users(report).splitlines()
+        for line in summary.markdown_users(report).split("\n\n")[0].splitlines()
     )
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
@@ -183,7 +187,8 @@ def markdown_rows(report: dict[str, Any]) -> list[dict[str, str]]:
 def test_rows_for_a_table_artifact() -> None:
     rows = markdown_rows(make_report(3))
     assert [row["user"] for row in rows] == ["user-0000", "user-0001", "user-0002"]
-    assert set(rows[0]) == {"user", "examples", "base", "personal", "compressed", "gain kept", "adapter"}
+    losses = {"base", "shared", "personal", "compressed"}
+    assert set(rows[0]) == {"user", "examples", "over shared", "gain kept", "served", "adapter"} | losses
 
 
 def test_users_without_a_gain_or_without_losses_are_told_apart() -> None:
@@ -192,6 +197,58 @@ def test_users_without_a_gain_or_without_losses_are_told_apart() -> None:
     made["users"][1].update(loss_personal=9.0, gain_kept=0.0)
     rows = markdown_rows(made)
     assert [row["gain kept"] for row in rows[1:]] == ["no gain", "–"]
+
+
+def test_how_many_are_served_what_is_counted() -> None:
+    losses = make_losses(["a", "b", "c", "d"])
+    losses[1], losses[2] = replace(losses[1], served="shared"), replace(losses[2], served="base")
+    made = make_report(users=["a", "b", "c", "d"], losses=losses)
+    assert "served: 2 personal, 1 shared, 1 base" in summary.text(made).splitlines()
+    made["users"][0]["served"] = "current"  # took no part in this federation
+    assert wording.served(made) == "1 personal, 1 shared, 1 base, 1 with the adapter they have"
+
+
+def test_the_base_model_is_no_adapter_to_ask_for() -> None:
+    made = make_report(users=["a", "b"])
+    made["users"][0].update(served="base", adapter_id="")
+    made["serving"].update(completions={}, asked_as={"b": "b"})
+    assert markdown_rows(made)[0]["adapter"] == "no adapter: the base model"
+    assert '"adapter_id": "b"' in wording.curl(made)
+
+
+@pytest.mark.parametrize(
+    ("gain", "told"),
+    [
+        ((0.04, 0.01, 0.07), "Personal adapters beat one shared adapter here: +0.040"),
+        ((0.04, -0.01, 0.07), "Personal adapters are not shown to beat one shared adapter here: +0.040"),
+        ((0.04, None, None), "Personal adapters are not shown to beat one shared adapter here: +0.040"),
+        ((-0.01, -0.03, 0.01), "Personal adapters do not beat one shared adapter here: -0.010 nats"),
+        ((0.0, 0.0, 0.0), "Personal adapters do not beat one shared adapter here: +0.000 nats"),
+    ],
+)
+def test_what_personal_training_is_worth_is_said_plainly(gain: tuple[Any, ...], told: str) -> None:
+    made = make_report(3)
+    made["gains"]["personal_over_shared"] |= dict(zip(("mean", "low", "high"), gain, strict=True))
+    (line,) = [line for line in summary.text(made).splitlines() if line.startswith("Personal")]
+    assert line.startswith(told) and "better for 3 of 3 users; the worst is user-000" in line
+    assert (" interval " in line) is (gain[1] is not None)
+
+
+def test_losses_of_an_emulator_are_told_as_such() -> None:
+    made = make_report(3)
+    assert wording.measured_on(made) == "the full model"
+    made["users"][1]["measured_on"] = "emulator at the client"
+    assert wording.measured_on(made) == "the full model (2 users), the emulator at the client (1 users)"
+
+
+def test_how_the_shared_rounds_ended_is_told() -> None:
+    federation = make_report(1)["federation"]
+    assert wording.patience(federation).startswith(
+        "patience ended the shared rounds after 2 of at most 3: 2 in"
+    )
+    assert (
+        wording.patience(federation | {"max_shared_rounds": 2}) == "2 shared rounds, as many as are allowed"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from soppu import adapter as adapters
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.data import load_user, tokenize
 from soppu.federation import emulator
 from soppu.federation.attach import initial_pairs
+from soppu.federation.personalise import PERSONAL
 from soppu.federation.simulation import free_port
 from soppu.federation.train import TrainOptions, cache_states, fit
-from soppu.stages.run import Run, open_run, prepare
+from soppu.stages.federate import RESULT
+from soppu.stages.run import FEDERATION, Run, open_run, prepare
 from soppu.targets import process
 
 USERS = ("ann", "bob", "cleo")
@@ -26,6 +29,10 @@ USERS = ("ann", "bob", "cleo")
 
 @pytest.fixture
 def config_path(tiny_base: Path, tmp_path: Path) -> Path:
+    return three_users(tmp_path, tiny_base)
+
+
+def three_users(tmp_path: Path, tiny_base: Path) -> Path:
     """A configuration file for three users with a few lines each and the tiny model."""
     source = tmp_path / "users"
     source.mkdir()
@@ -71,6 +78,31 @@ def run(config_path: Path, overrides: dict[str, object]) -> Iterator[Run]:
             process.stop(Path(opened.config.serve.state) / name)
 
 
+def a_plan(run: Run) -> emulator.LayerPlan:
+    base = run.base()
+    return emulator.make_plan(models.load_model(base), base_hash=base.hash, adapter_layers=2, drop_ratio=0.0)
+
+
+def write_result(run: Run, own: dict[str, str], *, shared: LoraAdapter | None = None, **served: str) -> None:
+    """What a federation leaves behind: everybody's own adapter, the shared one, and what whom serves best."""
+    shared = shared or run.registry().get_adapter(next(iter(own.values())))
+    adapters.write(shared, run.folder / FEDERATION / "shared")
+    plan = a_plan(run)
+    told = {"kept": list(plan.kept), "adapter_layers": list(plan.adapter), "hash": plan.hash}
+    run.write(
+        RESULT,
+        {
+            "adapters": own,
+            "shared": "shared",
+            "served": {**dict.fromkeys(own, PERSONAL), **served},
+            "plan": {**told, "json": plan.to_json()},
+            "align": {name: {"l2": 0.1, "kl": 0.2} for name in ("before", "after")},
+            "rounds": [],
+            "refused": {},
+        },
+    )
+
+
 def without_effect(run: Run, bundle_id: str) -> str:
     """The id of a bundle as this one, but that bob has an adapter which does nothing."""
     registry = run.registry()
@@ -80,20 +112,20 @@ def without_effect(run: Run, bundle_id: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def adapters() -> dict[tuple[str, str], LoraAdapter]:
+def cached() -> dict[tuple[str, str], LoraAdapter]:
     """Adapters trained so far, by base model and user: every test's users have the same text."""
     return {}
 
 
 @pytest.fixture
-def trained(run: Run, adapters: dict[tuple[str, str], LoraAdapter]) -> dict[str, str]:
+def trained(run: Run, cached: dict[tuple[str, str], LoraAdapter]) -> dict[str, str]:
     """Every user's adapter, trained on the full model and stored; user -> adapter id."""
     base = run.base().hash
     for user in USERS:
-        if (base, user) not in adapters:
-            adapters[base, user] = train(run, user)
+        if (base, user) not in cached:
+            cached[base, user] = train(run, user)
     registry = run.registry()
-    return {user: registry.put_adapter(adapters[base, user], user=user, run=run.id) for user in USERS}
+    return {user: registry.put_adapter(cached[base, user], user=user, run=run.id) for user in USERS}
 
 
 def train(run: Run, user: str, *, steps: int = 12) -> LoraAdapter:

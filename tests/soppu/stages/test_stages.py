@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from soppu import calibrate, models
+from soppu import calibrate
 from soppu.cli import main
 from soppu.errors import FederationError, GateError, RegistryError, TargetError
-from soppu.federation import emulator
 from soppu.federation.simulation import free_port
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
@@ -23,7 +22,7 @@ from soppu.stages.report import write_report
 from soppu.stages.run import Run
 from soppu.stages.targets import open_target
 from soppu.targets import process
-from tests.soppu.stages.conftest import train, without_effect
+from tests.soppu.stages.conftest import train, without_effect, write_result
 
 WAVE_THROUGH = {"min_mean_gain_kept": -10.0, "min_user_gain_kept": -10.0, "max_relative_error": 1.0}
 
@@ -53,7 +52,7 @@ def test_freezing_an_empty_registry_says_so(run: Run) -> None:
 
 
 def test_a_federation_that_is_done_is_not_run_again(run: Run, trained: dict[str, str]) -> None:
-    run.write(federate.RESULT, {"adapters": trained})
+    write_result(run, trained)
     first = federate.federate(str(run.folder))
     assert federate.federate(str(run.folder)) == first
     assert not (run.folder / "federation" / "flower.log").exists()  # no process was started
@@ -62,10 +61,10 @@ def test_a_federation_that_is_done_is_not_run_again(run: Run, trained: dict[str,
 def test_collecting_makes_a_federation_current_and_keeps_everybody_else_served(
     run: Run, trained: dict[str, str]
 ) -> None:
-    registry, plan = run.registry(), a_plan(run)
+    registry = run.registry()
     newer = registry.put_adapter(train(run, "ann", steps=3), user="ann")
     older = {"ann": trained["ann"], "bob": trained["bob"]}
-    run.write(federate.RESULT, {"adapters": older, "plan": {"json": plan.to_json()}})
+    write_result(run, older)
     assert registry.current("ann") == newer
     set_id = federate.collect(str(run.folder), federate.federate(str(run.folder)))
     assert registry.get_set(set_id) == trained  # cleo took no part, and is still there
@@ -75,8 +74,8 @@ def test_collecting_makes_a_federation_current_and_keeps_everybody_else_served(
 def test_a_federation_that_another_run_overtook_freezes_its_own_and_nothing_of_the_other(
     run: Run, trained: dict[str, str]
 ) -> None:
-    registry, plan = run.registry(), a_plan(run)
-    run.write(federate.RESULT, {"adapters": trained, "plan": {"json": plan.to_json()}})
+    registry = run.registry()
+    write_result(run, trained)
     federation = federate.federate(str(run.folder))
     other = registry.put_adapter(train(run, "bob", steps=2), user="bob", run="another")
     nightly = registry.get_set(federate.freeze_current(str(run.folder)))
@@ -88,7 +87,7 @@ def test_a_federation_that_another_run_overtook_freezes_its_own_and_nothing_of_t
 def test_a_user_forgotten_after_the_federation_is_not_brought_back_by_collecting_it(
     run: Run, trained: dict[str, str]
 ) -> None:
-    run.write(federate.RESULT, {"adapters": trained, "plan": {"json": a_plan(run).to_json()}})
+    write_result(run, trained)
     federation = federate.federate(str(run.folder))
     run.registry().put_adapter(run.registry().get_adapter(trained["bob"]), user="dan")  # the tensors stay
     run.registry().forget("bob")
@@ -97,13 +96,8 @@ def test_a_user_forgotten_after_the_federation_is_not_brought_back_by_collecting
     assert "bob" not in run.registry().current_set()
 
 
-def a_plan(run: Run) -> emulator.LayerPlan:
-    base = run.base()
-    return emulator.make_plan(models.load_model(base), base_hash=base.hash, adapter_layers=2, drop_ratio=0.0)
-
-
 def test_collecting_the_result_of_another_federation_is_refused(run: Run, trained: dict[str, str]) -> None:
-    run.write(federate.RESULT, {"adapters": trained})
+    write_result(run, trained)
     with pytest.raises(FederationError, match="asked for f-0"):
         federate.collect(str(run.folder), "f-0")
 
