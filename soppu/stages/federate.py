@@ -89,7 +89,7 @@ def collect(run_folder: str, federation_id: str) -> str:
     left out for want of text and has none gets the shared one. Returns the set's id.
 
     Raises:
-        FederationError: the run folder holds the result of another federation.
+        FederationError: the run folder holds the result of another federation, or an adapter serves nobody.
         RegistryError: an adapter is gone or damaged: its user was forgotten meanwhile, for one.
         AdapterError: an adapter does not fit the base model.
     """
@@ -113,6 +113,12 @@ def collect(run_folder: str, federation_id: str) -> str:
         shared = adapters.read(run.folder / FEDERATION / result["shared"])
         chosen |= {user: registry.put_adapter(shared, user=user, run=run.id) for user in sharing}
     without = [user for user, what in served.items() if what == BASE]
+    if not chosen and not registry.current_set(base=base.base).keys() - set(without):
+        raise FederationError(
+            f"the base model is best for all {len(without)} users, on text they did not train on: there is"
+            " nothing to publish; train longer (federation.rounds, local_steps, personal_steps), with another"
+            " step size, or on more text"
+        )
     return registry.freeze_current(base.base, chosen=chosen, without=without, run=run.id)
 
 

@@ -18,7 +18,7 @@ from soppu import adapter as adapters
 from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
-from soppu.errors import TargetError
+from soppu.errors import FederationError, TargetError
 from soppu.evaluate import html
 from soppu.evaluate.losses import EMULATOR, UserLosses
 from soppu.federation.attach import attached
@@ -214,3 +214,16 @@ def test_the_shared_adapter_is_read_as_the_federation_left_it(served: Served) ->
     assert again is not None and again.pairs.keys() == served.shared.pairs.keys()
     adapters.validate(again, who="shared")
     assert all(again.pairs[name].A.equal(pair.A) for name, pair in served.shared.pairs.items())
+
+
+def test_where_the_base_model_is_best_for_all_the_run_ends_and_says_so(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    run = open_run(prepare(str(three_users(tmp_path, tiny_base))))
+    one = train(run, "ann")
+    own = {user: run.registry().put_adapter(one, user=user, run=run.id) for user in ("ann", "bob", "cleo")}
+    write_result(run, own, shared=one, **dict.fromkeys(own, "base"))
+    federation = federate.federate(str(run.folder))
+    with pytest.raises(FederationError, match=r"the base model is best for all 3 users.*local_steps"):
+        federate.collect(str(run.folder), federation)
+    assert run.registry().current_set() == own  # nothing was changed
