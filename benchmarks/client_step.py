@@ -224,7 +224,7 @@ def apart(variant: str, dtype: str, cache: str) -> dict[str, int]:
 
 @click.command()
 @click.option("--rounds", default=9, help="Batches.")
-@click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"))
+@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"))
 @click.option("--memory", "variant", default="", help="Only the peak memory of this variant, here.")
 @click.option("--cache", default=".soppu/models")
 def main(rounds: int, dtypes: tuple[str, ...], variant: str, cache: str) -> None:
@@ -252,7 +252,7 @@ def main(rounds: int, dtypes: tuple[str, ...], variant: str, cache: str) -> None
                 for name, row in peaks.items()
             },
         }
-    store("client_step", found)
+        store("client_step", found)  # after each, so that a half is not lost
 
 
 if __name__ == "__main__":
