@@ -106,7 +106,7 @@ def federate(machines: dict[str, Host], base: Path, public: Path) -> Ended:
     link.start(str(DEPLOY / "superlink.sh"), log="superlink.log", CERTIFICATES=str(certificates), PORT=PORT)
     until(
         lambda: "Uvicorn running" in link.said("superlink.log"),
-        seconds=60,
+        seconds=240,
         why=lambda: link.said("superlink.log"),
     )
     for host in (link, machines[STRANGER]):
@@ -118,7 +118,7 @@ def federate(machines: dict[str, Host], base: Path, public: Path) -> Ended:
     config = write_config(link, base, public)
     pipeline = link.start(PYTHON, "-c", PIPELINE, str(config), log="pipeline.log")
     disturb(machines, pipeline)
-    assert pipeline.wait(timeout=240) == 0, trouble(machines)
+    assert pipeline.wait(timeout=900) == 0, trouble(machines)
     said = [json.loads(line) for line in link.said("pipeline.log").splitlines() if line.startswith("{")]
     run = Path(said[0]["run"])
     evaluation = json.loads((run / said[-1]["evaluation"]).read_text())
@@ -167,7 +167,7 @@ def register(machines: dict[str, Host], folder: Path) -> dict[str, int]:
         command = ("soppu.cli", "federation", "register", str(public), "ours", "--user", name)
         registering = (PYTHON, "-m", *command, "--members", str(table))
         running.append(link.start(*registering, log="register.log"))
-    assert {process.wait(timeout=120) for process in running} == {0}, link.said("register.log")
+    assert {process.wait(timeout=400) for process in running} == {0}, link.said("register.log")
     return {user: node for node, user in members.read(table).items()}
 
 
@@ -216,9 +216,9 @@ def write_config(link: Host, base: Path, public: Path) -> Path:
             "personal_steps": 3,
             "batch_size": 2,
             "min_users": 2,
-            "hello_timeout_s": 30,
-            "round_timeout_s": 120,
-            "timeout_s": 200,
+            "hello_timeout_s": 120,
+            "round_timeout_s": 400,
+            "timeout_s": 800,
         },
         "compress": {"ratio": 2.0},
         "registry": {"root": str(link.home / "registry")},
@@ -237,7 +237,7 @@ def disturb(machines: dict[str, Host], pipeline: subprocess.Popen[bytes]) -> Non
         assert pipeline.poll() is None, trouble(machines)
         return "Receiving: train message" in host.said("node.log")
 
-    until(lambda: training(carol) and training(bob), seconds=150, why=lambda: trouble(machines))
+    until(lambda: training(carol) and training(bob), seconds=2400, why=lambda: trouble(machines))
     bob.cable(plugged=False)
     node = next(
         child
@@ -249,7 +249,7 @@ def disturb(machines: dict[str, Host], pipeline: subprocess.Popen[bytes]) -> Non
     bob.cable(plugged=True)
     until(
         lambda: carol.said("node.log").count("SuperNode ID") == 2,
-        seconds=60,
+        seconds=240,
         why=lambda: carol.said("node.log"),
     )
 
@@ -313,6 +313,6 @@ def test_the_operator_sees_who_is_there_and_shuts_a_node_out(ended: Ended) -> No
     node = ended.machines[IMPOSTOR]
     until(
         lambda: "SuperNode terminated" in node.said("node.log"),
-        seconds=60,
+        seconds=240,
         why=lambda: node.said("node.log"),
     )
