@@ -95,7 +95,7 @@ def before_head(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[
     hidden = top.hidden(states, mask)[:, :-1]
     target = labels[:, 1:].to(hidden.device)
     counted = target != IGNORE
-    return hidden[counted], target[counted], counted.sum(dim=1).tolist()
+    return hidden[counted], target[counted], [_counted(block) for block in blocks]
 
 
 def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:
@@ -103,13 +103,18 @@ def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:
 
     Blocks of about one length go together, a few tokens at a time: less padding, and the activations of some.
     """
-    counted = max(1, sum(int((block.labels[1:] != IGNORE).sum()) for block in blocks))
+    counted = max(1, sum(map(_counted, blocks)))
     total = 0.0
     for group in _groups(blocks, _TOKENS.get(top.device.type, _TOKENS["cpu"])):
         loss = batch_loss(top, group)[0] / counted
         loss.backward()
         total += float(loss.detach())
     return total
+
+
+def _counted(block: CachedBlock) -> int:
+    """Labels that a loss counts."""
+    return int((block.labels[1:] != IGNORE).sum())
 
 
 def _groups(blocks: Sequence[CachedBlock], tokens: int) -> Iterator[list[CachedBlock]]:

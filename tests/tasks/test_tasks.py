@@ -17,7 +17,14 @@ from prefect import Task
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Failed
 
-from soppu.errors import ConfigError, FederationError, GateError, SoppuError, TargetError
+from soppu.errors import (
+    ConfigError,
+    FederationError,
+    GateError,
+    SoppuError,
+    SuperLinkAway,
+    TargetError,
+)
 from soppu.federation.simulation import free_port
 from soppu.stages.run import READS, prepare
 from tasks import outage
@@ -67,6 +74,7 @@ def test_expensive_stages_are_cached_by_their_inputs(name: str) -> None:
     ("error", "again"),
     [
         (FederationError("killed"), True),
+        (SuperLinkAway("nobody answers"), True),
         (TargetError("connection refused"), True),
         (OSError("disk"), True),
         (GateError(["too much lost"]), False),
@@ -82,6 +90,7 @@ def test_every_error_of_ours_has_been_thought_about() -> None:
     from tasks.recording import _HOPELESS
 
     retried = {"FederationError", "TargetError", "StorageError", "RegistryError", "ModelError", "PortTaken"}
+    retried |= {"SuperLinkAway"}
     never_in_a_task = {"RequestError", "ReportError"}
     hopeless = {item.__name__ for item in _HOPELESS}
     known = {item.__name__ for item in _subclasses(SoppuError)}
