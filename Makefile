@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PREFECT_PORT ?= 4200
 CONFIG ?= configs/demo.toml
-# of `make test`; one of them mostly waits for servers
-WORKERS ?= 3
+# of `make test`; two of them mostly wait for servers
+WORKERS ?= 4
+# `make lint test` does both at once: much of the tests' time is waiting
+MAKEFLAGS += --jobs=2
 
 export PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
 export PREFECT_HOME ?= $(CURDIR)/.soppu/prefect
@@ -65,7 +67,7 @@ test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or 
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: setup      ## ruff, mypy, who imports whom, what is installed for nothing
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint-types lint-style lint-imports lint-packages
+	@$(MAKE) --no-print-directory --output-sync=target lint-types lint-style lint-imports lint-packages
 
 lint-types:
 	$(BIN)/mypy --cache-dir=/dev/null   # an incremental run at times loses submodules of a package
