@@ -26,7 +26,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from benchmarks.record import circumstances, store
+from benchmarks.record import RESULTS, circumstances, store
 from soppu import models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.config import DataConfig
@@ -236,15 +236,15 @@ def main(rounds: int, dtypes: tuple[str, ...], variant: str, cache: str) -> None
     if variant:
         print(json.dumps(memory(base, variant, dtype=dtypes[0])))
         return
-    found: dict[str, Any] = {
-        "circumstances": circumstances(seed=SEED),
-        "load": os.getloadavg()[0],  # of a shared machine, as it began
-    }
+    path = RESULTS / "client_step.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     weights = sum(p.numel() for p in models.skeleton(base).parameters())
     for dtype in dtypes:
         each = 4 if dtype == "float32" else 2
         peaks = {name: apart(name, dtype, cache) for name in VARIANTS if "cached" not in name}
         found[dtype] = {
+            "circumstances": circumstances(seed=SEED),
+            "load": os.getloadavg()[0],  # of a shared machine, as it began
             **timed(base, dtype=dtype, rounds=rounds),
             "full_weights_bytes": weights * each,
             "memory": {
@@ -252,7 +252,7 @@ def main(rounds: int, dtypes: tuple[str, ...], variant: str, cache: str) -> None
                 for name, row in peaks.items()
             },
         }
-        store("client_step", found)  # after each, so that a half is not lost
+        store("client_step", found)  # after each: they can be run one by one
 
 
 if __name__ == "__main__":
