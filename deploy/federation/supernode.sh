@@ -9,10 +9,13 @@
 #
 # SUPERLINK  host:port      CA    ca.crt of certificates.sh     KEY   private key     NODE  its number, when registered
 # USER_ID    whose it is    DATA  the user's text               CACHE folder for base models (.soppu/models)
+# STATE      folder for what is the user's own between rounds (.soppu/clients)     DEVICE  auto, cpu, cuda or cuda:N
 # MODEL      where the base model is here, if it has no name that every machine knows (a folder)
 # PORT       of its own, on 127.0.0.1 (9094); one for each node of a machine
 set -u
 : "${SUPERLINK:?host:port}" "${CA:?ca.crt}" "${KEY:?private key}" "${NODE:?number}"
+# else the caches of oneDNN grow with every new length of a text
+export ONEDNN_PRIMITIVE_CACHE_CAPACITY=16 LRU_CACHE_CAPACITY=16
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 PYTHON=${PYTHON:-.venv/bin/python}
 PATH=$(dirname "$(realpath -s "$PYTHON")"):$PATH  # Flower starts its own programs by their names
@@ -21,7 +24,7 @@ once() {
     : "${USER_ID:?user}" "${DATA:?the text of the user}"
     exec flower-supernode --superlink "$SUPERLINK" --root-certificates "$CA" --auth-supernode-private-key "$KEY" \
         --host 127.0.0.1 --port "${PORT:-9094}" \
-        --node-config "user-id=\"$USER_ID\" data-source=\"$DATA\" model-cache=\"${CACHE:-.soppu/models}\"${MODEL:+ base-model=\"$MODEL\"}"
+        --node-config "user-id=\"$USER_ID\" data-source=\"$DATA\" model-cache=\"${CACHE:-.soppu/models}\" state-dir=\"${STATE:-.soppu/clients}\" device=\"${DEVICE:-auto}\"${MODEL:+ base-model=\"$MODEL\"}"
 }
 
 sign_off() {

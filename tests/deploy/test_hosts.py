@@ -181,6 +181,7 @@ def start_node(host: Host, address: str, authority: Path, base: Path, *, number:
         "USER_ID": claimed(host),
         "DATA": str(host.home / "text"),
         "CACHE": str(host.home / "models"),
+        "STATE": str(host.home / "own"),
         "MODEL": str(base),
     }
     host.start(str(DEPLOY / "supernode.sh"), "forever", log="node.log", **variables)
