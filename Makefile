@@ -17,9 +17,9 @@ export TOKENIZERS_PARALLELISM = false
 # pip compiles nothing: what is imported is, once, also where the environment says not to keep it
 export PYTHONDONTWRITEBYTECODE =
 # LAPACK on two threads that share busy cores is many times slower than on one
-test test-fast bench-compression: export OMP_NUM_THREADS = 1
+test test-fast test-long bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status docker-up image vllm test test-fast lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
+.PHONY: help setup demo up down status docker-up image vllm test test-fast test-long lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -60,8 +60,11 @@ image: setup docker-up  ## the embedded server as a container image, soppu-serve
 
 vllm: .venv-vllm/.installed  ## the environment of a vLLM server with our plugin (gigabytes, minutes)
 
-test: setup .venv-lorax/.installed   ## all tests, real servers and a real federated run included
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
+test: setup .venv-lorax/.installed   ## the tests, real servers and a real federated run included
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov -m "not long"
+
+test-long: setup .venv-lorax/.installed   ## what takes minutes: hosts in network namespaces, connections, more kills
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or Prefect
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"

@@ -21,6 +21,7 @@ from soppu.registry import Registry
 from tests.deploy.network import PYTHON, ROOT, Host, hosts, missing, until
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.slow,
     pytest.mark.skipif(bool(why := missing()), reason=f"machines of a test: {why}"),
 ]

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 OUTAGE_S = float(os.environ.get("SOPPU_TEST_OUTAGE_S", "4"))  # by hand: a minute
 
 
+@pytest.mark.long
 def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
     tiny_pipeline: Pipeline,
 ) -> None:

@@ -17,7 +17,7 @@ from soppu.federation import simulation
 from soppu.registry import Registry
 from tests.server.test_federation import builder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 USERS = ["alice", "bob"]
 
 

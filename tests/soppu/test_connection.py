@@ -21,7 +21,7 @@ from soppu.federation import connection
 from soppu.federation.connection import Remote
 from soppu.federation.simulation import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 APP = """
 [build-system]
