@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
+import numpy as np
 from flwr.app import Message
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
@@ -35,6 +35,7 @@ from soppu import config as configuration
 from soppu import models
 from soppu.config import Config
 from soppu.data import load_user, tokenize
+from soppu.evaluate.intervals import interval
 from soppu.federation import emulator
 from soppu.federation.train import cache_states, mean_loss
 from soppu.registry import Registry
@@ -144,7 +145,7 @@ def rows(corpus: str, arm: str, found: Measured) -> list[dict[str, Any]]:
             "mode": name,
             "mean": sum(losses.values()) / len(losses),
             "worst": max(losses[user] - found.shared[user] for user in losses),
-            "interval": interval([found.shared[user] - losses[user] for user in losses]),
+            "interval": gain_interval(found.shared, losses),
             "better_than_shared": sum(losses[user] < found.shared[user] for user in losses),
             "bytes_up": up,
             "bytes_down": down,
@@ -160,13 +161,12 @@ def rows(corpus: str, arm: str, found: Measured) -> list[dict[str, Any]]:
     ]
 
 
-def interval(gains: list[float], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % of the mean gain over the shared adapter, by bootstrap over users."""
-    values = torch.tensor(gains, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (draws, len(values)), generator=generator)
-    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+def gain_interval(
+    shared: Mapping[str, float], losses: Mapping[str, float]
+) -> tuple[float | None, float | None]:
+    """The 95 % interval of the mean gain over the shared adapter, over users."""
+    found = interval(np.array([shared[user] - losses[user] for user in losses]), np.ones(len(losses)), seed=0)
+    return found.low, found.high
 
 
 @click.command()

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from clients.evaluation import measure
 from clients.limit import within_its_time
@@ -51,10 +52,7 @@ def train(msg: Message, context: Context) -> Message:
     """Train the LoRA that came on this user's text and send it back, its form named, with the losses seen."""
     config, user_id = _who(msg, context)
     order = msg.content.config_records["config"]
-    torch.set_num_threads(config.federation.client_cpus)
-    shared, emulator_lora = wire.split_state(msg.content.array_records["arrays"].to_torch_state_dict())
-    bench = workbench(config, _plan(msg))
-    bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
+    bench, shared = _set_up(msg, config)
     mode, number = str(order["mode"]), int(str(order["server-round"]))
     asked = Asked(number, mode == "personal", str(order.get("run", "")))
     turn = Turn(bench, asked, shared, user_id=user_id)
@@ -79,10 +77,7 @@ def train(msg: Message, context: Context) -> Message:
 def evaluate(msg: Message, context: Context) -> Message:
     """Measure the adapters that came on this user's held-out text; numbers go back."""
     config, user_id = _who(msg, context)
-    torch.set_num_threads(config.federation.client_cpus)
-    state, emulator_lora = wire.split_state(msg.content.array_records["arrays"].to_torch_state_dict())
-    bench = workbench(config, _plan(msg))
-    bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
+    bench, state = _set_up(msg, config)
     content = RecordDict(
         {
             "metrics": MetricRecord({**measure(bench, user_id, state)}),
@@ -115,6 +110,15 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
     if not (user := str(msg.content["config"].get("user", ""))):
         raise FederationError(f"partition {node['partition-id']} is nobody's: the message names no user")
     return config, user
+
+
+def _set_up(msg: Message, config: Config) -> tuple[Workbench, dict[str, Tensor]]:
+    """The workbench, aligned by the emulator's LoRA that came, and the other tensors that came with it."""
+    torch.set_num_threads(config.federation.client_cpus)
+    state, emulator_lora = wire.split_state(msg.content.array_records["arrays"].to_torch_state_dict())
+    bench = workbench(config, _plan(msg))
+    bench.align(wire.loose_from_state(emulator_lora, base_hash=bench.plan.base_hash))
+    return bench, state
 
 
 def _plan(msg: Message) -> LayerPlan:

@@ -83,13 +83,7 @@ class Federation:
         device = torch_device(config.align.device, key="align.device")
         model = models.load_model(base, dtype=config.frozen_dtype, device=device)
         tokenizer = models.load_tokenizer(base)
-        self.plan = emulator.make_plan(
-            model,
-            base_hash=base.hash,
-            adapter_layers=config.plan.adapter_layers,
-            drop_ratio=config.plan.drop_ratio,
-            target_modules=config.lora.target_modules,
-        )
+        self.plan = emulator.configured_plan(config, model, base_hash=base.hash)
         self.agreement = Agreement(
             plan_hash=self.plan.hash,
             shapes=emulator.target_shapes(model, self.plan),

@@ -26,6 +26,8 @@ from soppu.module_names import split_layer
 if TYPE_CHECKING:  # loading it takes seconds and 110 MB, in processes that hold no model too
     from transformers import PreTrainedModel
 
+    from soppu.config import Config
+
 _LLAMA = ("q_proj", "v_proj", "o_proj", "down_proj")
 # model_type -> path of the decoder layers, and the projections a LoRA adapts by default.
 SUPPORTED: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -126,6 +128,17 @@ def make_plan(
     )
     target_shapes(model, plan)
     return plan
+
+
+def configured_plan(config: Config, model: PreTrainedModel, *, base_hash: str) -> LayerPlan:
+    """The cut that a configuration asks for. See `make_plan`."""
+    return make_plan(
+        model,
+        base_hash=base_hash,
+        adapter_layers=config.plan.adapter_layers,
+        drop_ratio=config.plan.drop_ratio,
+        target_modules=config.lora.target_modules,
+    )
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -70,13 +70,7 @@ def _train(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) -> di
 def check_memory(config: Config, base: BaseModel) -> None:
     """Refuse a simulation that this machine cannot hold. ConfigError names the keys to change."""
     model = models.skeleton(base)
-    plan = emulator.make_plan(
-        model,
-        base_hash=base.hash,
-        adapter_layers=config.plan.adapter_layers,
-        drop_ratio=config.plan.drop_ratio,
-        target_modules=config.lora.target_modules,
-    )
+    plan = emulator.configured_plan(config, model, base_hash=base.hash)
     memory.check(config, model, plan)
 
 

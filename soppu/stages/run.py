@@ -23,7 +23,7 @@ from soppu.config import Config
 from soppu.data import STDLIB, STDLIB_PUBLIC, source_digest
 from soppu.errors import ConfigError
 from soppu.federation import privacy
-from soppu.federation.emulator import make_plan
+from soppu.federation.emulator import configured_plan
 from soppu.models import BaseModel
 from soppu.registry import Registry
 from soppu.stages import text as texts_of
@@ -149,13 +149,7 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
 def _check_split(config: Config, base: BaseModel) -> PreTrainedModel:
     """Cut a model without weights, to hear of a wrong plan before a simulation is started; gives it."""
     model = models.skeleton(base)
-    make_plan(
-        model,
-        base_hash=base.hash,
-        adapter_layers=config.plan.adapter_layers,
-        drop_ratio=config.plan.drop_ratio,
-        target_modules=config.lora.target_modules,
-    )
+    configured_plan(config, model, base_hash=base.hash)
     return model
 
 
