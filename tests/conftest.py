@@ -212,6 +212,16 @@ def flower_identity() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_workbench() -> Iterator[None]:
+    """What a process keeps between messages is neither an earlier test's nor left to a later one."""
+    from clients.workbench import workbench  # as above
+
+    workbench.cache_clear()
+    yield
+    workbench.cache_clear()
+
+
 def _write_users(folder: Path, counts: Mapping[str, int]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for user, count in counts.items():

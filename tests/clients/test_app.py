@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from soppu.federation.emulator import LayerPlan, TopModel
 from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.soppu.compress import ternary_measures as measures
 
-pytestmark = pytest.mark.usefixtures("flower_identity")
+pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 
 SECTIONS = ("seed", "frozen_dtype", "compute_dtype", "base", "data", "plan", "lora", "federation")
 USERS = {"alice": 14, "bob": 13}
@@ -66,13 +66,6 @@ class Setup:
 
 def node(**config: Any) -> Context:
     return Context(run_id=1, node_id=7, node_config=config, state=RecordDict(), run_config={})
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    workbench.cache_clear()
-    yield
-    workbench.cache_clear()
 
 
 @pytest.fixture

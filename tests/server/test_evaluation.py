@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from soppu.federation import members, wire
 from soppu.federation.train import mean_loss
 from tests.server.grid import InProcessGrid
 
-pytestmark = pytest.mark.usefixtures("flower_identity")
+pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 
 USERS = {"alice": 12, "bob": 9, "carol": 10}
 MEMBERS = {100 + n: user for n, user in enumerate(USERS)}
@@ -57,12 +57,6 @@ class Trained:
         workbench.cache_clear()
         Federation(self.config, work, members=members).measure(grid)
         return dict(json.loads((work / "result.json").read_text()))
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    workbench.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from soppu.federation.attach import attached
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid, context
 
-pytestmark = pytest.mark.usefixtures("flower_identity")
+pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 
 USERS = {"alice": 12, "bob": 9, "carol": 10}
 TRAINED = {"alice": 6, "bob": 6, "carol": 6}
@@ -39,13 +39,6 @@ NODES = [{"partition-id": n} for n in range(len(USERS))]
 
 class Killed(BaseException):
     """The process died: nothing in between may catch this."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    workbench.cache_clear()
-    yield
-    workbench.cache_clear()
 
 
 WriteUsers = Callable[[Path, Mapping[str, int]], Path]

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from tests.server import test_strategy as unit
 from tests.server.grid import InProcessGrid
 from tests.server.test_federation import Killed, WriteUsers, result, round_of, shared_state, stored
 
-pytestmark = pytest.mark.usefixtures("flower_identity")
+pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 
 NODES = [{"partition-id": n} for n in range(2)]
 ROUNDS = 2
@@ -85,13 +85,6 @@ def starter(root: Path, base: Path, write_users: WriteUsers) -> Start:
         return Run(config, root / name, *whole.federate(config, root / name, grid or InProcessGrid(NODES)))
 
     return start
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    workbench.cache_clear()
-    yield
-    workbench.cache_clear()
 
 
 @pytest.fixture

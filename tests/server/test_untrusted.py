@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Error, Message
 
-from clients.workbench import workbench
 from server.app import Federation
 from server.delivery import Delivery
 from soppu.config import Config
@@ -29,14 +28,7 @@ from tests.server.test_federation import (
     user_of,
 )
 
-pytestmark = pytest.mark.usefixtures("flower_identity")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    workbench.cache_clear()
-    yield
-    workbench.cache_clear()
+pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 
 
 @pytest.fixture

@@ -35,8 +35,7 @@ def run(*words: object) -> Result:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = tmp_path_factory.mktemp("models") / "Tiny-Llama"
-    tiny.llama().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.base(folder)
     return models.resolve(str(folder), cache=folder)
 
 

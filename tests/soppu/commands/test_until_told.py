@@ -22,10 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.llama().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.base(tmp_path_factory.mktemp("base"))
 
 
 def stopped_at(fifo: Path, number: int, command: list[str], **environment: str) -> tuple[int, str]:

@@ -242,8 +242,7 @@ def test_what_is_still_sent_or_loaded_is_answered_and_given_up(
 
 @pytest.mark.slow
 def test_a_load_that_has_no_end_does_not_keep_the_process(tmp_path: Path, upload: bytes) -> None:
-    tiny.llama().save_pretrained(tmp_path / "base")
-    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    tiny.base(tmp_path / "base")
     endless = "import threading\nfrom soppu.serve.bank.store import ServerState\nfrom soppu.cli import main\n"
     endless += "ServerState.add_adapter = lambda *_, **__: (print('loads'), threading.Event().wait())\nmain()"
     words = ["serve", "--model", tmp_path / "base", "--state", tmp_path / "state", "--grace", "0"]

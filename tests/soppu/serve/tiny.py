@@ -100,6 +100,13 @@ def llama(*, seed: int = 0) -> PreTrainedModel:
     return model("llama", seed=seed)
 
 
+def base(folder: Path) -> Path:
+    """`llama()` and its tokenizer, written down as a base model."""
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def gpt2(*, seed: int = 0) -> PreTrainedModel:
     return model("gpt2", seed=seed)
 

@@ -310,8 +310,7 @@ def test_a_server_process_is_started_once_serves_restarts_and_stops(tmp_path: Pa
 
 @pytest.mark.slow
 def test_two_starts_at_once_start_one_server(tmp_path: Path) -> None:
-    tiny.llama().save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.base(tmp_path / "model")
     target = EmbeddedTarget(f"http://127.0.0.1:{free_port()}")
     options = launch(tmp_path, str(tmp_path / "model"))
     try:

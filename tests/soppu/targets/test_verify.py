@@ -47,10 +47,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.llama().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
