@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS, circumstances, store
-from soppu.serve.vllm_plugin.worker import kernels
+from soppu.serve.layers import kernels
 from soppu.serve.vllm_plugin.worker.resident import Basis, Linear, Part, Resident
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 

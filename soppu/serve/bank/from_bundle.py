@@ -10,29 +10,60 @@ from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle, Matrices
 from soppu.compress.numbers.components import Components, ordinals
-from soppu.serve.layers.factors import ModuleFactors, OwnRows, SharedFactors, Stack
+from soppu.serve.layers import kernels
+from soppu.serve.layers.factors import ModuleFactors, OwnNumbers, SharedFactors, Stack
+from soppu.serve.layers.records import Records, pack
 
 # (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in
 Cast = Callable[[str, Tensor], Tensor]
+Sides = tuple[Tensor | None, Tensor | None]
 
 
-def read(bundle: Bundle, *, cast: Cast) -> dict[str, ModuleFactors]:
+@dataclass(frozen=True)
+class Reading:
+    """How a bundle is read.
+
+    `cuts`: the outputs and inputs of a module that a tensor-parallel rank holds, where these are not all.
+    `thin`: a user with few components in a wide basis gets a record too, which is less than half of a core.
+    """
+
+    cuts: Mapping[str, tuple[range, range]] = field(default_factory=dict)
+    thin: bool = False
+
+
+def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str, ModuleFactors]:
     """Module -> what the bundle's users change there, without modules that nobody changes.
 
     A user whose components at a module all lie in the bases of the user's cluster is served through those;
-    a user with other components there is served by a LoRA pair of all of them. Decodes every page once, all
-    users together. O(w (o + i) k) for w components.
+    a user with other components there is served by a record of all of them. Decodes every page once, all
+    users together. O(w (o + i)) for w components.
 
     Raises:
         BundleError: a damaged page.
     """
-    collected = {name: _Collected(name, bundle, cast) for name in bundle.shapes}
-    for number in range(len(bundle.pages)):
-        for name, part in zip(bundle.shapes, bundle.components(number), strict=True):
+    how = how or Reading()
+    collected = {name: _Collected(name, bundle, cast, how.thin) for name in bundle.shapes}
+    pages = []
+    for number, page in enumerate(bundle.pages):
+        parts = [
             collected[name].add(part)
+            for name, part in zip(bundle.shapes, bundle.components(number), strict=True)
+        ]
+        numbers = torch.arange(len(bundle.users)) - page.first
+        pages.append(_records(bundle, [part.renumbered(numbers) for part in parts], page.users, how))
+    records = Records.join(pages)
     # popped, so that a module's components are freed before the next module's factors are built
-    modules = {name: collected.pop(name).factors() for name in bundle.shapes}
+    modules = {
+        name: collected.pop(name).factors(records, number) for number, name in enumerate(list(bundle.shapes))
+    }
     return _stacked({name: factors for name, factors in modules.items() if factors.shared or factors.own})
+
+
+def _records(bundle: Bundle, parts: Sequence[Components], users: int, how: Reading) -> Records:
+    whole = {name: (range(o), range(i)) for name, (o, i) in bundle.shapes.items()}
+    cuts = [how.cuts.get(name, cut) for name, cut in whole.items()]
+    ranks = [(out.k, inn.k) for out, inn in (clusters[0] for clusters in bundle.bases.values())]
+    return pack(parts, users=users, cuts=cuts, ranks=ranks)
 
 
 def unchanged(bundle: Bundle) -> set[str]:
@@ -46,7 +77,7 @@ def unchanged(bundle: Bundle) -> set[str]:
     changed = torch.zeros(len(bundle.users), dtype=torch.bool)
     for number in range(len(bundle.pages)):
         for name, part in zip(bundle.shapes, bundle.components(number), strict=True):
-            for cluster, here in _weighted(bundle, part.select(~changed[part.user])):
+            for cluster, here in _by_cluster(bundle, _scaled(bundle, part.select(~changed[part.user]))):
                 rows = _vectors(here, bundle.matrices(name, cluster))
                 changed[rows.user[rows.left.any(1) & rows.right.any(1)]] = True
     return {user for user, some in zip(bundle.users, changed.tolist(), strict=True) if not some}
@@ -63,50 +94,76 @@ class _Rows:
 
 @dataclass(eq=False)
 class _Collected:
-    """One module's components in the pages so far: coordinates by cluster, and the vectors of own pairs."""
+    """One module's components in the pages so far: coordinates by cluster, and who has coordinates in records."""
 
     name: str
     bundle: Bundle
     cast: Cast
+    thin: bool
     shared: dict[int, list[_Rows]] = field(default_factory=dict)
-    own: list[_Rows] = field(default_factory=list)
+    left: set[int] = field(default_factory=set)  # clusters whose output basis records refer to
+    right: set[int] = field(default_factory=set)
+    recorded: bool = False
 
-    def add(self, part: Components) -> None:
-        """The components of one page."""
-        for cluster, here in _weighted(self.bundle, part):
-            apart = torch.isin(here.user, here.user[here.own])
-            if bool(apart.any()):
-                rows = _vectors(here.select(apart), self.bundle.matrices(self.name, cluster))
-                # cast now: in float32 these take the most memory of all
-                self.own.append(replace(rows, left=self._cast(rows.left), right=self._cast(rows.right)))
-            if not bool(apart.all()):
-                out, inn = self.bundle.bases[self.name][cluster]
-                rest = here.select(~apart)
-                left = rest.left.coordinates(out.k) * rest.gain[:, None]
-                rows = _Rows(rest.user, left, rest.right.coordinates(inn.k))
-                self.shared.setdefault(cluster, []).append(rows)
+    def add(self, part: Components) -> Components:
+        """Take the components of one page; those that go into records are given back."""
+        part = _scaled(self.bundle, part)
+        apart = torch.isin(part.user, part.user[part.own]) | self._few(part)
+        own, rest = part.select(apart), part.select(~apart)
+        self.recorded |= len(own) > 0
+        clusters = self.bundle.cluster[own.user]
+        self.left |= set(clusters[own.left.coords_width > 0].unique().tolist())
+        self.right |= set(clusters[own.right.coords_width > 0].unique().tolist())
+        for cluster, here in _by_cluster(self.bundle, rest):
+            out, inn = self.bundle.bases[self.name][cluster]
+            left = here.left.coordinates(out.k) * here.gain[:, None]
+            rows = _Rows(here.user, left, here.right.coordinates(inn.k))
+            self.shared.setdefault(cluster, []).append(rows)
+        return own
 
-    def factors(self) -> ModuleFactors:
-        """What was collected, in the form the layer uses."""
+    def _few(self, part: Components) -> Tensor:
+        """(m,) whether a component is one of so few of its user that a core would be mostly zeros."""
+        out, inn = self.bundle.bases[self.name][0]
+        counts = torch.bincount(part.user)[part.user] if len(part) else part.user
+        return (2 * counts * (out.k + inn.k) <= out.k * inn.k) & self.thin
+
+    def factors(self, records: Records, number: int) -> ModuleFactors:
+        """What was collected, in the form the layer uses; `number` is the module's in the records."""
         users = len(self.bundle.users)
         place, shared = torch.full((users,), -1), {}
+        bases = dict[int, Sides]()
+        for cluster in sorted(self.shared.keys() | self.left | self.right):
+            whole = cluster in self.shared
+            U, V = self.bundle.matrices(self.name, cluster)
+            bases[cluster] = (
+                None if U is None or not (whole or cluster in self.left) else self._cast(U),
+                None if V is None or not (whole or cluster in self.right) else self._cast(V),
+            )
         for cluster, parts in self.shared.items():
             members, P, Q = _cores(_join(parts))
             place[members] = torch.arange(len(members))
-            U, V = self.bundle.matrices(self.name, cluster)
+            U, V = bases[cluster]
             assert U is not None and V is not None  # coordinates without a basis are refused with the page
             Q = None if Q is None else self._cast(Q)
-            shared[cluster] = SharedFactors(U=self._cast(U), V=self._cast(V), P=self._cast(P), Q=Q)
-        return ModuleFactors(shared, place, _own(_join(self.own), users) if self.own else None)
+            shared[cluster] = SharedFactors(U=U, V=V, P=self._cast(P), Q=Q)
+        return ModuleFactors(shared, place, self._own(records, number, bases) if self.recorded else None)
+
+    def _own(self, records: Records, number: int, bases: Mapping[int, Sides]) -> OwnNumbers:
+        like = self._cast(torch.zeros(0))
+        kernel = kernels.choose("auto", device=like.device, dtype=like.dtype)
+        return OwnNumbers(records, number, bases, None if kernel is kernels.plain else kernel, like)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return self.cast(self.name, tensor)
 
 
-def _weighted(bundle: Bundle, part: Components) -> Iterator[tuple[int, Components]]:
-    """Cluster by cluster, norms multiplied into the gains; components of gain 0 are left out."""
+def _scaled(bundle: Bundle, part: Components) -> Components:
+    """Norms multiplied into the gains; components of gain 0 are left out."""
     part = replace(part, gain=part.gain * bundle.norm[part.user])
-    part = part.select(part.gain != 0)
+    return part.select(part.gain != 0)
+
+
+def _by_cluster(bundle: Bundle, part: Components) -> Iterator[tuple[int, Components]]:
     clusters = bundle.cluster[part.user]
     for cluster in clusters.unique().tolist():
         yield cluster, part.select(clusters == cluster)
@@ -138,14 +195,6 @@ def _cores(rows: _Rows) -> tuple[Tensor, Tensor, Tensor | None]:
     if k_out * k_in < c * (k_out + k_in):
         return users, left.mT @ right, None
     return users, left.mT, right
-
-
-def _own(rows: _Rows, users: int) -> OwnRows:
-    """The rows sorted by user: within a page they come cluster by cluster."""
-    order = torch.argsort(rows.user, stable=True).to(rows.left.device)
-    starts = torch.zeros(users + 1, dtype=torch.int64)
-    starts[1:] = torch.bincount(rows.user, minlength=users).cumsum(0)
-    return OwnRows(A=rows.right[order], B=rows.left[order], starts=starts)
 
 
 def _stacked(factors: Mapping[str, ModuleFactors]) -> dict[str, ModuleFactors]:

@@ -1,7 +1,7 @@
 """Slots: where the layers of one model find a user's tensors. Made from bundles in `bank.from_bundle`.
 
 A bundle's users share one mapping of modules; a user's slot is a place in it. At each module a user is served
-through the bases of the user's cluster, or by a LoRA pair of their own, or not at all.
+through the bases of the user's cluster, or by a record of the user's own numbers, or not at all.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from soppu.adapter import LoraPair
+from soppu.serve.layers.kernels import Basis, Kernel
 from soppu.serve.layers.packed_linear import PackedLinear
+from soppu.serve.layers.records import Records, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,17 +52,30 @@ class SharedFactors:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnRows:
-    """The LoRA pairs of a bundle's users at one module, all users' ranks in one tensor."""
+class OwnNumbers:
+    """The records of a bundle's users who have numbers of their own at one module, and the bases they refer to."""
 
-    A: Tensor  # (w, i) rows of all A
-    B: Tensor  # (w, o) columns of all B, as rows
-    starts: Tensor  # (n + 1,) int64; user n has the rows from starts[n] up to, not including, starts[n + 1]
+    records: Records  # of all modules
+    module: int  # whose number in them this is
+    # cluster -> U (o, k_out) and V (i, k_in), None where nobody's record has coordinates on that side
+    bases: Mapping[int, tuple[Tensor | None, Tensor | None]]
+    kernel: Kernel | None = None  # what adds them; None where they are widened into pairs
+    like: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the layer's type, on its device
+    # of modules that share an input, this one the first of them, by the others and the cluster; see `Routing`
+    together: dict[tuple[object, ...], Basis] = field(default_factory=dict)
 
-    def pair(self, index: int) -> LoraPair | None:
-        """One user's pair, without a copy; None where the user has none here."""
-        start, end = self.starts[index : index + 2].tolist()
-        return LoraPair(A=self.A[start:end], B=self.B[start:end].mT) if end > start else None
+    def pair(self, index: int, cluster: int = 0) -> LoraPair | None:
+        """One user's record as a LoRA pair; None where the user has none here. O(c (o + i) k)."""
+        part = unpack(self.records, index, self.module)
+        if part is None:
+            return None
+        left, right = part.p * part.left[:, None], part.q * part.right[:, None]
+        U, V = self.bases.get(cluster, (None, None))
+        if U is not None:
+            left += part.a @ U.mT.float().cpu()
+        if V is not None:
+            right += part.b @ V.mT.float().cpu()
+        return LoraPair(A=right.to(self.like), B=left.mT.contiguous().to(self.like))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +84,7 @@ class ModuleFactors:
 
     shared: Mapping[int, SharedFactors]  # cluster -> its bases and cores, where it serves a user here
     place: Tensor  # (n,) int64 place of every user in the cores of the user's cluster; -1 where there is none
-    own: OwnRows | None  # pairs of the users who have numbers of their own here; None where nobody has
+    own: OwnNumbers | None  # records of those who have numbers of their own here; None where nobody has
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ class Routing:
             yield from self._shared(layers, factors, members)
             for number, held in factors.items():
                 if held.own is not None:
-                    owned = [(row, held.own.pair(slot.index)) for row, slot in members]
+                    owned = [(row, held.own.pair(slot.index, slot.cluster)) for row, slot in members]
                     pairs[number] += [(row, pair) for row, pair in owned if pair is not None]
         for number, here in pairs.items():
             if here:

@@ -194,6 +194,6 @@ def _of_factors(factors: ModuleFactors, slot: BundleSlot, shape: tuple[int, int]
         f = factors.shared[slot.cluster]
         core = f.P[place].double() if f.Q is None else f.P[place].double() @ f.Q[place].double()
         total += f.U.double() @ core @ f.V.double().T
-    if factors.own is not None and (pair := factors.own.pair(slot.index)) is not None:
+    if factors.own is not None and (pair := factors.own.pair(slot.index, slot.cluster)) is not None:
         total += pair.B.double() @ pair.A.double()
     return total

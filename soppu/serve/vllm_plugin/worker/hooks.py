@@ -21,10 +21,11 @@ import torch
 
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import SoppuError
+from soppu.serve.layers import kernels
 from soppu.serve.vllm_plugin import refusal
 from soppu.serve.vllm_plugin.host import replace
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.vllm_plugin.worker import kernels, step
+from soppu.serve.vllm_plugin.worker import step
 from soppu.serve.vllm_plugin.worker.resident import Form, Linear, Part
 from soppu.serve.vllm_plugin.worker.static import Limits
 from soppu.serve.vllm_plugin.worker.worker import Worker

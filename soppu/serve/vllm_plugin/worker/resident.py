@@ -15,7 +15,11 @@ from torch import Tensor
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
 from soppu.serve.bank import from_bundle
-from soppu.serve.layers.factors import ModuleFactors, SharedFactors
+from soppu.serve.layers.factors import ModuleFactors
+from soppu.serve.layers.kernels import Basis
+from soppu.serve.layers.records import Records
+
+Ranks = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -48,43 +52,33 @@ class Form:
     device: torch.device
     start: int = 1  # its first user's row
     spare: int = 0
-    ranks: Mapping[str, int] | None = None  # layer name -> k; None: what each bundle needs
-
-
-@dataclass(frozen=True, eq=False)
-class Basis:
-    """The bases of one cluster at one layer, its m parts side by side, ranks padded with zeros to k."""
-
-    V: Tensor  # (i, m k) input bases
-    U: Tensor  # (k * sum of part sizes,) output bases of the parts, (k, size) each, end to end
-    k: int  # the rank all parts have here
-    offset: int  # where the layer's m cores (k_in, k_out) begin in a row of the table
-    spans: Tensor  # (m, 2) int64 first column and size of every part
-
-    def outputs(self) -> list[tuple[int, Tensor]]:
-        """(first column, U (k, size)) of every part; views."""
-        starts, sizes = self.spans.T.tolist()
-        views = self.U.split([self.k * size for size in sizes])
-        return [(at, view.view(self.k, -1)) for at, view in zip(starts, views, strict=True)]
+    ranks: Mapping[str, Ranks] | None = None  # layer name -> k_out, k_in; None: what each bundle needs
 
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """One bundle: bases by layer and cluster, and one row of cores a user."""
+    """One bundle: bases by layer and cluster, a row of cores for those who have cores, and everybody's records.
+
+    A row number means a user, or a spare place behind them; not everybody needs a row of cores.
+    """
 
     start: int  # the row number of its first user; rows are never used again while a server runs
     bases: Mapping[str, tuple[Basis, ...]]  # layer name -> one Basis a cluster
-    cores: Tensor  # (rows + 1, width) all layers' cores; the last row is zero and serves the base model
-    cluster: np.ndarray  # (rows + 1,) int64 whose bases a row refers to
+    cores: Tensor  # (rows of cores + 1, width) all layers' cores; the last row is zero
+    core: np.ndarray  # (rows,) int64 which row of cores is a row's; -1 where it has none
+    cluster: np.ndarray  # (rows,) int64 whose bases a row refers to
+    records: Records
+    recorded: np.ndarray  # (rows,) int64 which record is a row's; -1 where it has none
 
     @property
     def rows(self) -> int:
-        """Rows of users and spare ones, without the zero row."""
-        return len(self.cores) - 1
+        """Rows of users and spare ones."""
+        return len(self.core)
 
     def put(self, row: int, cores: Mapping[str, Tensor], linears: Sequence[Linear], *, cluster: int) -> None:
-        """Fill a row: module -> core (k_out, k_in); modules left out are not changed for this user."""
-        self.cores[row].zero_()
+        """Fill a spare row: module -> core (k_out, k_in); modules left out are not changed for this user."""
+        where = self.core[row]
+        self.cores[where].zero_()
         self.cluster[row] = cluster
         for linear in linears:
             if linear.name in self.bases:
@@ -92,24 +86,25 @@ class Resident:
                 for place, part in enumerate(linear.parts):
                     if part.module in cores:
                         core = cores[part.module].to(self.cores.device, self.cores.dtype)
-                        _cell(self.cores, basis, place)[row, : core.shape[1], : core.shape[0]] = core.mT
+                        _cell(self.cores, basis, place)[where, : core.shape[1], : core.shape[0]] = core.mT
 
 
-def read(bundle: Bundle, bundle_id: str) -> dict[str, ModuleFactors]:
+def read(bundle: Bundle, linears: Sequence[Linear]) -> dict[str, ModuleFactors]:
     """Module -> what users change there, without modules that nobody changes. Decodes every page once.
 
-    Raises:
-        BundleError: a damaged page, or users with numbers of their own beside the shared basis.
+    Records hold what this rank's layers have of their modules. BundleError: a damaged page.
     """
-    factors = from_bundle.read(bundle, cast=lambda _, tensor: tensor.float())
-    own = [f.own.starts[1:] > f.own.starts[:-1] for f in factors.values() if f.own is not None]
-    if own:
-        users = int(torch.stack(own).any(0).sum())
-        raise BundleError(
-            f"bundle {bundle_id[:12]}: {users} users have numbers of their own beside the shared basis, which"
-            " the vLLM plugin cannot apply; compress with --method joint, joint-diag or cluster"
+    cuts = {
+        part.module: (
+            range(part.first, part.first + part.size),
+            range(linear.first, linear.first + linear.size),
         )
-    return factors
+        for linear in linears
+        for part in linear.parts
+        if bundle.shapes.get(part.module) == part.shape
+    }
+    how = from_bundle.Reading(cuts, thin=True)
+    return from_bundle.read(bundle, cast=lambda _, tensor: tensor.float(), how=how)
 
 
 def build(
@@ -124,15 +119,19 @@ def build(
     for linear in linears:
         held = [factors.get(part.module) for part in linear.parts]
         k = _rank(linear, held, form)
-        if k:
-            shared = [[f.shared.get(c) if f else None for f in held] for c in range(clusters)]
-            bases[linear.name] = tuple(_basis(linear, these, (k, width), form) for these in shared)
-            width += len(linear.parts) * k * k
+        bases[linear.name] = tuple(_basis(linear, held, (c, k, width), form) for c in range(clusters))
+        width += len(linear.parts) * k[0] * k[1]
     rows = len(bundle.users) + form.spare
-    cluster = np.zeros(rows + 1, dtype=np.int64)
+    cluster, core, recorded = np.zeros(rows, np.int64), np.full(rows, -1), np.full(rows, -1)
     cluster[: len(bundle.users)] = bundle.cluster.numpy()
-    cores = torch.zeros(rows + 1, width, dtype=form.dtype, device=form.device)
-    resident = Resident(form.start, bases, cores, cluster)
+    has = np.ones(rows, np.bool_)
+    has[: len(bundle.users)] = _cored(factors, len(bundle.users))
+    core[has] = np.arange(has.sum())
+    records = next((f.own.records for f in factors.values() if f.own), _NOBODY)
+    some = (records.starts[1:] > records.starts[:-1]).numpy()
+    recorded[: len(some)][some] = some.nonzero()[0]
+    cores = torch.zeros(int(has.sum()) + 1, width, dtype=form.dtype, device=form.device)
+    resident = Resident(form.start, bases, cores, core, cluster, records, recorded)
     for linear in linears:
         for place, part in enumerate(linear.parts):
             if part.module in factors:
@@ -140,37 +139,61 @@ def build(
     return resident
 
 
-def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> int:
-    """The rank of a layer's cores; 0 where nobody changes it. BundleError where it exceeds the fixed one."""
-    sides = [shared for f in held if f for shared in f.shared.values()]
-    needed = max((max(side.U.shape[1], side.V.shape[1]) for side in sides), default=0)
-    fixed = needed if form.ranks is None else form.ranks[linear.name]
-    if needed > fixed:
+_NOBODY = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), (), ())
+
+
+def _cored(factors: Mapping[str, ModuleFactors], users: int) -> np.ndarray:
+    """(users,) whether anybody has a core at any module."""
+    has = np.zeros(users, np.bool_)
+    for f in factors.values():
+        has |= (f.place >= 0).numpy()
+    return has
+
+
+def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> Ranks:
+    """The ranks of a layer's bases; 0 on a side that nobody refers to. BundleError above the fixed ones."""
+    sides = [pair for f in held if f for pair in _sides(f).values()]
+    out = max((U.shape[1] for U, _ in sides if U is not None), default=0)
+    inn = max((V.shape[1] for _, V in sides if V is not None), default=0)
+    if form.ranks is None:
+        return out, inn
+    fixed = form.ranks[linear.name]
+    if out > fixed[0] or inn > fixed[1]:
         raise BundleError(
-            f"{linear.name}: shared rank {needed}, this server was started with {fixed};"
+            f"{linear.name}: shared ranks {out}, {inn}, this server was started with {fixed[0]}, {fixed[1]};"
             " restart it with SOPPU_BUNDLE naming this bundle"
         )
     return fixed
 
 
+def _sides(factors: ModuleFactors) -> dict[int, from_bundle.Sides]:
+    """Cluster -> the bases that cores or records refer to."""
+    bases = dict(factors.own.bases) if factors.own else {}
+    return bases | {cluster: (f.U, f.V) for cluster, f in factors.shared.items()}
+
+
 def _basis(
-    linear: Linear, shared: Sequence[SharedFactors | None], place: tuple[int, int], form: Form
+    linear: Linear, held: Sequence[ModuleFactors | None], at: tuple[int, Ranks, int], form: Form
 ) -> Basis:
-    k, offset = place
-    V = torch.zeros(linear.size, len(shared), k)
-    outputs = []
-    for number, (part, factors) in enumerate(zip(linear.parts, shared, strict=True)):
-        U = torch.zeros(k, part.size)
+    cluster, (k_out, k_in), offset = at
+    V = torch.zeros(linear.size, len(held), k_in)
+    outputs, spans = [], []
+    for number, (part, factors) in enumerate(zip(linear.parts, held, strict=True)):
+        U, (out, inn) = torch.zeros(k_out, part.size), (None, None)
         if factors is not None:
-            V[:, number, : factors.V.shape[1]] = factors.V[linear.first : linear.first + linear.size]
-            U[: factors.U.shape[1]] = factors.U[part.first : part.first + part.size].mT
+            out, inn = _sides(factors).get(cluster, (None, None))
+        if inn is not None:
+            V[:, number, : inn.shape[1]] = inn[linear.first : linear.first + linear.size]
+        if out is not None:
+            U[: out.shape[1]] = out[part.first : part.first + part.size].mT
         outputs.append(U.flatten())
+        spans.append([part.at, part.size, factors.own.module if factors and factors.own else -1])
     return Basis(
         V=V.flatten(1).to(form.device, form.dtype).contiguous(),
         U=torch.cat(outputs).to(form.device, form.dtype),
-        k=k,
+        k=(k_out, k_in),
         offset=offset,
-        spans=torch.tensor([[part.at, part.size] for part in linear.parts]),
+        spans=torch.tensor(spans),
     )
 
 
@@ -180,10 +203,12 @@ def _fill(resident: Resident, basis: Basis, place: int, factors: ModuleFactors, 
         users = ((bundle.cluster == cluster) & (factors.place >= 0)).nonzero()[:, 0]
         core = f.P if f.Q is None else f.P @ f.Q
         core = core[factors.place[users]].mT.to(cells.device, cells.dtype)
-        cells[users.to(cells.device), : core.shape[1], : core.shape[2]] = core
+        where = torch.from_numpy(resident.core[users.numpy()]).to(cells.device)
+        cells[where, : core.shape[1], : core.shape[2]] = core
 
 
 def _cell(cores: Tensor, basis: Basis, place: int) -> Tensor:
     """The cores of one part of one layer, (rows + 1, k_in, k_out); a view."""
-    begin = basis.offset + place * basis.k**2
-    return cores[:, begin : begin + basis.k**2].view(len(cores), basis.k, basis.k)
+    k_out, k_in = basis.k
+    begin = basis.offset + place * k_out * k_in
+    return cores[:, begin : begin + k_out * k_in].view(len(cores), k_in, k_out)

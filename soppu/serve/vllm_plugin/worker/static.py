@@ -1,8 +1,9 @@
 """StaticStep: what `step.Step` does, for engines that record a pass once and replay it, as CUDA graphs do.
 
 What a recorded pass reads must stay in place, whoever is in the batch. So a layer's bases lie in one tensor,
-every request's cores are copied before the pass, and each token reads the number of its copy and the place of
-its basis from buffers. Tokens of the base model read copy 0, all zeros.
+the cores and own numbers of every request's user are copied before the pass, and each token reads the number of
+its copy and the place of its basis from buffers. Tokens of the base model read copy 0, all zeros. A copy stays
+for as long as its user is in the batch. Own numbers are copied as bytes, and widened where they are used.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor
 
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin.worker.kernels import CHUNK
+from soppu.serve.layers import records
+from soppu.serve.layers.kernels import CHUNK
 from soppu.serve.vllm_plugin.worker.resident import Linear, Resident
 from soppu.serve.vllm_plugin.worker.step import Residents
+
+_COUNTS = (0, 4, 8, 16, 32, 64)  # components of a module that there is room for; beyond, multiples of the last
+_WIDENED = 1 << 26  # numbers of users that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,43 @@ class Limits:
 
 
 @dataclass(frozen=True, eq=False)
+class _Own:
+    """The copies of c components at each of m modules of a layer; scales are 0 where there are none."""
+
+    q: Tensor  # (copies, m c, i) int8, or the layer's type where a bundle keeps floats
+    p: tuple[Tensor, ...]  # of every part (copies, c, size)
+    right: Tensor  # (copies, m c) float32 scales of q
+    left: Tensor  # (copies, m c) float32
+    b: Tensor  # (copies, m c, k_in) coordinates
+    a: Tensor  # (copies, m c, k_out)
+
+    def clear(self, copy: int) -> None:
+        for scale in (self.right, self.left, self.b, self.a):
+            scale[copy] = 0
+
+    def fill(self, copy: int, number: int, part: records.Part) -> None:
+        """What a user has at part `number` of the layer."""
+        c = len(self.p[number][copy])
+        rows = slice(number * c, number * c + len(part.left))
+        self.q[copy, rows], self.p[number][copy, : len(part.left)] = part.q, part.p
+        self.right[copy, rows], self.left[copy, rows] = part.right, part.left
+        self.b[copy, rows, : part.b.shape[1]], self.a[copy, rows, : part.a.shape[1]] = part.b, part.a
+
+
+@dataclass(frozen=True, eq=False)
 class _Layer:
-    """V (i, bases, m, k); U of every part (bases, k, size); where the cores begin in a copy."""
+    """V (i, bases, m, k_in); U of every part (bases, k_out, size); where the cores begin in a copy."""
 
     V: Tensor
     U: tuple[Tensor, ...]
     at: tuple[int, ...]
     offset: int
+    own: _Own | None  # None where nobody in the first bundle has own numbers
+
+    @property
+    def components(self) -> int:
+        """How many components of a user there is room for at each part."""
+        return self.own.p[0].shape[1] if self.own else 0
 
 
 class StaticStep(Residents):
@@ -45,12 +80,13 @@ class StaticStep(Residents):
     def __init__(self, linears: Sequence[Linear], first: Resident, limits: Limits) -> None:
         super().__init__(linears)
         self._limits = limits
-        self._layers = [_layer(line, first, limits.bases) for line in linears]
+        self._layers = [_layer(line, first, limits) for line in linears]
         cores = first.cores
         self._copies = cores.new_zeros(limits.requests + 1, cores.shape[1])
         self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=cores.device)
         self._base = torch.arange(limits.tokens, device=cores.device) * limits.bases
         self._places: dict[tuple[int, int], int] = {}  # (first row, cluster) -> place of the basis
+        self._held: dict[int, int] = {}  # row -> its copy
         self.add(first)
 
     def add(self, resident: Resident) -> None:
@@ -62,6 +98,8 @@ class StaticStep(Residents):
                 f"{clusters} bases are needed, {len(free)} of {self._limits.bases} are free;"
                 " drop a bundle first"
             )
+        for linear, layer in zip(self.linears, self._layers, strict=True):
+            _check_room(linear, layer, resident)
         for cluster, place in zip(range(clusters), free, strict=False):
             self._places[resident.start, cluster] = place
             for linear, layer in zip(self.linears, self._layers, strict=True):
@@ -80,15 +118,22 @@ class StaticStep(Residents):
         """Serve the base model until the next `begin`."""
         super().clear()
         self._copy.zero_()
+        self._held = {}
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Copy the users' cores, and write every token's copy and basis to the buffers."""
+        """Copy what the users have who were not there, and write every token's copy and basis to the buffers."""
         users, which = np.unique(rows, return_inverse=True)
+        self._held = {row: copy for row, copy in self._held.items() if row in users}
+        free = iter(sorted(set(range(1, self._limits.requests + 1)) - set(self._held.values())))
         copies, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
         for number, row in enumerate(users.tolist()):
             if row:
-                copies[number] = number + 1
-                places[number] = self._fill(row, number + 1)
+                resident = self._resident(row)
+                if row not in self._held:
+                    self._held[row] = next(free)
+                    self._fill(resident, row - resident.start, self._held[row])
+                copies[number] = self._held[row]
+                places[number] = self._places[resident.start, int(resident.cluster[row - resident.start])]
         tokens, bases, device = int(counts.sum()), self._limits.bases, self._copy.device
         self._copy[:tokens] = torch.from_numpy(np.repeat(copies[which], counts)).to(device)
         self._copy[tokens:] = 0  # a replayed pass may be longer than the batch
@@ -98,36 +143,110 @@ class StaticStep(Residents):
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
         """See `Residents.apply`."""
         layer = self._layers[number]
-        for begin in range(0, len(x), CHUNK):
-            end = min(begin + CHUNK, len(x))
+        widest = layer.own.q[0].numel() + sum(p[0].numel() for p in layer.own.p) if layer.own else 1
+        chunk = min(CHUNK, max(1, _WIDENED // widest))
+        for begin in range(0, len(x), chunk):
+            end = min(begin + chunk, len(x))
             self._add(layer, x[begin:end], y[begin:end], (begin, end))
 
     def _add(self, layer: _Layer, x: Tensor, y: Tensor, span: tuple[int, int]) -> None:
-        _, bases, m, k = layer.V.shape
+        _, bases, m, k_in = layer.V.shape
+        k_out, copy = layer.U[0].shape[1], self._copy[span[0] : span[1]]
         where = self._base[span[0] : span[1]] - span[0] * bases
-        t = (x @ layer.V.flatten(1)).view(-1, m, k).index_select(0, where)
-        cores = self._copies[:, layer.offset : layer.offset + m * k * k].index_select(
-            0, self._copy[span[0] : span[1]]
-        )
-        s = torch.bmm(t.view(-1, 1, k), cores.view(-1, k, k)).view(-1, m * k)
-        spread = s.new_zeros(len(x) * bases, m * k).index_copy_(0, where, s).view(-1, bases, m, k)
+        t = (x @ layer.V.flatten(1)).view(len(x) * bases, m, k_in).index_select(0, where)
+        cores = self._copies[:, layer.offset : layer.offset + m * k_in * k_out].index_select(0, copy)
+        many = len(x) * m
+        s = torch.bmm(t.view(many, 1, k_in), cores.view(many, k_in, k_out)).view(len(x), m * k_out)
+        if layer.own is not None:
+            s = s + _add_own(layer, layer.own, (x, t, y), copy)
+        spread = s.new_zeros(len(x) * bases, m * k_out).index_copy_(0, where, s).view(len(x), bases, m, k_out)
         for part, (at, U) in enumerate(zip(layer.at, layer.U, strict=True)):
-            y[:, at : at + U.shape[2]].addmm_(spread[:, :, part].reshape(-1, bases * k), U.flatten(0, 1))
+            mine = spread[:, :, part].reshape(len(x), bases * k_out)
+            y[:, at : at + U.shape[2]].addmm_(mine, U.flatten(0, 1))
 
-    def _fill(self, row: int, copy: int) -> int:
-        """Copy a row's cores; the place of its basis."""
+    def _resident(self, row: int) -> Resident:
         for start, resident in self.residents.items():
             if start <= row < start + resident.rows:
-                self._copies[copy] = resident.cores[row - start]
-                return self._places[start, int(resident.cluster[row - start])]
+                return resident
         raise self._unknown(row)
 
+    def _fill(self, resident: Resident, row: int, copy: int) -> None:
+        self._copies[copy] = resident.cores[resident.core[row]]  # -1 is the row of zeros
+        user = int(resident.recorded[row])
+        for linear, layer in zip(self.linears, self._layers, strict=True):
+            if layer.own is not None:
+                layer.own.clear(copy)
+                spans = resident.bases[linear.name][0].spans[:, 2].tolist()
+                for number, module in enumerate(spans if user >= 0 else []):
+                    part = records.unpack(resident.records, user, module) if module >= 0 else None
+                    if part is not None:
+                        layer.own.fill(copy, number, part)
 
-def _layer(linear: Linear, first: Resident, bases: int) -> _Layer:
+
+def _add_own(layer: _Layer, own: _Own, tensors: tuple[Tensor, Tensor, Tensor], copy: Tensor) -> Tensor:
+    """Add p q^T x to `y`, and give back what s gets, (T, m k_out). `tensors` are x, t and y."""
+    x, t, y = tensors
+    (_, m, k_in), c = t.shape, layer.components
+    q = own.q.index_select(0, copy).to(x.dtype)
+    weight = torch.bmm(q, x.unsqueeze(2)).squeeze(2).float() * own.right.index_select(0, copy)
+    b = own.b.index_select(0, copy).view(len(x) * m, c, k_in)
+    weight = weight + torch.bmm(b, t.reshape(len(x) * m, k_in, 1)).view(len(x), m * c)
+    scaled = (weight * own.left.index_select(0, copy)).to(x.dtype).view(len(x), m, 1, c)
+    for part, (at, p) in enumerate(zip(layer.at, own.p, strict=True)):
+        y[:, at : at + p.shape[2]] += torch.bmm(
+            scaled[:, part], p.index_select(0, copy).to(x.dtype)
+        ).squeeze(1)
+    a = own.a.index_select(0, copy).view(len(x) * m, c, own.a.shape[2])
+    return torch.bmm(weight.to(x.dtype).view(len(x) * m, 1, c), a).view(len(x), m * own.a.shape[2])
+
+
+def _layer(linear: Linear, first: Resident, limits: Limits) -> _Layer:
     basis, m = first.bases[linear.name][0], len(linear.parts)
+    k_out, k_in = basis.k
     return _Layer(
-        V=basis.V.new_zeros(linear.size, bases, m, basis.k),
-        U=tuple(basis.U.new_zeros(bases, basis.k, part.size) for part in linear.parts),
+        V=basis.V.new_zeros(linear.size, limits.bases, m, k_in),
+        U=tuple(basis.U.new_zeros(limits.bases, k_out, part.size) for part in linear.parts),
         at=tuple(part.at for part in linear.parts),
         offset=basis.offset,
+        own=_own(linear, first, limits.requests + 1),
     )
+
+
+def _own(linear: Linear, first: Resident, copies: int) -> _Own | None:
+    c = _room(_components(linear, first))
+    if not c:
+        return None
+    basis, m = first.bases[linear.name][0], len(linear.parts)
+    new = basis.V.new_zeros
+    kind = basis.V.dtype if first.records.floats else torch.int8
+    return _Own(
+        q=new(copies, m * c, linear.size, dtype=kind),
+        p=tuple(new(copies, c, part.size, dtype=kind) for part in linear.parts),
+        right=new(copies, m * c, dtype=torch.float32),
+        left=new(copies, m * c, dtype=torch.float32),
+        b=new(copies, m * c, basis.k[1]),
+        a=new(copies, m * c, basis.k[0]),
+    )
+
+
+def _components(linear: Linear, resident: Resident) -> int:
+    """The most that anybody has at one module of the layer."""
+    modules = [module for module in resident.bases[linear.name][0].spans[:, 2].tolist() if module >= 0]
+    return int(resident.records.components()[:, modules].max(initial=0)) if modules else 0
+
+
+def _room(components: int) -> int:
+    """The next of a few sizes."""
+    last = _COUNTS[-1]
+    return next((c for c in _COUNTS if c >= components), -(-components // last) * last)
+
+
+def _check_room(linear: Linear, layer: _Layer, resident: Resident) -> None:
+    needed, floats = _components(linear, resident), resident.records.floats
+    if needed > layer.components:
+        what = f"{needed} components with own numbers, this server was started with {layer.components}"
+    elif needed and floats and layer.own is not None and layer.own.q.dtype == torch.int8:
+        what = "own numbers that are floats, this server was started with integers"
+    else:
+        return
+    raise BundleError(f"{linear.name}: {what}; restart it with SOPPU_BUNDLE naming this bundle")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.library import Library
 
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin.worker.kernels import Kernel, Tokens
-from soppu.serve.vllm_plugin.worker.resident import Basis, Linear, Resident
+from soppu.serve.layers.kernels import Basis, Kernel, Tokens
+from soppu.serve.vllm_plugin.worker.resident import Linear, Resident
 
 _MOSTLY = 0.75  # above this share of a batch, computing all of it is faster than selecting tokens
 
@@ -107,22 +108,43 @@ class Step(Residents):
         for resident in self.residents.values():
             here = (rows >= resident.start) & (rows < resident.start + resident.rows)
             known |= here
-            clusters = np.unique(resident.cluster[rows[here] - resident.start])
-            local = np.where(here, rows - resident.start, resident.rows)
-            for cluster in clusters.tolist():
+            local = np.where(here, rows - resident.start, 0)
+            for cluster in np.unique(resident.cluster[local[here]]).tolist():
                 mine = here & (resident.cluster[local] == cluster)
-                yield self._group(resident, cluster, np.where(mine, local, resident.rows), mine)
+                yield self._group(resident, cluster, np.where(mine, local, -1))
         if not known.all():
             raise self._unknown(int(rows[~known][0]))
 
-    def _group(self, resident: Resident, cluster: int, local: np.ndarray, mine: np.ndarray) -> _Group:
-        device, places = resident.cores.device, None
-        if mine.mean() < _MOSTLY:
-            chosen = mine.nonzero()[0]
-            local, places = local[chosen], torch.from_numpy(chosen).to(device)
-        tokens = Tokens(resident.cores, torch.from_numpy(local).to(device), places)
+    def _group(self, resident: Resident, cluster: int, local: np.ndarray) -> _Group:
+        """Tokens by the rows of a bundle, -1 those that are not its cluster's."""
+        device, order = resident.cores.device, _order(local)
+        if order is not None:
+            local = local[order]
+        none = local < 0
+        tokens = Tokens(
+            resident.cores,
+            torch.from_numpy(np.where(none, -1, resident.core[local])).to(device),
+            None if order is None else torch.from_numpy(order).to(device),
+            resident.records,
+            torch.from_numpy(np.where(none, -1, resident.recorded[local])).to(device),
+        )
+        if not bool((tokens.users >= 0).any()):
+            tokens = replace(tokens, records=None, users=None)
         by_layer = (resident.bases.get(linear.name) for linear in self.linears)
         return tokens, [bases[cluster] if bases else None for bases in by_layer]
+
+
+def _order(local: np.ndarray) -> np.ndarray | None:
+    """In which order tokens are worked on: a user's together, so that what is the user's is read once.
+
+    None for all of them as they come: where that is so already, and most of them are somebody's.
+    """
+    changes = int((local[1:] != local[:-1]).sum()) + 1
+    some = local >= 0
+    if some.mean() >= _MOSTLY and changes == len(np.unique(local)):
+        return None
+    chosen = some.nonzero()[0]
+    return chosen[np.argsort(local[chosen], kind="stable")]
 
 
 class _Current:

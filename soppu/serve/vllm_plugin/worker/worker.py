@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
+from soppu.serve.layers.kernels import Kernel
 from soppu.serve.vllm_plugin.worker import resident, step
-from soppu.serve.vllm_plugin.worker.kernels import Kernel
 from soppu.serve.vllm_plugin.worker.resident import Form, Linear
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.worker.step import Residents, Step
@@ -29,14 +29,14 @@ class Worker:
         bundle: the bundle served from the start, under `bundle_id`.
 
     Raises:
-        BundleError: a module that the engine does not have, or users with own numbers.
+        BundleError: a module that the engine does not have.
     """
 
     def __init__(
         self, linears: Sequence[Linear], how: Kernel | Limits, form: Form, *, bundle: Bundle, bundle_id: str
     ) -> None:
         self._form, self.first_id = form, bundle_id
-        factors = resident.read(bundle, bundle_id)
+        factors = resident.read(bundle, linears)
         shapes = {name: bundle.shapes[name] for name in factors}
         chosen = adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
         first = resident.build(bundle, factors, chosen, form)
@@ -53,10 +53,10 @@ class Worker:
         """Load a bundle file beside what is there; the number of its rows.
 
         Raises:
-            BundleError: another file than the id names, users with own numbers, modules not prepared for.
+            BundleError: another file than the id names, modules not prepared for.
         """
         bundle, who = Bundle.load(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
-        factors = resident.read(bundle, bundle_id)
+        factors = resident.read(bundle, self.step.linears)
         prepared = {part.module for linear in self.step.linears for part in linear.parts}
         if missing := sorted(factors.keys() - prepared):
             raise BundleError(

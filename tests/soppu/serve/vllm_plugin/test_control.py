@@ -24,7 +24,7 @@ from soppu.serve.bank.holdings import Answer
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.vllm_plugin.worker import kernels
+from soppu.serve.layers import kernels
 from soppu.serve.vllm_plugin.worker.resident import Form
 from soppu.serve.vllm_plugin.worker.worker import Worker
 from tests.soppu.serve import handmade, tiny

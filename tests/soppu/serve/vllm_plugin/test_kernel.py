@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from soppu.serve.vllm_plugin.worker import kernels
-from soppu.serve.vllm_plugin.worker.resident import Basis
+from soppu.serve.layers import kernels, native, records
+from soppu.serve.layers.kernels import Basis
+
+from tests.soppu.compress import handmade
 
 USERS = 5
 # Columns of two parts: every width of panel, and a rest that fills none.
@@ -16,20 +18,22 @@ SIZES = (16 * (16 + 8 + 4 + 2 + 1) + 3, 48)
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if why := kernels.load():
+    if why := native.load():
         pytest.skip(f"no compiled kernel: {why}")
 
 
 def _basis(k: int, size: int) -> tuple[Basis, Tensor]:
     """A basis of two parts with a gap between them, and the table of cores."""
-    spans = torch.tensor([[2, SIZES[0]], [SIZES[0] + 7, SIZES[1]]])
-    basis = Basis(torch.randn(size, 2 * k), torch.randn(k * sum(SIZES)), k=k, offset=5, spans=spans)
+    spans = torch.tensor([[2, SIZES[0], -1], [SIZES[0] + 7, SIZES[1], -1]])
+    basis = Basis(torch.randn(size, 2 * k), torch.randn(k * sum(SIZES)), k=(k, k), offset=5, spans=spans)
     return basis, torch.randn(USERS, 5 + 2 * k * k)
 
 
 def _expected(x: Tensor, y: Tensor, basis: Basis, tokens: kernels.Tokens) -> Tensor:
-    y, k = y.double(), basis.k
+    y, k = y.double(), basis.k[0]
     for number, row in enumerate(tokens.rows.tolist()):
+        if row < 0:
+            continue
         place = number if tokens.places is None else int(tokens.places[number])
         cores = tokens.cores[row, 5:].double().view(2, k, k)
         inner = (x[place].double() @ basis.V.double()).view(2, k)
@@ -52,14 +56,81 @@ def test_every_number_of_tokens(k: int, picked: bool) -> None:
         assert float((y - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
+FORMS = {  # widths of coordinates and own numbers, output side then input side
+    "fives": (0, 2, 0, 2),
+    "nibbles": (0, 3, 0, 4),
+    "bytes": (0, 8, 0, 6),
+    "threes": (0, 1, 0, 1),
+    "floats": (0, 32, 0, 16),
+    "both": (8, 3, 6, 2),
+    "one side": (0, 4, 8, 0),
+}
+
+
+def _records(k: int, size: int) -> tuple[records.Records, list[list[tuple[records.Part | None, ...]]]]:
+    """Records of users with components of every form at two modules, and their parts."""
+    g = torch.Generator().manual_seed(k)
+    mixed = [list(FORMS.values()) * 2, [FORMS["fives"]] * 9, [], [FORMS["both"], FORMS["nibbles"]]]
+    forms = [*mixed, [FORMS[name] for name in ("bytes", "threes", "one side")]]
+    shapes, cuts = [(SIZES[0], size), (SIZES[1], size)], []
+    parts = [handmade.components(forms, shape, (k, k), g) for shape in shapes]
+    cuts = [(range(o), range(i)) for o, i in shapes]
+    held = records.pack(parts, users=USERS, cuts=cuts, ranks=[(k, k)] * 2)
+    return held, [[records.unpack(held, user, module) for module in range(2)] for user in range(USERS)]
+
+
+def _mixed(k: int, size: int) -> tuple[Basis, Tensor, records.Records]:
+    basis, cores = _basis(k, size)
+    basis.spans[:, 2] = torch.arange(2)
+    return basis, cores, _records(k, size)[0]
+
+
+@pytest.mark.parametrize("kernel", [kernels.native, kernels.plain])
+@pytest.mark.parametrize(("k", "size"), [(3, 37), (40, 300)])
+def test_records_of_every_form_beside_cores(kernel: kernels.Kernel, k: int, size: int) -> None:
+    torch.manual_seed(k)
+    basis, cores, held = _mixed(k, size)
+    parts = _records(k, size)[1]
+    for count in (1, 2, 3, 7, 8, 20):
+        rows, users = torch.randint(-1, USERS, (count,)), torch.randint(-1, USERS, (count,)).sort().values
+        tokens = kernels.Tokens(torch.cat([cores, 0 * cores[:1]]), rows, None, held, users)
+        x, y = torch.randn(count, size), torch.randn(count, SIZES[0] + 7 + SIZES[1] + 1)
+        wanted = _expected(x, y, basis, kernels.Tokens(tokens.cores, rows, None))
+        for place, user in enumerate(users.tolist()):
+            inner = (x[place].double() @ basis.V.double()).view(2, k)
+            for number, (at, U) in enumerate(basis.outputs() if user >= 0 else []):
+                part = parts[user][number]
+                if part is not None:
+                    right, left = part.q * part.right[:, None], part.p * part.left[:, None]
+                    weight = right.double() @ x[place].double() + part.b.double() @ inner[number]
+                    out = left.double() + part.a.double() @ U.double()
+                    wanted[place, at : at + U.shape[1]] += weight @ out
+        kernel(x, y, basis, tokens)
+        assert float((y - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+def test_another_users_infinities_stay_theirs() -> None:
+    basis, cores, held = _mixed(3, size=37)
+    users = torch.tensor([0, 1, 3, 4, 4, 4])
+    tokens = kernels.Tokens(torch.zeros(1, 5 + 2 * 9), torch.full((6,), -1), None, held, users)
+    x, y = torch.randn(6, 37), torch.zeros(6, SIZES[0] + 7 + SIZES[1])
+    clean = y.clone()
+    kernels.native(x, clean, basis, tokens)
+    x[1], x[4] = torch.inf, torch.nan
+    kernels.native(x, y, basis, tokens)
+    assert torch.equal(y[[0, 2, 3, 5]], clean[[0, 2, 3, 5]]) and not torch.isfinite(y[1]).all()
+
+
 def test_a_token_gets_the_same_bits_in_any_company() -> None:
     torch.manual_seed(0)
     basis, cores = _basis(40, size=64)
-    rows = torch.randint(0, USERS, (13,))
+    rows, users = torch.randint(-1, USERS, (13,)), torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, -1, -1, 3, 3, 4])
+    held = _records(40, 64)[0]
+    basis.spans[:, 2] = torch.arange(2)
     x, y = torch.randn(13, 64), torch.randn(13, SIZES[0] + 7 + SIZES[1])
     alone = y.clone()
-    kernels.native(x, y, basis, kernels.Tokens(cores, rows, None))
+    kernels.native(x, y, basis, kernels.Tokens(cores, rows, None, held, users))
     for number in range(13):
         one = slice(number, number + 1)
-        kernels.native(x[one], alone[one], basis, kernels.Tokens(cores, rows[one], None))
+        kernels.native(x[one], alone[one], basis, kernels.Tokens(cores, rows[one], None, held, users[one]))
     assert torch.equal(y, alone)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
-from soppu.serve.vllm_plugin.worker import kernels, resident
-from soppu.serve.vllm_plugin.worker.kernels import Kernel
+from soppu.serve.layers import kernels, native
+from soppu.serve.vllm_plugin.worker import resident
+from soppu.serve.layers.kernels import Kernel
 from soppu.serve.vllm_plugin.worker.resident import Form
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.worker.step import Step
@@ -27,12 +28,25 @@ USERS = {
     "cem": [SHARED],
     "dot": [()],  # an adapter of zeros
 }
+OWN = {
+    "ann": [("own", "own", "own")],
+    "bob": [("own",), None, ("left", "right")],
+    "cem": [("both", "own")],
+    "dot": [()],
+}
+MIXED = {
+    "ann": [SHARED],
+    "bob": [("own", "own"), SHARED, ("shared",)],  # a core at one module, a record at others
+    "cem": [("both", "left", "right", "axis"), ()],
+    "dot": [()],
+}
+FLEETS: dict[str, dict[str, handmade.Plan]] = {"cores": USERS, "own": OWN, "mixed": MIXED}
 How = Kernel | Limits
 LAYERS = ("block.qkv_proj", "block.o_proj")
 
 
 def _native() -> How:
-    if why := kernels.load():
+    if why := native.load():
         pytest.skip(f"no compiled kernel: {why}")
     return kernels.native
 
@@ -51,12 +65,17 @@ def _static() -> How:
     return Limits(tokens=1400, requests=20, bases=4)
 
 
-def _bundle(**changes: object) -> Bundle:
-    return handmade.bundle(engine.SHAPES, USERS, **changes)  # type: ignore[arg-type]
+def _bundle(fleet: str = "cores", **changes: object) -> Bundle:
+    return handmade.bundle(engine.SHAPES, FLEETS[fleet], **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=FLEETS)
+def fleet(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def _step(bundle: Bundle, kernel: How, **form: object) -> Step | StaticStep:
-    factors = resident.read(bundle, "b" * 64)
+    factors = resident.read(bundle, engine.linears())
     shapes = {name: bundle.shapes[name] for name in factors}
     linears = adapted(engine.linears(), shapes, who="bundle")
     chosen = Form(**{"dtype": torch.float32, "device": torch.device("cpu"), "start": 1, "spare": 2} | form)  # type: ignore[arg-type]
@@ -90,9 +109,9 @@ def _close(got: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize("clusters", [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 2, 0]])
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1, 1], [3, 11, 1, 7, 0, 2]])
 def test_a_mixed_batch_gets_every_users_own_change(
-    kernel: How, clusters: list[int], counts: list[int]
+    kernel: How, fleet: str, clusters: list[int], counts: list[int]
 ) -> None:
-    bundle = _bundle(clusters=clusters)
+    bundle = _bundle(fleet, clusters=clusters)
     step = _step(bundle, kernel)
     users = ["ann", None, "bob", "cem", "dot", "ann"]
     step.begin(_rows(bundle, users), np.array(counts))
@@ -102,8 +121,8 @@ def test_a_mixed_batch_gets_every_users_own_change(
         _close(_run(step, layer, x), engine.expected(bundle, tokens, layer, x))
 
 
-def test_tokens_of_the_base_model_keep_their_very_bits(kernel: How) -> None:
-    bundle = _bundle()
+def test_tokens_of_the_base_model_keep_their_very_bits(kernel: How, fleet: str) -> None:
+    bundle = _bundle(fleet)
     step = _step(bundle, kernel)
     step.begin(_rows(bundle, ["ann", None, "bob", None]), np.array([1, 1, 1, 2]))
     x, y = torch.randn(5, 20), torch.randn(5, 40)
@@ -113,16 +132,16 @@ def test_tokens_of_the_base_model_keep_their_very_bits(kernel: How) -> None:
     assert not torch.equal(after[0], y[0])
 
 
-def test_a_batch_of_the_base_model_alone_does_nothing(kernel: How) -> None:
-    bundle = _bundle()
+def test_a_batch_of_the_base_model_alone_does_nothing(kernel: How, fleet: str) -> None:
+    bundle = _bundle(fleet)
     step = _step(bundle, kernel)
     step.begin(_rows(bundle, ["ann"]), np.array([4]))
     step.begin(_rows(bundle, [None, None]), np.array([2, 2]))
     assert not _run(step, "block.qkv_proj", torch.randn(4, 20)).any()
 
 
-def test_a_long_prompt_is_taken_in_chunks(kernel: How) -> None:
-    bundle = _bundle(clusters=[0, 1, 0, 1])
+def test_a_long_prompt_is_taken_in_chunks(kernel: How, fleet: str) -> None:
+    bundle = _bundle(fleet, clusters=[0, 1, 0, 1])
     step = _step(bundle, kernel)
     step.begin(_rows(bundle, ["ann", "bob", "cem"]), np.array([700, 1, 600]))
     tokens = ["ann"] * 700 + ["bob"] + ["cem"] * 600
@@ -135,9 +154,9 @@ def test_ranks_of_every_size(kernel: How, k_out: int, k_in: int) -> None:
     wide = {"block.o_proj": (80, 96)}
     users = {"ann": [("shared",) * 2], "bob": [("shared",) * 40]}  # thin core factors, and full cores
     bundle = handmade.bundle(wide, users, sizes=handmade.Sizes(k_out=k_out, k_in=k_in))
-    factors = resident.read(bundle, "b" * 64)
     part = resident.Part("block.o_proj", wide["block.o_proj"], first=0, size=80, at=5)
     linear = resident.Linear("block.o_proj", first=0, size=96, out=90, parts=(part,))
+    factors = resident.read(bundle, [linear])
     form = Form(torch.float32, torch.device("cpu"))
     step = _made([linear], kernel, resident.build(bundle, factors, [linear], form))
     step.begin(np.array([2, 1]), np.array([5, 6]))
@@ -148,8 +167,8 @@ def test_ranks_of_every_size(kernel: How, k_out: int, k_in: int) -> None:
     assert not y[:, :5].any() and not y[:, 85:].any()
 
 
-def test_bfloat16_stays_within_its_own_rounding(kernel: How) -> None:
-    bundle = _bundle()
+def test_bfloat16_stays_within_its_own_rounding(kernel: How, fleet: str) -> None:
+    bundle = _bundle(fleet)
     step = _step(bundle, kernel, dtype=torch.bfloat16)
     tokens = ["ann", None, "cem", "bob"] * 5
     step.begin(_rows(bundle, tokens), np.ones(20, dtype=np.int64))
@@ -158,13 +177,14 @@ def test_bfloat16_stays_within_its_own_rounding(kernel: How) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_of_a_tensor_parallel_server_add_up(size: int) -> None:
-    bundle = _bundle(clusters=[0, 1, 0, 0])
-    factors, tokens = resident.read(bundle, "b" * 64), ["ann", "bob", "cem"]
+def test_ranks_of_a_tensor_parallel_server_add_up(size: int, fleet: str) -> None:
+    bundle = _bundle(fleet, clusters=[0, 1, 0, 0])
+    tokens = ["ann", "bob", "cem"]
     x = {"block.qkv_proj": torch.randn(3, 20), "block.o_proj": torch.randn(3, 24)}
     columns, summed = [], torch.zeros(3, 20)
     for rank in range(size):
         linears = adapted(engine.linears(rank=rank, size=size), dict(bundle.shapes), who="bundle")
+        factors = resident.read(bundle, linears)
         step = Step(linears, kernels.plain)
         step.add(resident.build(bundle, factors, linears, Form(torch.float32, torch.device("cpu"))))
         step.begin(_rows(bundle, tokens), np.ones(3, dtype=np.int64))
@@ -189,13 +209,13 @@ def test_modules_nobody_changes_are_left_alone() -> None:
     assert [part.module for part in step.linears[0].parts] == ["block.q_proj"]
 
 
-def test_two_bundles_at_once(kernel: How) -> None:
-    old, new = _bundle(seed=1), _bundle(seed=2, clusters=[1, 0, 1, 0])
+def test_two_bundles_at_once(kernel: How, fleet: str) -> None:
+    old, new = _bundle(fleet, seed=1), _bundle(fleet, seed=2, clusters=[1, 0, 1, 0])
     step = _step(old, kernel)
     first = 1 + len(old.users) + 2
     ranks = {name: bases[0].k for name, bases in step.at(1).bases.items()}
     form = Form(torch.float32, torch.device("cpu"), start=first, ranks=ranks)
-    step.add(resident.build(new, resident.read(new, "c" * 64), step.linears, form))
+    step.add(resident.build(new, resident.read(new, step.linears), step.linears, form))
     rows = np.concatenate([_rows(old, ["ann", "cem"]), [0], _rows(new, ["ann", "bob"], first)])
     x = torch.randn(5, 20)
     step.begin(rows, np.ones(5, dtype=np.int64))
@@ -211,14 +231,6 @@ def test_two_bundles_at_once(kernel: How) -> None:
         step.begin(rows, np.ones(5, dtype=np.int64))
 
 
-def test_own_numbers_are_refused_by_name_and_count() -> None:
-    bundle = handmade.bundle(engine.SHAPES, {"ann": [SHARED], "bob": [("own",)], "cem": [("left", "shared")]})
-    with pytest.raises(
-        BundleError, match=r"bundle bbbbbbbbbbbb: 2 users have numbers of their own.*--method joint"
-    ):
-        resident.read(bundle, "b" * 64)
-
-
 def test_a_module_the_engine_lacks_is_named() -> None:
     bundle = handmade.bundle({"block.w_proj": (4, 4)}, {"ann": [("shared",)]}, sizes=handmade.Sizes(3, 3))
     with pytest.raises(BundleError, match=r"block\.w_proj: the engine has no such linear layer"):
@@ -227,20 +239,25 @@ def test_a_module_the_engine_lacks_is_named() -> None:
         adapted(engine.linears(), {"block.q_proj": (4, 4)}, who="bundle")
 
 
-def test_a_recorded_pass_serves_whoever_is_in_the_batch_when_it_is_replayed() -> None:
+def test_a_recorded_pass_serves_whoever_is_in_the_batch_when_it_is_replayed(fleet: str) -> None:
     """What the pass reads stays where it is: the same addresses before and after a batch of others."""
-    bundle = _bundle(clusters=[0, 1, 0, 1])
+    bundle = _bundle(fleet, clusters=[0, 1, 0, 1])
     step = _step(bundle, _static())
     assert isinstance(step, StaticStep)
-    read = [step._copies.data_ptr(), step._copy.data_ptr(), step._base.data_ptr()]
-    read += [layer.V.data_ptr() for layer in step._layers]
+    read = _addresses(step)
     for tokens in (["ann", "bob"], [None, "cem", "ann", "dot", "bob"], ["cem"], [None, None, None]):
         padded = [*tokens, *[None] * (8 - len(tokens))]  # a recorded pass is longer than the batch
         step.begin(_rows(bundle, tokens), np.ones(len(tokens), dtype=np.int64))
         x = torch.randn(8, 20)
         _close(_run(step, "block.qkv_proj", x), engine.expected(bundle, padded, "block.qkv_proj", x))
-    now = [step._copies.data_ptr(), step._copy.data_ptr(), step._base.data_ptr()]
-    assert read == now + [layer.V.data_ptr() for layer in step._layers]
+    assert read == _addresses(step)
+
+
+def _addresses(step: StaticStep) -> list[int]:
+    held = [step._copies, step._copy, step._base, *(layer.V for layer in step._layers)]
+    for own in (layer.own for layer in step._layers if layer.own is not None):
+        held += [own.q, *own.p, own.right, own.left, own.b, own.a]
+    return [tensor.data_ptr() for tensor in held]
 
 
 def test_a_static_server_says_when_a_bundle_finds_no_place() -> None:
@@ -249,7 +266,11 @@ def test_a_static_server_says_when_a_bundle_finds_no_place() -> None:
     ranks = {name: bases[0].k for name, bases in step.at(1).bases.items()}
     form = Form(torch.float32, torch.device("cpu"), start=10, ranks=ranks)
     with pytest.raises(BundleError, match="3 bases are needed, 2 of 4 are free"):
-        step.add(resident.build(new, resident.read(new, "c" * 64), step.linears, form))
+        step.add(resident.build(new, resident.read(new, step.linears), step.linears, form))
     wider = _bundle(sizes=handmade.Sizes(k_out=8, k_in=8))
-    with pytest.raises(BundleError, match="shared rank 8, this server was started with 6"):
-        resident.build(wider, resident.read(wider, "c" * 64), step.linears, form)
+    with pytest.raises(BundleError, match=r"shared ranks 8, 8, this server was started with 6, 5"):
+        resident.build(wider, resident.read(wider, step.linears), step.linears, form)
+    own = handmade.bundle(engine.SHAPES, {"ann": [("own",) * 9]})
+    form = Form(torch.float32, torch.device("cpu"), start=20, ranks=ranks)
+    with pytest.raises(BundleError, match=r"9 components with own numbers, .* started with 4; restart it"):
+        step.add(resident.build(own, resident.read(own, step.linears), step.linears, form))
