@@ -79,11 +79,9 @@ inline bool record(const uint32_t* data, const int64_t* starts, int64_t user, in
 
 constexpr int digits(int kind) { return kind == NIBBLES ? 2 : kind == FIVES ? 3 : kind == THREES ? 5 : 1; }
 
-// entries of a row of `d` numbers: bytes, or floats
+// entries of a row of `d` numbers: bytes, or floats; whole vectors of them
 inline int64_t entries(int kind, int64_t d) {
-  if (kind == SPARSE || kind == FLOAT) return kind == FLOAT ? d : 0;
-  const int64_t size = (d + digits(kind) - 1) / digits(kind), unit = size >= 64 ? 16 : 4;
-  return (size + unit - 1) / unit * unit;
+  return kind == SPARSE ? 0 : ((d + digits(kind) - 1) / digits(kind) + LANES - 1) / LANES * LANES;
 }
 
 template <class From> inline Floats floats(From v, int bias) {
@@ -115,15 +113,6 @@ template <int KIND> inline void widen(const uint8_t* numbers, int64_t at, Floats
   }
 }
 
-template <int KIND> inline float number(const uint8_t* numbers, int64_t at, int g) {
-  if constexpr (KIND == FLOAT) { float v; std::memcpy(&v, numbers + 4 * at, sizeof v); return v; }
-  if constexpr (KIND == BYTES) return static_cast<float>(static_cast<int8_t>(numbers[at]));
-  constexpr int base = KIND == NIBBLES ? 15 : KIND == FIVES ? 5 : 3, radix = KIND == NIBBLES ? 16 : base;
-  int rest = numbers[at];
-  for (int i = 0; i < g; ++i) rest /= radix;
-  return static_cast<float>(rest % radix - base / 2);
-}
-
 // call(place, what is missing there)
 template <class Call> inline void exceptions(const Row& row, int64_t d, const Call& call) {
   const uint8_t* from = row.numbers + entries(row.kind, d) * (row.kind == FLOAT ? 4 : 1);
@@ -138,8 +127,7 @@ template <int KIND, int C, int T>
 void dots(const Row* rows, int64_t d, const float* x, int64_t ldx, float* out) {
   const int64_t n = entries(KIND, d);
   Floats sum[C][T] = {};
-  int64_t j = 0;
-  for (; j + LANES <= n; j += LANES)
+  for (int64_t j = 0; j < n; j += LANES)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       Floats v[digits(KIND)];
@@ -152,9 +140,6 @@ void dots(const Row* rows, int64_t d, const float* x, int64_t ldx, float* out) {
   for (int c = 0; c < C; ++c)
     for (int t = 0; t < T; ++t) {
       float made = total(sum[c][t]);
-      for (int64_t e = j; e < n; ++e)
-        for (int g = 0; g < digits(KIND) && g * n + e < d; ++g)
-          made += number<KIND>(rows[c].numbers, e, g) * x[t * ldx + g * n + e];
       exceptions(rows[c], d, [&](int64_t at, float v) { made += v * x[t * ldx + at]; });
       out[rows[c].component * TILE + t] += rows[c].scale * made;
     }
@@ -167,8 +152,7 @@ void adds(const Row* rows, int64_t d, const float* weight, float* y, int64_t ldy
   float w[C][T];
   for (int c = 0; c < C; ++c)
     for (int t = 0; t < T; ++t) w[c][t] = rows[c].scale * weight[rows[c].component * TILE + t];
-  int64_t j = 0;
-  for (; j + LANES <= n; j += LANES) {
+  for (int64_t j = 0; j < n; j += LANES) {
     Floats v[C][digits(KIND)];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) widen<KIND>(rows[c].numbers, j, v[c]);
@@ -185,9 +169,6 @@ void adds(const Row* rows, int64_t d, const float* weight, float* y, int64_t ldy
   }
   for (int c = 0; c < C; ++c)
     for (int t = 0; t < T; ++t) {
-      for (int64_t e = j; e < n; ++e)
-        for (int g = 0; g < digits(KIND) && g * n + e < d; ++g)
-          y[t * ldy + g * n + e] += w[c][t] * number<KIND>(rows[c].numbers, e, g);
       exceptions(rows[c], d, [&](int64_t at, float v) { y[t * ldy + at] += w[c][t] * v; });
     }
 }

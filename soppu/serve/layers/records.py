@@ -39,12 +39,11 @@ IN_COORDS, OUT_COORDS = 1 << 31, 1 << 30  # flags beside the number of component
 
 
 def stride(kind: int, features: int) -> int:
-    """Bytes of a row without its exceptions. Long rows end on a whole vector, so that none needs a tail."""
-    if kind in (SPARSE, FLOAT):
-        return 4 * features if kind == FLOAT else 0
-    size = -(-features // PACKINGS[kind][0])
-    unit = 16 if size >= 64 else 4
-    return -(-size // unit) * unit
+    """Bytes of a row without its exceptions: whole vectors of `kernel.cpp`, 16 entries each."""
+    if kind == SPARSE:
+        return 0
+    group = 1 if kind == FLOAT else PACKINGS[kind][0]
+    return -(-features // group // 16) * 16 * (4 if kind == FLOAT else 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +143,7 @@ def _digits(words: Words, kind: int, d: int) -> NDArray[np.float32]:
     if kind == SPARSE:
         return np.zeros((len(words), d), np.float32)
     if kind == FLOAT:
-        return words.view(np.float32).copy()
+        return words.view(np.float32)[:, :d].copy()
     if kind == BYTES:
         return words.view(np.int8)[:, :d].astype(np.float32)
     group, base = PACKINGS[kind]
@@ -256,7 +255,8 @@ def _packed(numbers: Tensor, width: int, scale: Tensor, where: _Where) -> Iterat
     """Rows of one width, each as tight as its numbers allow."""
     none = np.zeros(0, np.uint32)
     if width in FLOATS:
-        dense = numbers.float().contiguous().numpy().view(np.uint32)
+        dense = np.zeros((len(numbers), stride(FLOAT, numbers.shape[1]) // 4), np.uint32)
+        dense[:, : numbers.shape[1]] = numbers.float().contiguous().numpy().view(np.uint32)
         yield where.rows(FLOAT, scale, dense, (np.zeros(len(numbers), np.int64), none))
         return
     integers = numbers.round().to(torch.int8).numpy()
