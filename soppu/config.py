@@ -320,12 +320,6 @@ class Config:
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         self.federation.own_rank(self.lora.rank)
-        method = self.compress.method
-        if method not in SHARED_METHODS and any(one.target == "vllm" for one in self.serve.each()):
-            raise ValueError(
-                f"serve.target: vllm serves cores in shared bases; compress.method = {method!r} keeps more;"
-                f" allowed with it: {', '.join(SHARED_METHODS)}"
-            )
         return self
 
     def training_digest(self) -> str:

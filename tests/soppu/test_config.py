@@ -106,7 +106,6 @@ x = 1
         ({"federation": {"wire_max_loss": -0.01}}, "federation.wire_max_loss = -0.01, allowed: at least 0.0"),
         ({"compress": {"device": "tpu"}}, "compress.device = 'tpu', allowed: auto, cpu, cuda"),
         ({"compress": {"clusters": 4}}, "compress.clusters = 4: only the method cluster has more than one"),
-        ({"serve": {"target": "vllm"}}, "serve.target: vllm serves cores in shared bases"),
         ({"compress": {"max_error": 1.0}}, "compress.max_error = 1.0, allowed: below 1"),
         ({"compress": {"density": 0.0}}, "compress.density = 0.0, allowed: above 0"),
         (
@@ -342,10 +341,17 @@ def test_targets_survive_the_disk(tmp_path: Path) -> None:
         ({"form": "adapters"}, "serve.form = 'adapters': serve.target = 'embedded' takes bundles"),
         ({"targets": [{"target": "vllm", "form": "adapters"}]}, "serve.target = 'vllm' takes bundles"),
         ({"lorax_environment": ["A B=1"]}, "serve.lorax_environment = 'A B=1', allowed: NAME=VALUE"),
-        ({"targets": [{"target": "vllm"}]}, "vllm serves cores in shared bases"),
         ({"targets": ["x"]}, r"serve.targets\[0\] = 'x', allowed: an object"),
     ],
 )
 def test_a_wrong_target_is_named(serve: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         configuration.from_dict({"serve": serve})
+
+
+@pytest.mark.parametrize("method", configuration.METHODS)
+def test_every_method_goes_with_every_target(method: str) -> None:
+    targets = [{}, {"target": "vllm", "name": "v", "url": "http://v"}, {"target": "lorax", "url": "http://l"}]
+    for serve in ({"target": "vllm"}, {"targets": targets}):
+        config = configuration.from_dict({"compress": {"method": method}, "serve": serve})
+        assert config.compress.method == method

@@ -94,7 +94,7 @@ class _Rows:
 
 @dataclass(eq=False)
 class _Collected:
-    """One module's components in the pages so far: coordinates by cluster, and who has coordinates in records."""
+    """One module's components in the pages so far: coordinates by cluster, and what records refer to."""
 
     name: str
     bundle: Bundle

@@ -53,7 +53,7 @@ class SharedFactors:
 
 @dataclass(frozen=True, eq=False)
 class OwnNumbers:
-    """The records of a bundle's users who have numbers of their own at one module, and the bases they refer to."""
+    """Records of users who have numbers of their own at one module, and the bases these refer to."""
 
     records: Records  # of all modules
     module: int  # whose number in them this is
@@ -75,7 +75,9 @@ class OwnNumbers:
             left += part.a @ U.mT.float().cpu()
         if V is not None:
             right += part.b @ V.mT.float().cpu()
-        return LoraPair(A=right.to(self.like), B=left.mT.contiguous().to(self.like))
+        # weights are shared evenly: no factor leaves a 16-bit range
+        root = (left.norm(dim=1) / right.norm(dim=1).clamp(min=1e-30)).sqrt()[:, None].clamp(1e-15, 1e15)
+        return LoraPair(A=(right * root).to(self.like), B=(left / root).mT.contiguous().to(self.like))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Adding the users' change to a layer's output: in plain torch, or by the compiled CPU kernel.
 
-Both take the same arguments and give the same result up to rounding; `routing`, and in vLLM `step`, decide for
+Both take the same arguments and give the same result up to rounding. `routing`, or in vLLM `step`, decides for
 which tokens.
 """
 

@@ -6,8 +6,8 @@ four rows a component: numbers of its own and coordinates, of the input side (ri
 
 All is in 32-bit words. A user's record begins with one offset for each module, 0 where the user has nothing;
 there lie the numbers of rows of either side and of components, the rows' heads, and their numbers. A head is
-kind | coordinates << 7 | exceptions << 8 | component << 16, the scale as a float32, and an offset. Exceptions,
-behind a row's other numbers, are place << 8 | what is missing there: the few that four bits cannot hold.
+kind | coordinates << 7 | exceptions << 8 | component << 16, the scale as a float32, and an offset. Behind a
+row's numbers come its exceptions, place << 8 | what is missing there: the few that four bits cannot hold.
 """
 
 from __future__ import annotations
@@ -223,9 +223,9 @@ def _rows(side: Side, gain: Tensor, at: _Place) -> Iterator[_Rows]:
         chosen = (side.coords_width == width).nonzero()[:, 0]
         where = _Where(chosen.numpy(), at, coords=True)
         if width == AXIS:
-            exceptions = side.axis[chosen].numpy().astype(np.uint32) << 8 | 1
+            axes: Words = side.axis[chosen].numpy().astype(np.uint32) << 8 | 1
             none = np.zeros((len(chosen), 0), np.uint32)
-            yield where.rows(SPARSE, gain[chosen], none, (np.ones(len(chosen), np.int64), exceptions))
+            yield where.rows(SPARSE, gain[chosen], none, (np.ones(len(chosen), np.int64), axes))
         elif width:
             limit = COORDS.get(width, 1)
             numbers = side.coords[side.coords_width[side.coords_width > AXIS] == width] * limit
@@ -267,10 +267,10 @@ def _packed(numbers: Tensor, width: int, scale: Tensor, where: _Where) -> Iterat
     kind[largest <= 2], kind[largest <= 1] = FIVES, THREES
     for one in np.unique(kind).tolist():
         some = kind == one
-        here, counts = integers[some], np.where(one == NIBBLES, beyond[some], 0)
+        here, counts = integers[some], beyond[some] * (one == NIBBLES)
         row, place = (np.abs(here) > _LIMIT).nonzero() if one == NIBBLES else (none, none)
         rest = here[row, place] - np.clip(here[row, place], -_LIMIT, _LIMIT)
-        exceptions = place.astype(np.uint32) << 8 | rest.view(np.uint8)
+        exceptions: Words = place.astype(np.uint32) << 8 | rest.view(np.uint8)
         dense = _dense(np.clip(here, -_LIMIT, _LIMIT) if one == NIBBLES else here, one)
         yield where.among(some).rows(one, scale[some], dense, (counts, exceptions))
 

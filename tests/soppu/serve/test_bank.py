@@ -137,7 +137,7 @@ def test_a_bundle_is_held_in_the_type_of_the_model_and_bases_once_for_a_cluster(
     assert (alice.cluster, bob.cluster, carol.cluster) == (0, 0, 1)
     for factors in alice.modules.values():
         tensors = [tensor for one in factors.shared.values() for tensor in (one.U, one.V, one.P, one.Q)]
-        tensors += [factors.own.A, factors.own.B] if factors.own else []
+        tensors += [side for pair in factors.own.bases.values() for side in pair] if factors.own else []
         assert {tensor.dtype for tensor in tensors if tensor is not None} == {torch.bfloat16}
     assert any(factors.own for factors in alice.modules.values())
 

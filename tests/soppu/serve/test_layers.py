@@ -10,11 +10,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from soppu.adapter import LoraPair
+from soppu.compress.numbers.components import Components, Side
 from soppu.errors import UnsupportedModel
 from soppu.models import linear_shapes
 from soppu.serve.layers.adapted_linear import AdaptedLinear, Router, install
 from soppu.serve.layers.deltas import Layers
-from soppu.serve.layers.factors import BundleSlot, ModuleFactors, OwnRows, PairSlot, SharedFactors, Slot
+from soppu.serve.layers.factors import BundleSlot, ModuleFactors, OwnNumbers, PairSlot, SharedFactors, Slot
+from soppu.serve.layers.records import pack
 from soppu.serve.layers.routing import Routing
 from tests.soppu.serve.handmade import dense
 
@@ -33,9 +35,16 @@ def factors(seed: int, *, own: tuple[int, ...] = (0,) * N, place: tuple[int, ...
     """Two clusters, thin cores in one and full ones in the other; `own` holds the ranks of own pairs."""
     g = torch.Generator().manual_seed(seed)
     clusters = {0: shared(g, 2, k_out=4, k_in=3, c=2), 1: shared(g, 2, k_out=2, k_in=3, c=None)}
-    starts = torch.tensor([0, *own]).cumsum(0)
-    A, B = (torch.randn(sum(own), d, generator=g) for d in (I, O))
-    return ModuleFactors(clusters, torch.tensor(place), OwnRows(A, B, starts) if any(own) else None)
+    return ModuleFactors(clusters, torch.tensor(place), numbers(own, g) if any(own) else None)
+
+
+def numbers(own: tuple[int, ...], g: torch.Generator) -> OwnNumbers:
+    """Records of users with so many components each, without a basis."""
+    sides = [Side.of_own(torch.randn(sum(own), d, generator=g), 32) for d in (O, I)]
+    user = torch.tensor([user for user, rank in enumerate(own) for _ in range(rank)])
+    part = Components(user, 5 * torch.ones(sum(own)), *sides)
+    held = pack([part], users=len(own), cuts=[(range(O), range(I))], ranks=[(0, 0)])
+    return OwnNumbers(held, 0, {})
 
 
 def pair(seed: int, rank: int) -> LoraPair:

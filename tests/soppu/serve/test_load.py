@@ -70,12 +70,14 @@ def test_only_a_user_with_numbers_of_their_own_at_a_module_has_a_pair_there() ->
             kinds, factors = plan[module % len(plan)] or [], modules[name]
             own = any("own" in KINDS[kind] or "both" in KINDS[kind] for kind in kinds)
             assert factors.own is not None
-            pair = factors.own.pair(index)
+            pair = factors.own.pair(index, int(made.cluster[index]))
             assert (pair is not None) == own, (user, name)
             assert (int(factors.place[index]) >= 0) == (bool(kinds) and not own), (user, name)
             if pair is not None:
                 exact = made.reconstruct(user).pairs[name]
-                assert torch.equal(pair.A, exact.A) and torch.equal(pair.B, exact.B)
+                assert pair.rank == exact.rank
+                torch.testing.assert_close(pair.delta(), exact.delta(), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(pair.A.norm(dim=1), pair.B.norm(dim=0))
 
 
 def test_bases_are_held_once_for_a_module_and_cluster_and_pages_are_read_once(
@@ -99,7 +101,27 @@ def test_bases_are_held_once_for_a_module_and_cluster_and_pages_are_read_once(
             for basis in made.matrices(name, cluster):
                 assert basis is not None
                 times = sum(n == name and torch.equal(t, basis) for n, t in cast if t.shape == basis.shape)
-                assert times == (cluster == 0 or name == "second")  # elsewhere nobody of cluster 1 is shared
+                assert times == 1
+
+
+def test_a_basis_that_nobody_refers_to_is_not_held() -> None:
+    one_sided = {"alice": [["own"], ["left"], ["right"]], "bob": [["own", "own"], ["own"], ["own"]]}
+    modules = read(handmade.bundle(SHAPES, one_sided))
+    held = [factors.own.bases.get(0, (None, None)) for factors in modules.values() if factors.own]
+    assert [(U is None, V is None) for U, V in held] == [(True, True), (False, True), (True, False)]
+
+
+def test_few_components_in_a_wide_basis_become_records_where_asked_for() -> None:
+    users = {"alice": [["shared"]], "bob": [["shared"] * 20]}
+    made = handmade.bundle({"only": (30, 40)}, users, sizes=Sizes(k_out=16, k_in=16))
+    (factors,) = from_bundle.read(
+        made, cast=lambda _, tensor: tensor, how=from_bundle.Reading(thin=True)
+    ).values()
+    assert factors.own is not None and factors.own.pair(0) is not None and factors.own.pair(1) is None
+    assert factors.place.tolist() == [-1, 0] and read(made)["only"].own is None
+    for index, user in enumerate(made.users):
+        found = handmade.dense(BundleSlot({"only": factors}, index), "only", (30, 40))
+        torch.testing.assert_close(found, handmade.meaning(made, user, "only"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

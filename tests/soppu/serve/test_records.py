@@ -71,7 +71,10 @@ def own(numbers: Tensor, width: int) -> Components:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    d=st.integers(1, 700), limit=st.sampled_from([0, 1, 2, 3, 7, 8, 127]), rare=st.booleans(), seed=st.integers(0, 9)
+    d=st.integers(1, 700),
+    limit=st.sampled_from([0, 1, 2, 3, 7, 8, 127]),
+    rare=st.booleans(),
+    seed=st.integers(0, 9),
 )
 def test_integers_come_back_exactly_whatever_their_size(d: int, limit: int, rare: bool, seed: int) -> None:
     g = Generator().manual_seed(seed)

@@ -57,7 +57,7 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """One bundle: bases by layer and cluster, a row of cores for those who have cores, and everybody's records.
+    """One bundle: bases by layer and cluster, cores of those who have cores, and everybody's records.
 
     A row number means a user, or a spare place behind them; not everybody needs a row of cores.
     """

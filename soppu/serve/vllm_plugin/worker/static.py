@@ -1,9 +1,9 @@
 """StaticStep: what `step.Step` does, for engines that record a pass once and replay it, as CUDA graphs do.
 
 What a recorded pass reads must stay in place, whoever is in the batch. So a layer's bases lie in one tensor,
-the cores and own numbers of every request's user are copied before the pass, and each token reads the number of
-its copy and the place of its basis from buffers. Tokens of the base model read copy 0, all zeros. A copy stays
-for as long as its user is in the batch. Own numbers are copied as bytes, and widened where they are used.
+the cores and own numbers of every request's user are copied before the pass, and each token reads the number
+of its copy and the place of its basis from buffers. Tokens of the base model read copy 0, all zeros. A copy
+stays as long as its user is in the batch. Own numbers are copied as bytes, and widened where they are used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from soppu.serve.layers.kernels import CHUNK
 from soppu.serve.vllm_plugin.worker.resident import Linear, Resident
 from soppu.serve.vllm_plugin.worker.step import Residents
 
-_COUNTS = (0, 4, 8, 16, 32, 64)  # components of a module that there is room for; beyond, multiples of the last
+_COUNTS = (
+    0,
+    4,
+    8,
+    16,
+    32,
+    64,
+)  # components there is room for at a module; beyond, multiples of the last
 _WIDENED = 1 << 26  # numbers of users that are widened at a time
 
 
@@ -121,7 +128,7 @@ class StaticStep(Residents):
         self._held = {}
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Copy what the users have who were not there, and write every token's copy and basis to the buffers."""
+        """Copy what newcomers have, and write every token's copy and basis to the buffers."""
         users, which = np.unique(rows, return_inverse=True)
         self._held = {row: copy for row, copy in self._held.items() if row in users}
         free = iter(sorted(set(range(1, self._limits.requests + 1)) - set(self._held.values())))
@@ -193,9 +200,9 @@ def _add_own(layer: _Layer, own: _Own, tensors: tuple[Tensor, Tensor, Tensor], c
     weight = weight + torch.bmm(b, t.reshape(len(x) * m, k_in, 1)).view(len(x), m * c)
     scaled = (weight * own.left.index_select(0, copy)).to(x.dtype).view(len(x), m, 1, c)
     for part, (at, p) in enumerate(zip(layer.at, own.p, strict=True)):
-        y[:, at : at + p.shape[2]] += torch.bmm(
-            scaled[:, part], p.index_select(0, copy).to(x.dtype)
-        ).squeeze(1)
+        y[:, at : at + p.shape[2]] += torch.bmm(scaled[:, part], p.index_select(0, copy).to(x.dtype)).squeeze(
+            1
+        )
     a = own.a.index_select(0, copy).view(len(x) * m, c, own.a.shape[2])
     return torch.bmm(weight.to(x.dtype).view(len(x) * m, 1, c), a).view(len(x), m * own.a.shape[2])
 

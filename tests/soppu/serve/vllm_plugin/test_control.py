@@ -21,10 +21,10 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
 from soppu.errors import AdapterError, BundleError
 from soppu.serve.bank.holdings import Answer
+from soppu.serve.layers import kernels
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.settings import Settings
-from soppu.serve.layers import kernels
 from soppu.serve.vllm_plugin.worker.resident import Form
 from soppu.serve.vllm_plugin.worker.worker import Worker
 from tests.soppu.serve import handmade, tiny

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from soppu.serve.layers import kernels, native, records
 from soppu.serve.layers.kernels import Basis
-
 from tests.soppu.compress import handmade
 
 USERS = 5

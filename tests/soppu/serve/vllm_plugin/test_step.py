@@ -12,8 +12,8 @@ from torch import Tensor
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
 from soppu.serve.layers import kernels, native
-from soppu.serve.vllm_plugin.worker import resident
 from soppu.serve.layers.kernels import Kernel
+from soppu.serve.vllm_plugin.worker import resident
 from soppu.serve.vllm_plugin.worker.resident import Form
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.worker.step import Step
