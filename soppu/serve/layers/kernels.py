@@ -1,7 +1,7 @@
 """Adding the users' change to a layer's output: in plain torch, or by the compiled CPU kernel.
 
-Both take the same arguments and give the same result up to rounding. `routing`, or in vLLM `step`, decides for
-which tokens.
+Both take the same arguments and give the same result up to rounding. For which tokens is decided elsewhere:
+by `routing`, and in vLLM by `step`.
 """
 
 from __future__ import annotations

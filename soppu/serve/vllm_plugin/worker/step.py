@@ -125,11 +125,10 @@ class Step(Residents):
             resident.cores,
             torch.from_numpy(np.where(none, -1, resident.core[local])).to(device),
             None if order is None else torch.from_numpy(order).to(device),
-            resident.records,
-            torch.from_numpy(np.where(none, -1, resident.recorded[local])).to(device),
         )
-        if not bool((tokens.users >= 0).any()):
-            tokens = replace(tokens, records=None, users=None)
+        users = np.where(none, -1, resident.recorded[local])
+        if (users >= 0).any():
+            tokens = replace(tokens, records=resident.records, users=torch.from_numpy(users).to(device))
         by_layer = (resident.bases.get(linear.name) for linear in self.linears)
         return tokens, [bases[cluster] if bases else None for bases in by_layer]
 
