@@ -35,6 +35,11 @@ class Basis:
     offset: int  # where the layer's m cores (k_in, k_out) begin in a row of the table
     spans: Tensor  # (m, 3) int64 first column, size, and number in the records of every part; -1 is in none
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing that anybody could use."""
+        return not self.V.numel() and not self.U.numel() and bool((self.spans[:, 2] < 0).all())
+
     def outputs(self) -> list[tuple[int, Tensor]]:
         """(first column, U (k_out, size)) of every part; views."""
         starts, sizes, _ = self.spans.T.tolist()

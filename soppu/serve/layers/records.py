@@ -223,7 +223,7 @@ def _rows(side: Side, gain: Tensor, at: _Place) -> Iterator[_Rows]:
         chosen = (side.coords_width == width).nonzero()[:, 0]
         where = _Where(chosen.numpy(), at, coords=True)
         if width == AXIS:
-            axes: Words = side.axis[chosen].numpy().astype(np.uint32) << 8 | 1
+            axes: Words = (side.axis[chosen].numpy() << 8 | 1).astype(np.uint32)
             none = np.zeros((len(chosen), 0), np.uint32)
             yield where.rows(SPARSE, gain[chosen], none, (np.ones(len(chosen), np.int64), axes))
         elif width:

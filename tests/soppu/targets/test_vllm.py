@@ -146,6 +146,28 @@ def test_an_adapter_off_the_basis_is_refused_with_its_error(server: Server) -> N
     assert server.post("unload_lora_adapter", lora_name="ann").status_code == 400
 
 
+def test_own_numbers_and_cores_are_served_beside_each_other(server: Server) -> None:
+    """The default method, and a bundle of users with cores, with own numbers, and with both, in one batch."""
+    staged = {}
+    for bundle in (live.residual(("ann", "bob")), live.mixed()):
+        path = server.folder / f"{len(staged)}.soppu"
+        staged[bundle.save(path)] = bundle
+        assert server.target.publish(path, bundle_id=list(staged)[-1])
+    asked = [
+        (bundle, f"{user}@{bundle_id}", user) for bundle_id, bundle in staged.items() for user in bundle.users
+    ]
+    asked += [(server.bundle, "ann", "ann"), (server.bundle, "base", "")]
+    with ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(server.text, [model for _, model, _ in asked] * 2))
+    wanted = [server.texts.of(bundle.reconstruct(user) if user else None) for bundle, _, user in asked]
+    assert texts == wanted * 2 and len(set(wanted)) == len(asked)
+    for bundle_id, bundle in staged.items():
+        assert server.target.canary(bundle.users, live.PROMPT, bundle_id=bundle_id) == [""] * len(
+            bundle.users
+        )
+        server.target.drop(bundle_id)
+
+
 def test_admin_routes_ask_for_the_token(server: Server) -> None:
     with pytest.raises(TargetError, match="an admin token is needed"):
         VllmTarget(server.target.url).bundles()

@@ -129,8 +129,8 @@ class Step(Residents):
         users = np.where(none, -1, resident.recorded[local])
         if (users >= 0).any():
             tokens = replace(tokens, records=resident.records, users=torch.from_numpy(users).to(device))
-        by_layer = (resident.bases.get(linear.name) for linear in self.linears)
-        return tokens, [bases[cluster] if bases else None for bases in by_layer]
+        by_layer = (resident.bases[linear.name][cluster] for linear in self.linears)
+        return tokens, [None if basis.idle else basis for basis in by_layer]
 
 
 def _order(local: np.ndarray) -> np.ndarray | None:

@@ -37,7 +37,9 @@ class Worker:
     ) -> None:
         self._form, self.first_id = form, bundle_id
         factors = resident.read(bundle, linears)
-        shapes = {name: bundle.shapes[name] for name in factors}
+        known = {part.module for linear in linears for part in linear.parts}
+        # modules that nobody changes too: somebody may in the next bundle
+        shapes = {name: shape for name, shape in bundle.shapes.items() if name in known or name in factors}
         chosen = adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
         first = resident.build(bundle, factors, chosen, form)
         self.step: Residents

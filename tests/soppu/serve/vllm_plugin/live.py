@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
 from soppu.federation.simulation import free_port
 from soppu.targets.vllm import VllmLaunch, VllmTarget
+from tests.soppu.serve import handmade
 
 ROOT = Path(__file__).parents[4]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -67,6 +68,25 @@ def bundle(users: tuple[str, ...] = USERS, *, clusters: int = 1, strength: float
     options = CompressOptions(method=method, clusters=clusters, rank=_RANK, device="cpu")
     members = {user: adapter(user, clusters=clusters, strength=strength) for user in users}
     return compress(members, options)
+
+
+@functools.cache
+def residual(users: tuple[str, ...], *, ratio: float = 8.0) -> Bundle:
+    """Users who have little in common, by the default method: most of it is their own numbers."""
+    members = {user: adapter(user, inside=False) for user in users}
+    made = compress(members, CompressOptions(ratio=ratio, device="cpu"))
+    assert made.report.method == "residual"
+    return made
+
+
+@functools.cache
+def mixed() -> Bundle:
+    """One user with cores alone, one with own numbers alone, one with both."""
+    shapes = {name: (len(pair.B), pair.A.shape[1]) for name, pair in adapter("ann").pairs.items()}
+    own, core = ("own", "both", "left"), ("axis", "axis", "axis", "axis")
+    plans = {"core": [core], "own": [own], "both": [("right", "shared", "own"), core]}
+    made = handmade.bundle(shapes, plans, sizes=handmade.Sizes(k_out=4, k_in=5))
+    return replace(made, norm=made.norm / 3, base_hash=base().hash, base_model="smollm2-135m")
 
 
 @dataclass
