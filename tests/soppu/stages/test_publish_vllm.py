@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from soppu.cli import main
+from soppu.compress import Bundle
 from soppu.errors import TargetError
 from soppu.stages.publish import publish
 from soppu.stages.report import write_report
@@ -26,11 +27,13 @@ MEMORY = ("--kv-cache-memory-bytes", "1G", "--max-model-len", "1024")
 
 @pytest.fixture
 def overrides() -> dict[str, object]:
-    """The base model that vLLM can run, and a vLLM server."""
+    """The base model that vLLM can run, a vLLM server, and the default method: users keep own numbers."""
     live.require()
     return {
         "base.model": "smollm2-135m",
         "base.cache": str(live.ROOT / ".soppu" / "models"),
+        "compress.method": "residual",
+        "compress.ratio": 8.0,
         "serve.target": "vllm",
         "serve.vllm_python": str(live.PYTHON),
         "serve.vllm_options": list(MEMORY),
@@ -56,7 +59,8 @@ def test_publications_to_a_vllm_server_are_tried_switched_and_rolled_back(
         publish(str(run.folder), broken, name)
     assert target.active() == first and target.bundles() == (first,)
 
-    run = reconfigured(compress={"rank": 6})
+    assert any(part.own.any() for part in Bundle.load(run.registry().bundle_path(first)).components(0))
+    run = reconfigured(compress={"method": "joint", "ratio": 0.0, "rank": 6})
     second, name = evaluated(run)
     publish(str(run.folder), second, name)
     assert target.active() == second and set(target.bundles()) == {first, second}
