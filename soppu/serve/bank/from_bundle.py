@@ -12,11 +12,11 @@ from soppu.compress.bundle.bundle import Bundle, Matrices
 from soppu.compress.numbers.components import Components, ordinals
 from soppu.serve.layers import kernels
 from soppu.serve.layers.factors import ModuleFactors, OwnNumbers, SharedFactors, Stack
+from soppu.serve.layers.kernels import Sides
 from soppu.serve.layers.records import Records, pack
 
 # (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in
 Cast = Callable[[str, Tensor], Tensor]
-Sides = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)

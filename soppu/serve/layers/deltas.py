@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from soppu.serve.layers.factors import Bases
+from soppu.serve.layers.kernels import Basis, Kernel, Tokens
+from soppu.serve.layers.records import Records
 
 _SMALL = 1 << 15  # numbers; below this torch uses one thread, so threads need not be synchronised
 
@@ -68,7 +70,26 @@ class PairChange:
         _put(change, y[:, self.columns], self.rows, tokens)
 
 
-Change = SharedChange | PairChange
+@dataclass(frozen=True, eq=False)
+class OwnChange:
+    """What the records of some rows add at all modules of one input, by the kernel that widens them."""
+
+    users: Tensor  # (b,) int64 every row's record; -1 where it has none
+    records: Records
+    basis: Basis
+    kernel: Kernel
+    spread: dict[int, Tokens] = field(default_factory=dict)  # by tokens of a row
+
+    def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
+        """Add to the layers' outputs y; arguments as in `SharedChange.add`. O(tokens c (i + o)) a row."""
+        if tokens not in self.spread:
+            users = self.users.repeat_interleave(tokens)
+            none = x.new_zeros(1, 0), torch.full_like(users, -1)
+            self.spread[tokens] = Tokens(*none, None, self.records, users)
+        self.kernel(x, y, self.basis, self.spread[tokens])
+
+
+Change = SharedChange | PairChange | OwnChange
 
 
 def _times(cores: Tensor, t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraPair
-from soppu.serve.layers.kernels import Basis, Kernel
+from soppu.serve.layers.kernels import Basis, Kernel, Sides
 from soppu.serve.layers.packed_linear import PackedLinear
 from soppu.serve.layers.records import Records, unpack
 
@@ -57,12 +57,17 @@ class OwnNumbers:
 
     records: Records  # of all modules
     module: int  # whose number in them this is
-    # cluster -> U (o, k_out) and V (i, k_in), None where nobody's record has coordinates on that side
-    bases: Mapping[int, tuple[Tensor | None, Tensor | None]]
+    # cluster -> U (o, k_out) and V (i, k_in) where somebody's record has coordinates on that side
+    bases: Mapping[int, Sides]
     kernel: Kernel | None = None  # what adds them; None where they are widened into pairs
     like: Tensor = field(default_factory=lambda: torch.zeros(0))  # of the layer's type, on its device
-    # of modules that share an input, this one the first of them, by the others and the cluster; see `Routing`
+    # of modules that share an input, this one the first of them; filled by `Routing`
     together: dict[tuple[object, ...], Basis] = field(default_factory=dict)
+
+    def has(self, index: int) -> bool:
+        """Whether a user has a record here."""
+        start, end = self.records.starts[index : index + 2].tolist()
+        return end > start and bool(self.records.data[start + self.module])
 
     def pair(self, index: int, cluster: int = 0) -> LoraPair | None:
         """One user's record as a LoRA pair; None where the user has none here. O(c (o + i) k)."""

@@ -7,7 +7,7 @@ by `routing`, and in vLLM by `step`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from soppu.serve.layers import records
 from soppu.serve.layers.records import Records
 
 _LOG = logging.getLogger(__name__)
+Ranks = tuple[int, int]  # k_out, k_in
+Sides = tuple[Tensor | None, Tensor | None]  # U, V; None where nobody refers to it
 CHUNK = 512  # tokens whose cores are gathered at a time: bounds what a long prompt needs
 
 
@@ -31,9 +33,35 @@ class Basis:
 
     V: Tensor  # (i, m k_in) input bases
     U: Tensor  # (k_out * sum of part sizes,) output bases of the parts, (k_out, size) each, end to end
-    k: tuple[int, int]  # (k_out, k_in), the ranks all parts have here
+    k: Ranks  # that all parts have here
     offset: int  # where the layer's m cores (k_in, k_out) begin in a row of the table
     spans: Tensor  # (m, 3) int64 first column, size, and number in the records of every part; -1 is in none
+
+    @classmethod
+    def of(
+        cls,
+        sides: Sequence[Sides],
+        spans: Sequence[tuple[int, int, int]],
+        *,
+        like: Tensor,
+        k: Ranks,
+        offset: int = 0,
+    ) -> Basis:
+        """From U (size, k_out) and V (i, k_in) of every part, whose ranks may be less than `k`, or None.
+
+        Args:
+            like: (i, 0), of the type and on the device that the layer computes in.
+            spans: first column, size and number in the records of every part.
+        """
+        V = torch.zeros(len(like), len(sides), k[1])
+        outputs = [torch.zeros(k[0], size) for _, size, _ in spans]
+        for number, (out, inn) in enumerate(sides):
+            if inn is not None:
+                V[:, number, : inn.shape[1]] = inn
+            if out is not None:
+                outputs[number][: out.shape[1]] = out.mT
+        U = torch.cat([U.flatten() for U in outputs])
+        return cls(V.flatten(1).to(like), U.to(like), k, offset, torch.tensor(spans))
 
     @property
     def idle(self) -> bool:

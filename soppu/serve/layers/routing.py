@@ -1,8 +1,8 @@
 """Routing: which adapter every row of a batch goes to.
 
 One batch may mix rows of one or several bundles, in shared-basis form (y = Wx + U P_user Q_user V^T x) or by
-pairs (y = Wx + B A x), rows of plain LoRA adapters and rows of the base model. Resolving names to slots
-belongs to `soppu.serve.bank.bank`, the products to `soppu.serve.layers.deltas`.
+records of own numbers (widened into pairs, y = Wx + B A x, where no kernel reads them), rows of plain LoRA
+adapters and rows of the base model. Resolving names to slots belongs to `soppu.serve.bank.bank`, the products to `soppu.serve.layers.deltas`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from soppu.adapter import LoraPair
-from soppu.serve.layers.deltas import Change, Layers, PairChange, SharedChange
-from soppu.serve.layers.factors import Bases, BundleSlot, ModuleFactors, PairSlot, SharedFactors, Slot, Stack
+from soppu.serve.layers.deltas import Change, Layers, OwnChange, PairChange, SharedChange
+from soppu.serve.layers.factors import (
+    Bases,
+    BundleSlot,
+    ModuleFactors,
+    OwnNumbers,
+    PairSlot,
+    SharedFactors,
+    Slot,
+    Stack,
+)
+from soppu.serve.layers.kernels import Basis, Kernel
 from soppu.serve.layers.packed_linear import PackedLinear
 
+Members = list[tuple[int, BundleSlot]]  # (row of the batch, its slot)
 Places = list[tuple[int, int]]  # (row of the batch, place in the cores)
 
 
@@ -69,17 +80,35 @@ class Routing:
             modules = members[0][1].modules
             factors = {n: modules[name] for n, name in enumerate(layers.names) if name in modules}
             yield from self._shared(layers, factors, members)
-            for number, held in factors.items():
-                if held.own is not None:
-                    owned = [(row, held.own.pair(slot.index, slot.cluster)) for row, slot in members]
-                    pairs[number] += [(row, pair) for row, pair in owned if pair is not None]
+            owned = {number: held.own for number, held in factors.items() if held.own is not None}
+            if kernel := next((own.kernel for own in owned.values()), None):
+                yield from self._own(layers, owned, members, kernel)
+                continue
+            for number, own in owned.items():
+                wide = [(row, own.pair(slot.index, slot.cluster)) for row, slot in members]
+                pairs[number] += [(row, pair) for row, pair in wide if pair is not None]
         for number, here in pairs.items():
             if here:
                 # in the order of rows: where they are the whole batch, no row numbers are kept
                 yield self._pair_change(layers.columns(number), sorted(here, key=lambda member: member[0]))
 
+    def _own(
+        self, layers: Layers, owned: dict[int, OwnNumbers], members: Members, kernel: Kernel
+    ) -> Iterator[OwnChange]:
+        """One change for the records of a cluster's rows at all of the layers."""
+        users = dict[int, Tensor]()
+        for row, slot in members:
+            if any(own.has(slot.index) for own in owned.values()):
+                users.setdefault(slot.cluster, torch.full((self.rows,), -1))[row] = slot.index
+        first = next(iter(owned.values()))
+        for cluster, here in users.items():
+            key = layers, cluster, *owned
+            if key not in first.together:
+                first.together[key] = _basis(layers, owned, cluster)
+            yield OwnChange(here, first.records, first.together[key], kernel)
+
     def _shared(
-        self, layers: Layers, factors: dict[int, ModuleFactors], members: list[tuple[int, BundleSlot]]
+        self, layers: Layers, factors: dict[int, ModuleFactors], members: Members
     ) -> Iterator[SharedChange]:
         """One change for the parts of a stack, one for each factor that is in none."""
         parts: dict[int, tuple[Places, list[tuple[int, SharedFactors]]]] = {}
@@ -90,7 +119,7 @@ class Routing:
         for here, numbered in parts.values():
             yield self._shared_change(layers, here, numbered)
 
-    def _clusters(self, factors: ModuleFactors, members: list[tuple[int, BundleSlot]]) -> dict[int, Places]:
+    def _clusters(self, factors: ModuleFactors, members: Members) -> dict[int, Places]:
         """Cluster -> rows of the members served in shared form here; once for modules of the same places."""
         key = id(factors.place), id(members)
         if key not in self._places:
@@ -155,6 +184,19 @@ def _bases(layers: Layers, numbered: Sequence[tuple[int, SharedFactors]]) -> Bas
         U[layers.columns(number), start:end] = factors.U
         start = end
     return Bases(V=PackedLinear(V.mT.contiguous()), U=PackedLinear(U))
+
+
+def _basis(layers: Layers, owned: dict[int, OwnNumbers], cluster: int) -> Basis:
+    """The bases that records of a cluster refer to, beside each other."""
+    sides = [own.bases.get(cluster, (None, None)) for own in owned.values()]
+    ranks = [[0 if side is None else side.shape[1] for side in pair] for pair in sides]
+    columns = [layers.columns(number) for number in owned]
+    spans = [
+        (at.start, at.stop - at.start, own.module) for at, own in zip(columns, owned.values(), strict=True)
+    ]
+    first = next(iter(owned.values()))
+    like = first.like.new_zeros(first.records.shapes[first.module][1], 0)
+    return Basis.of(sides, spans, like=like, k=(max(k for k, _ in ranks), max(k for _, k in ranks)))
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:

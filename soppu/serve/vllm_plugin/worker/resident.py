@@ -16,10 +16,8 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import BundleError
 from soppu.serve.bank import from_bundle
 from soppu.serve.layers.factors import ModuleFactors
-from soppu.serve.layers.kernels import Basis
+from soppu.serve.layers.kernels import Basis, Ranks, Sides
 from soppu.serve.layers.records import Records
-
-Ranks = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> R
     return fixed
 
 
-def _sides(factors: ModuleFactors) -> dict[int, from_bundle.Sides]:
+def _sides(factors: ModuleFactors) -> dict[int, Sides]:
     """Cluster -> the bases that cores or records refer to."""
     bases = dict(factors.own.bases) if factors.own else {}
     return bases | {cluster: (f.U, f.V) for cluster, f in factors.shared.items()}
@@ -175,26 +173,16 @@ def _sides(factors: ModuleFactors) -> dict[int, from_bundle.Sides]:
 def _basis(
     linear: Linear, held: Sequence[ModuleFactors | None], at: tuple[int, Ranks, int], form: Form
 ) -> Basis:
-    cluster, (k_out, k_in), offset = at
-    V = torch.zeros(linear.size, len(held), k_in)
-    outputs, spans = [], []
-    for number, (part, factors) in enumerate(zip(linear.parts, held, strict=True)):
-        U, (out, inn) = torch.zeros(k_out, part.size), (None, None)
-        if factors is not None:
-            out, inn = _sides(factors).get(cluster, (None, None))
-        if inn is not None:
-            V[:, number, : inn.shape[1]] = inn[linear.first : linear.first + linear.size]
-        if out is not None:
-            U[: out.shape[1]] = out[part.first : part.first + part.size].mT
-        outputs.append(U.flatten())
-        spans.append([part.at, part.size, factors.own.module if factors and factors.own else -1])
-    return Basis(
-        V=V.flatten(1).to(form.device, form.dtype).contiguous(),
-        U=torch.cat(outputs).to(form.device, form.dtype),
-        k=(k_out, k_in),
-        offset=offset,
-        spans=torch.tensor(spans),
-    )
+    cluster, k, offset = at
+    sides, spans = list[Sides](), list[tuple[int, int, int]]()
+    for part, factors in zip(linear.parts, held, strict=True):
+        U, V = _sides(factors).get(cluster, (None, None)) if factors else (None, None)
+        out = None if U is None else U[part.first : part.first + part.size]
+        inn = None if V is None else V[linear.first : linear.first + linear.size]
+        sides.append((out, inn))
+        spans.append((part.at, part.size, factors.own.module if factors and factors.own else -1))
+    like = torch.zeros(linear.size, 0, dtype=form.dtype, device=form.device)
+    return Basis.of(sides, spans, like=like, k=k, offset=offset)
 
 
 def _fill(resident: Resident, basis: Basis, place: int, factors: ModuleFactors, bundle: Bundle) -> None:
