@@ -2,7 +2,8 @@
 
 One batch may mix rows of one or several bundles, in shared-basis form (y = Wx + U P_user Q_user V^T x) or by
 records of own numbers (widened into pairs, y = Wx + B A x, where no kernel reads them), rows of plain LoRA
-adapters and rows of the base model. Resolving names to slots belongs to `soppu.serve.bank.bank`, the products to `soppu.serve.layers.deltas`.
+adapters and rows of the base model. Resolving names to slots belongs to `soppu.serve.bank.bank`, the products
+to `soppu.serve.layers.deltas`.
 """
 
 from __future__ import annotations
