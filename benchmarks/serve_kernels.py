@@ -6,11 +6,13 @@
 Adding the users' change to the output of a layer with Mistral-7B's shapes, side by side in one run:
 
     shared     the plugin's own kernel: compiled on the CPU, `StaticStep` in a CUDA graph on a GPU
+    own        the same kernel for users without a basis: `rank` components of their own, integers of 4 bits
     gathered   every token's A and B picked from tables, two batched products: BGMV as plain torch has it
     segments   tokens sorted by user, two products a user: SGMV as plain torch has it
     base       the layer itself, x W^T, as a yardstick
 
 A pass goes through several layers with tensors of their own, as a model does, so no cache holds them all.
+`shared` and `own` are rows of their own (`--kinds`); the other ways are in each of them.
 The floor is the time that memory needs for the bytes a way must touch, at the bandwidth of a large copy in
 the same run; where a layer's part stays in the processor's caches, a way may be faster than it.
 """
@@ -32,11 +34,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS, circumstances, store
+from soppu.compress.numbers.components import Components, Side
+from soppu.compress.numbers.quantise import quantise
 from soppu.serve.layers import kernels
-from soppu.serve.vllm_plugin.worker.resident import Basis, Linear, Part, Resident
+from soppu.serve.layers.kernels import Basis
+from soppu.serve.layers.records import Records, pack
+from soppu.serve.vllm_plugin.worker.resident import Linear, Part, Resident
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096), "down_proj": (4096, 14336)}  # (o, i)
+RANKS = {"shared": (16, 64), "own": (8, 16)}  # by kind of row
+NOBODY = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), (), ())
 LAYERS = 32  # as Mistral-7B has; fewer where the tables would not fit
 Apply = Callable[[Tensor, Tensor, int], object]  # adds to y (t, o) for x (t, i) at a layer
 
@@ -80,21 +88,33 @@ def shared(setting: Setting, held: tuple[Tensor, Tensor, Tensor], rows: Tensor) 
     if setting.device.type == "cuda":
         return static(setting, held, rows)
     V, U, cores = held
-    made = laid_out(V, U)
+    return in_order(setting, laid_out(V, U), kernels.Tokens(cores, rows, None))
+
+
+def in_order(setting: Setting, made: list[Basis], tokens: kernels.Tokens) -> Apply:
+    """The plugin's CPU kernel, tokens as they come."""
     kernel = kernels.choose("auto", device=setting.device, dtype=setting.dtype)
-    tokens = kernels.Tokens(cores, rows, None)
     return lambda x, y, layer: kernel(x, y, made[layer], tokens)
 
 
 def static(setting: Setting, held: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> Apply:
     """`StaticStep`, prepared for the batch."""
-    (out, size), (V, U, cores) = setting.shape, held
-    made = laid_out(V, U)
+    V, U, cores = held
+    return stepped(setting, laid_out(V, U), cores, rows)
+
+
+def stepped(
+    setting: Setting, made: list[Basis], cores: Tensor, rows: Tensor, records: Records | None = None
+) -> Apply:
+    """`StaticStep` over layers of these bases; a user is a row of cores, and of records if there are any."""
+    out, size = setting.shape
     names = [f"{number:02d}" for number in range(len(made))]
     parts = [Part(name, shape=setting.shape, first=0, size=out, at=0) for name in names]
     linears = [Linear(part.module, first=0, size=size, out=out, parts=(part,)) for part in parts]
     layers = {name: (basis,) for name, basis in zip(names, made, strict=True)}
-    resident = Resident(1, layers, cores, np.zeros(len(cores), np.int64))
+    users, nobody = np.arange(setting.users), np.full(setting.users, -1)
+    whose = (nobody if records else users, 0 * users)
+    resident = Resident(1, layers, cores, *whose, records or NOBODY, users if records else nobody)
     step = StaticStep(linears, resident, Limits(tokens=setting.batch, requests=setting.batch, bases=1))
     step.begin(rows.cpu().numpy() + 1, np.ones(setting.batch, np.int64))
     return step.apply
@@ -103,11 +123,38 @@ def static(setting: Setting, held: tuple[Tensor, Tensor, Tensor], rows: Tensor) 
 def laid_out(V: Tensor, U: Tensor) -> list[Basis]:
     """One basis a layer, as the plugin keeps them."""
     _, k, out = U.shape
-    spans = torch.tensor([[0, out]])
+    spans = torch.tensor([[0, out, -1]])
     return [
-        Basis(v, u.flatten(), k=k, offset=number * k * k, spans=spans)
+        Basis(v, u.flatten(), k=(k, k), offset=number * k * k, spans=spans)
         for number, (v, u) in enumerate(zip(V, U, strict=True))
     ]
+
+
+def records(setting: Setting, room: int) -> Records:
+    """`rank` components of every user at each of some layers; a user's numbers are another's again."""
+    out, size = setting.shape
+    layers = max(1, min(LAYERS, room // (setting.users * setting.rank * (size + out) // 2)))
+    parts, nobody = [], torch.zeros(setting.rank, dtype=torch.int64)
+    for _ in range(layers):
+        sides = [Side.of_own(quantise(torch.randn(setting.rank, d), 3), 3) for d in setting.shape]
+        parts.append(Components(nobody, torch.ones(setting.rank), *sides))
+    one = pack(parts, users=1, cuts=[(range(out), range(size))] * layers, ranks=[(0, 0)] * layers)
+    starts = torch.arange(setting.users + 1) * len(one.data)
+    return Records(one.data.repeat(setting.users), starts, one.shapes, one.ranks)
+
+
+def own(setting: Setting, held: Records, rows: Tensor) -> Apply:
+    """The plugin's kernel for this device, a user's tokens together."""
+    out, size = setting.shape
+    cores = torch.zeros(1, 0, dtype=setting.dtype, device=setting.device)
+    made = [
+        Basis.of([(None, None)], [(0, out, layer)], like=cores.new_zeros(size, 0), k=(0, 0))
+        for layer in range(len(held.shapes))
+    ]
+    if setting.device.type == "cuda":
+        return stepped(setting, made, cores, rows, held)
+    users, places = rows.sort(stable=True)
+    return in_order(setting, made, kernels.Tokens(cores, torch.full_like(rows, -1), places, held, users))
 
 
 def tables(setting: Setting, room: int) -> tuple[Tensor, Tensor]:
@@ -216,43 +263,60 @@ def touched(setting: Setting, rows: Tensor) -> dict[str, int]:
     lora = tokens + distinct * rank * (size + out)
     numbers = {
         "shared": tokens + rank * (size + out) + distinct * rank * rank,
+        "own": tokens,  # and the records, whatever the type
         "gathered": lora,
         "segments": lora,
         "base": setting.batch * (size + out) + size * out,
     }
-    return {name: count * setting.dtype.itemsize for name, count in numbers.items()}
+    made = {name: count * setting.dtype.itemsize for name, count in numbers.items()}
+    return made | {"own": made["own"] + distinct * rank * (size + out) // 2}
 
 
-def measure(setting: Setting, speed: float, *, room: int, repeats: int, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class How:
+    """How rows are measured: bytes for the tables of one way, turns, and the seed of who asks."""
+
+    room: int
+    repeats: int
+    seed: int
+
+
+def measure(kind: str, setting: Setting, speed: float, how: How) -> dict[str, Any]:
     """One row: microseconds a layer of every way, medians over turns that alternate, and the floors."""
-    rows = setting.rows(seed)
+    rows, room = setting.rows(how.seed), how.room
     A, B = tables(setting, room)
+    if kind == "own":
+        held = records(setting, room)
+        ours = Stopwatch(setting, own(setting, held, rows), len(held.shapes))
+    else:
+        ours = Stopwatch(setting, shared(setting, bases(setting), rows), LAYERS)
     watches = {
-        "shared": Stopwatch(setting, shared(setting, bases(setting), rows), LAYERS),
+        kind: ours,
         "gathered": Stopwatch(setting, gathered(A, B, rows), len(A)),
         "segments": Stopwatch(setting, segments(A, B, rows), len(A)),
         "base": Stopwatch(setting, *base(setting, room)),
     }
-    for _ in range(repeats + 1):
+    for _ in range(how.repeats + 1):
         for watch in watches.values():
             watch.turn(0.05)
     # the first turn warms up
     found = {name: 1e6 * statistics.median(watch.runs[1:]) for name, watch in watches.items()}
-    floor = {name: 1e6 * count / speed for name, count in touched(setting, rows).items()}
+    counts = touched(setting, rows)
+    floor = {name: 1e6 * counts[name] / speed for name in found}
     best = min(found["gathered"], found["segments"])
     return {
         "microseconds": found,
         "floor_microseconds": floor,
         "over_floor": {name: found[name] / floor[name] for name in found},
-        "lora_over_shared": best / found["shared"],
-        "shared_over_base": found["shared"] / found["base"],
+        f"lora_over_{kind}": best / found[kind],
+        f"{kind}_over_base": found[kind] / found["base"],
     }
 
 
-def settings(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Setting]]:
-    """Every row of the table."""
+def settings(kind: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Setting]]:
+    """Every row of the table of one kind."""
     for module, shape in SHAPES.items():
-        for rank in (16, 64):
+        for rank in RANKS[kind]:
             for users in (1, 64, 1000):
                 for batch in (1, 16, 64, 256):
                     yield module, Setting(shape, users, batch, rank, dtype, device)
@@ -264,15 +328,26 @@ def settings(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Se
 @click.option("--room", default=2.0, show_default=True, help="Gigabytes for the tables of one way.")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(device: str, dtype: str, room: float, repeats: int, seed: int) -> None:
-    """Measure and write the result file; what it holds of the other device stays."""
+@click.option("--kinds", default="shared,own", show_default=True)
+@click.option("--only", default="", help="The module of the rows to measure; all by default.")
+@click.option("--result", default="serve_kernels", show_default=True, help="Name of the result file.")
+def main(
+    *, device: str, dtype: str, room: float, repeats: int, seed: int, kinds: str, only: str, result: str
+) -> None:
+    """Measure and write the result file; what it holds of the other device, and of other kinds, stays."""
     torch.manual_seed(seed)
     where = torch.device(device)
     speed = bandwidth(where)
-    rows = []
-    for module, setting in tqdm(list(settings(where, getattr(torch, dtype))), unit="row"):
-        told = {"module": module, "users": setting.users, "batch": setting.batch, "rank": setting.rank}
-        rows.append(told | measure(setting, speed, room=int(room * 1e9), repeats=repeats, seed=seed))
+    path = RESULTS / f"{result}.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    rows = [row for row in held.get(device, {}).get("rows", []) if row.get("kind", "shared") not in kinds]
+    wanted = [
+        (kind, *one) for kind in kinds.split(",") for one in settings(kind, where, getattr(torch, dtype))
+    ]
+    for kind, module, setting in tqdm([one for one in wanted if only in ("", one[1])], unit="row"):
+        told = {"kind": kind, "module": module, "users": setting.users}
+        told |= {"batch": setting.batch, "rank": setting.rank}
+        rows.append(told | measure(kind, setting, speed, How(int(room * 1e9), repeats, seed)))
     made = circumstances(seed=seed, packages=("torch",)) | {
         "threads": torch.get_num_threads(),
         "dtype": dtype,
@@ -282,9 +357,7 @@ def main(device: str, dtype: str, room: float, repeats: int, seed: int) -> None:
     }
     if device == "cuda":
         made["gpu"] = torch.cuda.get_device_name()
-    path = RESULTS / "serve_kernels.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
-    print(f"written: {store('serve_kernels', held | {device: made})}")
+    print(f"written: {store(result, held | {device: made})}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -20,6 +23,7 @@ typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef int16_t Shorts __attribute__((vector_size(32), aligned(2)));
 typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
 typedef int8_t Chars __attribute__((vector_size(16), aligned(1)));
 
@@ -44,11 +48,13 @@ inline void store(at::BFloat16* p, Floats v) {
 inline float one(const at::BFloat16* p) { return static_cast<float>(*p); }
 inline void put(at::BFloat16* p, float v) { *p = static_cast<at::BFloat16>(v); }
 
-inline float total(Floats v) {
-  float a[LANES]; store(a, v);
-  for (int w = LANES / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) a[i] += a[i + w];
-  return a[0];
+template <int N> inline float total(const float* p) {
+  typedef float Half __attribute__((vector_size(2 * N), aligned(4)));
+  Half low, high; std::memcpy(&low, p, sizeof low); std::memcpy(&high, p + N / 2, sizeof high);
+  low += high;
+  float a[N / 2]; std::memcpy(a, &low, sizeof low);
+  if constexpr (N > 4) return total<N / 2>(a);
+  else return a[0] + a[1];
 }
 
 // ---- rows of integers, see records.py
@@ -84,9 +90,15 @@ inline int64_t entries(int kind, int64_t d) {
   return kind == SPARSE ? 0 : ((d + digits(kind) - 1) / digits(kind) + LANES - 1) / LANES * LANES;
 }
 
-template <class From> inline Floats floats(From v, int bias) {
-  return __builtin_convertvector(__builtin_convertvector(v, Ints) - bias, Floats);
-}
+#ifdef __AVX512F__
+inline Ints ints(Bytes v) { return (Ints)_mm512_cvtepu8_epi32((__m128i)v); }
+inline Ints ints(Chars v) { return (Ints)_mm512_cvtepi8_epi32((__m128i)v); }
+#else  // step by step: GCC takes the numbers apart where it has no one conversion for the whole way
+inline Ints ints(Bytes v) { return __builtin_convertvector(__builtin_convertvector(v, Halves), Ints); }
+inline Ints ints(Chars v) { return __builtin_convertvector(__builtin_convertvector(v, Shorts), Ints); }
+#endif
+inline Ints ints(Halves v) { return __builtin_convertvector(v, Ints); }
+inline Floats floats(Ints v, int bias) { return __builtin_convertvector(v - bias, Floats); }
 
 // 16 entries from `at` on, digit by digit; digit g of entry j is number g * entries + j
 template <int KIND> inline void widen(const uint8_t* numbers, int64_t at, Floats (&v)[digits(KIND)]) {
@@ -94,21 +106,21 @@ template <int KIND> inline void widen(const uint8_t* numbers, int64_t at, Floats
     v[0] = load(reinterpret_cast<const float*>(numbers) + at);
   } else if constexpr (KIND == BYTES) {
     Chars c; std::memcpy(&c, numbers + at, sizeof c);
-    v[0] = floats(c, 0);
+    v[0] = floats(ints(c), 0);
   } else {
     Bytes b; std::memcpy(&b, numbers + at, sizeof b);
     if constexpr (KIND == NIBBLES) {
-      const Ints w = __builtin_convertvector(b, Ints);
+      const Ints w = ints(b);
       v[0] = floats(w & 15, 7), v[1] = floats(w >> 4, 7);
     } else {  // division by multiplication: exact for all bytes
       constexpr uint16_t base = KIND == FIVES ? 5 : 3, times = KIND == FIVES ? 205 : 171;
       Halves h = __builtin_convertvector(b, Halves);
       for (int g = 0; g + 1 < digits(KIND); ++g) {
         const Halves next = (h * times) >> (KIND == FIVES ? 10 : 9);
-        v[g] = floats(h - next * base, base / 2);
+        v[g] = floats(ints(h - next * base), base / 2);
         h = next;
       }
-      v[digits(KIND) - 1] = floats(h, base / 2);
+      v[digits(KIND) - 1] = floats(ints(h), base / 2);
     }
   }
 }
@@ -139,7 +151,8 @@ void dots(const Row* rows, int64_t d, const float* x, int64_t ldx, float* out) {
     }
   for (int c = 0; c < C; ++c)
     for (int t = 0; t < T; ++t) {
-      float made = total(sum[c][t]);
+      float lanes[LANES]; store(lanes, sum[c][t]);
+      float made = total<LANES>(lanes);
       exceptions(rows[c], d, [&](int64_t at, float v) { made += v * x[t * ldx + at]; });
       out[rows[c].component * TILE + t] += rows[c].scale * made;
     }
