@@ -1,6 +1,7 @@
 """Serving a thousand users, beside the base model alone: benchmarks/results/serve.json.
 
     make vllm && python -m benchmarks.serve
+    python -m benchmarks.serve --shape pipeline --method residual --turns largest   # adds its rows
 
 One client, one machine, one run. All servers are up at once and take turns; only one is asked at a time.
 
@@ -10,12 +11,15 @@ One client, one machine, one run. All servers are up at once and take turns; onl
     soppu          vLLM with this project's plugin and a bundle of all users
     embedded       this project's own server, with the same bundle; `embedded-base` is its base model
 
+Shapes and methods of the bundle are told by `served`; every row says which it is of, and the relative errors.
+
 vLLM's own LoRA keeps `--slots` adapters resident, which is as many bytes as the cores of all users together;
 all others are held in the CPU's memory, and loaded before anything is timed.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
@@ -32,7 +36,7 @@ import requests
 
 from benchmarks import load, served
 from benchmarks.load import Endpoint, Traffic
-from benchmarks.record import ROOT, circumstances, store
+from benchmarks.record import RESULTS, ROOT, circumstances, store
 from soppu.federation.simulation import free_port
 from soppu.targets import process
 
@@ -41,6 +45,7 @@ COMMON = ("--max-model-len", "512", "--max-num-seqs", "16")
 SYSTEMS = ("base", "soppu", "stock", "stock-default", "embedded-base", "embedded")
 FOLDERS = 32  # distinct PEFT folders; vLLM loads every user's by itself all the same
 ADMIN_TOKEN = "of-the-benchmark"
+_LORA_RANKS = (16, 32, 64, 128, 256)  # that vLLM's own LoRA knows, from our adapters' on
 _START = 900.0
 _WARM = 32  # requests before anything is timed
 _SETTLE = 2.0  # seconds: vLLM's processes spin for one after their last answer, on the next one's cores
@@ -115,9 +120,14 @@ def vllm(
 
 def stock(stack: ExitStack, folder: Path, fleet: served.Served, *, slots: int, restricted: bool) -> System:
     """The multi-LoRA of vLLM itself with every user's adapter loaded."""
-    options = ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(served.RANK)]
+    pairs = fleet.bundle.reconstruct(fleet.bundle.users[0]).pairs
+    rank = next(size for size in _LORA_RANKS if size >= max(pair.rank for pair in pairs.values()))
+    options = ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(rank)]
     options += ["--max-cpu-loras", str(len(fleet.bundle.users))]
-    options += ["--lora-target-modules", "qkv_proj"] if restricted else []
+    leaves = sorted({name.rpartition(".")[2] for name in fleet.bundle.shapes})
+    packed = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+    targets = sorted({packed.get(leaf, leaf) for leaf in leaves})
+    options += ["--lora-target-modules", *targets] if restricted else []
     name = "stock" if restricted else "stock-default"
     system = vllm(stack, folder, fleet, name=name, options=options)
     began = time.perf_counter()
@@ -192,8 +202,9 @@ def row(systems: Mapping[str, System], users: Sequence[str], turn: Turn) -> dict
 
 def adapter_bytes(fleet: served.Served) -> dict[str, int]:
     """Of all users in 16-bit numbers: as LoRA pairs, and as cores with their one basis."""
-    n, sides = len(fleet.bundle.users), sum(o + i for o, i in served.SHAPES.values())
-    cores = 2 * len(served.SHAPES) * served.RANK**2
+    shapes = fleet.bundle.shapes
+    n, sides = len(fleet.bundle.users), sum(o + i for o, i in shapes.values())
+    cores = 2 * len(shapes) * served.RANK**2
     return {"pairs": 2 * n * served.RANK * sides, "cores": n * cores, "basis": 2 * served.RANK * sides}
 
 
@@ -204,31 +215,75 @@ def adapter_bytes(fleet: served.Served) -> dict[str, int]:
 @click.option("--repeats", default=3, show_default=True, help="Of the largest turn; others are made once.")
 @click.option("--requests", "count", default=64, show_default=True, help="Of the largest turn; else half.")
 @click.option("--turns", type=click.Choice(["all", "largest"]), default="all", show_default=True)
+@click.option("--shape", type=click.Choice(list(served.FORMS)), default="qv30", show_default=True)
+@click.option("--method", type=click.Choice(served.METHODS), default="cores", show_default=True)
 @click.option("--result", default="serve", show_default=True, help="Name of the result file.")
-def main(*, users: int, slots: int, systems: str, repeats: int, count: int, turns: str, result: str) -> None:
-    """Start the servers, measure in turns, write the result file."""
+def main(
+    *,
+    users: int,
+    slots: int,
+    systems: str,
+    repeats: int,
+    count: int,
+    turns: str,
+    shape: str,
+    method: str,
+    result: str,
+) -> None:
+    """Start the servers, measure in turns, write the result file; its rows of other bundles stay."""
+    if (shape, method) == ("pipeline", "cores"):
+        raise click.UsageError("--method cores: of --shape qv30 alone; there are residual and joint")
     sizes = [n for n in (1, 16, 64, 256) if n < users] if turns == "all" else []
     plans = [Turn(users, False, count, repeats)]
     plans += [Turn(n, zipf, count // 2, 1) for n in sizes for zipf in (False, True)]
     plans += [Turn(users, True, count // 2, 1)] if turns == "all" else []
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        fleet = served.write(folder, users=users, folders=min(FOLDERS, users))
+        kind = served.Kind(shape, method)
+        fleet = served.write(folder, users=users, folders=min(FOLDERS, users), kind=kind)
         up = start(stack, folder, fleet, systems.split(","), slots=slots)
         for system in up.values():
             ask(system, fleet.bundle.users, Turn(users, False, _WARM, 1), seed=1)
         rows = [row(up, fleet.bundle.users, plans[0])]
         quicker = {name: system for name, system in up.items() if name != "stock-default"}
         rows += [row(quicker, fleet.bundle.users, plan) for plan in plans[1:]]
+        told = asdict(kind) | described(fleet)
     made = circumstances(seed=0) | {
         "what": "multi-adapter serving: 16 requests under way, 64 new tokens each, prompts of about 32",
         "model": "SmolLM2-135M",
         "adapters": {"modules": "q_proj, v_proj of 30 layers", "rank": served.RANK, "slots": slots},
-        "adapter_bytes": adapter_bytes(fleet),
+        "adapter_bytes": told["adapter_bytes"],
         "vllm": {"version": _vllm_version(), "options": list(COMMON)},
-        "rows": rows,
     }
-    click.echo(f"written: {store(result, made)}")
+    click.echo(f"written: {store(result, merged(made, [told | row for row in rows], result))}")
+
+
+def described(fleet: served.Served) -> dict[str, Any]:
+    """What a row says of the bundle: bytes, and users' relative errors against what was compressed."""
+    errors = sorted(fleet.bundle.report.relative_error.values())
+    told = {"median": statistics.median(errors), "worst": errors[-1]}
+    return {
+        "bundle_bytes": fleet.path.stat().st_size,
+        "relative_error": told,
+        "adapter_bytes": adapter_bytes(fleet),
+    }
+
+
+def merged(made: dict[str, Any], rows: list[dict[str, Any]], result: str) -> dict[str, Any]:
+    """The result file with these rows in the place of those of their shape and method."""
+    path = RESULTS / f"{result}.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    mine = {kind_of(row) for row in rows}
+    rows = [row | {"commit": made["commit"]} for row in rows]
+    others = [row for row in held.get("rows", []) if kind_of(row) not in mine]
+    first = ("qv30", "cores")
+    whole = made if first in mine or not others else held
+    return whole | {"rows": sorted(others + rows, key=lambda row: kind_of(row) != first)}
+
+
+def kind_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Shape and method of a row; rows of before there were several say nothing."""
+    return row.get("shape", "qv30"), row.get("method", "cores")
 
 
 def _vllm_version() -> str:

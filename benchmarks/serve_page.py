@@ -5,12 +5,13 @@ python -m benchmarks.serve_page
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.compression_page import circumstances_line, markdown, read_result, save_plot, with_blocks
 from benchmarks.record import ROOT
+from benchmarks.serve import kind_of
 from soppu.files import write_text
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
@@ -24,6 +25,8 @@ MARKS = (
     "serve-equality",
     "serve-soak",
     "serve-kernels",
+    "serve-methods",
+    "serve-own",
 )
 _COLOURS = {
     "base": "#8c959e",
@@ -48,6 +51,9 @@ def blocks() -> dict[str, str]:
     """Name of a mark -> the Markdown that stands there; a result that is not there leaves its mark alone."""
     made: dict[str, str] = {}
     if found := read_result("serve"):
+        if others := [row for row in found["rows"] if kind_of(row) != ("qv30", "cores")]:
+            made["serve-methods"] = _methods(others)
+        found["rows"] = [row for row in found["rows"] if kind_of(row) == ("qv30", "cores")]
         line = circumstances_line(found)
         made["readme-serve"] = f"{_largest(found)}\n\n{_bytes(found)}\n\n{line}"
         made["serve"] = f"{_throughput(found)}\n\n{_bytes(found)}\n\n{line}"
@@ -62,8 +68,35 @@ def blocks() -> dict[str, str]:
     if found := read_result("container"):
         made["readme-container"] = f"{_container(found)}\n\n{circumstances_line(found)}"
     if found := read_result("serve_kernels"):
-        made["serve-kernels"] = "\n\n".join(_kernels(found[device]) for device in sorted(found))
+        made["serve-kernels"] = "\n\n".join(_kernels(found[device], "shared") for device in sorted(found))
+        own = [
+            device
+            for device in sorted(found)
+            if any(row.get("kind") == "own" for row in found[device]["rows"])
+        ]
+        if own:
+            made["serve-own"] = "\n\n".join(_kernels(found[device], "own") for device in own)
     return made
+
+
+def _methods(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Share of the base's throughput by shape and method, the error beside it."""
+    lines = []
+    for row in rows:
+        error, share = row["relative_error"], row["to_base"]
+        cells = [row["shape"], row["method"], f"{row['users']:,}", f"{error['median']:.2f}"]
+        of_base = [f"{100 * share[name]:.0f} %" if name in share else "" for name in ("soppu", "stock")]
+        own = share["embedded"] / share["embedded-base"] if "embedded-base" in share else None
+        lines.append([*cells, *of_base, "" if own is None else f"{100 * own:.0f} %", row["commit"][:12]])
+    head = [
+        "shape",
+        "method",
+        "users",
+        "relative error, median",
+        "vLLM with the plugin",
+        "vLLM LoRA, at its best",
+    ]
+    return markdown([*head, "embedded, of its own base", "commit"], lines)
 
 
 def _container(found: Mapping[str, Any]) -> str:
@@ -164,16 +197,18 @@ def _soak(found: Mapping[str, Any]) -> str:
     return markdown(head, lines)
 
 
-def _kernels(found: Mapping[str, Any]) -> str:
+def _kernels(found: Mapping[str, Any], kind: str) -> str:
     """A thousand users at one layer: the ways beside each other; how far each is from the memory's floor."""
     lines = []
-    for row in (row for row in found["rows"] if row["users"] == _KERNEL_USERS):
+    rows = (row for row in found["rows"] if row.get("kind", "shared") == kind)
+    for row in (row for row in rows if row["users"] == _KERNEL_USERS):
         cells = [row["module"], str(row["rank"]), str(row["batch"])]
-        for name in ("shared", "gathered", "segments"):
+        for name in (kind, "gathered", "segments"):
             cells.append(f"{row['microseconds'][name]:,.0f} ({row['over_floor'][name]:.1f}x)")
-        cells += [f"{row['lora_over_shared']:.1f}x", f"{100 * row['shared_over_base']:.1f} %"]
+        cells += [f"{row[f'lora_over_{kind}']:.1f}x", f"{100 * row[f'{kind}_over_base']:.1f} %"]
         lines.append(cells)
-    head = ["module", "rank", "tokens", "shared basis", "LoRA, gathered", "by user", "ratio", "of layer"]
+    ours = {"shared": "shared basis", "own": "own components"}[kind]
+    head = ["module", "rank", "tokens", ours, "LoRA, gathered", "by user", "ratio", "of layer"]
     what = f"{found['dtype']}, {found['bytes_per_second'] / 1e9:.1f} GB/s, {_KERNEL_USERS:,} users"
     return f"{markdown(head, lines)}\n\n{what}. {circumstances_line(found)}"
 
