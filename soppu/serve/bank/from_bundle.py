@@ -25,10 +25,12 @@ class Reading:
 
     `cuts`: the outputs and inputs of a module that a tensor-parallel rank holds, where these are not all.
     `thin`: a user with few components in a wide basis gets a record too, which is less than half of a core.
+    `all_bases`: bases that nobody refers to are kept too, for adapters that come later.
     """
 
     cuts: Mapping[str, tuple[range, range]] = field(default_factory=dict)
     thin: bool = False
+    all_bases: bool = False
 
 
 def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str, ModuleFactors]:
@@ -42,7 +44,7 @@ def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str,
         BundleError: a damaged page.
     """
     how = how or Reading()
-    collected = {name: _Collected(name, bundle, cast, how.thin) for name in bundle.shapes}
+    collected = {name: _Collected(name, bundle, cast, how) for name in bundle.shapes}
     pages = []
     for number, page in enumerate(bundle.pages):
         parts = [
@@ -56,7 +58,13 @@ def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str,
     modules = {
         name: collected.pop(name).factors(records, number) for number, name in enumerate(list(bundle.shapes))
     }
-    return _stacked({name: factors for name, factors in modules.items() if factors.shared or factors.own})
+    return _stacked({name: factors for name, factors in modules.items() if _any(factors)})
+
+
+def _any(factors: ModuleFactors) -> bool:
+    """Whether anybody changes the module, or may later."""
+    both = any(U is not None and V is not None for U, V in factors.bases.values())
+    return bool(factors.shared) or factors.own is not None or both
 
 
 def _records(bundle: Bundle, parts: Sequence[Components], users: int, how: Reading) -> Records:
@@ -99,7 +107,7 @@ class _Collected:
     name: str
     bundle: Bundle
     cast: Cast
-    thin: bool
+    how: Reading
     shared: dict[int, list[_Rows]] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)  # clusters whose output basis records refer to
     right: set[int] = field(default_factory=set)
@@ -125,16 +133,17 @@ class _Collected:
         """(m,) whether a component is one of so few of its user that a core would be mostly zeros."""
         out, inn = self.bundle.bases[self.name][0]
         counts = torch.bincount(part.user)[part.user] if len(part) else part.user
-        return (2 * counts * (out.k + inn.k) <= out.k * inn.k) & self.thin
+        return (2 * counts * (out.k + inn.k) <= out.k * inn.k) & self.how.thin
 
     def factors(self, records: Records, number: int) -> ModuleFactors:
         """What was collected, in the form the layer uses; `number` is the module's in the records."""
         users = len(self.bundle.users)
         place, shared = torch.full((users,), -1), {}
         bases = dict[int, Sides]()
-        for cluster in sorted(self.shared.keys() | self.left | self.right):
-            whole = cluster in self.shared
+        some = self.shared.keys() | self.left | self.right
+        for cluster in range(len(self.bundle.bases[self.name])) if self.how.all_bases else sorted(some):
             U, V = self.bundle.matrices(self.name, cluster)
+            whole = cluster in self.shared or (self.how.all_bases and U is not None and V is not None)
             bases[cluster] = (
                 None if U is None or not (whole or cluster in self.left) else self._cast(U),
                 None if V is None or not (whole or cluster in self.right) else self._cast(V),
@@ -146,7 +155,8 @@ class _Collected:
             assert U is not None and V is not None  # coordinates without a basis are refused with the page
             Q = None if Q is None else self._cast(Q)
             shared[cluster] = SharedFactors(U=U, V=V, P=self._cast(P), Q=Q)
-        return ModuleFactors(shared, place, self._own(records, number, bases) if self.recorded else None)
+        own = self._own(records, number, bases) if self.recorded else None
+        return ModuleFactors(shared, place, own, bases)
 
     def _own(self, records: Records, number: int, bases: Mapping[int, Sides]) -> OwnNumbers:
         like = self._cast(torch.zeros(0))

@@ -92,6 +92,7 @@ class ModuleFactors:
     shared: Mapping[int, SharedFactors]  # cluster -> its bases and cores, where it serves a user here
     place: Tensor  # (n,) int64 place of every user in the cores of the user's cluster; -1 where there is none
     own: OwnNumbers | None  # records of those who have numbers of their own here; None where nobody has
+    bases: Mapping[int, Sides] = field(default_factory=dict)  # cluster -> those that are kept
 
 
 @dataclass(frozen=True, eq=False)

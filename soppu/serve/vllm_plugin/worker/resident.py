@@ -88,7 +88,7 @@ class Resident:
 
 
 def read(bundle: Bundle, linears: Sequence[Linear]) -> dict[str, ModuleFactors]:
-    """Module -> what users change there, without modules that nobody changes. Decodes every page once.
+    """Module -> what users change there, or could: where it has bases. Decodes every page once.
 
     Records hold what this rank's layers have of their modules. BundleError: a damaged page.
     """
@@ -101,7 +101,7 @@ def read(bundle: Bundle, linears: Sequence[Linear]) -> dict[str, ModuleFactors]:
         for part in linear.parts
         if bundle.shapes.get(part.module) == part.shape
     }
-    how = from_bundle.Reading(cuts, thin=True)
+    how = from_bundle.Reading(cuts, thin=True, all_bases=True)
     return from_bundle.read(bundle, cast=lambda _, tensor: tensor.float(), how=how)
 
 
@@ -150,7 +150,7 @@ def _cored(factors: Mapping[str, ModuleFactors], users: int) -> np.ndarray:
 
 def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> Ranks:
     """The ranks of a layer's bases; 0 on a side that nobody refers to. BundleError above the fixed ones."""
-    sides = [pair for f in held if f for pair in _sides(f).values()]
+    sides = [pair for f in held if f for pair in f.bases.values()]
     out = max((U.shape[1] for U, _ in sides if U is not None), default=0)
     inn = max((V.shape[1] for _, V in sides if V is not None), default=0)
     if form.ranks is None:
@@ -164,19 +164,13 @@ def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> R
     return fixed
 
 
-def _sides(factors: ModuleFactors) -> dict[int, Sides]:
-    """Cluster -> the bases that cores or records refer to."""
-    bases = dict(factors.own.bases) if factors.own else {}
-    return bases | {cluster: (f.U, f.V) for cluster, f in factors.shared.items()}
-
-
 def _basis(
     linear: Linear, held: Sequence[ModuleFactors | None], at: tuple[int, Ranks, int], form: Form
 ) -> Basis:
     cluster, k, offset = at
     sides, spans = list[Sides](), list[tuple[int, int, int]]()
     for part, factors in zip(linear.parts, held, strict=True):
-        U, V = _sides(factors).get(cluster, (None, None)) if factors else (None, None)
+        U, V = factors.bases.get(cluster, (None, None)) if factors else (None, None)
         out = None if U is None else U[part.first : part.first + part.size]
         inn = None if V is None else V[linear.first : linear.first + linear.size]
         sides.append((out, inn))

@@ -33,6 +33,13 @@ from tests.soppu.serve.vllm_plugin import engine
 SHARED = ("shared", "shared", "shared")
 
 
+MIXED: dict[str, handmade.Plan] = {
+    "ann": [SHARED],
+    "bob": [("own", "own")],
+    "cem": [("both", "left"), ("right",), None, SHARED],
+}
+
+
 @dataclass
 class Server:
     """A control and the worker it commands; `busy` is what requests are on."""
@@ -225,6 +232,46 @@ def test_a_runtime_adapter_inside_the_basis_joins_and_one_outside_is_refused(
         server.control.drop_adapter("dee")
     with pytest.raises(AdapterError, match="a user of the active bundle"):
         server.control.drop_adapter("ann")
+
+
+def test_with_own_numbers_bundles_are_switched_and_adapters_projected_all_the_same(tmp_path: Path) -> None:
+    """Cores, own numbers and both, in both bundles."""
+    (server,) = _serve(tmp_path, handmade.bundle(engine.SHAPES, MIXED), max_error=0.05)
+    first, old = Bundle.load(tmp_path / "first.soppu"), server.control.first_id
+    users = list(MIXED.values())
+    other = dict(zip(("bob", "cem", "dee"), users, strict=True))
+    second = handmade.bundle(engine.SHAPES, other, seed=7)
+    path = tmp_path / "second.soppu"
+    new = second.save(path)
+    adapters.write(_adapter(first, "ann"), tmp_path / "new")
+    adapters.write(_adapter(first, "bob"), tmp_path / "own")
+    server.control.add_adapter("eve", tmp_path / "new")
+    with pytest.raises(AdapterError, match=r"'fay': relative error .* compress it together with the others"):
+        server.control.add_adapter("fay", tmp_path / "own")
+    server.control.add_bundle(path, bundle_id=new)
+    for layer in engine.INPUTS:
+        wanted = {f"{user}@{old}": engine.change(first, user, layer) for user in first.users}
+        wanted |= {f"{user}@{new}": engine.change(second, user, layer) for user in second.users}
+        wanted["eve"] = engine.change(first, "ann", layer)
+        assert all(_same(server.change(name, layer), change) for name, change in wanted.items())
+    server.control.drop_adapter("eve")
+    server.control.activate(new)
+    server.control.drop_bundle(old)
+    _wait(lambda: len(server.worker.step.residents) == 1)
+    assert _same(server.change("dee"), engine.change(second, "dee", "block.qkv_proj"))
+    server.control.close()
+
+
+def test_an_adapter_is_projected_where_nobody_uses_the_basis(tmp_path: Path) -> None:
+    """All have own numbers, and there are bases: an adapter inside them is served."""
+    plans: dict[str, handmade.Plan] = {"ann": [("own",), ()], "bob": [("own", "left")]}
+    (server,) = _serve(tmp_path, handmade.bundle(engine.SHAPES, plans), max_error=0.05)
+    shared = handmade.bundle(engine.SHAPES, {"cem": [SHARED]})  # of the same seed, so of the same bases
+    adapters.write(_adapter(shared, "cem"), tmp_path / "new")
+    server.control.add_adapter("cem", tmp_path / "new")
+    for layer in engine.INPUTS:
+        assert _same(server.change("cem", layer), engine.change(shared, "cem", layer))
+    server.control.close()
 
 
 def test_spare_rows_are_used_again_only_when_no_request_is_on_them(server: Server, tmp_path: Path) -> None:
