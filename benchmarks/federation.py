@@ -149,6 +149,7 @@ def rows(corpus: str, arm: str, found: Measured) -> list[dict[str, Any]]:
             "better_than_shared": sum(losses[user] < found.shared[user] for user in losses),
             "bytes_up": up,
             "bytes_down": down,
+            **(client_cost(arm) if name != "base" else {"step_ratio": None, "memory_ratio": None}),
             "losses": losses,
             "rounds": [
                 {key: log[key] for key in ("mode", "shared_loss", "public_loss", "emulator_loss", "seconds")}
@@ -159,6 +160,25 @@ def rows(corpus: str, arm: str, found: Measured) -> list[dict[str, Any]]:
         }
         for name, losses in tables.items()
     ]
+
+
+def client_cost(arm: str) -> dict[str, float]:
+    """What a client's step and memory are of a full-model LoRA client's, both measured by client_step.
+
+    A step's states are counted as made anew: a client keeps them, so its later steps cost less.
+    """
+    if arm == "upper":
+        return {"step_ratio": 1.0, "memory_ratio": 1.0}
+    measured = read_result("client_step")
+    if not measured:
+        raise click.ClickException("run `python -m benchmarks.client_step` first: a row tells what a step costs")
+    found = measured["bfloat16"]
+    client = f"client beta {ARMS[arm].get('plan.drop_ratio', 0.2)}"
+    full = found["memory"]["full"]["above_imports"]
+    return {
+        "step_ratio": 1 / found["steps"][client]["times_full"],
+        "memory_ratio": found["memory"][client]["above_imports"] / full,
+    }
 
 
 def gain_interval(
