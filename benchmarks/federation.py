@@ -171,7 +171,9 @@ def client_cost(arm: str) -> dict[str, float]:
         return {"step_ratio": 1.0, "memory_ratio": 1.0}
     measured = read_result("client_step")
     if not measured:
-        raise click.ClickException("run `python -m benchmarks.client_step` first: a row tells what a step costs")
+        raise click.ClickException(
+            "a row tells what a step costs: run `python -m benchmarks.client_step` first"
+        )
     found = measured["bfloat16"]
     client = f"client beta {ARMS[arm].get('plan.drop_ratio', 0.2)}"
     full = found["memory"]["full"]["above_imports"]
