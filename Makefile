@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PREFECT_PORT ?= 4200
 CONFIG ?= configs/demo.toml
-# of `make test`; two of them mostly wait for servers
-WORKERS ?= 4
+# of `make test`; one of them mostly waits for servers
+WORKERS ?= 3
 # `make lint test` does both at once: much of the tests' time is waiting
 MAKEFLAGS += --jobs=2
 
@@ -53,6 +53,11 @@ docker-up:       ## a docker engine, where none answers: Debian's docker.io (roo
 image: setup docker-up  ## the embedded server as a container image, soppu-server
 	VENV=$(VENV) deploy/image.sh
 
+# once, before workers that start at the same time each compile it for themselves
+$(VENV)/.compiled: $(VENV)/.installed
+	$(BIN)/python -m pytest --collect-only --quiet > $@.log || (cat $@.log; exit 1)
+	mv $@.log $@
+
 .venv-lorax/.installed: tests/lorax_env.sh
 	bash tests/lorax_env.sh && touch $@
 
@@ -61,13 +66,13 @@ image: setup docker-up  ## the embedded server as a container image, soppu-serve
 
 vllm: .venv-vllm/.installed  ## the environment of a vLLM server with our plugin (gigabytes, minutes)
 
-test: setup .venv-lorax/.installed   ## the tests, real servers and a real federated run included
+test: $(VENV)/.compiled .venv-lorax/.installed   ## the tests, real servers and a real federated run included
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov -m "not long"
 
-test-long: setup .venv-lorax/.installed   ## what takes minutes: hosts in network namespaces, connections, more kills
+test-long: $(VENV)/.compiled .venv-lorax/.installed   ## what takes minutes: hosts in network namespaces, connections, more kills
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
-test-fast: setup .venv-lorax/.installed  ## without the tests that start Ray or Prefect
+test-fast: $(VENV)/.compiled .venv-lorax/.installed  ## without the tests that start Ray or Prefect
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: setup      ## ruff, mypy, who imports whom, what is installed for nothing

@@ -121,11 +121,17 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def drawn_once() -> Iterator[None]:
+def drawn() -> dict[str, str]:
+    """Figures drawn so far, by what they were drawn of."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def drawn_once(drawn: dict[str, str]) -> Iterator[None]:
     """Pages of equal data share their figures: matplotlib takes half a second for each page's."""
     from soppu.evaluate import plots
 
-    draw, known = plots.draw, dict[str, str]()
+    draw, known = plots.draw, drawn
 
     def remembered(figure: Any, **told: str) -> str:
         key = json.dumps([figure.func.__name__, figure.args, told], default=repr)

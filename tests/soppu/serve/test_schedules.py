@@ -25,6 +25,8 @@ from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Vocabulary
 from tests.soppu.serve import tiny
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 SMOLLM2 = Path(__file__).parents[3] / ".soppu" / "models" / "smollm2-135m"
 OLD, NEW = "1" * 64, "2" * 64
 
