@@ -65,7 +65,12 @@ def main(kills: int, seed: int) -> None:
         finally:
             down(stack)
     lost = sum(row["users"] != len(USERS) for row in rows)
-    values = {"kills": rows, "lost_users": lost, "by_itself": sum(row["by"] == "itself" for row in rows)}
+    values = {
+        "users": len(USERS),
+        "kills": rows,
+        "lost_users": lost,
+        "by_itself": sum(row["by"] == "itself" for row in rows),
+    }
     packages = ("torch", "prefect", "flwr", "ray")
     click.echo(f"wrote {store('federation_kills', values | circumstances(seed=seed, packages=packages))}")
 
