@@ -265,14 +265,16 @@ def test_smollm2_in_a_busy_batch_says_what_generate_says() -> None:
             for name, o in shapes.items()
         }
         users[user] = LoraAdapter(pairs, base_model="smollm2", base_hash=tiny.BASE_HASH)
-    prompts = ["def fibonacci(n):", "The capital of France is", "Once upon a time, in a land far away,"]
-    jobs = [(user, prompt) for prompt in prompts for user in users][:8]
-    merged = {user: tiny.merged(model, adapter) for user, adapter in users.items()}
-    expected = []
-    for user, prompt in jobs:
-        ids = tokenizer(prompt, return_tensors="pt")
-        out = merged[user].generate(**ids, do_sample=False, max_new_tokens=12)
-        expected.append(out[0, ids["input_ids"].shape[1] :].tolist())
+    prompts = ["def fibonacci(n):", "Once upon a time, in a land far away,"]
+    jobs = [(user, prompt) for prompt in prompts for user in users]
+    answers = {}
+    for user, adapter in users.items():
+        merged = tiny.merged(model, adapter)  # one at a time: half a gigabyte each
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt")
+            out = merged.generate(**ids, do_sample=False, max_new_tokens=12)
+            answers[user, prompt] = out[0, ids["input_ids"].shape[1] :].tolist()
+    expected = [answers[job] for job in jobs]
     bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
     made = tiny.bundle({user: adapter for user, adapter in users.items() if adapter}, rank=12)
     bank.stage(made, bundle_id=OLD)
