@@ -45,6 +45,7 @@ DEMO = ROOT / "configs" / "demo.toml"
 # One step a turn, so that two hundred users are minutes and not hours; the memory is the demo model's.
 SHORT = {
     "data.train_examples": 4,
+    "data.min_examples": 1,
     "data.validation_examples": 1,
     "data.heldout_examples": 2,
     "data.max_tokens": 32,
