@@ -139,16 +139,19 @@ template <int KIND, int C, int T>
 void dots(const Row* rows, int64_t d, const float* x, int64_t ldx, float* out) {
   const int64_t n = entries(KIND, d);
   Floats sum[C][T] = {};
-  for (int64_t j = 0; j < n; j += LANES)
+  for (int64_t j = 0; j < n; j += LANES) {
+    Floats v[C][digits(KIND)];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      Floats v[digits(KIND)];
-      widen<KIND>(rows[c].numbers, j, v);
+    for (int c = 0; c < C; ++c) widen<KIND>(rows[c].numbers, j, v[c]);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t)
+    for (int t = 0; t < T; ++t)
 #pragma GCC unroll 5
-        for (int g = 0; g < digits(KIND); ++g) sum[c][t] += v[g] * load(x + t * ldx + g * n + j);
-    }
+      for (int g = 0; g < digits(KIND); ++g) {
+        const Floats from = load(x + t * ldx + g * n + j);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[c][t] += v[c][g] * from;
+      }
+  }
   for (int c = 0; c < C; ++c)
     for (int t = 0; t < T; ++t) {
       float lanes[LANES]; store(lanes, sum[c][t]);
@@ -217,13 +220,13 @@ template <class Call> void of_kind(int kind, const Call& call) {
 struct Panel { const float* at; int64_t ld, d; };  // T tokens of d numbers, PAD zeros or more behind each
 
 template <int T> void read_rows(const Record& r, bool coords, Panel x, float* out) {
-  grouped<T == 1 ? 4 : T == 2 ? 2 : 1>(r, 0, r.right, coords, [&](const Row* rows, auto many) {
+  grouped<T <= 2 ? 4 : 2>(r, 0, r.right, coords, [&](const Row* rows, auto many) {
     of_kind(rows[0].kind, [&](auto kind) { dots<kind(), many(), T>(rows, x.d, x.at, x.ld, out); });
   });
 }
 
 template <int T> void write_rows(const Record& r, bool coords, const float* weight, float* y, int64_t ld, int64_t d) {
-  grouped<T == 1 ? 4 : T == 2 ? 2 : 1>(r, r.right, r.right + r.left, coords, [&](const Row* rows, auto many) {
+  grouped<4>(r, r.right, r.right + r.left, coords, [&](const Row* rows, auto many) {
     of_kind(rows[0].kind, [&](auto kind) { adds<kind(), many(), T>(rows, d, weight, y, ld); });
   });
 }
