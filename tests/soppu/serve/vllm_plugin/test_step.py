@@ -203,10 +203,22 @@ def test_ranks_of_a_tensor_parallel_server_add_up(size: int, fleet: str) -> None
 
 def test_modules_nobody_changes_are_left_alone() -> None:
     shapes = dict(list(engine.SHAPES.items())[:3])
-    bundle = handmade.bundle(shapes, {"ann": [SHARED, None, ()]})
+    bundle = handmade.bundle(shapes, {"ann": [("own",), None, ()]}, sizes=handmade.Sizes(k_out=0, k_in=0))
     step = _step(bundle, kernels.plain)
     assert [line.name for line in step.linears] == ["block.qkv_proj"]
     assert [part.module for part in step.linears[0].parts] == ["block.q_proj"]
+
+
+def test_a_module_with_bases_that_nobody_changes_waits_for_adapters(kernel: How) -> None:
+    shapes = dict(list(engine.SHAPES.items())[:3])
+    bundle = handmade.bundle(shapes, {"ann": [SHARED, None, ()]})
+    step = _step(bundle, kernel)
+    assert [part.module for part in step.linears[0].parts] == list(shapes)
+    step.begin(_rows(bundle, ["ann"]), np.array([3]))
+    x = torch.randn(3, 20)
+    changed = _run(step, "block.qkv_proj", x)
+    _close(changed, engine.expected(bundle, ["ann"] * 3, "block.qkv_proj", x))
+    assert changed[:, :24].any() and not changed[:, 24:].any()
 
 
 def test_two_bundles_at_once(kernel: How, fleet: str) -> None:
