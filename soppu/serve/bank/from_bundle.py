@@ -117,7 +117,7 @@ class _Collected:
         """Take the components of one page; those that go into records are given back."""
         part = _scaled(self.bundle, part)
         apart = torch.isin(part.user, part.user[part.own]) | self._few(part)
-        own, rest = part.select(apart), part.select(~apart)
+        own, rest = _where(part, apart), _where(part, ~apart)
         self.recorded |= len(own) > 0
         clusters = self.bundle.cluster[own.user]
         self.left |= set(clusters[own.left.coords_width > 0].unique().tolist())
@@ -170,7 +170,12 @@ class _Collected:
 def _scaled(bundle: Bundle, part: Components) -> Components:
     """Norms multiplied into the gains; components of gain 0 are left out."""
     part = replace(part, gain=part.gain * bundle.norm[part.user])
-    return part.select(part.gain != 0)
+    return _where(part, part.gain != 0)
+
+
+def _where(part: Components, some: Tensor) -> Components:
+    """`part.select(some)`; without a copy where that is all of it."""
+    return part if bool(some.all()) else part.select(some)
 
 
 def _by_cluster(bundle: Bundle, part: Components) -> Iterator[tuple[int, Components]]:
