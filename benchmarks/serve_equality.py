@@ -1,6 +1,7 @@
 """Does everybody say the same? Greedy text of 50 users x 5 prompts: benchmarks/results/serve_equality.json.
 
     make vllm && python -m benchmarks.serve_equality
+    python -m benchmarks.serve_equality --shape pipeline --method residual   # beside it in the file
 
 The plugin in vLLM, the embedded server, and `peft` with the reconstructed adapter on transformers' own model,
 in float32 and in bfloat16. The servers answer 16 requests of different users at a time, `peft` one by one.
@@ -22,7 +23,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import served
-from benchmarks.record import circumstances, store
+from benchmarks.record import RESULTS, circumstances, store
 from benchmarks.serve import embedded, vllm
 from soppu import adapter
 from soppu.targets.embedded import EmbeddedTarget
@@ -102,8 +103,11 @@ def measured(fleet: served.Served, folder: Path, *, dtype: str, tokens: int) -> 
 @click.command()
 @click.option("--users", default=50, show_default=True)
 @click.option("--tokens", default=24, show_default=True, help="New tokens of a text.")
-def main(users: int, tokens: int) -> None:
-    """Compare, and write the result file."""
+@click.option("--shape", type=click.Choice(list(served.FORMS)), default="qv30", show_default=True)
+@click.option("--method", type=click.Choice(served.METHODS), default="cores", show_default=True)
+def main(users: int, tokens: int, shape: str, method: str) -> None:
+    """Compare, and write the result file; what it holds of other bundles stays."""
+    kind = served.Kind(shape, method)
     made = circumstances(seed=0) | {
         "what": "greedy texts of every user and prompt, compared with those of peft",
         "users": users,
@@ -112,10 +116,15 @@ def main(users: int, tokens: int) -> None:
     }
     for dtype in ("float32", "bfloat16"):
         with tempfile.TemporaryDirectory() as name:
-            fleet = served.write(Path(name), users=users, folders=0)
+            fleet = served.write(Path(name), users=users, folders=0, kind=kind)
             made[dtype] = measured(fleet, Path(name), dtype=dtype, tokens=tokens)
         click.echo(f"{dtype}: {json.dumps(made[dtype])}")
-    click.echo(f"written: {store('serve_equality', made)}")
+    path = RESULTS / "serve_equality.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    others = held.pop("others", {})
+    if kind != served.Kind():
+        others, made = others | {f"{shape} {method}": made}, held
+    click.echo(f"written: {store('serve_equality', made | ({'others': others} if others else {}))}")
 
 
 if __name__ == "__main__":

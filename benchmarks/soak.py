@@ -1,6 +1,6 @@
 """Minutes of mixed load with bundle swaps in the middle: benchmarks/results/soak.json.
 
-    make vllm && python -m benchmarks.soak [--minutes 10]
+    make vllm && python -m benchmarks.soak [--minutes 10] [--kind mixed]
 
 vLLM with the plugin under the real `openai` client and the embedded server under the real `lorax-client`, at
 once. Every user's adapter makes the model say one token over and over that no other user's makes it say, in
@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import served
+from benchmarks.mixed import mixed
 from benchmarks.record import ROOT, circumstances, store
 from benchmarks.serve import ADMIN_TOKEN, PYTHON, System, embedded, vllm
 from benchmarks.soak_client import PROMPTS, TOKENS
@@ -130,8 +131,8 @@ class Voices:
         return found[:count]
 
 
-def version(voices: Voices, folder: Path, *, users: int, seed: int) -> Version:
-    """A bundle by the joint method in which every user has a voice of their own."""
+def version(voices: Voices, folder: Path, *, users: int, seed: int, kind: str = "joint") -> Version:
+    """A bundle in which every user has a voice of their own: by the joint method, or see `mixed`."""
     generator, base = torch.Generator().manual_seed(seed), served.base()
     driver, says, adapters = voices.driver, {}, {}
     for number, (direction, text) in enumerate(voices.directions(users, generator)):
@@ -139,9 +140,11 @@ def version(voices: Voices, folder: Path, *, users: int, seed: int) -> Version:
         pair = LoraPair(A=driver[None].clone(), B=_STRENGTH * direction[:, None])
         adapters[user] = LoraAdapter({MODULE: pair}, base_model="smollm2-135m", base_hash=base.hash)
         says[user] = text
-    made: Bundle = compress(
-        adapters, CompressOptions(method="joint", rank=users, basis_bits=32, core_bits=32, device="cpu")
-    )
+    if kind == "mixed":
+        made: Bundle = mixed(adapters, rank=users)
+    else:
+        options = CompressOptions(method="joint", rank=users, basis_bits=32, core_bits=32, device="cpu")
+        made = compress(adapters, options)
     path = folder / f"version-{seed}.soppu"
     return Version(path, made.save(path), says)
 
@@ -238,12 +241,14 @@ def _subjects(stack: ExitStack, folder: Path, first: Version) -> list[Subject]:
 @click.option("--minutes", default=10.0, show_default=True)
 @click.option("--users", default=64, show_default=True)
 @click.option("--swaps", default=9, show_default=True)
-def main(minutes: float, users: int, swaps: int) -> None:
+@click.option("--kind", type=click.Choice(["joint", "mixed"]), default="joint", show_default=True)
+@click.option("--result", default="soak", show_default=True, help="Name of the result file.")
+def main(minutes: float, users: int, swaps: int, kind: str, result: str) -> None:
     """Load, swap, judge, and write the result file."""
     seconds = 60 * minutes
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, voices = Path(name), Voices(served.base().path)
-        versions = [version(voices, folder, users=users, seed=seed) for seed in (1, 2)]
+        versions = [version(voices, folder, users=users, seed=seed, kind=kind) for seed in (1, 2)]
         subjects = _subjects(stack, folder, versions[0])
         running = [run(one, versions[0].says, folder, seconds=seconds) for one in subjects]
         began, done = time.time(), 0
@@ -263,9 +268,10 @@ def main(minutes: float, users: int, swaps: int) -> None:
         "what": "mixed load with bundle swaps",
         "minutes": minutes,
         "users": users,
+        "kind": kind,
     }
     click.echo(json.dumps(results, indent=1))
-    click.echo(f"written: {store('soak', made | results)}")
+    click.echo(f"written: {store(result, made | results)}")
 
 
 if __name__ == "__main__":
