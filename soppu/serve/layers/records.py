@@ -66,6 +66,12 @@ class Records:
         floats = any(part.floats for part in parts)
         return cls(data, torch.cat(starts), parts[0].shapes, parts[0].ranks, floats)
 
+    def slice(self, begin: int, end: int) -> Records:
+        """The users from `begin` up to, not including, `end`. Copies nothing."""
+        first, last = self.starts[[begin, end]].tolist()
+        starts = self.starts[begin : end + 1] - first
+        return Records(self.data[first:last], starts, self.shapes, self.ranks, self.floats)
+
     def offsets(self) -> NDArray[np.int32]:
         """(n, modules) where the parts of every record begin; 0 is nowhere. O(n modules)."""
         starts, modules = self.starts.numpy(), len(self.shapes)

@@ -7,15 +7,17 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from soppu import adapter as adapters
 from soppu import base_identity, files
+from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import AdapterError, BundleError
@@ -33,6 +35,16 @@ class Engine:
 
     call: Callable[..., Any]  # (method of `worker.Worker`, its arguments), on each; blocks. BundleError
     busy: Callable[[], Collection[int]]  # the rows that requests are on
+
+
+@dataclass(frozen=True, eq=False)
+class _Put:
+    """A runtime adapter on its way to the workers: their method, its tensors and further arguments."""
+
+    method: str
+    tensors: Mapping[str, Tensor]
+    error: float
+    more: tuple[int, ...] = ()
 
 
 class Control:
@@ -109,6 +121,8 @@ class Control:
     def add_adapter(self, name: str, folder: Path) -> None:
         """Serve a PEFT folder on the active bundle's basis, under `name`; one of that name is replaced.
 
+        What the basis does not hold is kept as 8-bit numbers of its own, if the bundle's users have some.
+
         Raises:
             AdapterError: malformed, of another base model, above the error that is allowed, a user's name, or
                 no spare row is left.
@@ -124,20 +138,29 @@ class Control:
             allowed = self.settings.max_error
             if allowed is None:
                 allowed = max(version.bundle.report.relative_error.values())
-            projected = projecting.project(adapter, version.bundle, who=name, max_error=allowed)
             engine = self._connected()
+            put = self._form(adapter, version, who=name, allowed=allowed)
             row = self.bank.free_row(active, engine.busy())
             if not row:
                 raise AdapterError(
                     f"{name}: all {len(version.spare)} spare rows are taken; unload an adapter, or start the"
                     " server with a larger SOPPU_SPARE_ROWS"
                 )
-            path = self.incoming / "cores.safetensors"
-            cores = {module: core.contiguous() for module, core in projected.cores.items()}
-            files.write_bytes(path, save(cores))
-            engine.call("put", version.rows.start, row, projected.cluster, str(path))
-            own = {"bundle_id": active, "error": projected.error}
+            path = self.incoming / "numbers.safetensors"
+            files.write_bytes(path, save({key: tensor.contiguous() for key, tensor in put.tensors.items()}))
+            engine.call(put.method, version.rows.start, row, *put.more, str(path))
+            own = {"bundle_id": active, "error": put.error}
             self.bank.take(name, Runtime.of(adapter, self.base, where=row, **own))
+
+    def _form(self, adapter: LoraAdapter, version: Version, *, who: str, allowed: float) -> _Put:
+        projected = projecting.project(adapter, version.bundle, who=who)
+        if projected.error <= allowed:
+            return _Put("put", projected.cores, projected.error, (projected.cluster,))
+        if all(self._connected().call("keeps_own", version.rows.start)):
+            own = projecting.integers(adapter)
+            if own.error <= allowed:
+                return _Put("put_own", own.tensors, own.error)
+        raise projecting.refusal(who, projected.error, allowed)
 
     def drop_adapter(self, name: str) -> None:
         """Forget a runtime adapter. AdapterError if there is none of that name."""

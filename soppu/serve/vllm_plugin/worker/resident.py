@@ -6,18 +6,19 @@ The modules of a bundle lie in vLLM's layers, which may be packed (q, k and v in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.numbers.components import Components, Side
 from soppu.errors import BundleError
 from soppu.serve.bank import from_bundle
 from soppu.serve.layers.factors import ModuleFactors
 from soppu.serve.layers.kernels import Basis, Ranks, Sides
-from soppu.serve.layers.records import Records
+from soppu.serve.layers.records import Records, pack
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Resident:
     cluster: np.ndarray  # (rows,) int64 whose bases a row refers to
     records: Records
     recorded: np.ndarray  # (rows,) int64 which record is a row's; -1 where it has none
+    modules: Sequence[str]  # in the order of the records; none where nobody has a record
+    spare: range  # the rows behind the users'
 
     @property
     def rows(self) -> int:
@@ -77,7 +80,7 @@ class Resident:
         """Fill a spare row: module -> core (k_out, k_in); modules left out are not changed for this user."""
         where = self.core[row]
         self.cores[where].zero_()
-        self.cluster[row] = cluster
+        self.cluster[row], self.recorded[row] = cluster, -1
         for linear in linears:
             if linear.name in self.bases:
                 basis = self.bases[linear.name][cluster]
@@ -86,23 +89,49 @@ class Resident:
                         core = cores[part.module].to(self.cores.device, self.cores.dtype)
                         _cell(self.cores, basis, place)[where, : core.shape[1], : core.shape[0]] = core.mT
 
+    def with_own(self, row: int, own: Mapping[str, Components], linears: Sequence[Linear]) -> Resident:
+        """The same with a spare row filled: module -> one user's components. Copies all records."""
+        held, parts, cuts = _cuts(linears), [], []
+        for name, (o, i) in zip(self.modules, self.records.shapes, strict=True):
+            sides = Side.of_own(torch.zeros(0, o), 8), Side.of_own(torch.zeros(0, i), 8)
+            nothing = Components(torch.zeros(0, dtype=torch.int64), torch.zeros(0), *sides)
+            parts.append(own.get(name, nothing))
+            cuts.append(held.get(name, (range(o), range(i))))
+        made = pack(parts, users=1, cuts=cuts, ranks=self.records.ranks)
+        users = self.spare.start
+        others = [other for other in self.spare if other != row and self.recorded[other] >= 0]
+        kept = [self.records.slice(place, place + 1) for place in self.recorded[others]]
+        recorded = self.recorded.copy()
+        recorded[[*others, row]] = np.arange(users, users + len(others) + 1)
+        self.cores[self.core[row]].zero_()
+        return replace(
+            self, records=Records.join([self.records.slice(0, users), *kept, made]), recorded=recorded
+        )
+
 
 def read(bundle: Bundle, linears: Sequence[Linear]) -> dict[str, ModuleFactors]:
     """Module -> what users change there, or could: where it has bases. Decodes every page once.
 
     Records hold what this rank's layers have of their modules. BundleError: a damaged page.
     """
-    cuts = {
+    fitting = [
+        replace(line, parts=tuple(p for p in line.parts if bundle.shapes.get(p.module) == p.shape))
+        for line in linears
+    ]
+    how = from_bundle.Reading(_cuts(fitting), thin=True, all_bases=True)
+    return from_bundle.read(bundle, cast=lambda _, tensor: tensor.float(), how=how)
+
+
+def _cuts(linears: Sequence[Linear]) -> dict[str, tuple[range, range]]:
+    """Module -> the outputs and inputs of it that this rank holds."""
+    return {
         part.module: (
             range(part.first, part.first + part.size),
             range(linear.first, linear.first + linear.size),
         )
         for linear in linears
         for part in linear.parts
-        if bundle.shapes.get(part.module) == part.shape
     }
-    how = from_bundle.Reading(cuts, thin=True, all_bases=True)
-    return from_bundle.read(bundle, cast=lambda _, tensor: tensor.float(), how=how)
 
 
 def build(
@@ -114,10 +143,14 @@ def build(
     """
     clusters = int(bundle.cluster.max()) + 1 if len(bundle.users) else 1
     bases, width = {}, 0
+    records = next((f.own.records for f in factors.values() if f.own), _NOBODY)
+    modules = list(bundle.shapes) if records is not _NOBODY else []
     for linear in linears:
         held = [factors.get(part.module) for part in linear.parts]
         k = _rank(linear, held, form)
-        bases[linear.name] = tuple(_basis(linear, held, (c, k, width), form) for c in range(clusters))
+        numbers = [modules.index(p.module) if p.module in modules else -1 for p in linear.parts]
+        place = _Place(held, numbers, k, offset=width)
+        bases[linear.name] = tuple(_basis(linear, place, cluster, form) for cluster in range(clusters))
         width += len(linear.parts) * k[0] * k[1]
     rows = len(bundle.users) + form.spare
     cluster, core, recorded = np.zeros(rows, np.int64), np.full(rows, -1), np.full(rows, -1)
@@ -125,15 +158,15 @@ def build(
     has = np.ones(rows, np.bool_)
     has[: len(bundle.users)] = _cored(factors, len(bundle.users))
     core[has] = np.arange(has.sum())
-    records = next((f.own.records for f in factors.values() if f.own), _NOBODY)
     some = (records.starts[1:] > records.starts[:-1]).numpy()
     recorded[: len(some)][some] = some.nonzero()[0]
     cores = torch.zeros(int(has.sum()) + 1, width, dtype=form.dtype, device=form.device)
-    resident = Resident(form.start, bases, cores, core, cluster, records, recorded)
+    whose = (core, cluster, records, recorded, modules, range(len(bundle.users), rows))
+    resident = Resident(form.start, bases, cores, *whose)
     for linear in linears:
-        for place, part in enumerate(linear.parts):
+        for number, part in enumerate(linear.parts):
             if part.module in factors:
-                _fill(resident, resident.bases[linear.name][0], place, factors[part.module], bundle)
+                _fill(resident, resident.bases[linear.name][0], number, factors[part.module], bundle)
     return resident
 
 
@@ -164,19 +197,26 @@ def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> R
     return fixed
 
 
-def _basis(
-    linear: Linear, held: Sequence[ModuleFactors | None], at: tuple[int, Ranks, int], form: Form
-) -> Basis:
-    cluster, k, offset = at
-    sides, spans = list[Sides](), list[tuple[int, int, int]]()
-    for part, factors in zip(linear.parts, held, strict=True):
+@dataclass(frozen=True)
+class _Place:
+    """What is held of the parts of one layer, their numbers in the records, ranks, and where cores begin."""
+
+    held: Sequence[ModuleFactors | None]
+    numbers: Sequence[int]
+    k: Ranks
+    offset: int
+
+
+def _basis(linear: Linear, at: _Place, cluster: int, form: Form) -> Basis:
+    sides = list[Sides]()
+    for part, factors in zip(linear.parts, at.held, strict=True):
         U, V = factors.bases.get(cluster, (None, None)) if factors else (None, None)
         out = None if U is None else U[part.first : part.first + part.size]
         inn = None if V is None else V[linear.first : linear.first + linear.size]
         sides.append((out, inn))
-        spans.append((part.at, part.size, factors.own.module if factors and factors.own else -1))
+    spans = [(part.at, part.size, number) for part, number in zip(linear.parts, at.numbers, strict=True)]
     like = torch.zeros(linear.size, 0, dtype=form.dtype, device=form.device)
-    return Basis.of(sides, spans, like=like, k=k, offset=offset)
+    return Basis.of(sides, spans, like=like, k=at.k, offset=at.offset)
 
 
 def _fill(resident: Resident, basis: Basis, place: int, factors: ModuleFactors, bundle: Bundle) -> None:

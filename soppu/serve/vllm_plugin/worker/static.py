@@ -116,6 +116,12 @@ class StaticStep(Residents):
                     held[place] = U
         super().add(resident)
 
+    def exchange(self, resident: Resident) -> None:
+        """As `Residents.exchange`. BundleError where there is no room for what is new."""
+        for linear, layer in zip(self.linears, self._layers, strict=True):
+            _check_room(linear, layer, resident)
+        super().exchange(resident)
+
     def drop(self, start: int) -> None:
         """As `Residents.drop`; the places of its bases are free again."""
         super().drop(start)

@@ -41,6 +41,11 @@ class Residents(ABC):
         self.residents[resident.start] = resident
         self.clear()
 
+    def exchange(self, resident: Resident) -> None:
+        """Serve this in the place of the bundle that begins at the same row, which differs in spare rows."""
+        self.residents[resident.start] = resident
+        self.clear()
+
     def drop(self, start: int) -> None:
         """Forget the bundle whose first row is `start`; no request may be on it. BundleError as `at`."""
         self.at(start)

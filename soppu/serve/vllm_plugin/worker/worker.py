@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.numbers.components import Components, Side
 from soppu.errors import BundleError
 from soppu.serve.layers.kernels import Kernel
 from soppu.serve.vllm_plugin.worker import resident, step
@@ -80,6 +82,21 @@ class Worker:
         self.step.at(start).put(row - start, load_file(path), self.step.linears, cluster=cluster)
         self.step.clear()  # the row's cluster may be another one now
         return row
+
+    def put_own(self, start: int, row: int, path: str) -> int:
+        """As `put` for own numbers: module.p (c, o) and module.q (c, i) int8, module.gain (c,)."""
+        tensors, held = load_file(path), self.step.at(start)
+        own = {}
+        for name in {key.rpartition(".")[0] for key in tensors}:
+            sides = (Side.of_own(tensors[f"{name}.{side}"].float(), 8) for side in "pq")
+            gain = tensors[f"{name}.gain"]
+            own[name] = Components(torch.zeros(len(gain), dtype=torch.int64), gain, *sides)
+        self.step.exchange(held.with_own(row - start, own, self.step.linears))
+        return row
+
+    def keeps_own(self, start: int) -> bool:
+        """Whether anybody in the bundle has numbers of their own, so that an adapter may have some too."""
+        return bool(self.step.at(start).modules)
 
     def first(self) -> str:
         """Id of the bundle that was there from the start."""

@@ -21,11 +21,13 @@ from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.options import CompressOptions
 from soppu.errors import AdapterError, BundleError
 from soppu.serve.bank.holdings import Answer
-from soppu.serve.layers import kernels
+from soppu.serve.layers import kernels, native
+from soppu.serve.layers.kernels import Kernel
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.settings import Settings
 from soppu.serve.vllm_plugin.worker.resident import Form
+from soppu.serve.vllm_plugin.worker.static import Limits
 from soppu.serve.vllm_plugin.worker.worker import Worker
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.vllm_plugin import engine
@@ -68,12 +70,14 @@ def server(tmp_path: Path) -> Iterator[Server]:
     yield from _serve(tmp_path, handmade.bundle(engine.SHAPES, {"ann": [SHARED], "bob": [SHARED]}))
 
 
-def _serve(folder: Path, bundle: Bundle, **changes: Any) -> Iterator[Server]:
+def _serve(
+    folder: Path, bundle: Bundle, *, how: Kernel | Limits = kernels.plain, **changes: Any
+) -> Iterator[Server]:
     path = folder / "first.soppu"
     bundle_id = bundle.save(path)
     settings = Settings(**({"bundle": path, "spare_rows": 2} | changes))
     form = Form(torch.float32, torch.device("cpu"), spare=settings.spare_rows)
-    worker = Worker(engine.linears(), kernels.plain, form, bundle=bundle, bundle_id=bundle_id)
+    worker = Worker(engine.linears(), how, form, bundle=bundle, bundle_id=bundle_id)
     server = Server(Control(settings, base_hash=tiny.BASE_HASH), worker)
     server.control.connect(Engine(lambda name, *args: [getattr(worker, name)(*args)], lambda: server.busy))
     yield server
@@ -244,10 +248,7 @@ def test_with_own_numbers_bundles_are_switched_and_adapters_projected_all_the_sa
     path = tmp_path / "second.soppu"
     new = second.save(path)
     adapters.write(_adapter(first, "ann"), tmp_path / "new")
-    adapters.write(_adapter(first, "bob"), tmp_path / "own")
     server.control.add_adapter("eve", tmp_path / "new")
-    with pytest.raises(AdapterError, match=r"'fay': relative error .* compress it together with the others"):
-        server.control.add_adapter("fay", tmp_path / "own")
     server.control.add_bundle(path, bundle_id=new)
     for layer in engine.INPUTS:
         wanted = {f"{user}@{old}": engine.change(first, user, layer) for user in first.users}
@@ -260,6 +261,47 @@ def test_with_own_numbers_bundles_are_switched_and_adapters_projected_all_the_sa
     _wait(lambda: len(server.worker.step.residents) == 1)
     assert _same(server.change("dee"), engine.change(second, "dee", "block.qkv_proj"))
     server.control.close()
+
+
+@pytest.mark.parametrize("kernel", ["plain", "native", "static"])
+def test_an_adapter_off_the_basis_keeps_numbers_of_its_own_where_users_do(
+    tmp_path: Path, kernel: str
+) -> None:
+    if kernel == "native" and (why := native.load()):
+        pytest.skip(f"no compiled kernel: {why}")
+    how = {"plain": kernels.plain, "native": kernels.native, "static": Limits(tokens=64, requests=8, bases=2)}
+    (server,) = _serve(tmp_path, handmade.bundle(engine.SHAPES, MIXED), how=how[kernel], max_error=0.05)
+    first, control = Bundle.load(tmp_path / "first.soppu"), server.control
+    far = {name: _adapter(first, "bob", noise=3.0, seed=seed) for seed, name in enumerate(("eve", "fay"))}
+    for name, adapter in far.items():
+        adapters.write(adapter, tmp_path / name)
+        control.add_adapter(name, tmp_path / name)
+
+    def held(name: str, adapter: LoraAdapter) -> bool:
+        layer = "block.qkv_proj"
+        whole = []
+        for module in engine.PACKED[layer]:
+            pair = adapter.pairs.get(module)
+            whole.append(torch.zeros(engine.SHAPES[module]) if pair is None else pair.delta())
+        wanted = torch.cat(whole).double()
+        return bool((server.change(name, layer) - wanted).norm() < 0.03 * wanted.norm())
+
+    assert all(held(name, adapter) for name, adapter in far.items())
+    for user in first.users:
+        assert _same(server.change(user), engine.change(first, user, "block.qkv_proj"))
+    adapters.write(_adapter(first, "ann"), tmp_path / "near")
+    control.drop_adapter("eve")
+    control.add_adapter("gus", tmp_path / "near")  # in the row of cores that eve's numbers were beside
+    assert _same(server.change("gus"), engine.change(first, "ann", "block.qkv_proj")) and held(
+        "fay", far["fay"]
+    )
+    control.drop_adapter("gus")
+    control.add_adapter("eve", tmp_path / "eve")
+    assert held("eve", far["eve"]) and held("fay", far["fay"])
+    control.settings = replace(control.settings, max_error=0.001)
+    with pytest.raises(AdapterError, match=r"'hal': relative error .* compress it together with the others"):
+        control.add_adapter("hal", tmp_path / "eve")
+    control.close()
 
 
 def test_an_adapter_is_projected_where_nobody_uses_the_basis(tmp_path: Path) -> None:
@@ -323,7 +365,7 @@ def test_the_projection_is_the_best_there_is_and_its_error_the_true_one() -> Non
     }
     options = CompressOptions(method="cluster", clusters=2, rank=6, device="cpu")
     bundle = compress({name: a for name, a in members.items() if name != "u5"}, options)
-    made = projecting.project(members["u5"], bundle, who="u5", max_error=1.0)
+    made = projecting.project(members["u5"], bundle, who="u5")
     lost = whole = 0.0
     for name, pair in members["u5"].pairs.items():
         U, V = (side.double() for side in bundle.matrices(name, made.cluster) if side is not None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.numbers.components import Components, Side, unit
 from soppu.errors import BundleError
 from soppu.serve.layers import kernels, native
 from soppu.serve.layers.kernels import Kernel
@@ -199,6 +200,41 @@ def test_ranks_of_a_tensor_parallel_server_add_up(size: int, fleet: str) -> None
     whole = torch.cat([torch.cat(parts, 1) for parts in zip(*columns, strict=True)], 1)
     _close(whole, engine.expected(bundle, tokens, "block.qkv_proj", x["block.qkv_proj"]))
     _close(summed, engine.expected(bundle, tokens, "block.o_proj", x["block.o_proj"]))
+
+
+def test_an_adapter_as_own_numbers_is_cut_as_the_layers_are() -> None:
+    bundle, g = _bundle("own"), torch.Generator().manual_seed(3)
+    rows = {}
+    for name, (o, i) in engine.SHAPES.items():
+        sides = (Side.of_own(torch.randint(-127, 128, (2, d), generator=g).float(), 8) for d in (o, i))
+        rows[name] = Components(torch.zeros(2, dtype=torch.int64), torch.tensor([3.0, -2.0]), *sides)
+    x, summed, columns = torch.randn(3, 20), [], torch.zeros(3, 20)
+    for rank in range(2):
+        linears = adapted(engine.linears(rank=rank, size=2), dict(bundle.shapes), who="bundle")
+        made = resident.build(bundle, resident.read(bundle, linears), linears, _FORM)
+        step = Step(linears, kernels.plain)
+        step.add(made.with_own(made.spare[1], rows, linears))
+        step.begin(np.array([1 + made.spare[1]]), np.array([3]))
+        for number, linear in enumerate(linears):
+            y = torch.zeros(3, linear.out)
+            whole = x if linear.name == "block.qkv_proj" else torch.cat([x, x[:, :4]], 1)
+            step.apply(whole[:, linear.first : linear.first + linear.size].contiguous(), y, number)
+            if linear.name == "block.qkv_proj":
+                summed.append(y.split([part.size for part in linear.parts], dim=1))
+            else:
+                columns += y
+    wanted = {name: _change(part) for name, part in rows.items()}
+    got = torch.cat([torch.cat(parts, 1) for parts in zip(*summed, strict=True)], 1)
+    _close(got, x.double() @ torch.cat([wanted[name] for name in engine.PACKED["block.qkv_proj"]]).mT)
+    _close(columns, torch.cat([x, x[:, :4]], 1).double() @ wanted["block.o_proj"].mT)
+
+
+_FORM = Form(torch.float32, torch.device("cpu"), spare=2)
+
+
+def _change(part: Components) -> Tensor:
+    left, right = (unit(side.own.double()) for side in (part.left, part.right))
+    return (left * part.gain[:, None].double()).mT @ right
 
 
 def test_modules_nobody_changes_are_left_alone() -> None:
