@@ -56,6 +56,7 @@ def main(kills: int, seed: int) -> None:
     draw = random.Random(seed)
     planned = [_kill(number, draw) for number in range(kills)]
     rows = read_result("federation_kills").get("kills", [])
+    written = keep(rows, seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         api = f"http://127.0.0.1:{free_port()}/api"
