@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.numbers.components import Components, Side
 from soppu.errors import BundleError
-from soppu.serve.layers.kernels import Kernel
+from soppu.serve.layers.kernels import Kernel, Ranks
 from soppu.serve.vllm_plugin.worker import resident, step
-from soppu.serve.vllm_plugin.worker.resident import Form, Linear
+from soppu.serve.vllm_plugin.worker.resident import Form, Linear, Resident
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 from soppu.serve.vllm_plugin.worker.step import Residents, Step
+
+_RANKS = (16, 32, 64, 128)  # what the ranks of bases are padded to where nobody has cores
 
 
 class Worker:
@@ -46,7 +48,8 @@ class Worker:
         first = resident.build(bundle, factors, chosen, form)
         self.step: Residents
         if isinstance(how, Limits):
-            self._form = replace(form, ranks={name: bases[0].k for name, bases in first.bases.items()})
+            self._form = replace(form, ranks=_ranks(first))
+            first = resident.build(bundle, factors, chosen, self._form)
             self.step = StaticStep(chosen, first, how)
         else:
             self.step = Step(chosen, how)
@@ -101,6 +104,19 @@ class Worker:
     def first(self) -> str:
         """Id of the bundle that was there from the start."""
         return self.first_id
+
+
+def _ranks(first: Resident) -> dict[str, Ranks]:
+    """The ranks there is room for: those of the first bundle, or more where that costs no user a byte."""
+    has_cores = len(first.cores) > len(first.spare) + 1
+    return {
+        name: bases[0].k if has_cores else (_padded(bases[0].k[0]), _padded(bases[0].k[1]))
+        for name, bases in first.bases.items()
+    }
+
+
+def _padded(rank: int) -> int:
+    return next((size for size in _RANKS if size >= rank), rank)
 
 
 def adapted(linears: Sequence[Linear], shapes: Mapping[str, tuple[int, int]], *, who: str) -> list[Linear]:

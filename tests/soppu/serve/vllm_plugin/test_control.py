@@ -304,6 +304,28 @@ def test_an_adapter_off_the_basis_keeps_numbers_of_its_own_where_users_do(
     control.close()
 
 
+def test_a_recorded_pass_has_room_for_the_bases_of_later_bundles(tmp_path: Path) -> None:
+    plans: dict[str, handmade.Plan] = {"ann": [("own", "own")], "bob": [("own",)]}
+    none = handmade.bundle(engine.SHAPES, plans, sizes=handmade.Sizes(k_out=0, k_in=0))
+    (server,) = _serve(tmp_path, none, how=Limits(tokens=64, requests=8, bases=2))
+    cases: list[tuple[dict[str, handmade.Plan], int]] = [
+        ({"ann": [SHARED], "cem": [("both", "left")]}, 5),
+        ({"ann": [SHARED * 3]}, 17),
+    ]
+    for users, k_in in cases:
+        other = handmade.bundle(engine.SHAPES, users, sizes=handmade.Sizes(k_in=k_in), seed=5)
+        path = tmp_path / f"{k_in}.soppu"
+        new = other.save(path)
+        if k_in > 16:
+            with pytest.raises(BundleError, match=r"shared ranks 6, 17, .* started with 16, 16"):
+                server.control.add_bundle(path, bundle_id=new)
+        else:
+            server.control.add_bundle(path, bundle_id=new)
+            for user in other.users:
+                assert _same(server.change(f"{user}@{new}"), engine.change(other, user, "block.qkv_proj"))
+    server.control.close()
+
+
 def test_an_adapter_is_projected_where_nobody_uses_the_basis(tmp_path: Path) -> None:
     """All have own numbers, and there are bases: an adapter inside them is served."""
     plans: dict[str, handmade.Plan] = {"ann": [("own",), ()], "bob": [("own", "left")]}
