@@ -168,6 +168,7 @@ class KVCache:
             for block, page in self._open[row].extend(start, start + count):
                 self._note(row, block, page)
 
+    @torch.inference_mode()
     def keep(self, step: Step) -> None:
         """Let others find what a step has read of prompts, with the states that it kept."""
         T = step.ids.shape[1]
@@ -180,6 +181,7 @@ class KVCache:
                     self._keep(page, here, offset=max(0, start - first))
             pages.publish(start + count)
 
+    @torch.inference_mode()
     def states(self, row: int, layer: int, start: int, end: int) -> Tensor:
         """(end - start, width): what `layer` begins with at these tokens, which the row shares."""
         pages = [page.states for _, page in self._open[row].keeping(layer, start, end)]
