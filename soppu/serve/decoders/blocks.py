@@ -38,7 +38,7 @@ class Blocks:
     @property
     def block_bytes(self) -> int:
         """Of one block; 0 before anything was written."""
-        return max((store.size for store in self._stores.values()), default=0)
+        return max((store.size for store in list(self._stores.values())), default=0)
 
     def take(self, count: int) -> list[int]:
         """So many blocks, there have to be as many `free`; those that were used before first."""
