@@ -1,6 +1,7 @@
-// Decoding's attention over blocks: one new token of each row, whose keys and values are written and then
-// looked at together with those before it, block by block through the row's table. Nothing is gathered.
-// Each (row, key head) is summed in one order, whoever else is in the batch. Plain C: no torch is included.
+// Attention of rows over their blocks: T new tokens of each row, whose keys and values are written first and
+// then looked at together with those before them, block by block through the row's table. Nothing is gathered.
+// What a token attends to is summed in one order: it is the same, bit for bit, whoever else is in the batch and
+// whether the tokens before it were read with it or earlier. Plain C: no torch is included.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,12 +18,12 @@ typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 
 struct Job {
-  const void *q, *k, *v;     // (rows, heads, d) each; the strides are from row to row, in numbers
-  void *out;                 // (rows, q_heads, d)
+  const void *q, *k, *v;     // (rows T, heads, d) each; the strides are from token to token, in numbers
+  void *out;                 // (rows T, q_heads, d)
   void *blocks;              // (n, 2, kv_heads, BLOCK, d)
   const int32_t *table;      // of this layer: a row's blocks begin at table + places[row] * table_stride
-  const int64_t *places, *starts;
-  int64_t rows, q_heads, kv_heads, d, q_stride, k_stride, v_stride, table_stride, threads;
+  const int64_t *places, *starts, *counts;  // of the T tokens the first `counts` are the row's own
+  int64_t rows, tokens, q_heads, kv_heads, d, q_stride, k_stride, v_stride, table_stride, threads;
 };
 
 inline float widen(float x) { return x; }
@@ -107,15 +108,20 @@ inline void multiply(const float* q, const float* k, float* scores, int64_t widt
   for (int g = 0; g < G; ++g) store(scores + g * width, across<0, LANES / 2>(partial[g]));
 }
 
+struct Place {
+  int64_t row, token, head;
+};
+
 template <class S, int N, int G>
-void group(const Job& job, int64_t row, int64_t h, int64_t query, std::vector<float>& space) {
-  const int64_t d = job.d, seen = job.starts[row] + 1, count = (seen + BLOCK - 1) / BLOCK, width = count * BLOCK;
+void group(const Job& job, Place at, int64_t query, std::vector<float>& space) {
+  const int64_t row = at.row, h = at.head, number = row * job.tokens + at.token;
+  const int64_t d = job.d, seen = job.starts[row] + at.token + 1, count = (seen + BLOCK - 1) / BLOCK, width = count * BLOCK;
   space.assign(G * width + (G + BLOCK) * N * LANES, 0.0f);
   float *scores = space.data(), *q = scores + G * width, *wide = q + G * N * LANES;
   const int32_t* table = job.table + job.places[row] * job.table_stride;
   const int64_t size = BLOCK * d, side = job.kv_heads * size;
   const auto keys = [&](int64_t b) { return static_cast<S*>(job.blocks) + table[b] * 2 * side + h * size; };
-  const S* queries = static_cast<const S*>(job.q) + row * job.q_stride + query * d;
+  const S* queries = static_cast<const S*>(job.q) + number * job.q_stride + query * d;
   const float scale = 1.0f / std::sqrt(float(d));
   for (int64_t g = 0; g < G; ++g)
     for (int64_t i = 0; i < d; ++i) q[g * N * LANES + i] = widen(queries[g * d + i]) * scale;
@@ -144,45 +150,57 @@ void group(const Job& job, int64_t row, int64_t h, int64_t query, std::vector<fl
         for (int g = 0; g < G; ++g) sums[g][n] += scores[g * width + b * BLOCK + t] * value;
       }
   }
-  S* out = static_cast<S*>(job.out) + (row * job.q_heads + query) * d;
+  S* out = static_cast<S*>(job.out) + (number * job.q_heads + query) * d;
   for (int g = 0; g < G; ++g)
     for (int64_t i = 0; i < d; ++i) narrow(sums[g][i / LANES][i % LANES], out + g * d + i);
 }
 
 template <class S>
-void remember(const Job& job, int64_t row, int64_t h) {
-  const int64_t d = job.d, at = job.starts[row], size = BLOCK * d, side = job.kv_heads * size;
+void remember(const Job& job, int64_t row, int64_t token) {
+  const int64_t d = job.d, at = job.starts[row] + token, size = BLOCK * d, side = job.kv_heads * size;
   const int64_t block = job.table[job.places[row] * job.table_stride + at / BLOCK];
-  S* to = static_cast<S*>(job.blocks) + block * 2 * side + h * size + at % BLOCK * d;
-  std::memcpy(to, static_cast<const S*>(job.k) + row * job.k_stride + h * d, d * sizeof(S));
-  std::memcpy(to + side, static_cast<const S*>(job.v) + row * job.v_stride + h * d, d * sizeof(S));
+  const int64_t number = row * job.tokens + token;
+  const S *k = static_cast<const S*>(job.k) + number * job.k_stride;
+  const S *v = static_cast<const S*>(job.v) + number * job.v_stride;
+  S* to = static_cast<S*>(job.blocks) + block * 2 * side + at % BLOCK * d;
+  for (int64_t h = 0; h < job.kv_heads; ++h) {
+    std::memcpy(to + h * size, k + h * d, d * sizeof(S));
+    std::memcpy(to + side + h * size, v + h * d, d * sizeof(S));
+  }
 }
 
 template <class S, int N>
-void head(const Job& job, int64_t row, int64_t h, std::vector<float>& space) {
-  remember<S>(job, row, h);
-  const int64_t group_size = job.q_heads / job.kv_heads, end = (h + 1) * group_size;
-  int64_t query = h * group_size;
+void head(const Job& job, Place at, std::vector<float>& space) {
+  const int64_t queries = job.q_heads / job.kv_heads, end = (at.head + 1) * queries;
+  int64_t query = at.head * queries;
   if constexpr (N <= 4) {
-    for (; query + 4 <= end; query += 4) group<S, N, 4>(job, row, h, query, space);
-    if (query + 3 == end) return group<S, N, 3>(job, row, h, query, space);
+    for (; query + 4 <= end; query += 4) group<S, N, 4>(job, at, query, space);
+    if (query + 3 == end) return group<S, N, 3>(job, at, query, space);
   }
-  for (; query + 2 <= end; query += 2) group<S, N, 2>(job, row, h, query, space);
-  if (query < end) group<S, N, 1>(job, row, h, query, space);
+  for (; query + 2 <= end; query += 2) group<S, N, 2>(job, at, query, space);
+  if (query < end) group<S, N, 1>(job, at, query, space);
 }
 
 template <class S>
 void run(const Job& job) {
-  using Head = void (*)(const Job&, int64_t, int64_t, std::vector<float>&);
+  using Head = void (*)(const Job&, Place, std::vector<float>&);
   constexpr Head of[] = {head<S, 1>, head<S, 2>, head<S, 3>, head<S, 4>,
                          head<S, 5>, head<S, 6>, head<S, 7>, head<S, 8>};
   const Head work = of[(job.d - 1) / LANES];
+  const int64_t T = job.tokens;
+  std::vector<Place> places;  // tokens of one head together: they read the same blocks
+  for (int64_t row = 0; row < job.rows; ++row)
+    for (int64_t h = 0; job.q && h < job.kv_heads; ++h)
+      for (int64_t token = 0; token < job.counts[row]; ++token) places.push_back({row, token, h});
 #pragma omp parallel num_threads(int(job.threads))
   {
     std::vector<float> space;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < job.rows * job.kv_heads; ++item)
-      work(job, item / job.kv_heads, item % job.kv_heads, space);
+#pragma omp for schedule(static)
+    for (int64_t number = 0; number < job.rows * T; ++number)
+      if (number % T < job.counts[number / T]) remember<S>(job, number / T, number % T);
+    const int64_t chunk = T > 1 ? 16 : 1;
+#pragma omp for schedule(dynamic, chunk)
+    for (size_t number = 0; number < places.size(); ++number) work(job, places[number], space);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Attention of rows that decode, over their blocks where these lie: the kernel of `attention.cpp`."""
+"""Attention of rows over their blocks where these lie: the kernel of `attention.cpp`, compiled here."""
 
 from __future__ import annotations
 
@@ -18,18 +18,8 @@ _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("attention.cpp")
 _TYPES = (torch.float32, torch.bfloat16)
 _MOST_D = 128
-_POINTERS = ("q", "k", "v", "out", "blocks", "table", "places", "starts")
-_NUMBERS = (
-    "rows",
-    "q_heads",
-    "kv_heads",
-    "d",
-    "q_stride",
-    "k_stride",
-    "v_stride",
-    "table_stride",
-    "threads",
-)
+_POINTERS = "q k v out blocks table places starts counts".split()
+_NUMBERS = "rows tokens q_heads kv_heads d q_stride k_stride v_stride table_stride threads".split()
 
 
 class _Job(ctypes.Structure):
@@ -43,35 +33,48 @@ def runs(dtype: torch.dtype, device: torch.device, d: int) -> bool:
     return _library() is not None
 
 
-class Decoding:
-    """One step of one token a row, layer after layer: writes the token's keys and values, and attends."""
+class Attending:
+    """One step, layer after layer: writes its tokens' keys and values, and attends to them and those before.
+
+    A token gets the same numbers, bit for bit, in whatever company it is read.
+    """
 
     def __init__(self, step: Step, cache: KVCache) -> None:
-        self._cache = cache
-        self._places = torch.tensor(list(step.rows))
-        self._starts = torch.tensor(list(step.starts))
-        tables = cache.tables
+        self._step, self._cache = step, cache
+        self._rows = torch.tensor([list(step.rows), list(step.starts), list(step.counts)])
+        places, starts, counts = (row.data_ptr() for row in self._rows)
+        b, T = step.ids.shape
+        stride, threads = cache.tables.stride(0), torch.get_num_threads()
         self._job = _Job(
-            places=self._places.data_ptr(),
-            starts=self._starts.data_ptr(),
-            rows=len(step.rows),
-            table_stride=tables.stride(0),
-            threads=torch.get_num_threads(),
+            places=places,
+            starts=starts,
+            counts=counts,
+            rows=b,
+            tokens=T,
+            table_stride=stride,
+            threads=threads,
         )
+        self._new = torch.empty if min(step.counts) == T else torch.zeros  # nothing is computed for padding
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries (b, q, d), keys and values (b, kv, d), a row's numbers side by side -> (b, q d)."""
+        """Queries (m, q, d), keys and values (m, kv, d), a token's numbers side by side -> (m, q d)."""
+        out = self._new(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
+        self._job.q, self._job.q_stride, self._job.q_heads = q.data_ptr(), q.stride(0), q.shape[1]
+        self._job.out = out.data_ptr()
+        self.write(layer, k, v)
+        return out
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """As a call, of keys and values (m, kv, d) alone."""
         job, tables = self._job, self._cache.tables
-        out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-        job.q, job.k, job.v, job.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        job.k, job.v, job.k_stride, job.v_stride = k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0)
         job.blocks = self._cache.store(k).data_ptr()
         job.table = tables.data_ptr() + layer * tables.stride(1) * tables.element_size()
-        job.q_heads, job.kv_heads, job.d = q.shape[1], k.shape[1], q.shape[2]
-        job.q_stride, job.k_stride, job.v_stride = q.stride(0), k.stride(0), v.stride(0)
+        job.kv_heads, job.d = k.shape[1:]
         library = _library()
         assert library is not None  # else `runs` says so
-        library.soppu_attend(ctypes.byref(job), int(q.dtype == torch.bfloat16))
-        return out
+        library.soppu_attend(ctypes.byref(job), int(k.dtype == torch.bfloat16))
+        job.q = None
 
 
 @functools.cache

@@ -139,9 +139,9 @@ class _Attention:
         half = heads.d // 2
         self._cos, self._sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         self._layer = step.first
-        self._decoding: kernel.Decoding | None = None
-        if step.ids.shape[1] == 1 and kernel.runs(cos.dtype, cos.device, heads.d):
-            self._decoding = kernel.Decoding(step, cache)
+        self._kernel: kernel.Attending | None = None
+        if kernel.runs(cos.dtype, cos.device, heads.d):
+            self._kernel = kernel.Attending(step, cache)
         elif not step.fresh:
             self._bias = self._seen_by(cos.dtype)
 
@@ -150,24 +150,31 @@ class _Attention:
         swapped = qk.roll(self._heads.d // 2, -1)  # halves swapped; `_sin` holds the sign
         return torch.addcmul(qk * self._cos, swapped, self._sin)
 
-    def write(self, qk: Tensor, v: Tensor) -> Tensor:
-        """Keep the next layer's keys and values; (b, T, 2, kv, d) of both."""
-        b, T = self._step.ids.shape
-        kv = torch.stack((qk[:, self._heads.q :], v), dim=1).view(b, T, 2, self._heads.kv, self._heads.d)
-        self._cache.write(self._layer, self._step, kv)
+    def write(self, qk: Tensor, v: Tensor) -> None:
+        """Keep the next layer's keys and values, arguments as in a call."""
+        if self._kernel is not None:
+            self._kernel.write(self._layer, qk[:, self._heads.q :], v)
+        else:
+            self._cache.write(self._layer, self._step, self._pairs(qk, v))
         self._layer += 1
-        return kv
 
     def __call__(self, qk: Tensor, v: Tensor) -> Tensor:
         """Queries and keys (m, q + kv, d), values (m, kv, d) of the next layer -> (m, q d)."""
         heads, (b, T) = self._heads, self._step.ids.shape
-        if self._decoding is not None:
-            self._layer += 1
-            return self._decoding(self._layer - 1, qk[:, : heads.q], qk[:, heads.q :], v)
-        kv = self.write(qk, v)
+        self._layer += 1
+        if self._kernel is not None:
+            return self._kernel(self._layer - 1, qk[:, : heads.q], qk[:, heads.q :], v)
+        kv = self._pairs(qk, v)
+        self._cache.write(self._layer - 1, self._step, kv)
         q = qk[:, : heads.q].reshape(b, T, heads.q, heads.d)
         seen = self._among_themselves(q, kv) if self._step.fresh else self._over_cache(q)
         return seen.reshape(b * T, -1)
+
+    def _pairs(self, qk: Tensor, v: Tensor) -> Tensor:
+        """(b, T, 2, kv, d): keys and values side by side."""
+        b, T = self._step.ids.shape
+        kv = torch.stack((qk[:, self._heads.q :], v), dim=1)
+        return kv.view(b, T, 2, self._heads.kv, self._heads.d)
 
     def _among_themselves(self, q: Tensor, kv: Tensor) -> Tensor:
         """Attention (b, T, q, d) of rows with nothing in the cache."""
