@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from soppu.devices import free_bytes
+from soppu.errors import ConfigError
 from soppu.serve.decoders.blocks import BLOCK, SPARE
 from soppu.serve.decoders.pages import Key, Page, Pages
 from soppu.serve.decoders.row_pages import RowPages, Want, blocks_of
@@ -79,7 +80,7 @@ class Sizes:
     heads: int = 0  # 0 where layers are not alike, or are not known before they are written
     d: int = 0
     width: int = 0  # of the states between layers
-    item: int = 0  # bytes of a number
+    item: int = 0  # bytes of a number; 0 where that is not known
 
     @property
     def token_bytes(self) -> int:
@@ -110,16 +111,30 @@ class KVCache:
         self._index: tuple[Step, dict[tuple[str, int], Tensor]] | None = None
         self.prepare(Sizes(layers=1))
 
-    def prepare(self, sizes: Sizes, *, device: torch.device | None = None) -> None:
-        """Called by the decoder before anything is held."""
+    def prepare(self, sizes: Sizes, *, like: Tensor | None = None) -> None:
+        """Called by the decoder before anything is held; `like` is a tensor of what it will write.
+
+        Raises:
+            ConfigError: there is no memory for so many blocks.
+        """
         if not self._bounded and sizes.token_bytes:
-            able = free_bytes(device or torch.device("cpu")) // 2 // sizes.token_bytes
+            able = (
+                free_bytes(like.device if like is not None else torch.device("cpu")) // 2 // sizes.token_bytes
+            )
             self.tokens = max(self.limit, min(self.tokens, able))
         self.sizes = sizes
         idle = blocks_of(min(self.prefix, self.tokens)) * sizes.layers
         self.pages = Pages(blocks_of(self.tokens) * sizes.layers, idle=idle)
         # block of each row, layer, and BLOCK tokens
         self.tables = torch.zeros(self.rows, sizes.layers, blocks_of(self.limit), dtype=torch.int32)
+        if like is not None and sizes.token_bytes:
+            try:
+                self.pages.blocks.store(sizes.heads, sizes.d, like=like)
+            except (OSError, OverflowError, RuntimeError) as error:
+                raise ConfigError(
+                    f"max_batch_total_tokens: {self.tokens} tokens of {sizes.token_bytes} bytes cannot be had"
+                    f" ({error}), allowed: {self.limit} (max_total_tokens) and more, or 0 for what fits"
+                ) from error
 
     def fits(self, tokens: int) -> bool:
         """Whether a row that may need so many tokens can begin now."""

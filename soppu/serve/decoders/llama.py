@@ -226,7 +226,7 @@ class LlamaDecoder:
         self._sharing = Sharing(len(self._blocks))
         item = model.dtype.itemsize
         sizes = Sizes(len(self._blocks), self._heads.kv, self._heads.d, config.hidden_size, item)
-        cache.prepare(sizes, device=model.device)
+        cache.prepare(sizes, like=torch.empty(0, dtype=model.dtype, device=model.device))
 
     def parts(self, slot: Slot | None) -> tuple[Part, ...]:
         """What of a row's keys and values others may use: everything, in parts."""

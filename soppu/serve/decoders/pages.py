@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from soppu.serve.decoders.blocks import Blocks
 
-Key = tuple[bytes, int, int, int]  # all tokens up to the page's end, its layers from and to, whose it is
+Owner = tuple[int, int]
+Key = tuple[bytes, int, int, Owner]  # all tokens up to the page's end, its layers from and to, whose it is
 
 
 @dataclass(eq=False, slots=True)

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from soppu.serve.decoders.blocks import BLOCK
-from soppu.serve.decoders.pages import Key, Page, Pages
+from soppu.serve.decoders.pages import Key, Owner, Page, Pages
 
-BASE = 0  # whose part it is where it is everybody's
+BASE: Owner = (0, 0)  # whose part it is where it is everybody's
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Part:
 
     first: int
     end: int
-    whose: int = BASE
+    whose: Owner = BASE
 
 
 @dataclass(frozen=True)

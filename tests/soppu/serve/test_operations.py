@@ -23,8 +23,7 @@ from soppu.serve.api.routes import NOT_SERVED, OPERATIONS, Operation
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.serve.engine.generation import GenerationRequest
-from soppu.serve.engine.generation import Finish
+from soppu.serve.engine.generation import Finish, GenerationRequest
 from tests.soppu.serve import tiny
 
 PROMPT = "the quick"

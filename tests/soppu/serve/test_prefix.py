@@ -15,7 +15,7 @@ from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.decoders.blocks import BLOCK
 from soppu.serve.decoders.kv_cache import KVCache
 from soppu.serve.decoders.llama import LlamaDecoder
-from soppu.serve.decoders.row_pages import Part
+from soppu.serve.decoders.row_pages import BASE, Part
 from soppu.serve.decoders.sharing import Sharing, lowest_layer
 from soppu.serve.engine.batch import Batch
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Vocabulary
@@ -242,14 +242,14 @@ def test_layers_are_cut_at_few_places() -> None:
         assert parts[0].first == 0 and parts[-1].end == 30 and len(parts) <= 4
     # the fourth to begin somewhere of its own shares what ends below that; here nothing does
     fifth, whole = sharing.parts(slots[4]), sharing.parts(slots[5])
-    assert [part.whose for part in fifth[:1]] != [0] and 0 not in [part.whose for part in whole]
-    assert [(p.end, p.whose == 0) for p in sharing.parts(slots[1])] == [
+    assert BASE not in {part.whose for part in (*fifth, *whole)}
+    assert [(p.end, p.whose == BASE) for p in sharing.parts(slots[1])] == [
         (10, True),
         (20, True),
         (26, False),
         (30, False),
     ]
-    assert {part.whose for part in sharing.parts(None)} == {0}
+    assert {part.whose for part in sharing.parts(None)} == {BASE}
     assert sharing.parts(slots[0])[-1].whose != sharing.parts(slots[2])[-1].whose
 
 
