@@ -16,8 +16,6 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from soppu.errors import RequestError
-from soppu.serve.decoders.blocks import BLOCK
-from soppu.serve.decoders.kv_cache import KVCache
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, GenerationRequest, Sink
 from soppu.serve.names import split_version
@@ -75,7 +73,7 @@ class Metrics:
         self._gauge("soppu_bundles_resident", "Bundles in memory").set_function(
             lambda: len(engine.bank.bundles())
         )
-        registry.register(_CacheFigures(engine.cache))
+        registry.register(_CacheFigures(engine))
         self._resident = Gauge(
             "soppu_adapter_resident", "1 while the adapter is in memory", ["adapter"], registry=registry
         )
@@ -164,24 +162,23 @@ class Metrics:
 class _CacheFigures(Collector):
     """What the engine's cache of keys and values counts itself."""
 
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
+    def __init__(self, engine: Engine) -> None:
+        self._cache = engine.cache
 
     def collect(self) -> Iterator[Metric]:
         """Blocks by state, and prompt tokens that were found there."""
-        pages = self._cache.pages
-        what = f"Blocks of the keys and values of {BLOCK} tokens in one layer"
+        figures = self._cache.figures()
+        what = f"Blocks of the keys and values of {figures.block_tokens} tokens in one layer"
         blocks = GaugeMetricFamily("soppu_cache_blocks", what, labels=["state"])
-        states = {"total": pages.blocks.count, "used": pages.used, "cached": pages.idle}
-        for state, count in states.items():
-            blocks.add_metric([state], count)
+        for state in ("total", "used", "cached"):
+            blocks.add_metric([state], getattr(figures, state))
         yield blocks
-        size = pages.blocks.block_bytes
-        yield GaugeMetricFamily("soppu_cache_block_bytes", "Bytes of a block, once there are any", value=size)
+        what = "Bytes of a block, once there are any"
+        yield GaugeMetricFamily("soppu_cache_block_bytes", what, value=figures.block_bytes)
         what = "Prompt tokens that another request had read, in the base model's layers and in the user's own"
         tokens = CounterMetricFamily("soppu_prefix_tokens", what, labels=["layers", "outcome"])
-        for layers, asked in self._cache.asked.items():
-            found = self._cache.reused[layers]
+        for layers, asked in figures.asked.items():
+            found = figures.reused[layers]
             tokens.add_metric([layers, "hit"], found)
             tokens.add_metric([layers, "miss"], asked - found)
         yield tokens

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t BLOCK = 16;  // tokens
 constexpr int LANES = 16;      // of a vector
+constexpr int64_t FEW = 1 << 15;  // numbers of keys; for fewer, threads are not worth their waking
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -156,17 +157,13 @@ void group(const Job& job, Place at, int64_t query, std::vector<float>& space) {
 }
 
 template <class S>
-void remember(const Job& job, int64_t row, int64_t token) {
-  const int64_t d = job.d, at = job.starts[row] + token, size = BLOCK * d, side = job.kv_heads * size;
-  const int64_t block = job.table[job.places[row] * job.table_stride + at / BLOCK];
-  const int64_t number = row * job.tokens + token;
-  const S *k = static_cast<const S*>(job.k) + number * job.k_stride;
-  const S *v = static_cast<const S*>(job.v) + number * job.v_stride;
-  S* to = static_cast<S*>(job.blocks) + block * 2 * side + at % BLOCK * d;
-  for (int64_t h = 0; h < job.kv_heads; ++h) {
-    std::memcpy(to + h * size, k + h * d, d * sizeof(S));
-    std::memcpy(to + side + h * size, v + h * d, d * sizeof(S));
-  }
+void remember(const Job& job, Place at) {
+  const int64_t d = job.d, position = job.starts[at.row] + at.token, number = at.row * job.tokens + at.token;
+  const int64_t size = BLOCK * d, side = job.kv_heads * size;
+  const int64_t block = job.table[job.places[at.row] * job.table_stride + position / BLOCK];
+  S* to = static_cast<S*>(job.blocks) + block * 2 * side + at.head * size + position % BLOCK * d;
+  std::memcpy(to, static_cast<const S*>(job.k) + number * job.k_stride + at.head * d, d * sizeof(S));
+  std::memcpy(to + side, static_cast<const S*>(job.v) + number * job.v_stride + at.head * d, d * sizeof(S));
 }
 
 template <class S, int N>
@@ -187,20 +184,26 @@ void run(const Job& job) {
   constexpr Head of[] = {head<S, 1>, head<S, 2>, head<S, 3>, head<S, 4>,
                          head<S, 5>, head<S, 6>, head<S, 7>, head<S, 8>};
   const Head work = of[(job.d - 1) / LANES];
-  const int64_t T = job.tokens;
   std::vector<Place> places;  // tokens of one head together: they read the same blocks
+  int64_t read = 0;
   for (int64_t row = 0; row < job.rows; ++row)
-    for (int64_t h = 0; job.q && h < job.kv_heads; ++h)
-      for (int64_t token = 0; token < job.counts[row]; ++token) places.push_back({row, token, h});
-#pragma omp parallel num_threads(int(job.threads))
+    for (int64_t h = 0; h < job.kv_heads; ++h)
+      for (int64_t token = 0; token < job.counts[row]; ++token) {
+        places.push_back({row, token, h});
+        read += (job.starts[row] + token + 1) * job.d;
+      }
+  if (job.tokens > 1 || !job.q)  // a token sees those written beside it
+    for (const Place& at : places) remember<S>(job, at);
+  if (!job.q) return;
+  const int64_t chunk = job.tokens > 1 ? 16 : 1;
+#pragma omp parallel num_threads(read < FEW ? 1 : int(job.threads))
   {
     std::vector<float> space;
-#pragma omp for schedule(static)
-    for (int64_t number = 0; number < job.rows * T; ++number)
-      if (number % T < job.counts[number / T]) remember<S>(job, number / T, number % T);
-    const int64_t chunk = T > 1 ? 16 : 1;
 #pragma omp for schedule(dynamic, chunk)
-    for (size_t number = 0; number < places.size(); ++number) work(job, places[number], space);
+    for (size_t number = 0; number < places.size(); ++number) {
+      if (job.tokens == 1) remember<S>(job, places[number]);
+      work(job, places[number], space);
+    }
   }
 }
 

@@ -93,6 +93,19 @@ class Sizes:
         return -(-self.width // (2 * self.heads * self.d)) if self.heads else 0
 
 
+@dataclass(frozen=True)
+class CacheFigures:
+    """What a cache holds now, in blocks, and what was looked for and found in it, in prompt tokens."""
+
+    block_tokens: int
+    block_bytes: int  # 0 before anything was written
+    total: int
+    used: int
+    cached: int
+    asked: dict[str, int]
+    reused: dict[str, int]
+
+
 class KVCache:
     """Keys and values of at most `rows` rows of at most `limit` tokens, in blocks taken as tokens come.
 
@@ -135,6 +148,12 @@ class KVCache:
                     f"max_batch_total_tokens: {self.tokens} tokens of {sizes.token_bytes} bytes cannot be had"
                     f" ({error}), allowed: {self.limit} (max_total_tokens) and more, or 0 for what fits"
                 ) from error
+
+    def figures(self) -> CacheFigures:
+        """What is held now. Any thread may ask."""
+        pages = self.pages
+        held = pages.blocks.count, pages.used, pages.idle
+        return CacheFigures(BLOCK, pages.blocks.block_bytes, *held, dict(self.asked), dict(self.reused))
 
     def fits(self, tokens: int) -> bool:
         """Whether a row that may need so many tokens can begin now."""
