@@ -216,6 +216,25 @@ def test_no_prompt_is_shared_where_that_is_switched_off(house: House) -> None:
     assert cache.pages.idle == cache.pages.used == 0
 
 
+def test_what_is_kept_for_others_never_takes_room_that_a_row_was_promised(house: House) -> None:
+    """One row may need all there is: states of its prompt have no room, nor have pages that others left."""
+    batch = house.batch(2, tokens=LIMIT, prefix=LIMIT)
+    cache = cache_of(batch)
+    run(batch, house.generation(f"user0@{OLD}", COMMON, 2))
+    assert cache.pages.idle
+    for who in (f"user1@{OLD}", f"user1@{OLD}", "middle"):
+        prompt = [*COMMON, *prompt_of(3, 70)]
+        one = house.generation(who, prompt, LIMIT - 150)
+        assert batch.takes(one)
+        batch.join(one)
+        assert not batch.takes(house.generation("", [5], 1))
+        while len(batch):
+            batch.step()
+            assert_whole(cache)
+        assert one.ids == house.expected(who, prompt, LIMIT - 150)
+    assert batch.failures == 0
+
+
 @pytest.mark.parametrize(
     ("names", "lowest"),
     [
