@@ -144,11 +144,9 @@ def rows(corpus: str, arm: str, found: Measured) -> list[dict[str, Any]]:
         | {
             "mode": name,
             "mean": sum(losses.values()) / len(losses),
-            "worst": max(losses[user] - found.shared[user] for user in losses),
-            "interval": gain_interval(found.shared, losses),
-            "better_than_shared": sum(losses[user] < found.shared[user] for user in losses),
             "bytes_up": up,
             "bytes_down": down,
+            **(client_cost(arm) if name != "base" else {"step_ratio": None, "memory_ratio": None}),
             "losses": losses,
             "rounds": [
                 {key: log[key] for key in ("mode", "shared_loss", "public_loss", "emulator_loss", "seconds")}
@@ -161,12 +159,49 @@ def rows(corpus: str, arm: str, found: Measured) -> list[dict[str, Any]]:
     ]
 
 
-def gain_interval(
-    shared: Mapping[str, float], losses: Mapping[str, float]
-) -> tuple[float | None, float | None]:
-    """The 95 % interval of the mean gain over the shared adapter, over users."""
-    found = interval(np.array([shared[user] - losses[user] for user in losses]), np.ones(len(losses)), seed=0)
-    return found.low, found.high
+def client_cost(arm: str) -> dict[str, float]:
+    """What a client's step and memory are of a full-model LoRA client's, both measured by client_step.
+
+    A step's states are counted as made anew: a client keeps them, so its later steps cost less.
+    """
+    if arm == "upper":
+        return {"step_ratio": 1.0, "memory_ratio": 1.0}
+    measured = read_result("client_step")
+    if not measured:
+        raise click.ClickException(
+            "a row tells what a step costs: run `python -m benchmarks.client_step` first"
+        )
+    found = measured["bfloat16"]
+    client = f"client beta {ARMS[arm].get('plan.drop_ratio', 0.2)}"
+    full = found["memory"]["full"]["above_imports"]
+    return {
+        "step_ratio": 1 / found["steps"][client]["times_full"],
+        "memory_ratio": found["memory"][client]["above_imports"] / full,
+    }
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with what they win over the corpus' one shared adapter: that of the `finetune` arm, in all.
+
+    `worst` is the loss of the user who loses most, above the shared adapter's; `interval` the 95 % interval
+    of the mean gain over it, over users. Rows of a corpus without that arm stay without both.
+    """
+    shared = {row["corpus"]: row["losses"] for row in rows if row["mode"] == "shared"}
+    told = []
+    for row in rows:
+        if (held := shared.get(row["corpus"])) is None:
+            told.append(row)
+            continue
+        gains = np.array([held[user] - loss for user, loss in row["losses"].items()])
+        found = interval(gains, np.ones(len(gains)), seed=0)
+        comparison = {
+            "worst": float(-gains.min()),
+            "gain": float(gains.mean()),
+            "interval": (found.low, found.high),
+            "better_than_shared": int((gains > 0).sum()),
+        }
+        told.append(row | comparison)
+    return told
 
 
 @click.command()
@@ -188,9 +223,9 @@ def main(corpora: tuple[str, ...], arms: tuple[str, ...], users: int, seed: int)
             found = federate(config, Path(folder) / "work")
         made = [{**row, "key": key} for row in rows(corpus, arm, found)]
         kept = [row for row in told["rows"] if (row["corpus"], row["arm"]) != (corpus, arm)]
-        store("federation", {"rows": kept + made} | circumstances(seed=seed))
+        store("federation", {"rows": compared(kept + made)} | circumstances(seed=seed))
         for row in made:
-            click.echo(f"{corpus:10} {arm:28} {row['mode']:9} {row['mean']:.4f} {row['interval']}")
+            click.echo(f"{corpus:10} {arm:28} {row['mode']:9} {row['mean']:.4f}")
 
 
 def settings(corpus: str, arm: str, *, users: int, seed: int, folder: str) -> Config:

@@ -34,14 +34,16 @@ from tests.flows.driver import Pipeline, until
 USERS = ("ann", "bob", "cleo", "dora")
 KINDS = ("simulation", "actor", "worker", "flow process", "prefect server")
 OUTAGE_S = 5.0
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What is killed in which run, and how many seconds after training began."""
+    """What is killed in which run: so many seconds after this round of it began."""
 
     kind: str
     seed: int
+    round: int
     after_s: float
 
 
@@ -59,13 +61,19 @@ def main(kills: int, seed: int) -> None:
             up(stack)
             pipeline = prepared(stack, folder)
             for number in tqdm(range(kills), desc="kills", unit="kill"):
-                kill = Kill(KINDS[number % len(KINDS)], seed=100 + number, after_s=draw.uniform(0.0, 12.0))
+                moment = draw.randint(1, ROUNDS + 1), draw.uniform(0.0, 2.0)  # the last is the personal round
+                kill = Kill(KINDS[number % len(KINDS)], 100 + number, *moment)
                 rows.append(survived(pipeline, kill))
                 tqdm.write(json.dumps(rows[-1]))
         finally:
             down(stack)
     lost = sum(row["users"] != len(USERS) for row in rows)
-    values = {"kills": rows, "lost_users": lost, "by_itself": sum(row["by"] == "itself" for row in rows)}
+    values = {
+        "users": len(USERS),
+        "kills": rows,
+        "lost_users": lost,
+        "by_itself": sum(row["by"] == "itself" for row in rows),
+    }
     packages = ("torch", "prefect", "flwr", "ray")
     click.echo(f"wrote {store('federation_kills', values | circumstances(seed=seed, packages=packages))}")
 
@@ -94,8 +102,10 @@ def prepared(stack: Stack, folder: Path) -> Pipeline:
         "serve.url": f"http://127.0.0.1:{free_port()}",
         "data.source": str(folder / "users"),
         "data.users": [],
-        "federation.rounds": 12,
-        "federation.patience": 12,
+        "align.examples": 16,
+        "align.warmup_steps": 8,
+        "federation.rounds": ROUNDS,
+        "federation.patience": ROUNDS,
         "plan.adapter_layers": 2,
     }
     return Pipeline(stack, folder, overrides)
@@ -109,7 +119,8 @@ def survived(pipeline: Pipeline, kill: Kill) -> dict[str, Any]:
 
     def training() -> Path | None:
         for progress in pipeline.folder.glob("runs/.federations/*/progress.json"):
-            if progress.parent not in known and "round" in json.loads(progress.read_text())["note"]:
+            note = json.loads(progress.read_text())["note"]
+            if progress.parent not in known and f"round {kill.round} " in note:
                 return progress.parent
         return None
 
@@ -125,7 +136,14 @@ def survived(pipeline: Pipeline, kill: Kill) -> dict[str, Any]:
     result = json.loads((federation / "result.json").read_text())
     registry = Registry.open(pipeline.overrides["registry.root"])
     users = sum(bool(registry.get_adapter(held).pairs) for held in result["adapters"].values())
-    return {"killed": kill.kind, "at_s": round(kill.after_s, 1), "ended": ended, "by": by, "users": users}
+    return {
+        "killed": kill.kind,
+        "round": kill.round,
+        "at_s": round(kill.after_s, 1),
+        "ended": ended,
+        "by": by,
+        "users": users,
+    }
 
 
 def struck(pipeline: Pipeline, kill: Kill, federation: Path) -> int:

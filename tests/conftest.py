@@ -121,6 +121,30 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
+def drawn() -> dict[str, str]:
+    """Figures drawn so far, by what they were drawn of."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def drawn_once(drawn: dict[str, str]) -> Iterator[None]:
+    """Pages of equal data share their figures: matplotlib takes half a second for each page's."""
+    from soppu.evaluate import plots
+
+    draw, known = plots.draw, drawn
+
+    def remembered(figure: Any, **told: str) -> str:
+        key = json.dumps([figure.func.__name__, figure.args, told], default=repr)
+        if key not in known:
+            known[key] = draw(figure, **told)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", remembered)
+        yield
+
+
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., PreTrainedModel]:
     """`make_model("llama", seed=1)`: a model of one's own, for tests that change it."""
     return build_model

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import compression_page, demo, serve_page
+from benchmarks import compression_page, demo, federation_page, serve_page
 from docs import generate_lorax
 from docs.generate_cli import PAGE
 from soppu import __version__
@@ -163,3 +163,10 @@ def test_configuration_keys_named_in_the_documents_exist() -> None:
 def test_version_and_changelog_agree() -> None:
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+def test_the_tables_of_federations_are_those_of_the_result_files() -> None:
+    text = federation_page.PAGE.read_text()
+    assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(federation_page.MARKS)
+    made = federation_page.blocks()
+    assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.federation_page`"

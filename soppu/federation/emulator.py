@@ -183,9 +183,10 @@ def with_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
 
     The modules are copies, because a layer knows its own number (the KV cache is indexed by it); parameters
     and buffers are the same tensors. Numbers baked into GPT-2's attention scale are left as they were.
-    Cost: O(modules), no weights are copied.
+    Cost: O(modules of these layers), no weights are copied.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    left_out = [layer for number, layer in enumerate(decoder_layers(model)) if number not in set(numbers)]
+    shared = {id(held): held for held in (*model.parameters(), *model.buffers(), *left_out)}
     clone: PreTrainedModel = copy.deepcopy(model, shared)
     layers = decoder_layers(clone)
     clone.set_submodule(SUPPORTED[model.config.model_type][0], nn.ModuleList(layers[n] for n in numbers))

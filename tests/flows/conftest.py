@@ -82,7 +82,7 @@ def tiny_training(stack: Stack, tiny_base: Path, tmp_path_factory: pytest.TempPa
         "data.source": str(source),
         "data.users": [],
         "align.source": str(public),
-        "federation.rounds": 20,  # long enough to be caught in the middle
+        "federation.rounds": 2,
         "plan.adapter_layers": 2,
     }
     return made

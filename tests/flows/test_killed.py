@@ -25,6 +25,7 @@ def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
     tiny_pipeline: Pipeline,
 ) -> None:
     pipeline = tiny_pipeline
+    pipeline.overrides |= {"federation.rounds": 20}  # long enough to be caught in the middle
     flow_run = pipeline.submit("soppu/full-pipeline")
     runs = pipeline.folder / "runs"
 

@@ -33,7 +33,8 @@ from tests.server import test_strategy as unit
 from tests.server.grid import InProcessGrid
 from tests.server.test_federation import Killed, WriteUsers, result, round_of, shared_state, stored
 
-pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
+# other tests cover the same lines; tracing takes a third of the time
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
 
 NODES = [{"partition-id": n} for n in range(2)]
 ROUNDS = 2

@@ -28,7 +28,8 @@ from tests.server.test_federation import (
     user_of,
 )
 
-pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
+# other tests cover the same lines; tracing takes a third of the time
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from soppu.errors import SoppuError
 from soppu.evaluate import report
 from tests.soppu.evaluate.example import make_report
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

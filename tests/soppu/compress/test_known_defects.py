@@ -21,6 +21,8 @@ from soppu.compress.fleet.survey import survey
 from soppu.compress.linalg import tucker
 from soppu.compress.methods import shared_basis
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "adapters"
 EXACT = CompressOptions(method="joint", rank=64, basis_bits=32, core_bits=32)
 EXACT_AT_3 = replace(EXACT, rank=3, max_steps=1, tolerance=0.0)

@@ -16,6 +16,8 @@ from soppu.errors import AdapterError
 from tests.soppu.compress import dense_joint as joint
 from tests.soppu.compress.large_fit import LargeFit, Search, alone, fit_batches, fit_large, outside
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -22,6 +22,8 @@ from tests.soppu.evaluate.example import (
     make_report,
 )
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 VOID = {"meta", "br", "hr", "img", "input", "link", "area", "base", "col", "embed", "source", "track", "wbr"}
 
 

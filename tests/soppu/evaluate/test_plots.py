@@ -21,6 +21,8 @@ import pytest
 from soppu.evaluate import plots
 from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 ROOT = Path(__file__).parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ["losses", "over_shared", "rounds", "errors", "sizes", "stages"]

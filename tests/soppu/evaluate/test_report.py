@@ -20,6 +20,8 @@ from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs, build
 from tests.soppu.evaluate.example import HOSTILE, make_inputs, make_report, make_serving, make_stage
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 ROOT = Path(__file__).parents[3]
 
 

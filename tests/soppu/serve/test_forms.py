@@ -26,6 +26,8 @@ from soppu.serve.layers.routing import Routing
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.handmade import Plan, Sizes
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 FIRST, SECOND = "1" * 64, "2" * 64
 USERS: Mapping[str, Plan] = {
     "only shared": [["shared", "shared"]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,8 @@ from soppu.serve.engine.batch import Batch
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Vocabulary
 from tests.soppu.serve import tiny
+
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
 
 SMOLLM2 = Path(__file__).parents[3] / ".soppu" / "models" / "smollm2-135m"
 OLD, NEW = "1" * 64, "2" * 64
@@ -45,6 +47,7 @@ class House:
     model: PreTrainedModel
     bank: AdapterBank
     references: dict[str, LoraAdapter | None]
+    merged: dict[str, PreTrainedModel] = field(default_factory=dict)
 
     @classmethod
     def of(cls, family: str) -> House:
@@ -68,8 +71,9 @@ class House:
 
     def expected(self, one: Generation, adapter_id: str) -> list[int]:
         """Greedy tokens, one full forward each over the merged model, without a cache."""
-        model = tiny.merged(self.base, self.references[adapter_id])
-        ids = list(one.job.prompt)
+        if adapter_id not in self.merged:
+            self.merged[adapter_id] = tiny.merged(self.base, self.references[adapter_id])
+        model, ids = self.merged[adapter_id], list(one.job.prompt)
         for _ in range(one.job.limit):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -259,19 +263,21 @@ def test_smollm2_in_a_busy_batch_says_what_generate_says() -> None:
             for name, o in shapes.items()
         }
         users[user] = LoraAdapter(pairs, base_model="smollm2", base_hash=tiny.BASE_HASH)
-    prompts = ["def fibonacci(n):", "The capital of France is", "Once upon a time, in a land far away,"]
+    prompts = ["def fibonacci(n):", "Once upon a time, in a land far away,"]
     jobs = [(user, prompt) for prompt in prompts for user in users]
-    merged = {user: tiny.merged(model, adapter) for user, adapter in users.items()}
-    expected = []
-    for user, prompt in jobs:
-        ids = tokenizer(prompt, return_tensors="pt")
-        out = merged[user].generate(**ids, do_sample=False, max_new_tokens=16)
-        expected.append(out[0, ids["input_ids"].shape[1] :].tolist())
+    answers = {}
+    for user, adapter in users.items():
+        merged = tiny.merged(model, adapter)  # one at a time: half a gigabyte each
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt")
+            out = merged.generate(**ids, do_sample=False, max_new_tokens=12)
+            answers[user, prompt] = out[0, ids["input_ids"].shape[1] :].tolist()
+    expected = [answers[job] for job in jobs]
     bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
     made = tiny.bundle({user: adapter for user, adapter in users.items() if adapter}, rank=12)
     bank.stage(made, bundle_id=OLD)
     bank.activate(OLD)
     with Engine(model, tokenizer, bank, EngineOptions(max_batch=5)) as engine:
-        running = [engine.submit(GenerationRequest(prompt, user, max_new_tokens=16)) for user, prompt in jobs]
+        running = [engine.submit(GenerationRequest(prompt, user, max_new_tokens=12)) for user, prompt in jobs]
         found = [[token.id for token in one.result()[0]] for one in running]
     assert found == expected

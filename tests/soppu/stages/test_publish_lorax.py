@@ -26,6 +26,8 @@ from tests.soppu.stages.conftest import without_effect
 from tests.soppu.stages.test_stages import WAVE_THROUGH, evaluated
 from tests.soppu.targets.lorax_double import Faults, LoraxDouble
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 
 @pytest.fixture
 def double(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> Iterator[LoraxDouble]:
