@@ -119,10 +119,10 @@ class Batch:
 
     def leave(self) -> None:
         """Remove the rows that are finished or cancelled; their places are free at once."""
-        for row in self._rows:
-            if row.generation.done:
-                self._decoder.cache.close(row.place)
-        self._rows = [row for row in self._rows if not row.generation.done]
+        gone = [row for row in self._rows if row.generation.done]  # asked once: others may cancel meanwhile
+        for row in gone:
+            self._decoder.cache.close(row.place)
+        self._rows = [row for row in self._rows if row not in gone]
         if not self._rows:
             self._routed = ([], Routing([]))  # which holds the tensors of a bundle version
 

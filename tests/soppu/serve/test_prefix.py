@@ -235,6 +235,23 @@ def test_what_is_kept_for_others_never_takes_room_that_a_row_was_promised(house:
     assert batch.failures == 0
 
 
+def test_a_request_that_is_cancelled_at_any_moment_gives_its_blocks_back(house: House) -> None:
+    """Another thread cancels: at each time in turn that the batch looks whether a row is done."""
+    for moment in range(12):
+        batch, looks = house.batch(prefix=32), iter([False] * moment)
+        one, other = house.generation("top", [*COMMON, 3], 3), house.generation("", COMMON, 3)
+
+        done = property(lambda _, looks=looks: next(looks, True), lambda _, value: None)
+        one.__class__ = type("Watched", (Generation,), {"done": done})
+        batch.join(one)
+        batch.join(other)
+        for _ in range(12):
+            batch.step()
+        assert not len(batch) and other.ids == house.expected("", COMMON, 3)
+        assert_whole(cache_of(batch))
+        assert cache_of(batch).pages.used == cache_of(batch).pages.promised == 0, moment
+
+
 @pytest.mark.parametrize(
     ("names", "lowest"),
     [
