@@ -24,6 +24,7 @@ import psutil
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.compression_page import read_result
 from benchmarks.record import ROOT, circumstances, store
 from deploy.stack import Stack, down, up
 from soppu import models
@@ -51,8 +52,11 @@ class Kill:
 @click.option("--kills", default=20, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(kills: int, seed: int) -> None:
-    """Kill, look, and write the result file."""
-    draw, rows = random.Random(seed), []
+    """Kill, look, and write each run down; a second call goes on after the runs that the file has."""
+    draw = random.Random(seed)
+    planned = [_kill(number, draw) for number in range(kills)]
+    rows = read_result("federation_kills").get("kills", [])
+    written = keep(rows, seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         api = f"http://127.0.0.1:{free_port()}/api"
@@ -60,22 +64,30 @@ def main(kills: int, seed: int) -> None:
         try:
             up(stack)
             pipeline = prepared(stack, folder)
-            for number in tqdm(range(kills), desc="kills", unit="kill"):
-                moment = draw.randint(1, ROUNDS + 1), draw.uniform(0.0, 2.0)  # the last is the personal round
-                kill = Kill(KINDS[number % len(KINDS)], 100 + number, *moment)
+            for kill in tqdm(planned[len(rows) :], desc="kills", unit="kill"):
                 rows.append(survived(pipeline, kill))
                 tqdm.write(json.dumps(rows[-1]))
+                written = keep(rows, seed)
         finally:
             down(stack)
-    lost = sum(row["users"] != len(USERS) for row in rows)
+    click.echo(f"wrote {written}")
+
+
+def _kill(number: int, draw: random.Random) -> Kill:
+    moment = draw.randint(1, ROUNDS + 1), draw.uniform(0.0, 2.0)  # the last is the personal round
+    return Kill(KINDS[number % len(KINDS)], 100 + number, *moment)
+
+
+def keep(rows: list[dict[str, Any]], seed: int) -> Path:
+    """Write what is known so far."""
     values = {
         "users": len(USERS),
         "kills": rows,
-        "lost_users": lost,
+        "lost_users": sum(len(USERS) - row["users"] for row in rows),
         "by_itself": sum(row["by"] == "itself" for row in rows),
     }
     packages = ("torch", "prefect", "flwr", "ray")
-    click.echo(f"wrote {store('federation_kills', values | circumstances(seed=seed, packages=packages))}")
+    return store("federation_kills", values | circumstances(seed=seed, packages=packages))
 
 
 def prepared(stack: Stack, folder: Path) -> Pipeline:
@@ -160,7 +172,7 @@ def struck(pipeline: Pipeline, kill: Kill, federation: Path) -> int:
     elif kill.kind == "flow process":
         doomed = [one for one in worker.children() if "prefect" in " ".join(one.cmdline())]
     else:
-        server = psutil.Process(json.loads(pipeline.stack.pid_file("prefect server").read_text())["pid"])
+        server = psutil.Process(json.loads(pipeline.stack.pid_file("prefect-server").read_text())["pid"])
         doomed = [server, *server.children(recursive=True)]
     for one in doomed:
         one.kill()
