@@ -112,7 +112,7 @@ bench-compression: setup .venv-rivals/.installed  ## measure compression: all of
 		$(BIN)/python -m benchmarks.$$what || exit 1; done
 
 bench-serve: setup vllm .venv-lorax/.installed  ## measure serving: all of docs/serving.md (an hour, nothing else running)
-	for what in serve serve_equality soak engine serve_kernels serve_page; do $(BIN)/python -m benchmarks.$$what || exit 1; done
+	for what in serve serve_equality soak engine prefix serve_kernels serve_page; do $(BIN)/python -m benchmarks.$$what || exit 1; done
 
 clean: down      ## remove the environment, state and runs
 	rm -rf $(VENV) .venv-lorax .venv-vllm .soppu runs

@@ -22,6 +22,7 @@ MARKS = (
     "serve",
     "serve-latency",
     "serve-engine",
+    "serve-prefix",
     "serve-equality",
     "serve-soak",
     "serve-kernels",
@@ -60,6 +61,8 @@ def blocks() -> dict[str, str]:
         made["serve-latency"] = _latency(found)
     if found := read_result("engine"):
         made["serve-engine"] = f"{_engine(found)}\n\n{circumstances_line(found)}"
+    if found := read_result("prefix"):
+        made["serve-prefix"] = f"{_prefix(found)}\n\n{circumstances_line(found)}"
     if found := read_result("serve_equality"):
         made["serve-equality"] = f"{_equality(found)}\n\n{circumstances_line(found)}"
     if found := read_result("soak"):
@@ -175,6 +178,22 @@ def _engine(found: Mapping[str, Any]) -> str:
             lines.append([dtype, kind, *cells])
     head = ["type", "who asks", "tokens a second", "of base", "ms to first token"]
     return markdown([*head, "ms between tokens, p50", "p99"], lines)
+
+
+def _prefix(found: Mapping[str, Any]) -> str:
+    """First tokens with and without shared prompts; the memory of one long request and fifteen short."""
+    lines = []
+    for name, one in (("another user has asked", found), ("the user has asked before", found["again"])):
+        with_, without = (1e3 * one["ttft_seconds"][way] for way in ("with", "without"))
+        cells = [f"{without:,.0f}", f"{with_:,.0f}", f"{one['ttft_ratio']:.1f}x"]
+        lines.append([name, *cells, str(one["texts"])])
+    head = ["the same 512 tokens", "ms to first token, not shared", "shared", "ratio", "requests"]
+    rows = found["memory"]["one long and fifteen short"]
+    keys = ("bytes_needed", "bytes_grown", "bytes_after", "bytes_kept_for_later")
+    memory = [[name, *(f"{row[key] / 1e6:,.1f}" for key in keys)] for name, row in rows.items()]
+    equal = "All texts are equal." if found["texts_equal"] else "TEXTS DIFFER."
+    columns = ["MB", "needed by tokens", "grown by", "left afterwards", "of it prompts kept"]
+    return f"{markdown(head, lines)}\n\n{equal}\n\n{markdown(columns, memory)}"
 
 
 def _equality(found: Mapping[str, Any]) -> str:

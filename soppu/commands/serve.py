@@ -15,7 +15,15 @@ from soppu.serve.engine.engine import EngineOptions
 from soppu.serve.names import LOCAL
 from soppu.serve.server import ServeOptions, run
 
-_LIMITS = ("max_batch", "max_queue", "max_input_tokens", "max_total_tokens", "max_best_of")
+_LIMITS = (
+    "max_batch",
+    "max_queue",
+    "max_input_tokens",
+    "max_total_tokens",
+    "max_batch_total_tokens",
+    "prefix_tokens",
+    "max_best_of",
+)
 
 
 def _adapter(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
@@ -161,6 +169,22 @@ def _limits(given: dict[str, Any]) -> EngineOptions:
     help="Of one prompt and its answer; the model may allow less.",
 )
 @click.option(
+    "--max-batch-total-tokens",
+    envvar="MAX_BATCH_TOTAL_TOKENS",
+    type=click.IntRange(0),
+    default=EngineOptions.max_batch_total_tokens,
+    show_default=True,
+    help="Whose keys and values are kept at once; a request waits until all that it may need has room. 0:"
+    " --max-batch times --max-total-tokens, in at most half of the free memory.",
+)
+@click.option(
+    "--prefix-tokens",
+    type=click.IntRange(0),
+    default=EngineOptions.prefix_tokens,
+    show_default=True,
+    help="Of those, how many may stay for later requests whose prompts begin alike; 0 shares no prompts.",
+)
+@click.option(
     "--max-best-of",
     envvar="MAX_BEST_OF",
     type=click.IntRange(1),
@@ -180,7 +204,7 @@ def serve_command(**given: Any) -> None:
 
     Options of LoRAX's launcher are taken from its environment names too, so that one image takes the place
     of the other: MODEL_ID, PORT, HUGGINGFACE_HUB_CACHE, MAX_ACTIVE_ADAPTERS, DEFAULT_ADAPTER_SOURCE,
-    MAX_CONCURRENT_REQUESTS, MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS, MAX_BEST_OF.
+    MAX_CONCURRENT_REQUESTS, MAX_INPUT_LENGTH, MAX_TOTAL_TOKENS, MAX_BATCH_TOTAL_TOKENS, MAX_BEST_OF.
 
     The routes under /soppu/v1 ask for a bearer token: that of SOPPU_ADMIN_TOKEN, else one that the server
     makes at its first start and keeps in the file admin-token of its state folder.

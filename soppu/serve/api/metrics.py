@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from soppu.errors import RequestError
@@ -72,6 +73,7 @@ class Metrics:
         self._gauge("soppu_bundles_resident", "Bundles in memory").set_function(
             lambda: len(engine.bank.bundles())
         )
+        registry.register(_CacheFigures(engine))
         self._resident = Gauge(
             "soppu_adapter_resident", "1 while the adapter is in memory", ["adapter"], registry=registry
         )
@@ -155,6 +157,31 @@ class Metrics:
     def _tokens(self, name: str, most: int) -> Histogram:
         edges = [most / 100 * (n + 1) for n in range(100)]
         return Histogram(name, "Tokens", registry=self._registry, buckets=edges)
+
+
+class _CacheFigures(Collector):
+    """What the engine's cache of keys and values counts itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._cache = engine.cache
+
+    def collect(self) -> Iterator[Metric]:
+        """Blocks by state, and prompt tokens that were found there."""
+        figures = self._cache.figures()
+        what = f"Blocks of the keys and values of {figures.block_tokens} tokens in one layer"
+        blocks = GaugeMetricFamily("soppu_cache_blocks", what, labels=["state"])
+        for state in ("total", "used", "cached"):
+            blocks.add_metric([state], getattr(figures, state))
+        yield blocks
+        what = "Bytes of a block, once there are any"
+        yield GaugeMetricFamily("soppu_cache_block_bytes", what, value=figures.block_bytes)
+        what = "Prompt tokens that another request had read, in the base model's layers and in the user's own"
+        tokens = CounterMetricFamily("soppu_prefix_tokens", what, labels=["layers", "outcome"])
+        for layers, asked in figures.asked.items():
+            found = figures.reused[layers]
+            tokens.add_metric([layers, "hit"], found)
+            tokens.add_metric([layers, "miss"], asked - found)
+        yield tokens
 
 
 class MeteredEngine:

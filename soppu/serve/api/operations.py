@@ -107,7 +107,7 @@ class OperationsApi:
                 "max_input_length": self._engine.max_input_tokens,
                 "max_total_tokens": self._engine.max_total_tokens,
                 "waiting_served_ratio": 0.0,
-                "max_batch_total_tokens": options.max_batch * self._engine.max_total_tokens,
+                "max_batch_total_tokens": self._engine.cache.tokens,
                 "max_waiting_tokens": 0,
                 "validation_workers": 1,
                 "eager_prefill": False,

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from soppu.serve.decoders.kv_cache import KVCache, Step
 from soppu.serve.decoders.llama import LlamaDecoder, obstacle
+from soppu.serve.decoders.row_pages import Part
 from soppu.serve.decoders.transformers_decoder import GeneralDecoder
 from soppu.serve.layers.adapted_linear import Router
+from soppu.serve.layers.factors import Slot
 from soppu.serve.layers.routing import Routing
 
 _LOG = logging.getLogger(__name__)
@@ -29,8 +31,13 @@ class Decoder(Protocol):
     def forward(self, step: Step, routing: Routing) -> Tensor:
         """Logits (b, v), fp32, after every row's last own token in `step`; `routing` is of these rows.
 
-        (b T, v) after each of the tokens, padding too, where the step wants `every` one.
+        (b T, v) after each of the tokens, padding too, where the step wants `every` one. Where it is `silent`
+        they may be anything.
         """
+        ...
+
+    def parts(self, slot: Slot | None) -> tuple[Part, ...]:
+        """The layers of a row of this adapter, cut where others may use what was read of a prompt; () not."""
         ...
 
 

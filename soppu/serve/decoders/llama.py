@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from soppu.serve.decoders.kv_cache import KVCache, Step
+from soppu.serve.decoders import attention as kernel
+from soppu.serve.decoders.kv_cache import KVCache, Sizes, Step
+from soppu.serve.decoders.row_pages import Part
+from soppu.serve.decoders.sharing import Sharing
 from soppu.serve.layers.deltas import Layers
+from soppu.serve.layers.factors import Slot
 from soppu.serve.layers.packed_linear import PackedLinear
 from soppu.serve.layers.routing import Routing
 
@@ -89,18 +93,30 @@ class _Block:
         if hasattr(attention, "q_norm"):
             self._head_norms = _Norm(attention.q_norm), _Norm(attention.k_norm)
 
-    def forward(self, h: Tensor, attention: _Attention, routing: Routing) -> Tensor:
-        """(m, d) -> (m, d)."""
+    def forward(
+        self, h: Tensor, attention: _Attention, routing: Routing, *, only: Tensor | None = None
+    ) -> Tensor:
+        """(m, d) -> (m, d); of the tokens `only` alone, one a row, where that is all that is wanted."""
+        seen = attention(*self._read(h, attention, routing))
+        if only is not None:
+            h, seen = h.index_select(0, only), seen.index_select(0, only)
+        h = self._o(seen, routing, residual=h)
+        gate, up = self._gate_up(self._norms[1](h), routing).chunk(2, dim=1)
+        return self._down(F.silu(gate).mul_(up), routing, residual=h)
+
+    def remember(self, h: Tensor, attention: _Attention, routing: Routing) -> None:
+        """Keys and values of the tokens (m, d), and nothing else."""
+        attention.write(*self._read(h, attention, routing))
+
+    def _read(self, h: Tensor, attention: _Attention, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Queries and keys (m, q + kv, d), turned, and values (m, kv, d)."""
         heads = self._heads
         qkv = self._qkv(self._norms[0](h), routing).view(-1, heads.q + 2 * heads.kv, heads.d)
         qk, v = qkv[:, : heads.q + heads.kv], qkv[:, heads.q + heads.kv :]
         if self._head_norms is not None:
             q_norm, k_norm = self._head_norms
             qk = torch.cat((q_norm(qk[:, : heads.q]), k_norm(qk[:, heads.q :])), dim=1)
-        seen = attention(attention.turn(qk), v)
-        h = self._o(seen, routing, residual=h)
-        gate, up = self._gate_up(self._norms[1](h), routing).chunk(2, dim=1)
-        return self._down(F.silu(gate).mul_(up), routing, residual=h)
+        return attention.turn(qk), v
 
 
 class _Norm:
@@ -122,8 +138,11 @@ class _Attention:
         cos, sin = (angle.view(-1, 1, heads.d) for angle in angles)
         half = heads.d // 2
         self._cos, self._sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        self._layer = 0
-        if not step.fresh:
+        self._layer = step.first
+        self._kernel: kernel.Attending | None = None
+        if kernel.runs(cos.dtype, cos.device, heads.d):
+            self._kernel = kernel.Attending(step, cache)
+        elif not step.fresh:
             self._bias = self._seen_by(cos.dtype)
 
     def turn(self, qk: Tensor) -> Tensor:
@@ -131,15 +150,31 @@ class _Attention:
         swapped = qk.roll(self._heads.d // 2, -1)  # halves swapped; `_sin` holds the sign
         return torch.addcmul(qk * self._cos, swapped, self._sin)
 
+    def write(self, qk: Tensor, v: Tensor) -> None:
+        """Keep the next layer's keys and values, arguments as in a call."""
+        if self._kernel is not None:
+            self._kernel.write(self._layer, qk[:, self._heads.q :], v)
+        else:
+            self._cache.write(self._layer, self._step, self._pairs(qk, v))
+        self._layer += 1
+
     def __call__(self, qk: Tensor, v: Tensor) -> Tensor:
         """Queries and keys (m, q + kv, d), values (m, kv, d) of the next layer -> (m, q d)."""
         heads, (b, T) = self._heads, self._step.ids.shape
-        kv = torch.stack((qk[:, heads.q :], v), dim=1).view(b, T, 2, heads.kv, heads.d)
-        self._cache.write(self._layer, self._step, kv)
+        self._layer += 1
+        if self._kernel is not None:
+            return self._kernel(self._layer - 1, qk[:, : heads.q], qk[:, heads.q :], v)
+        kv = self._pairs(qk, v)
+        self._cache.write(self._layer - 1, self._step, kv)
         q = qk[:, : heads.q].reshape(b, T, heads.q, heads.d)
         seen = self._among_themselves(q, kv) if self._step.fresh else self._over_cache(q)
-        self._layer += 1
         return seen.reshape(b * T, -1)
+
+    def _pairs(self, qk: Tensor, v: Tensor) -> Tensor:
+        """(b, T, 2, kv, d): keys and values side by side."""
+        b, T = self._step.ids.shape
+        kv = torch.stack((qk[:, self._heads.q :], v), dim=1)
+        return kv.view(b, T, 2, self._heads.kv, self._heads.d)
 
     def _among_themselves(self, q: Tensor, kv: Tensor) -> Tensor:
         """Attention (b, T, q, d) of rows with nothing in the cache."""
@@ -152,17 +187,13 @@ class _Attention:
         """Attention (b, T, q, d) over the cache: a group's queries are stacked over the group's keys."""
         heads, (b, T) = self._heads, q.shape[:2]
         group = heads.q // heads.kv
+        keys, values = self._cache.read(self._layer - 1, self._step, like=q[:, :, : heads.kv])
         q = q.view(b, T, heads.kv, group, heads.d).permute(0, 2, 3, 1, 4).reshape(b, heads.kv, -1, heads.d)
-        keys, values = self._cache.read(self._layer, self._step)
-        if self._step.gaps is not None:
-            q = q.new_zeros(keys.shape[0], *q.shape[1:]).index_copy_(0, self._step.gaps, q)
         seen = self._weigh(q, keys, values)
-        if self._step.gaps is not None:
-            seen = seen.index_select(0, self._step.gaps)
         return seen.view(b, heads.kv, group, T, heads.d).permute(0, 3, 1, 2, 4)
 
     def _weigh(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(r, kv, queries, d) each: softmax(q k^T / sqrt(d) + bias) v."""
+        """(b, kv, queries, d) each: softmax(q k^T / sqrt(d) + bias) v."""
         if q.dtype != torch.float32 or q.device.type != "cpu":
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._bias)
         # two small products are faster than torch's fused kernel here
@@ -172,13 +203,10 @@ class _Attention:
         return torch.bmm(weights, values).view(shape)
 
     def _seen_by(self, dtype: torch.dtype) -> Tensor:
-        """(r, 1, 1 or group T, seen); rows between the step's own are unmasked and not used."""
+        """(b, 1, 1 or group T, seen)."""
         mask = self._step.mask(dtype)
         if mask.shape[1] > 1:
             mask = mask.repeat(1, self._heads.q // self._heads.kv, 1)
-        if self._step.gaps is not None:
-            rows = self._step.rows[-1] - self._step.rows[0] + 1
-            mask = mask.new_zeros(rows, *mask.shape[1:]).index_copy_(0, self._step.gaps, mask)
         return mask[:, None]
 
 
@@ -195,17 +223,34 @@ class LlamaDecoder:
         self._blocks = [_Block(layer, f"model.layers.{n}", self._heads) for n, layer in layers]
         self._norm = _Norm(model.model.norm)
         self._head = _Projection.of(model, "", ("lm_head",))
+        self._sharing = Sharing(len(self._blocks))
+        item = model.dtype.itemsize
+        sizes = Sizes(len(self._blocks), self._heads.kv, self._heads.d, config.hidden_size, item)
+        cache.prepare(sizes, like=torch.empty(0, dtype=model.dtype, device=model.device))
+
+    def parts(self, slot: Slot | None) -> tuple[Part, ...]:
+        """What of a row's keys and values others may use: everything, in parts."""
+        return self._sharing.parts(slot) if self.cache.prefix else ()
 
     @torch.inference_mode()
     def forward(self, step: Step, routing: Routing) -> Tensor:
-        """Logits (b, v), fp32; (b T, v) where the step wants every one."""
-        h = F.embedding(step.ids.view(-1), self._model.model.embed_tokens.weight)
+        """Logits (b, v), fp32; (b T, v) where the step wants every one, (0, v) where none."""
+        self.cache.begin(step)
+        if step.given is None:
+            h = F.embedding(step.ids.view(-1), self._model.model.embed_tokens.weight)
+        else:
+            h = step.given.flatten(0, 1)
         angles = self._model.model.rotary_emb(h, step.positions)
         attention = _Attention(step, self.cache, self._heads, angles)
-        for block in self._blocks:
-            h = block.forward(h, attention, routing)
-        if step.ids.shape[1] > 1 and not step.every:
-            h = h.index_select(0, step.last)
+        only = None if step.every or step.ids.shape[1] == 1 else step.last
+        for number in range(step.first, len(self._blocks) - 1):
+            h = self._blocks[number].forward(h, attention, routing)
+            if number + 1 in step.keep:
+                step.kept[number + 1] = h
+        if step.silent:
+            self._blocks[-1].remember(h, attention, routing)
+            return h.new_empty(0, self._model.lm_head.weight.shape[0], dtype=torch.float32)
+        h = self._blocks[-1].forward(h, attention, routing, only=only)
         return self._logits(self._norm(h), routing).float()
 
     def _logits(self, x: Tensor, routing: Routing) -> Tensor:

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from soppu.errors import UnsupportedModel
-from soppu.serve.decoders.kv_cache import KVCache, Step
+from soppu.serve.decoders.kv_cache import KVCache, Sizes, Step
+from soppu.serve.decoders.row_pages import Part
 from soppu.serve.layers.adapted_linear import Router
+from soppu.serve.layers.factors import Slot
 from soppu.serve.layers.routing import Routing
 
 _LAYERS = ("full_attention", "sliding_attention")
@@ -35,12 +37,18 @@ class GeneralDecoder:
                 f"{config.model_type}: it does not run over a static cache with positions row by row"
             )
         self.cache = cache
+        cache.prepare(Sizes(layers=config.get_text_config().num_hidden_layers))
         self._model = model
         self._router = router
+
+    def parts(self, slot: Slot | None) -> tuple[Part, ...]:
+        """Nothing is shared: transformers' forward begins with the first layer."""
+        return ()
 
     @torch.inference_mode()
     def forward(self, step: Step, routing: Routing) -> Tensor:
         """Logits (b, v), fp32; (b T, v) where the step wants every one."""
+        self.cache.begin(step)
         last = step.last % step.ids.shape[1]
         padded = len(set(step.counts)) > 1
         with self._router.using(routing):
@@ -84,10 +92,7 @@ class _Slots(Cache):
         self._store.write(layer_idx, self._step, kv)
         if self._step.fresh:
             return key_states, value_states
-        keys, values = self._store.read(layer_idx, self._step)
-        if self._step.gaps is None:
-            return keys, values
-        return keys.index_select(0, self._step.gaps), values.index_select(0, self._step.gaps)
+        return self._store.read(layer_idx, self._step, like=key_states.transpose(1, 2))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this forward, of the longest row."""

@@ -9,28 +9,39 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from soppu.errors import RequestError
 from soppu.serve.decoders.decoder import Decoder
 from soppu.serve.decoders.kv_cache import Step
+from soppu.serve.decoders.pages import Key
+from soppu.serve.decoders.row_pages import Want
 from soppu.serve.engine.generation import Choice, Generation
 from soppu.serve.layers.routing import Routing
 from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
+_MOST_PARTS = 4  # times `prefill` tokens, at most, are read in a step where others have read the lower layers
 
 
 @dataclass(eq=False)
 class _Row:
-    """A request, the `number`-th to arrive, and its place in the cache, which holds `held` of its ids."""
+    """A request, the `number`-th to arrive, and its place in the cache, which holds `held` of its ids.
+
+    `begun` once some of its prompt was read for it.
+    """
 
     generation: Generation
     place: int
     number: int
     held: int = 0
+    begun: bool = False
+    cuts: tuple[int, ...] = ()  # layers whose first states others may want
 
     @property
     def wants_prompt(self) -> bool:
@@ -41,6 +52,16 @@ class _Row:
     def missing(self) -> int:
         """Ids not yet in the cache; 1 where the prompt is read and only the next token is needed."""
         return len(self.generation.ids) - self.held
+
+
+@dataclass(frozen=True, eq=False)
+class _Stretch:
+    """The next `count` tokens of a row, read from `layer` on; `key` is what others may find then."""
+
+    row: _Row
+    layer: int
+    count: int
+    key: Key | None
 
 
 class Batch:
@@ -64,15 +85,24 @@ class Batch:
 
     @property
     def free(self) -> int:
-        """Rows that may join now."""
+        """Places for rows that may join now."""
         return self._decoder.cache.rows - len(self._rows)
+
+    def takes(self, generation: Generation) -> bool:
+        """Whether a request may join now: there is a place, and room for all that it may become."""
+        return self.free > 0 and self._decoder.cache.fits(_most(generation))
 
     def join(self, generation: Generation) -> None:
         """Give a request the first free place; it takes part from the next step on."""
         place = min(set(range(self._decoder.cache.rows)).difference(row.place for row in self._rows))
         self._joined += 1
-        self._rows.append(_Row(generation, place, self._joined))
-        self._rows.sort(key=lambda row: row.place)
+        row = _Row(generation, place, self._joined)
+        # who is told of every token of a prompt has to have it read
+        parts = () if row.wants_prompt else self._decoder.parts(generation.job.resolved.where)
+        row.cuts = tuple(part.end for part in parts[:-1])
+        self._decoder.cache.open(place, Want(_most(generation), generation.job.prompt, parts))
+        self._rows.append(row)
+        self._rows.sort(key=attrgetter("place"))
 
     def step(self) -> None:
         """Read some prompt tokens of new rows, then decode one token for every row whose prompt is read.
@@ -81,19 +111,18 @@ class Batch:
         """
         self.leave()
         if reading := self._next_to_read():
-            self._forward(reading, self._read)
+            self._forward([stretch.row for stretch in reading], partial(self._read, reading))
             self.leave()
         if decoding := [row for row in self._rows if row.missing == 1 and row.held]:
-            self._forward(decoding, self._decode)
+            self._forward(decoding, partial(self._decode, decoding))
             self.leave()
 
     def leave(self) -> None:
         """Remove the rows that are finished or cancelled; their places are free at once."""
-        for row in self._rows:
-            # its prompt is half read: whether its numbers are finite is not known yet
-            if row.generation.done and row.held and row.missing > 1:
-                self._decoder.cache.clear(row.place)
-        self._rows = [row for row in self._rows if not row.generation.done]
+        gone = [row for row in self._rows if row.generation.done]  # asked once: others may cancel meanwhile
+        for row in gone:
+            self._decoder.cache.close(row.place)
+        self._rows = [row for row in self._rows if row not in gone]
         if not self._rows:
             self._routed = ([], Routing([]))  # which holds the tensors of a bundle version
 
@@ -103,34 +132,75 @@ class Batch:
             row.generation.fail(error)
         self.leave()
 
-    def _next_to_read(self) -> list[_Row]:
-        """The rows whose prompts are read next: the longest-waiting, and those that fit beside it, padded."""
-        unread = [row for row in self._rows if row.missing > 1 or not row.held]
-        unread.sort(key=lambda row: (not row.held, row.number))
-        if not unread or unread[0].held or unread[0].missing > self._prefill:
-            return unread[:1]
-        chosen: list[_Row] = []
-        for row in unread:
-            width = max(other.missing for other in [*chosen, row])
-            if width * (len(chosen) + 1) > self._prefill:
-                break
-            chosen.append(row)
-        return sorted(chosen, key=lambda row: row.place)
+    def _next_to_read(self) -> list[_Stretch]:
+        """What is read next: of the longest-waiting prompt, and of those that fit beside it, padded.
 
-    def _read(self, rows: list[_Row]) -> None:
-        counts = [min(row.missing, self._prefill) for row in rows]
-        ids = [
-            row.generation.ids[row.held : row.held + count] for row, count in zip(rows, counts, strict=True)
-        ]
-        width = max(counts)
-        padded = [own + own[-1:] * (width - len(own)) for own in ids]
-        step = self._step(rows, padded, counts)
-        if any(row.wants_prompt for row in rows):
-            logits = self._read_aloud(rows, replace(step, every=True))
+        What somebody has read before is taken over. A row that waits for what another one reads now takes it
+        over at the next step.
+        """
+        unread = [row for row in self._rows if row.missing > 1 or not row.held]
+        chosen: list[_Stretch] = []
+        for row in sorted(unread, key=lambda row: (not row.begun, row.number)):
+            if (stretch := self._stretch(row)) is None:
+                continue
+            if chosen:
+                together = max(other.count for other in [*chosen, stretch]) * (len(chosen) + 1)
+                if stretch.layer != chosen[0].layer or together > self._budget(stretch.layer):
+                    break
+            if stretch.key is None or stretch.key not in [other.key for other in chosen]:
+                chosen.append(stretch)
+        return sorted(chosen, key=lambda stretch: stretch.row.place)
+
+    def _stretch(self, row: _Row) -> _Stretch | None:
+        """What is to be read of a row next; None where only the token is left that it decodes with others."""
+        cache = self._decoder.cache
+        if not row.begun:
+            row.held = cache.adopt(row.place)
+            if row.missing == 1 and row.held:
+                return None
+        layer, end = cache.stretch(row.place, row.held)
+        rest = (len(row.generation.ids) if end is None else end) - row.held
+        key = cache.next_key(row.place, row.held)
+        return _Stretch(row, layer, min(rest, self._budget(layer)), key)
+
+    def _budget(self, layer: int) -> int:
+        """How many tokens may be read in a step from a layer on: fewer layers take less time."""
+        layers = self._decoder.cache.sizes.layers
+        return min(_MOST_PARTS, layers // (layers - layer)) * self._prefill
+
+    def _read(self, reading: list[_Stretch]) -> None:
+        rows = [stretch.row for stretch in reading]
+        step = self._reading_step(reading)
+        for row in rows:
+            row.begun = True
+        if step.every:
+            logits = self._read_aloud(rows, step)
         else:
             logits = self._logits(rows, step, self._route(rows))
+        self._decoder.cache.keep(step)
         finished = [position for position, row in enumerate(rows) if row.missing == 0]
-        self._push([rows[position] for position in finished], logits[finished])
+        if finished:
+            self._push([rows[position] for position in finished], logits[finished])
+
+    def _reading_step(self, reading: list[_Stretch]) -> Step:
+        rows, width = [stretch.row for stretch in reading], max(stretch.count for stretch in reading)
+        layer, cache = reading[0].layer, self._decoder.cache
+        ids, states = [], []
+        for row, count in ((stretch.row, stretch.count) for stretch in reading):
+            own = row.generation.ids[row.held : row.held + count]
+            ids.append(own + own[-1:] * (width - count))
+            if layer:
+                given = cache.states(row.place, layer, row.held, row.held + count)
+                states.append(F.pad(given, (0, 0, 0, width - count)))
+        every = any(row.wants_prompt for row in rows)
+        return replace(
+            self._step(rows, ids, [stretch.count for stretch in reading]),
+            every=every,
+            silent=not every and all(stretch.count < stretch.row.missing for stretch in reading),
+            first=layer,
+            given=torch.stack(states) if layer else None,
+            keep=frozenset(cut for row in rows for cut in row.cuts if cut > layer),
+        )
 
     def _read_aloud(self, rows: list[_Row], step: Step) -> Tensor:
         """As `_logits`, and tells rows that want it how likely each token of their prompts was."""
@@ -164,20 +234,18 @@ class Batch:
         for row, choice in zip(rows, choices, strict=True):
             if not math.isfinite(choice.logprob):
                 row.generation.fail(_not_finite(row.generation))
-                self._decoder.cache.clear(row.place)
             elif not row.generation.done:  # cancelled during the forward, or failed at its choice
                 row.generation.push(choice)
 
-    def _forward(self, rows: list[_Row], work: Callable[[list[_Row]], None]) -> None:
+    def _forward(self, rows: list[_Row], work: Callable[[], None]) -> None:
         try:
-            work(rows)
+            work()
             self.failures = 0
         except Exception as error:  # of any kind: it ends this forward's requests, not the thread
             self.failures += 1
             _LOG.exception("a step of %d requests failed", len(rows))
             for row in rows:
                 row.generation.fail(failed(f"{type(error).__name__}: {error}"))
-                self._decoder.cache.clear(row.place)
 
     def _route(self, rows: list[_Row]) -> Routing:
         return Routing([row.generation.job.resolved.where for row in rows])
@@ -219,6 +287,11 @@ def _logprobs(following: Sequence[int], logits: Tensor) -> list[float | None]:
     targets = torch.tensor(following, dtype=torch.long, device=logits.device)
     logprobs = (logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
     return [logprob if math.isfinite(logprob) else None for logprob in logprobs]
+
+
+def _most(generation: Generation) -> int:
+    """Tokens that a request may become."""
+    return len(generation.job.prompt) + generation.job.limit
 
 
 def _not_finite(row: Generation) -> RequestError:

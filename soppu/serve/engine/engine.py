@@ -23,7 +23,15 @@ from soppu.serve.engine.prompt import Prompts
 from soppu.serve.refusals import incomplete, invalid, overloaded, stopping
 
 _UNHEALTHY_AFTER = 3
-_LEAST = {"max_batch": 1, "prefill_tokens": 1, "max_best_of": 1, "max_input_tokens": 0, "max_total_tokens": 0}
+_LEAST = {
+    "max_batch": 1,
+    "prefill_tokens": 1,
+    "max_best_of": 1,
+    "max_input_tokens": 0,
+    "max_total_tokens": 0,
+    "max_batch_total_tokens": 0,
+    "prefix_tokens": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class EngineOptions:
     max_input_tokens: int = 1024  # longest prompt; 0 leaves one token of the total for the answer
     max_total_tokens: int = 2048  # prompt and answer together; 0 is what the model can
     prefill_tokens: int = 256  # prompt tokens read in one step, which bounds how long decoding rows wait
+    max_batch_total_tokens: int = 0  # kept at once, of requests and for later ones; 0: see `KVCache`
+    prefix_tokens: int = 8192  # of those at most so many for later ones; 0 shares no prompts
     max_best_of: int = 2  # texts generated for one request, of which the likeliest is the answer
     gather_seconds: float = 0.002  # how long an idle engine waits for more requests after the first
 
@@ -66,7 +76,13 @@ class Engine:
             tokenizer, eos=self._vocabulary.eos, width=model.get_output_embeddings().weight.shape[0]
         )
         self._prompts = Prompts(tokenizer, max_input=self.max_input_tokens, max_total=self.max_total_tokens)
-        decoder = make_decoder(model, bank.router, KVCache(options.max_batch, self.max_total_tokens))
+        self.cache = KVCache(
+            options.max_batch,
+            self.max_total_tokens,
+            tokens=options.max_batch_total_tokens,
+            prefix=options.prefix_tokens,
+        )
+        decoder = make_decoder(model, bank.router, self.cache)
         self._batch = Batch(decoder, prefill=options.prefill_tokens, device=model.device)
         self._waiting: deque[Generation] = deque()
         self._condition = threading.Condition()
@@ -191,7 +207,7 @@ class Engine:
                 if not len(self._batch):
                     self._idle()
                 self._purge()
-                while self._waiting and self._batch.free:
+                while self._waiting and self._batch.takes(self._waiting[0]):
                     row = self._waiting.popleft()
                     row.start()
                     self._batch.join(row)
@@ -223,6 +239,11 @@ def _limits(model: PreTrainedModel, options: EngineOptions) -> tuple[int, int]:
     total = min(options.max_total_tokens or able, able or options.max_total_tokens)
     if total < 2:
         raise ConfigError("max_total_tokens: 0, but this model's configuration names no limit; give a number")
+    if 0 < options.max_batch_total_tokens < total:
+        raise ConfigError(
+            f"max_batch_total_tokens: {options.max_batch_total_tokens}, allowed: {total} and more, as one"
+            " request may have so many (max_total_tokens); or 0 for what the memory allows"
+        )
     return min(options.max_input_tokens or total, total - 1), total
 
 

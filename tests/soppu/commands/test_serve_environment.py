@@ -49,13 +49,14 @@ def test_the_environment_says_what_the_options_say(started: list[ServeOptions], 
         "MAX_CONCURRENT_REQUESTS": "39",
         "MAX_INPUT_LENGTH": "300",
         "MAX_TOTAL_TOKENS": "400",
+        "MAX_BATCH_TOTAL_TOKENS": "800",
         "MAX_BEST_OF": "5",
         "HOSTNAME": "6f0c2d",  # docker sets it in every container
     }
     assert run(**names) == ""
     words = ["--model", "org/Base", "--port", 81, "--adapters", tmp_path, "--max-active-adapters", 7]
     words += ["--max-concurrent-requests", 39, "--max-input-tokens", 300, "--max-total-tokens", 400]
-    words += ["--max-best-of", 5]
+    words += ["--max-best-of", 5, "--max-batch-total-tokens", 800]
     assert run(*words) == ""
     assert started[0] == started[1]
     limits = started[0].engine
@@ -64,7 +65,7 @@ def test_the_environment_says_what_the_options_say(started: list[ServeOptions], 
         300,
         400,
     )
-    assert limits.max_best_of == 5
+    assert (limits.max_best_of, limits.max_batch_total_tokens) == (5, 800)
     assert (started[0].mount, started[0].max_active_adapters, started[0].host) == (tmp_path, 7, "127.0.0.1")
 
 
@@ -94,6 +95,7 @@ def test_as_many_requests_run_and_wait_as_lorax_would_let_in(
     [
         ("MAX_CONCURRENT_REQUESTS", "1", "1 is not in the range x>=2"),
         ("MAX_TOTAL_TOKENS", "-4", "-4 is not in the range"),
+        ("MAX_BATCH_TOTAL_TOKENS", "-1", "-1 is not in the range"),
         ("DEFAULT_ADAPTER_SOURCE", "hub", "'hub', allowed: 'local'; this server fetches no adapters"),
         ("DEFAULT_ADAPTER_SOURCE", "S3", "'S3', allowed: 'local'"),
         ("MAX_ACTIVE_ADAPTERS", "0", "0 is not in the range x>=1"),

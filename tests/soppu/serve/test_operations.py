@@ -23,7 +23,7 @@ from soppu.serve.api.routes import NOT_SERVED, OPERATIONS, Operation
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.serve.engine.generation import Finish
+from soppu.serve.engine.generation import Finish, GenerationRequest
 from tests.soppu.serve import tiny
 
 PROMPT = "the quick"
@@ -105,6 +105,29 @@ def test_requests_are_counted_under_loraxs_names_and_by_adapter(server: Server) 
     while server.figures()[("lorax_batch_current_size",)]:  # a row leaves a moment after its last token
         assert time.monotonic() < deadline
     assert server.figures()[("lorax_queue_length",)] == 0
+
+
+def test_blocks_and_what_prompts_share_are_counted(server: Server) -> None:
+    prompt = "the quick brown fox jumps over the lazy dog, " * 2
+    before = server.figures()
+    for adapter in ("", "", "žofie", "žofie"):
+        server.engine.submit(GenerationRequest(prompt, adapter, max_new_tokens=3)).result()
+    after = server.figures()
+    grown = {key: after[key] - before[key] for key in after if key[0] == "soppu_prefix_tokens_total"}
+    tokens, shared = (
+        len(tiny.tokenizer()(prompt)["input_ids"]),
+        grown["soppu_prefix_tokens_total", "shared", "hit"],
+    )
+    assert shared > 0 and shared % 16 == 0 and grown["soppu_prefix_tokens_total", "own", "hit"] == shared
+    assert shared + grown["soppu_prefix_tokens_total", "shared", "miss"] == 2 * tokens  # žofie has all layers
+    assert (
+        after["soppu_cache_blocks", "cached"] >= 2 * shared // 16
+        and after[("soppu_cache_block_bytes",)] == 2048
+    )
+    assert after["soppu_cache_blocks", "total"] == 32 * 128 // 16 * 2
+    deadline = time.monotonic() + 30
+    while server.figures()["soppu_cache_blocks", "used"]:
+        assert time.monotonic() < deadline
 
 
 def test_the_text_says_each_name_once_with_its_type_and_without_total(server: Server) -> None:
