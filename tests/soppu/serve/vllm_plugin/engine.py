@@ -57,5 +57,5 @@ def change(bundle: Bundle, user: str | None, layer: str) -> Tensor:
 
 def expected(bundle: Bundle, users: Sequence[str | None], layer: str, x: Tensor) -> Tensor:
     """The sum that the tokens' users add to the output: `x` (T, i), one user a token, (T, o) float64."""
-    rows = [change(bundle, user, layer) @ row for user, row in zip(users, x.double(), strict=True)]
-    return torch.stack(rows)
+    changes = {user: change(bundle, user, layer) for user in set(users)}
+    return torch.stack([changes[user] @ row for user, row in zip(users, x.double(), strict=True)])
