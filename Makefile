@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PREFECT_PORT ?= 4200
 CONFIG ?= configs/demo.toml
-# of `make test`; one of them mostly waits for servers
-WORKERS ?= 3
+# of `make test`; two of them mostly wait for servers
+WORKERS ?= 4
 # `make lint test` does both at once: much of the tests' time is waiting
 MAKEFLAGS += --jobs=2
 
