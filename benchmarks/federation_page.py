@@ -123,7 +123,8 @@ def _scale(found: Mapping[str, Any]) -> str:
         told.append(
             f"The demo's training by Prefect, Flower and Ray took {runs['pipeline']} s from the command to"
             f" the last adapter, a bare loop over the same clients in one process {runs['loop']} s:"
-            f" {100 * overhead['overhead']:+.0f} %."
+            f" {100 * overhead['overhead']:+.0f} %. The loop has all cores in one process, the simulation"
+            " an actor of one thread for each core."
         )
     return "\n\n".join(told)
 
