@@ -23,7 +23,6 @@ import click
 import numpy as np
 from flwr.app import Message
 from flwr.common.serde import message_to_proto
-from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks import texts
 from benchmarks.compression_page import read_result
@@ -39,7 +38,7 @@ from soppu.evaluate.intervals import interval
 from soppu.federation import emulator
 from soppu.federation.train import cache_states, mean_loss
 from soppu.registry import Registry
-from tests.server.grid import InProcessGrid
+from tests.server.grid import InProcessGrid, identify
 
 SETTINGS = ROOT / "benchmarks" / "federation.toml"
 UNALIGNED = {"align.warmup_steps": 0, "align.round_steps": 0}
@@ -211,8 +210,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @click.option("--seed", default=0, show_default=True)
 def main(corpora: tuple[str, ...], arms: tuple[str, ...], users: int, seed: int) -> None:
     """Run the arms that are missing, one after the other, and write each down as it ends."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)  # who a process of Flower is; a Message cannot be made without
+    identify()
     for corpus, arm in itertools.product(corpora, arms):
         with tempfile.TemporaryDirectory() as folder:
             config = settings(corpus, arm, users=users, seed=seed, folder=folder)

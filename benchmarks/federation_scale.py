@@ -29,7 +29,6 @@ from typing import Any
 
 import click
 import psutil
-from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.compression_page import read_result
 from benchmarks.record import ROOT, circumstances, store
@@ -39,7 +38,7 @@ from soppu.federation.simulation import free_port, mark_of
 from soppu.stages import federate as stage
 from soppu.stages.run import FEDERATION, open_run, prepare
 from tests.flows.driver import Pipeline, until
-from tests.server.grid import InProcessGrid
+from tests.server.grid import InProcessGrid, identify
 
 DEMO = ROOT / "configs" / "demo.toml"
 # One step a turn, so that two hundred users are minutes and not hours; the memory is the demo model's.
@@ -150,8 +149,7 @@ def places(folder: Path) -> dict[str, Any]:
 
 def bare(folder: str) -> None:
     """The same training as one loop over the clients in this process."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)  # who a process of Flower is; a Message cannot be made without
+    identify()
     run = open_run(prepare(str(DEMO), places(Path(folder))))
     users = len(run.config.data.users)
     grid = InProcessGrid([{"partition-id": number} for number in range(users)])

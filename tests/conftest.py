@@ -225,14 +225,11 @@ def tiny_base(
 
 @pytest.fixture(scope="session")
 def flower_identity() -> Iterator[None]:
-    """Who this process is to Flower: a Message cannot be made without. SuperLink and SuperNode set it."""
-    from flwr.supercore.task_identity import (
-        TaskIdentity,
-    )  # takes seconds to import: only where it is asked for
+    """Who this process is to Flower, for as long as tests need it."""
+    from tests.server.grid import identify  # takes seconds to import: only where it is asked for
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_task_id", "_run_id", "_node_id"):
-            patch.setattr(TaskIdentity, name, 1)
+        identify(patch.setattr)
         yield
 
 

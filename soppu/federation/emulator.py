@@ -185,7 +185,8 @@ def with_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
     and buffers are the same tensors. Numbers baked into GPT-2's attention scale are left as they were.
     Cost: O(modules of these layers), no weights are copied.
     """
-    left_out = [layer for number, layer in enumerate(decoder_layers(model)) if number not in set(numbers)]
+    kept = set(numbers)
+    left_out = [layer for number, layer in enumerate(decoder_layers(model)) if number not in kept]
     shared = {id(held): held for held in (*model.parameters(), *model.buffers(), *left_out)}
     clone: PreTrainedModel = copy.deepcopy(model, shared)
     layers = decoder_layers(clone)

@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 from clients.app import app
 
@@ -14,6 +15,12 @@ from clients.app import app
 def context(node_id: int, **node_config: Any) -> Context:
     """What Flower hands a ClientApp beside the message."""
     return Context(run_id=1, node_id=node_id, node_config=node_config, state=RecordDict(), run_config={})
+
+
+def identify(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Say who this process is to Flower: a Message cannot be made without. SuperLink and SuperNode set it."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        put(TaskIdentity, name, 1)
 
 
 class InProcessGrid(Grid):
