@@ -23,7 +23,7 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.base_identity import Base
 from soppu.errors import AdapterError, RegistryError, StorageError
 from soppu.registry import Registry
-from soppu.registry.blobs import LocalBlobs
+from soppu.blobs import LocalBlobs
 from soppu.registry.catalogue import Base as Tables
 from soppu.registry.catalogue import Catalogue, Holding, Publication, User, now
 from tests.share import share
