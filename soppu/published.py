@@ -52,7 +52,8 @@ def newest(blobs: Blobs, url: str = "") -> Pointer | None:
     try:
         pointers = [Pointer.model_validate_json(note) for note in blobs.notes(_FOLDER)]
     except ValidationError as error:
-        raise RegistryError(f"{blobs.name}: {_FOLDER}: a note is not of format 1: {error}") from error
+        what = "a note is not of format 1; a newer SOPPU may have written it"
+        raise RegistryError(f"{blobs.name}: {_FOLDER}: {what}") from error
     asked = [one for one in pointers if url.rstrip("/") in ("", one.url.rstrip("/"))]
     return max(asked, key=lambda one: one.mark, default=None)
 

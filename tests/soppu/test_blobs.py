@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from soppu.errors import RegistryError, StorageError
 from soppu.blobs import Blobs, RemoteBlobs, open_blobs
+from soppu.errors import RegistryError, StorageError
 from tests.share import ShareFileSystem, share
 
 KEY = "adapters/a-1"

@@ -30,6 +30,7 @@ from soppu.serve.api.responses import on_request_error
 from soppu.serve.vllm_plugin import host
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.frontend.directory import Directory
+from soppu.serve.vllm_plugin.frontend.following import Follower, health
 from soppu.serve.vllm_plugin.host import replace
 from soppu.serve.vllm_plugin.settings import Settings
 
@@ -38,6 +39,7 @@ _MARK = "soppu:"
 
 class _Frontend:
     control: Control | None = None
+    follower: Follower | None = None
 
 
 def install(settings: Settings) -> None:
@@ -48,7 +50,7 @@ def install(settings: Settings) -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     replace(EngineArgs, "create_engine_config", functools.partial(_create_config, settings))
-    replace(OpenAIServingModels, "init_static_loras", _init_models)
+    replace(OpenAIServingModels, "init_static_loras", functools.partial(_init_models, settings))
     replace(OpenAIServingModels, "show_available_models", _show_available_models)
     replace(OpenAIServingModels, "load_lora_adapter", _load_lora_adapter)
     replace(OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter)
@@ -97,12 +99,15 @@ def _create_config(settings: Settings, original: Any, args: Any, *rest: Any, **k
     return config
 
 
-async def _init_models(original: Any, serving: Any) -> None:
+async def _init_models(settings: Settings, original: Any, serving: Any) -> None:
     await original(serving)
     control, loop = _control(), asyncio.get_running_loop()
     names = [path.name for path in serving.base_model_paths]
     await asyncio.to_thread(control.connect, _engine(serving.engine_client, loop), reserved=names)
     serving.lora_requests = _Names(control.bank)
+    if settings.follow and _Frontend.follower is None:
+        _Frontend.follower = Follower(control, settings)
+        _Frontend.follower.start()
 
 
 def _engine(client: Any, loop: asyncio.AbstractEventLoop) -> Engine:
@@ -171,10 +176,14 @@ async def _refusal(change: Callable[..., None], *args: Any) -> Any:
 
 
 def _attach_routes(settings: Settings, original: Any, app: Any, *args: Any, **kwargs: Any) -> None:
-    """Add our server's admin routes (same paths, bodies and answers) and /soppu/v1/info."""
+    """Add our server's admin routes (same paths, bodies and answers), /soppu/v1/info and /soppu/v1/health."""
     original(app, *args, **kwargs)
     admin = AdminApi(_control, token=settings.admin_token)
-    app.router.routes += [Route("/soppu/v1/info", _info, methods=["GET"]), *admin.routes()]
+    own = [
+        Route("/soppu/v1/info", _info, methods=["GET"]),
+        Route("/soppu/v1/health", _health, methods=["GET"]),
+    ]
+    app.router.routes += [*own, *admin.routes()]
     app.add_exception_handler(RequestError, on_request_error)
 
 
@@ -189,3 +198,9 @@ async def _info(_: Request) -> Response:
             "active": control.bank.active,
         }
     )
+
+
+async def _health(_: Request) -> Response:
+    """200 where this server serves what it should, 503 where it cannot take over what is published."""
+    well, told = health(_control(), _Frontend.follower)
+    return JSONResponse(told, status_code=200 if well else 503)

@@ -73,7 +73,7 @@ class _Layer:
     U: tuple[Tensor, ...]
     at: tuple[int, ...]
     offset: int
-    own: _Own | None  # None where nobody in the first bundle has own numbers
+    own: _Own | None  # None where nobody had own numbers at the start
 
     @property
     def components(self) -> int:
@@ -82,19 +82,23 @@ class _Layer:
 
 
 class StaticStep(Residents):
-    """Same methods as `Step`. Bundles are built with the ranks of the first: see `resident.Form.ranks`."""
+    """Same methods as `Step`. Bundles are built with the ranks of the first: see `resident.Form.ranks`.
 
-    def __init__(self, linears: Sequence[Linear], first: Resident, limits: Limits) -> None:
+    There is room for what any of `residents`, those served from the start, needs.
+    """
+
+    def __init__(self, linears: Sequence[Linear], residents: Sequence[Resident], limits: Limits) -> None:
         super().__init__(linears)
         self._limits = limits
-        self._layers = [_layer(line, first, limits) for line in linears]
-        cores = first.cores
+        self._layers = [_layer(line, residents, limits) for line in linears]
+        cores = residents[0].cores
         self._copies = cores.new_zeros(limits.requests + 1, cores.shape[1])
         self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=cores.device)
         self._base = torch.arange(limits.tokens, device=cores.device) * limits.bases
         self._places: dict[tuple[int, int], int] = {}  # (first row, cluster) -> place of the basis
         self._held: dict[int, int] = {}  # row -> its copy
-        self.add(first)
+        for resident in residents:
+            self.add(resident)
 
     def add(self, resident: Resident) -> None:
         """Serve this bundle's rows from the next pass on. BundleError where its bases find no place."""
@@ -213,25 +217,25 @@ def _add_own(layer: _Layer, own: _Own, tensors: tuple[Tensor, Tensor, Tensor], c
     return torch.bmm(weight.to(x.dtype).view(len(x) * m, 1, c), a).view(len(x), m * own.a.shape[2])
 
 
-def _layer(linear: Linear, first: Resident, limits: Limits) -> _Layer:
-    basis, m = first.bases[linear.name][0], len(linear.parts)
+def _layer(linear: Linear, residents: Sequence[Resident], limits: Limits) -> _Layer:
+    basis, m = residents[0].bases[linear.name][0], len(linear.parts)
     k_out, k_in = basis.k
     return _Layer(
         V=basis.V.new_zeros(linear.size, limits.bases, m, k_in),
         U=tuple(basis.U.new_zeros(limits.bases, k_out, part.size) for part in linear.parts),
         at=tuple(part.at for part in linear.parts),
         offset=basis.offset,
-        own=_own(linear, first, limits.requests + 1),
+        own=_own(linear, residents, limits.requests + 1),
     )
 
 
-def _own(linear: Linear, first: Resident, copies: int) -> _Own | None:
-    c = _room(_components(linear, first))
+def _own(linear: Linear, residents: Sequence[Resident], copies: int) -> _Own | None:
+    c = _room(max(_components(linear, resident) for resident in residents))
     if not c:
         return None
-    basis, m = first.bases[linear.name][0], len(linear.parts)
+    basis, m = residents[0].bases[linear.name][0], len(linear.parts)
     new = basis.V.new_zeros
-    kind = basis.V.dtype if first.records.floats else torch.int8
+    kind = basis.V.dtype if any(resident.records.floats for resident in residents) else torch.int8
     return _Own(
         q=new(copies, m * c, linear.size, dtype=kind),
         p=tuple(new(copies, c, part.size, dtype=kind) for part in linear.parts),

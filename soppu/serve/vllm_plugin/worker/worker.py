@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,35 +26,54 @@ _RANKS = (16, 32, 64, 128)  # what the ranks of bases are padded to where nobody
 
 
 class Worker:
-    """The bundles of one worker process. The layers prepared are those that the first bundle adapts.
+    """The bundles of one worker process. The layers prepared are those that the bundles of its start adapt.
 
     Args:
         linears: every linear layer of the engine.
         how: the kernel, or the sizes of the buffers of an engine that records its passes and replays them.
-        bundle: the bundle served from the start, under `bundle_id`.
+        bundles: those served from the start, each with its id, in the order of their rows.
 
     Raises:
         BundleError: a module that the engine does not have.
     """
 
     def __init__(
-        self, linears: Sequence[Linear], how: Kernel | Limits, form: Form, *, bundle: Bundle, bundle_id: str
+        self,
+        linears: Sequence[Linear],
+        how: Kernel | Limits,
+        form: Form,
+        *,
+        bundles: Sequence[tuple[Bundle, str]],
     ) -> None:
-        self._form, self.first_id = form, bundle_id
-        factors = resident.read(bundle, linears)
+        self._form = form
+        factors = [resident.read(bundle, linears) for bundle, _ in bundles]
         known = {part.module for linear in linears for part in linear.parts}
-        # modules that nobody changes too: somebody may in the next bundle
-        shapes = {name: shape for name, shape in bundle.shapes.items() if name in known or name in factors}
-        chosen = adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
-        first = resident.build(bundle, factors, chosen, form)
+        shapes: dict[str, tuple[int, int]] = {}
+        for (bundle, bundle_id), read in zip(bundles, factors, strict=True):
+            # modules that nobody changes too: somebody may in the next bundle
+            own = {name: shape for name, shape in bundle.shapes.items() if name in known or name in read}
+            adapted(linears, own, who=f"bundle {bundle_id[:12]}")
+            shapes |= own
+        chosen = adapted(linears, shapes, who="the bundles")
+        starts = list(accumulate((len(b.users) + form.spare for b, _ in bundles), initial=form.start))
+        self._began = [(bundle_id, start) for (_, bundle_id), start in zip(bundles, starts, strict=False)]
+
+        def built() -> list[Resident]:
+            each = zip(bundles, factors, starts, strict=False)
+            return [
+                resident.build(b, read, chosen, replace(self._form, start=start))
+                for (b, _), read, start in each
+            ]
+
+        residents = built()
         self.step: Residents
         if isinstance(how, Limits):
-            self._form = replace(form, ranks=_ranks(first))
-            first = resident.build(bundle, factors, chosen, self._form)
-            self.step = StaticStep(chosen, first, how)
+            self._form = replace(form, ranks=_ranks(residents))
+            self.step = StaticStep(chosen, built(), how)
         else:
             self.step = Step(chosen, how)
-            self.step.add(first)
+            for one in residents:
+                self.step.add(one)
         step.serve(self.step)
 
     def stage(self, path: str, bundle_id: str, start: int) -> int:
@@ -101,18 +121,19 @@ class Worker:
         """Whether anybody in the bundle has numbers of their own, so that an adapter may have some too."""
         return bool(self.step.at(start).modules)
 
-    def first(self) -> str:
-        """Id of the bundle that was there from the start."""
-        return self.first_id
+    def began(self) -> list[tuple[str, int]]:
+        """Ids of the bundles that were there from the start, each with its first row."""
+        return self._began
 
 
-def _ranks(first: Resident) -> dict[str, Ranks]:
-    """The ranks there is room for: those of the first bundle, or more where that costs no user a byte."""
-    has_cores = len(first.cores) > len(first.spare) + 1
-    return {
-        name: bases[0].k if has_cores else (_padded(bases[0].k[0]), _padded(bases[0].k[1]))
-        for name, bases in first.bases.items()
-    }
+def _ranks(residents: Sequence[Resident]) -> dict[str, Ranks]:
+    """The ranks there is room for: what bundles need, or more where that costs no user a byte."""
+    has_cores = any(len(one.cores) > len(one.spare) + 1 for one in residents)
+    ranks = {}
+    for name in residents[0].bases:
+        out, inn = (max(one.bases[name][0].k[side] for one in residents) for side in (0, 1))
+        ranks[name] = (out, inn) if has_cores else (_padded(out), _padded(inn))
+    return ranks
 
 
 def _padded(rank: int) -> int:

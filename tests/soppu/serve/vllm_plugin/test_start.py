@@ -41,17 +41,27 @@ def test_with_a_bundle_and_no_vllm_the_start_is_refused(monkeypatch: pytest.Monk
 def test_settings_name_the_variable_and_what_is_allowed(tmp_path: Path) -> None:
     bundle = tmp_path / "b.soppu"
     bundle.touch()
-    found = settings.read({"SOPPU_BUNDLE": str(bundle), "SOPPU_MAX_ERROR": "0.25", "SOPPU_SPARE_ROWS": "3"})
+    state = {"XDG_STATE_HOME": str(tmp_path)}
+    found = settings.read(
+        {"SOPPU_BUNDLE": str(bundle), "SOPPU_MAX_ERROR": "0.25", "SOPPU_SPARE_ROWS": "3", **state}
+    )
+    assert found.state.parent == tmp_path / "soppu" / "vllm" and not found.registry
+    other = settings.read({"SOPPU_FOLLOW": "s3://bucket/registry", **state})
+    assert other.bundle == other.registry == other.follow == "s3://bucket/registry"
+    assert other.state.parent == found.state.parent and other.state != found.state
+    assert settings.read({"SOPPU_BUNDLE": str(tmp_path), "SOPPU_STATE": "/kept"}).state == Path("/kept")
     assert (found.bundle, found.max_error, found.spare_rows, found.kernel) == (bundle, 0.25, 3, "auto")
     for name, value, message in (
-        ("SOPPU_MAX_ERROR", "two", r"SOPPU_MAX_ERROR='two': a relative error between 0 and 1"),
+        ("SOPPU_MAX_ERROR", "two", r"SOPPU_MAX_ERROR='two': a number is needed"),
         ("SOPPU_MAX_ERROR", "nan", r"SOPPU_MAX_ERROR='nan'"),
         ("SOPPU_SPARE_ROWS", "-1", r"SOPPU_SPARE_ROWS='-1': a whole number"),
+        ("SOPPU_FOLLOW_SECONDS", "soon", r"SOPPU_FOLLOW_SECONDS='soon': a number is needed"),
+        ("SOPPU_FOLLOW_SECONDS", "0", r"SOPPU_FOLLOW_SECONDS=0.0: seconds between 0.1 and 86400"),
         ("SOPPU_KERNEL", "fast", r"SOPPU_KERNEL='fast': allowed are auto, native, torch, static"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings.read({"SOPPU_BUNDLE": str(bundle), name: value})
-    with pytest.raises(ConfigError, match="SOPPU_BUNDLE: no such file"):
+    with pytest.raises(ConfigError, match="SOPPU_BUNDLE: no such file or registry"):
         settings.read({"SOPPU_BUNDLE": str(tmp_path / "none")})
 
 
@@ -59,5 +69,5 @@ def test_the_page_names_every_variable_and_kernel() -> None:
     page = (Path(__file__).parents[4] / "docs" / "vllm.md").read_text()
     source = Path(settings.__file__).read_text()
     variables = set(re.findall(r"SOPPU_[A-Z_]+", source))
-    assert len(variables) == 5 and all(f"`{name}`" in page for name in variables)
+    assert len(variables) == 9 and all(f"`{name}`" in page for name in variables)
     assert all(f"`{kernel}`" in page for kernel in settings.KERNELS)
