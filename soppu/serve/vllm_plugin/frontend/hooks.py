@@ -1,9 +1,9 @@
-"""What hangs in vLLM's API server, for the versions in `host`; engine and workers: `worker.hooks`.
+"""What hangs in vLLM's API server; engine and workers: `worker.hooks`. Where: `contacts`, by these names.
 
-    where it hangs in                                        what for
-    EngineArgs.create_engine_config                          what is refused before an engine starts
-    OpenAIServingModels, attach_endpoint_plugins             names, adapter routes, admin routes
-    InputProcessor._validate_lora                            a user's marker passes without --enable-lora
+    CREATE_CONFIG                                            what is refused before an engine starts
+    INIT_MODELS, SHOW_MODELS, LOAD_ and UNLOAD_ADAPTER       names, adapter routes
+    BUILD_APP                                                admin routes
+    VALIDATE                                                 a user's marker passes without --enable-lora
 
 A user travels as vLLM's own LoRARequest: `lora_int_id` is the row, `lora_path` names the version, so the
 prefix cache, which is keyed by name and path, never mixes two users or two versions.
@@ -27,11 +27,11 @@ from soppu import __version__, models
 from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.serve.api.admin import AdminApi
 from soppu.serve.api.responses import on_request_error
-from soppu.serve.vllm_plugin import host
+from soppu.serve.vllm_plugin import contacts, host
+from soppu.serve.vllm_plugin.contacts import load, replace
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.frontend.directory import Directory
 from soppu.serve.vllm_plugin.frontend.following import Follower, health
-from soppu.serve.vllm_plugin.host import replace
 from soppu.serve.vllm_plugin.settings import Settings
 
 _MARK = "soppu:"
@@ -44,18 +44,13 @@ class _Frontend:
 
 def install(settings: Settings) -> None:
     """Replace what vLLM runs in its API server."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.launchers import app as launcher
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    replace(EngineArgs, "create_engine_config", functools.partial(_create_config, settings))
-    replace(OpenAIServingModels, "init_static_loras", functools.partial(_init_models, settings))
-    replace(OpenAIServingModels, "show_available_models", _show_available_models)
-    replace(OpenAIServingModels, "load_lora_adapter", _load_lora_adapter)
-    replace(OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter)
-    replace(InputProcessor, "_validate_lora", _validate_lora)
-    replace(launcher, "attach_endpoint_plugins", functools.partial(_attach_routes, settings))
+    replace(contacts.CREATE_CONFIG, functools.partial(_create_config, settings))
+    replace(contacts.INIT_MODELS, functools.partial(_init_models, settings))
+    replace(contacts.SHOW_MODELS, _show_available_models)
+    replace(contacts.LOAD_ADAPTER, _load_lora_adapter)
+    replace(contacts.UNLOAD_ADAPTER, _unload_lora_adapter)
+    replace(contacts.VALIDATE, _validate_lora)
+    replace(contacts.BUILD_APP, functools.partial(_attach_routes, settings))
 
 
 def _control() -> Control:
@@ -78,12 +73,11 @@ class _Names(dict[str, Any]):
         return isinstance(name, str) and self._directory.resolve(name) is not None
 
     def __getitem__(self, name: str) -> Any:
-        from vllm.lora.request import LoRARequest
-
         resolved = self._directory.resolve(name)
         if resolved is None:
             raise KeyError(name)
-        return LoRARequest(resolved.label, resolved.row, lora_path=f"{_MARK}{resolved.version}")
+        request = load(contacts.LORA_REQUEST)
+        return request(resolved.label, resolved.row, lora_path=f"{_MARK}{resolved.version}")
 
 
 def _create_config(settings: Settings, original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -126,24 +120,24 @@ def _engine(client: Any, loop: asyncio.AbstractEventLoop) -> Engine:
 
 
 def _validate_lora(original: Any, processor: Any, lora_request: Any) -> None:
-    from vllm.exceptions import VLLMValidationError
-
     if lora_request is None or not lora_request.lora_path.startswith(_MARK):
         original(processor, lora_request)
         return
     version = lora_request.lora_path.removeprefix(_MARK)
     if not _control().bank.is_current(lora_request.lora_int_id, version):
-        raise VLLMValidationError(f"{lora_request.lora_name}: its bundle or adapter was dropped just now")
+        raise load(contacts.VALIDATION_ERROR)(
+            f"{lora_request.lora_name}: its bundle or adapter was dropped just now"
+        )
 
 
 async def _show_available_models(original: Any, serving: Any) -> Any:
-    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
-
     listed = await original(serving)
     for name in _control().bank.names():
         request = serving.lora_requests[name]
-        card = ModelCard(id=name, root=request.lora_path, parent=serving.base_model_paths[0].name)
-        card.permission = [ModelPermission()]
+        card = load(contacts.MODEL_CARD)(
+            id=name, root=request.lora_path, parent=serving.base_model_paths[0].name
+        )
+        card.permission = [load(contacts.MODEL_PERMISSION)()]
         listed.data.append(card)
     return listed
 
@@ -165,12 +159,10 @@ async def _unload_lora_adapter(_: Any, serving: Any, request: Any) -> Any:
 
 async def _refusal(change: Callable[..., None], *args: Any) -> Any:
     """Run a change; what vLLM answers where it is refused, None where it is made."""
-    from vllm.entrypoints.serve import create_error_response
-
     try:
         await asyncio.to_thread(change, *args)
     except (AdapterError, BundleError) as error:
-        return create_error_response(
+        return load(contacts.ERROR_RESPONSE)(
             message=str(error), err_type="InvalidUserInput", status_code=HTTPStatus.BAD_REQUEST
         )
 
