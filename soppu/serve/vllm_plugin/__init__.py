@@ -27,6 +27,7 @@ def register() -> None:
     with refusal.noted():
         host.check_version()
         chosen = settings.read(os.environ)
+    host.share_environment()
     from soppu.serve.vllm_plugin.frontend import hooks as frontend
     from soppu.serve.vllm_plugin.worker import hooks as worker
 

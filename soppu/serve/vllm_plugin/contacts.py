@@ -80,6 +80,7 @@ _CARDS = ("0.27.", "vllm.entrypoints.openai.engine.protocol")
 
 # Replaced in the API server.
 CREATE_CONFIG = Contact("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",))
+INIT_ENGINE = Contact("vllm.v1.engine.async_llm:AsyncLLM.__init__", ("self", "vllm_config"))
 INIT_MODELS = Contact(f"{_MODELS}.init_static_loras", ("self",))
 SHOW_MODELS = Contact(f"{_MODELS}.show_available_models", ("self",))
 LOAD_ADAPTER = Contact(f"{_MODELS}.load_lora_adapter", ("self", "request", "base_model_name"))
@@ -111,6 +112,7 @@ PREPARE_V2 = Contact(f"{_V2}.prepare_inputs", ("self", "scheduler_output"))
 REPLACED = (
     *(
         CREATE_CONFIG,
+        INIT_ENGINE,
         INIT_MODELS,
         SHOW_MODELS,
         LOAD_ADAPTER,
@@ -150,12 +152,16 @@ USED = (
 
 
 def _fields(of: str, *names: str, since: str = "") -> tuple[Contact, ...]:
-    return tuple(Contact(f"{of}.{name}", since=since) for name in names)
+    dot = "." if ":" in of else ":"
+    return tuple(Contact(f"{of}{dot}{name}", since=since) for name in names)
 
 
 # Read or called, on objects that vLLM hands over.
 READ = (
     *_fields(_MODELS, "lora_requests", "lora_resolver_lock", "base_model_paths", "engine_client"),
+    *_fields(_MODELS, "registry"),
+    Contact("vllm.entrypoints.openai.models.serving:OpenAIModelRegistry.show_available_models", ("self",)),
+    *_fields("vllm.envs", "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"),
     Contact(f"{_MODELS}._check_load_lora_adapter_request", ("self", "request")),
     Contact(f"{_MODELS}._check_unload_lora_adapter_request", ("self", "request")),
     *_fields("vllm.lora.request:LoRARequest", "lora_name", "lora_int_id", "lora_path"),
@@ -170,7 +176,7 @@ READ = (
     *_fields("vllm.config.speculative:SpeculativeConfig", "enable_adaptive_verification", since="0.32"),
     *_fields("vllm.config.scheduler:SchedulerConfig", "max_num_batched_tokens", "max_num_seqs"),
     *_fields("vllm.config.compilation:CompilationConfig", "max_cudagraph_capture_size"),
-    *_fields("vllm.config.model:ModelConfig", "dtype", "model"),
+    *_fields("vllm.config.model:ModelConfig", "dtype", "model", "served_model_name"),
     *_fields("vllm.config.vllm:VllmConfig", "lora_config", "parallel_config", "scheduler_config"),
     *_fields("vllm.config.vllm:VllmConfig", "compilation_config", "model_config", "speculative_config"),
     *_fields(_V1, "vllm_config", "device", "model", "input_batch"),

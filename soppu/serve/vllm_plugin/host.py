@@ -5,6 +5,7 @@ The plugin reaches into vLLM's internals (`contacts`), so any other version is r
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from typing import Any
 
@@ -53,3 +54,10 @@ def check_options(config: Any) -> None:
     else:
         return
     raise ConfigError(why)
+
+
+def share_environment() -> None:
+    """Have Ray's workers get our variables from the process that starts them, as other workers do."""
+    name = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    prefixes = filter(None, os.environ.get(name, "").split(","))
+    os.environ[name] = ",".join(sorted({*prefixes, "SOPPU_"}))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from soppu.errors import ConfigError
 
+MODELS_LIMIT = 10_000
 KERNELS = ("auto", "native", "torch", "static")
 
 
@@ -28,6 +29,7 @@ class Settings:
     spare_rows: int = 64  # runtime adapters a bundle version has room for
     kernel: str = "auto"
     admin_token: str = ""  # asked for by the admin routes; "" closes them
+    models_limit: int = MODELS_LIMIT  # names in /v1/models, where a request asks for no other number
     follow: str = ""  # a registry whose publications this server takes over; "" is none
     follow_url: str = ""  # those to this server alone; "" is all
     follow_seconds: float = 10.0  # between two looks at it
@@ -45,9 +47,6 @@ def read(environment: Mapping[str, str]) -> Settings:
     kernel = environment.get("SOPPU_KERNEL", "auto")
     if kernel not in KERNELS:
         raise ConfigError(f"SOPPU_KERNEL={kernel!r}: allowed are {', '.join(KERNELS)}")
-    rows = environment.get("SOPPU_SPARE_ROWS", "64")
-    if not rows.isdecimal():
-        raise ConfigError(f"SOPPU_SPARE_ROWS={rows!r}: a whole number, 0 or more, is needed")
     seconds = _number("SOPPU_FOLLOW_SECONDS", environment.get("SOPPU_FOLLOW_SECONDS") or "10")
     if not 0.1 <= seconds <= 86_400:
         raise ConfigError(f"SOPPU_FOLLOW_SECONDS={seconds}: seconds between 0.1 and 86400 are needed")
@@ -55,9 +54,10 @@ def read(environment: Mapping[str, str]) -> Settings:
         bundle=bundle,
         state=_state(environment, bundle),
         max_error=_error(environment.get("SOPPU_MAX_ERROR", "")),
-        spare_rows=int(rows),
+        spare_rows=_whole(environment, "SOPPU_SPARE_ROWS", 64, least=0),
         kernel=kernel,
         admin_token=environment.get("SOPPU_ADMIN_TOKEN", ""),
+        models_limit=_whole(environment, "SOPPU_MODELS_LIMIT", MODELS_LIMIT, least=1),
         follow=follow,
         follow_url=environment.get("SOPPU_FOLLOW_URL", ""),
         follow_seconds=seconds,
@@ -92,6 +92,13 @@ def _error(text: str) -> float | None:
     if not 0 <= value <= 1:
         raise ConfigError(f"SOPPU_MAX_ERROR={text!r}: a relative error between 0 and 1 is needed")
     return value
+
+
+def _whole(environment: Mapping[str, str], name: str, default: int, *, least: int) -> int:
+    text = environment.get(name, str(default))
+    if not (text.isdecimal() and int(text) >= least):
+        raise ConfigError(f"{name}={text!r}: a whole number, {least} or more, is needed")
+    return int(text)
 
 
 def _number(name: str, text: str) -> float:

@@ -114,6 +114,11 @@ class Control:
         """The name the base model is served under."""
         return self._reserved[0] if self._reserved else ""
 
+    @property
+    def names_of_base(self) -> tuple[str, ...]:
+        """Every name it is served under."""
+        return self._reserved
+
     def close(self) -> None:
         """Give the state back to the next server."""
         self.bank.commit = None
@@ -129,10 +134,11 @@ class Control:
         with self._changing:
             if bundle_id in self.bank.bundles():
                 return False
-            bundle = Bundle.load(source, expected_hash=bundle_id)
-            self._check(bundle, bundle_id)
-            start, path = self.bank.reserve(bundle), self.state.keep(source, bundle_id)
+            path = self.state.keep(source, bundle_id)
             try:
+                bundle = Bundle.load(path, expected_hash=bundle_id)
+                self._check(bundle, bundle_id)
+                start = self.bank.reserve(bundle)
                 self._connected().call("stage", str(path), bundle_id, start)
                 self._stage(bundle, bundle_id, start)
             except SoppuError:

@@ -1,6 +1,6 @@
 """What hangs in vLLM's API server; engine and workers: `worker.hooks`. Where: `contacts`, by these names.
 
-    CREATE_CONFIG                                            what is refused before an engine starts
+    CREATE_CONFIG, INIT_ENGINE                               what is refused before an engine starts
     INIT_MODELS, SHOW_MODELS, LOAD_ and UNLOAD_ADAPTER       names, adapter routes
     BUILD_APP                                                admin routes
     VALIDATE                                                 a user's marker passes without --enable-lora
@@ -16,6 +16,7 @@ import atexit
 import functools
 from collections.abc import Callable, Collection
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from soppu.serve.api.admin import AdminApi
 from soppu.serve.api.responses import on_request_error
 from soppu.serve.vllm_plugin import contacts, host
 from soppu.serve.vllm_plugin.contacts import load, replace
+from soppu.serve.vllm_plugin.frontend import listing
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
-from soppu.serve.vllm_plugin.frontend.directory import Directory
+from soppu.serve.vllm_plugin.frontend.directory import NamedRow
 from soppu.serve.vllm_plugin.frontend.following import Follower, health
 from soppu.serve.vllm_plugin.settings import Settings
 
@@ -44,7 +46,8 @@ class _Frontend:
 
 def install(settings: Settings) -> None:
     """Replace what vLLM runs in its API server."""
-    replace(contacts.CREATE_CONFIG, functools.partial(_create_config, settings))
+    replace(contacts.CREATE_CONFIG, _create_config)
+    replace(contacts.INIT_ENGINE, functools.partial(_init_engine, settings))
     replace(contacts.INIT_MODELS, functools.partial(_init_models, settings))
     replace(contacts.SHOW_MODELS, _show_available_models)
     replace(contacts.LOAD_ADAPTER, _load_lora_adapter)
@@ -65,32 +68,45 @@ class _Names(dict[str, Any]):
     Iteration yields nothing, on purpose: vLLM goes through all adapters for every chat request.
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, control: Control) -> None:
         super().__init__()
-        self._directory = directory
+        self._control = control
+
+    def _resolve(self, name: str) -> NamedRow | None:
+        bank = self._control.bank
+        return bank.resolve(name) or bank.resolve(listing.plain(name, self._control.names_of_base))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._directory.resolve(name) is not None
+        return isinstance(name, str) and self._resolve(name) is not None
 
     def __getitem__(self, name: str) -> Any:
-        resolved = self._directory.resolve(name)
+        resolved = self._resolve(name)
         if resolved is None:
             raise KeyError(name)
         request = load(contacts.LORA_REQUEST)
         return request(resolved.label, resolved.row, lora_path=f"{_MARK}{resolved.version}")
 
 
-def _create_config(settings: Settings, original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Refuse what can be refused before processes start and weights are read."""
-    config = original(args, *rest, **kwargs)
+def _create_config(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse what can be refused before weights are read; maybe in another process than the engine's."""
+    config = original(*args, **kwargs)
     host.check_options(config)
-    served = args.served_model_name or args.model
-    names = [served] if isinstance(served, str) else served
-    base = models.resolve(config.model_config.model, cache=Path())
-    control = Control(settings, base_hash=base.hash, base_model=base.name, reserved=names)
-    atexit.register(control.close)
-    _Frontend.control = control
     return config
+
+
+def _init_engine(
+    settings: Settings, original: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Take the state before workers are started, which read it."""
+    if _Frontend.control is None:
+        model = vllm_config.model_config
+        served = model.served_model_name or model.model
+        names = [served] if isinstance(served, str) else served
+        base = models.resolve(model.model, cache=Path())
+        control = Control(settings, base_hash=base.hash, base_model=base.name, reserved=names)
+        atexit.register(control.close)
+        _Frontend.control = control
+    original(engine, vllm_config, *args, **kwargs)
 
 
 async def _init_models(settings: Settings, original: Any, serving: Any) -> None:
@@ -98,7 +114,7 @@ async def _init_models(settings: Settings, original: Any, serving: Any) -> None:
     control, loop = _control(), asyncio.get_running_loop()
     names = [path.name for path in serving.base_model_paths]
     await asyncio.to_thread(control.connect, _engine(serving.engine_client, loop), reserved=names)
-    serving.lora_requests = _Names(control.bank)
+    serving.lora_requests = _Names(control)
     if settings.follow and _Frontend.follower is None:
         _Frontend.follower = Follower(control, settings)
         _Frontend.follower.start()
@@ -131,15 +147,20 @@ def _validate_lora(original: Any, processor: Any, lora_request: Any) -> None:
 
 
 async def _show_available_models(original: Any, serving: Any) -> Any:
-    listed = await original(serving)
-    for name in _control().bank.names():
-        request = serving.lora_requests[name]
-        card = load(contacts.MODEL_CARD)(
-            id=name, root=request.lora_path, parent=serving.base_model_paths[0].name
-        )
-        card.permission = [load(contacts.MODEL_PERMISSION)()]
-        listed.data.append(card)
+    """What is listed for callers inside this process; the route is `_models`."""
+    listed, control = await original(serving), _control()
+    template = listed.data[0].model_dump() | {"permission": [load(contacts.MODEL_PERMISSION)()]}
+    room = max(0, control.settings.models_limit - len(listed.data))
+    for name, version in islice(listing.models(control), room):
+        listed.data.append(load(contacts.MODEL_CARD)(**listing.user_card(template, name, version)))
     return listed
+
+
+async def _models(request: Request) -> Response:
+    """`/v1/models` by pages and prefixes; in the place of vLLM's route, whose fields all are there."""
+    control, serving = _control(), request.app.state.openai_serving_models
+    cards = [card.model_dump() for card in (await serving.registry.show_available_models()).data]
+    return JSONResponse(await asyncio.to_thread(listing.body, control, request.query_params, cards))
 
 
 async def _load_lora_adapter(_: Any, serving: Any, request: Any, base_model_name: str | None = None) -> Any:

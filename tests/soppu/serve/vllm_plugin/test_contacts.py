@@ -27,7 +27,8 @@ def parsed(wheel: Wheel, module: str) -> ast.Module:
 
 def members(node: ast.Module | ast.ClassDef) -> Iterator[tuple[str, ast.AST]]:
     """(name, definition) of all that a module or class has, attributes set by its methods included."""
-    for child in node.body:
+    body = [*node.body, *(one for child in node.body if isinstance(child, ast.If) for one in child.body)]
+    for child in body:
         if isinstance(child, ast.ClassDef | Function):
             yield child.name, child
         elif isinstance(child, ast.ImportFrom | ast.Import):
