@@ -130,10 +130,6 @@ VALIDATION_ERROR = Contact("vllm.exceptions:VLLMValidationError")
 MODEL_CARD = Contact(
     "vllm.entrypoints.serve.engine.protocol:ModelCard", before=(_CARDS[0], f"{_CARDS[1]}:ModelCard")
 )
-MODEL_PERMISSION = Contact(
-    "vllm.entrypoints.serve.engine.protocol:ModelPermission",
-    before=(_CARDS[0], f"{_CARDS[1]}:ModelPermission"),
-)
 ERROR_RESPONSE = Contact(
     "vllm.entrypoints.serve.exception_handling.error_response:create_error_response",
     ("message", "err_type", "status_code"),
@@ -146,7 +142,7 @@ COLUMN_LINEAR = Contact("vllm.model_executor.layers.linear:ColumnParallelLinear"
 ROW_LINEAR = Contact("vllm.model_executor.layers.linear:RowParallelLinear")
 QKV_LINEAR = Contact("vllm.model_executor.layers.linear:QKVParallelLinear")
 USED = (
-    *(LORA_REQUEST, VALIDATION_ERROR, MODEL_CARD, MODEL_PERMISSION, ERROR_RESPONSE, ENGINE_WORKER),
+    *(LORA_REQUEST, VALIDATION_ERROR, MODEL_CARD, ERROR_RESPONSE, ENGINE_WORKER),
     *(LINEAR, COLUMN_LINEAR, ROW_LINEAR, QKV_LINEAR),
 )
 

@@ -149,7 +149,7 @@ def _validate_lora(original: Any, processor: Any, lora_request: Any) -> None:
 async def _show_available_models(original: Any, serving: Any) -> Any:
     """What is listed for callers inside this process; the route is `_models`."""
     listed, control = await original(serving), _control()
-    template = listed.data[0].model_dump() | {"permission": [load(contacts.MODEL_PERMISSION)()]}
+    template = listed.data[0].model_dump()
     room = max(0, control.settings.models_limit - len(listed.data))
     for name, version in islice(listing.models(control), room):
         listed.data.append(load(contacts.MODEL_CARD)(**listing.user_card(template, name, version)))

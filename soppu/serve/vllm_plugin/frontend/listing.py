@@ -40,10 +40,10 @@ def body(control: Control, query: QueryParams, cards: Sequence[Json]) -> Json:
 
 def user_card(base: Json, name: str, version: str) -> Json:
     """A user's card, from that of the base model."""
-    return base | {"id": name, "parent": base["id"], "root": f"soppu:{version}", "owned_by": "soppu"}
+    own = {"id": name, "parent": base["id"], "root": f"soppu:{version}", "owned_by": "soppu"}
+    return base | own | {"permission": []}
 
 
 def plain(name: str, bases: Sequence[str]) -> str:
     """A user's name out of "base:user", as Ray Serve LLM writes it; other names as they are."""
-    base, colon, user = name.rpartition(":")
-    return user if colon and base in bases else name
+    return next((name.removeprefix(f"{base}:") for base in bases if name.startswith(f"{base}:")), name)
