@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle, Matrices
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, ordinals
 from soppu.serve.layers import kernels
 from soppu.serve.layers.factors import ModuleFactors, OwnNumbers, SharedFactors, Stack
-from soppu.serve.layers.kernels import Sides
+from soppu.serve.layers.frame import Frame
+from soppu.serve.layers.kernels import Kernel, Sides
 from soppu.serve.layers.records import Records, pack
 
 # (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in
@@ -59,6 +61,30 @@ def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str,
         name: collected.pop(name).factors(records, number) for number, name in enumerate(list(bundle.shapes))
     }
     return _stacked({name: factors for name, factors in modules.items() if _any(factors)})
+
+
+def frame(shelf: Shelf, *, cast: Cast) -> Frame:
+    """A bundle's modules for users who are read one at a time: the bases of all clusters. O(bases)."""
+    shapes = tuple(shelf.shapes.values())
+    ranks = tuple((clusters[0][0].k, clusters[0][1].k) for clusters in shelf.bases.values())
+    nobody = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), shapes, ranks)
+    modules = {}
+    for number, name in enumerate(shelf.shapes):
+        pairs = (shelf.matrices(name, cluster) for cluster in range(shelf.clusters))
+        bases = {
+            cluster: (None if U is None else cast(name, U), None if V is None else cast(name, V))
+            for cluster, (U, V) in enumerate(pairs)
+        }
+        like = cast(name, torch.zeros(0))
+        own = OwnNumbers(nobody, number, bases, _kernel(like), like)
+        modules[name] = ModuleFactors({}, torch.zeros(0, dtype=torch.int64), own, bases)
+    return Frame(modules)
+
+
+def _kernel(like: Tensor) -> Kernel | None:
+    """What adds records to layers of this type; None where they are widened."""
+    kernel = kernels.choose("auto", device=like.device, dtype=like.dtype)
+    return None if kernel is kernels.plain else kernel
 
 
 def _any(factors: ModuleFactors) -> bool:
@@ -160,8 +186,7 @@ class _Collected:
 
     def _own(self, records: Records, number: int, bases: Mapping[int, Sides]) -> OwnNumbers:
         like = self._cast(torch.zeros(0))
-        kernel = kernels.choose("auto", device=like.device, dtype=like.dtype)
-        return OwnNumbers(records, number, bases, None if kernel is kernels.plain else kernel, like)
+        return OwnNumbers(records, number, bases, _kernel(like), like)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return self.cast(self.name, tensor)
