@@ -14,7 +14,8 @@ from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve import admin_token as tokens
 from soppu.serve.api.http import ServerInfo, create_app
-from soppu.serve.bank.bank import DEFAULT_RESIDENT, AdapterBank, Mount
+from soppu.serve.bank.bank import AdapterBank, Mount
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype

@@ -112,9 +112,7 @@ def _header(data: bytes, source: str) -> dict[str, Any]:
     return parse_header(data[8 : 8 + header_length(data, len(data), source)], source)
 
 
-def check_content(
-    text: str, tensors: Mapping[str, Tensor], read: Callable[[str], Any], source: str
-) -> None:
+def check_content(text: str, tensors: Mapping[str, Tensor], read: Callable[[str], Any], source: str) -> None:
     """Hold the bytes of all tensors, `read` by name, against the digest in the metadata. BundleError. O(size)."""
     digest = parse(text, source).get("content")
     if not isinstance(digest, str) or len(digest) != len(_BLANK) or text.count(_content(digest)) != 1:

@@ -34,6 +34,24 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
+class Survey:
+    """What all users of a bundle together have. A user is apart at a module where the user has numbers of
+    their own, or so few components that a core would be mostly zeros: those are served by records.
+    """
+
+    modules: tuple[str, ...]
+    most: NDArray[np.int64]  # (modules,) the most components of a user who is apart there
+    cored: NDArray[np.bool_]  # (modules,) whether there is a user who is not
+    own: NDArray[np.bool_]  # (modules,) whether anybody has numbers of their own
+    floats: bool  # whether any numbers of those apart are floats
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Modules that anybody changes."""
+        return frozenset(np.array(self.modules)[(self.most > 0) | self.cored].tolist())
+
+
+@dataclass(frozen=True, eq=False)
 class Shelf:
     """The users of a bundle, on a disk or in memory. Every method may be called from any thread."""
 
@@ -102,6 +120,32 @@ class Shelf:
         """Whose bases a user's coordinates refer to."""
         return int(self._arrays["cluster"][place])
 
+    @cached_property
+    def survey(self) -> Survey:
+        """What all users together have, by module. Reads every page, but not its numbers. O(components).
+
+        Raises:
+            BundleError: a damaged page.
+        """
+        firsts, modules = self._arrays["firsts"].tolist(), len(self.shapes)
+        pairs = [clusters[0] for clusters in self.bases.values()]
+        k = np.array([(out.k, inn.k) for out, inn in pairs])
+        few_below = k.prod(1) // np.maximum(2 * k.sum(1), 1)
+        most, floats = np.zeros(modules, np.int64), False
+        cored, own = np.zeros(modules, np.bool_), np.zeros(modules, np.bool_)
+        for number, (first, end) in enumerate(zip(firsts, firsts[1:], strict=False)):
+            where = f"{self.source}: page {number}"
+            try:
+                found = page.survey(self._read(number), modules=modules, users=end - first, source=where)
+            except BundleError as error:
+                raise BundleError(f"{where}: {error}") from None
+            apart = (found.own > 0) | (found.counts <= few_below[:, None])
+            most = np.maximum(most, np.where(apart, found.counts, 0).max(1))
+            cored |= (~apart & (found.counts > 0)).any(1)
+            floats |= bool((found.floats * apart).any())
+            own |= (found.own > 0).any(1)
+        return Survey(tuple(self.shapes), most, cored, own, floats)
+
     def matrices(self, name: str, cluster: int = 0) -> Matrices:
         """U (o, k) and V (i, k) float32 of a module and a cluster, None where a side has no basis."""
         return self._matrices[name][cluster]
@@ -118,7 +162,12 @@ class Shelf:
         who = f"{self.source}: user {show(self.users[place])}: page {number}"
         try:
             parts = page.decode(
-                self._read(number), self._shapes, users=end - first, first=0, source="its bytes", only=place - first
+                self._read(number),
+                self._shapes,
+                users=end - first,
+                first=0,
+                source="its bytes",
+                only=place - first,
             )
         except BundleError as error:
             raise BundleError(f"{who}: {error}") from None

@@ -66,7 +66,9 @@ class StoredFile:
         header = envelope.parse_header(self.read(8, length), source)
         text = envelope.announced(header, source)
         try:
-            with safe_open(self.path, framework="pt"):  # which holds offsets, shapes and types against each other
+            with safe_open(
+                self.path, framework="pt"
+            ):  # which holds offsets, shapes and types against each other
                 pass
         except (*envelope.REFUSALS, OSError) as error:
             raise BundleError(f"{source}: truncated or not safetensors: {error}") from None

@@ -41,9 +41,14 @@ def check(modes: Modes, source: str) -> None:
 
 def gain_width(modes: Modes) -> int:
     """Gains are as exact as the numbers they belong to: of 16 bits where all of these are integers. O(m)."""
-    floats = len(FLOATS)
-    exact = (modes >> 4 >= len(COORDS_WIDTHS) - floats) | (modes & 15 >= len(OWN_WIDTHS) - floats)
-    return 32 if exact.any() else 16
+    return 32 if floats(modes).any() else 16
+
+
+def floats(modes: Modes) -> NDArray[np.bool_]:
+    """(m,) which components have numbers that are floats on either side. O(m)."""
+    last = len(FLOATS)
+    exact = (modes >> 4 >= len(COORDS_WIDTHS) - last) | (modes & 15 >= len(OWN_WIDTHS) - last)
+    return exact.any(1)
 
 
 class SideModes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from soppu.compress.codec import golomb, modes, streams
 from soppu.compress.codec.basis import Bases
@@ -122,6 +123,28 @@ def decode(
             counts, np.split(gains, ends[:-1]), spans, sides[::2], sides[1::2], strict=True
         )
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What a page says of its users without its numbers, (modules, users) each."""
+
+    counts: Counts  # components
+    own: Counts  # of these, those with numbers of their own
+    floats: Counts  # of these, those with floats among their own or their coordinates
+
+
+def survey(data: bytes, *, modules: int, users: int, source: str) -> Survey:
+    """How many components of which form everybody has. O(components). Raises BundleError."""
+    reader = _Reader(data, source)
+    counts = reader.counts(modules, users)
+    found, _ = reader.components(int(counts.sum()))
+    whose = np.repeat(np.arange(modules * users), counts.reshape(-1))
+
+    def each(some: NDArray[np.bool_]) -> Counts:
+        return np.bincount(whose[some], minlength=modules * users).reshape(modules, users)
+
+    return Survey(counts, each((found & 15 > 0).any(1)), each(modes.floats(found)))
 
 
 def _span(counts: Counts, asked: slice) -> slice:

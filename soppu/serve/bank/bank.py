@@ -28,7 +28,7 @@ from soppu.models import linear_shapes
 from soppu.serve.bank import folders, from_bundle, holdings, one_user
 from soppu.serve.bank.from_bundle import Reading
 from soppu.serve.bank.holdings import Answer, BundleUsers, Holder, LoadedAdapter
-from soppu.serve.bank.resident import Figures, Residents
+from soppu.serve.bank.resident import DEFAULT_RESIDENT, Figures, Residents
 from soppu.serve.layers.adapted_linear import Router, install
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
 from soppu.serve.layers.frame import Frame
@@ -36,7 +36,6 @@ from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
 Resolved = holdings.Resolved[Slot]
-DEFAULT_RESIDENT = 1 << 30  # bytes
 _MOST_UNREAD = 4096  # users that may wait to be read: a queue's length is the engine's affair
 
 

@@ -18,6 +18,7 @@ from soppu.serve.refusals import overloaded
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 L = TypeVar("L")
+DEFAULT_RESIDENT = 1 << 30  # bytes of bundles' users
 _READERS = 2  # threads that read
 _MAX_UNREAD = 128  # different ones that may wait to be read; one more is refused with 429
 

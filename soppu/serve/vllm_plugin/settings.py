@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import ConfigError
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
 
 KERNELS = ("auto", "native", "torch", "static")
 
@@ -25,13 +25,13 @@ class Settings:
     bundle: Path  # the bundle file served from the start
     max_error: float | None = None  # relative, of a runtime adapter; None: the bundle's worst user's
     spare_rows: int = 64  # runtime adapters a bundle version has room for
+    resident_mib: int = DEFAULT_RESIDENT >> 20  # of users that stay in a worker's memory
     kernel: str = "auto"
     admin_token: str = ""  # asked for by the admin routes; "" closes them
 
-    def read_bundle(self) -> tuple[Bundle, str]:
-        """The bundle served from the start, and its id. Raises BundleError for a damaged one."""
-        data = self.bundle.read_bytes()
-        return Bundle.from_bytes(data, source=str(self.bundle)), hashlib.sha256(data).hexdigest()
+    def read_bundle(self) -> Shelf:
+        """The bundle served from the start. Raises BundleError for a damaged one."""
+        return Shelf.open(self.bundle)
 
 
 def read(environment: Mapping[str, str]) -> Settings:
@@ -44,13 +44,16 @@ def read(environment: Mapping[str, str]) -> Settings:
     kernel = environment.get("SOPPU_KERNEL", "auto")
     if kernel not in KERNELS:
         raise ConfigError(f"SOPPU_KERNEL={kernel!r}: allowed are {', '.join(KERNELS)}")
-    rows = environment.get("SOPPU_SPARE_ROWS", "64")
-    if not rows.isdecimal():
-        raise ConfigError(f"SOPPU_SPARE_ROWS={rows!r}: a whole number, 0 or more, is needed")
+    whole = {"SOPPU_SPARE_ROWS": Settings.spare_rows, "SOPPU_RESIDENT_MIB": Settings.resident_mib}
+    for name, default in whole.items():
+        if not (text := environment.get(name, str(default))).isdecimal():
+            raise ConfigError(f"{name}={text!r}: a whole number, 0 or more, is needed")
+        whole[name] = int(text)
     return Settings(
         bundle=bundle.resolve(),
         max_error=_error(environment.get("SOPPU_MAX_ERROR", "")),
-        spare_rows=int(rows),
+        spare_rows=whole["SOPPU_SPARE_ROWS"],
+        resident_mib=whole["SOPPU_RESIDENT_MIB"],
         kernel=kernel,
         admin_token=environment.get("SOPPU_ADMIN_TOKEN", ""),
     )

@@ -19,7 +19,7 @@ from soppu import adapter as adapters
 from soppu import base_identity, files
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import AdapterError, BundleError
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.directory import Directory, Runtime, Version
@@ -65,7 +65,8 @@ class Control:
         self.bank = Directory(spare=settings.spare_rows)
         self._changing = threading.Lock()
         self._engine: Engine | None = None
-        bundle, self.first_id = settings.read_bundle()
+        bundle = settings.read_bundle()
+        self.first_id = bundle.bundle_id
         self._check(bundle, self.first_id)
         self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
         self.bank.stage(bundle, self.first_id, self.bank.reserve(bundle))
@@ -100,7 +101,7 @@ class Control:
         with self._changing:
             if bundle_id in self.bank.bundles():
                 return False
-            bundle = Bundle.load(source, expected_hash=bundle_id)
+            bundle = Shelf.open(source, expected_hash=bundle_id)
             self._check(bundle, bundle_id)
             start = self.bank.reserve(bundle)
             self._connected().call("stage", str(source), bundle_id, start)
@@ -137,7 +138,7 @@ class Control:
             self.bank.check_name(name)
             allowed = self.settings.max_error
             if allowed is None:
-                allowed = max(version.bundle.report.relative_error.values())
+                allowed = version.bundle.worst_error
             engine = self._connected()
             put = self._form(adapter, version, who=name, allowed=allowed)
             row = self.bank.free_row(active, engine.busy())
@@ -180,13 +181,13 @@ class Control:
             raise BundleError("the engine is not up yet")
         return self._engine
 
-    def _check(self, bundle: Bundle, bundle_id: str) -> None:
+    def _check(self, bundle: Shelf, bundle_id: str) -> None:
         who = f"bundle {bundle_id[:12]}"
         base_identity.check(bundle.base, self.base, who=who, whose="this server has", error=BundleError)
         self._check_names(bundle, bundle_id)
 
-    def _check_names(self, bundle: Bundle, bundle_id: str) -> None:
-        if clash := sorted(set(self._reserved).intersection(bundle.users)):
+    def _check_names(self, bundle: Shelf, bundle_id: str) -> None:
+        if clash := sorted(name for name in self._reserved if name in bundle.users):
             raise BundleError(
                 f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name the base model is served under;"
                 " choose another one with --served-model-name"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import BundleError
-from soppu.serve.bank.holdings import Holder, LoadedAdapter
+from soppu.serve.bank.holdings import BundleUsers, Holder, LoadedAdapter
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NamedRow:
 class Version:
     """One bundle: its rows, and which of them are spare: those after its users'."""
 
-    bundle: Bundle
+    bundle: Shelf
     rows: range
     spare: range
 
@@ -59,19 +59,19 @@ class Directory(Holder[int, Runtime]):
         held = self._held
         return (*held.bundles.get(held.active, ()), *held.adapters)
 
-    def reserve(self, bundle: Bundle) -> int:
+    def reserve(self, bundle: Shelf) -> int:
         """Take row numbers for a bundle that is about to be staged; its first row."""
         with self._changing:
             start = self._next
             self._next += len(bundle.users) + self._spare
             return start
 
-    def stage(self, bundle: Bundle, bundle_id: str, start: int) -> None:
+    def stage(self, bundle: Shelf, bundle_id: str, start: int) -> None:
         """Answer to "user@<bundle id>" from now on."""
         with self._changing:
             rows = range(start, start + len(bundle.users) + self._spare)
             self._versions[bundle_id] = Version(bundle, rows, spare=rows[len(bundle.users) :])
-            users = {user: start + place for place, user in enumerate(bundle.users)}
+            users = BundleUsers(bundle.users, lambda place: start + place)
             self._become(self._held.stage(bundle_id, users))
 
     def retire(self, bundle_id: str) -> Version:

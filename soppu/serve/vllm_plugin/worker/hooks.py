@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import SoppuError
 from soppu.serve.layers import kernels
 from soppu.serve.vllm_plugin import refusal
@@ -73,28 +73,28 @@ def _attach(runner: Any, settings: Settings) -> Worker:
     config = runner.vllm_config
     form = Form(dtype=config.model_config.dtype, device=runner.device, spare=settings.spare_rows)
     layers = dict(_linears(runner.model))
-    bundle, bundle_id = settings.read_bundle()
+    bundle, limit = settings.read_bundle(), settings.resident_mib << 20
     how: Any
     if settings.kernel == "static" or form.device.type != "cpu":
         how = _limits(config, bundle)
     else:
         how = kernels.choose(settings.kernel, device=form.device, dtype=form.dtype)
-    worker = Worker([line for line, _ in layers.values()], how, form, bundle=bundle, bundle_id=bundle_id)
+    worker = Worker([line for line, _ in layers.values()], how, form, bundle=bundle, limit=limit)
     for number, linear in enumerate(worker.step.linears):
         layer = layers[linear.name][1]
         layer.quant_method = _adapted(layer.quant_method, number)
     # what of this worker shows in a compiled graph: which layers call the operator
     _Fingerprint.value = " ".join(linear.name for linear in worker.step.linears)
     how_much = f"{len(bundle.users)} users, {len(worker.step.linears)} of {len(layers)} layers adapted"
-    _LOG.info("bundle %s: %s, %s kernel", bundle_id[:12], how_much, getattr(how, "__name__", "static"))
+    _LOG.info("bundle %s: %s, %s kernel", bundle.bundle_id[:12], how_much, getattr(how, "__name__", "static"))
     return worker
 
 
-def _limits(config: Any, bundle: Bundle) -> Limits:
+def _limits(config: Any, bundle: Shelf) -> Limits:
     """Buffers for the longest pass, padded ones included, and bases for two bundles like the first."""
     scheduler, recorded = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size
-    tokens, clusters = max(scheduler.max_num_batched_tokens, recorded or 0), int(bundle.cluster.max()) + 1
-    return Limits(tokens, requests=scheduler.max_num_seqs, bases=2 * clusters)
+    tokens = max(scheduler.max_num_batched_tokens, recorded or 0)
+    return Limits(tokens, requests=scheduler.max_num_seqs, bases=2 * bundle.clusters)
 
 
 def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:

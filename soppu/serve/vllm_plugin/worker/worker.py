@@ -6,15 +6,16 @@ Arguments are strings and numbers: tensors go through files, which every worker 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, Side
 from soppu.errors import BundleError
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
 from soppu.serve.layers.kernels import Kernel, Ranks
 from soppu.serve.vllm_plugin.worker import resident, step
 from soppu.serve.vllm_plugin.worker.resident import Form, Linear, Resident
@@ -30,29 +31,32 @@ class Worker:
     Args:
         linears: every linear layer of the engine.
         how: the kernel, or the sizes of the buffers of an engine that records its passes and replays them.
-        bundle: the bundle served from the start, under `bundle_id`.
+        bundle: the bundle served from the start.
+        limit: bytes of users that are kept in memory, beside those in the batch.
 
     Raises:
         BundleError: a module that the engine does not have.
     """
 
     def __init__(
-        self, linears: Sequence[Linear], how: Kernel | Limits, form: Form, *, bundle: Bundle, bundle_id: str
+        self,
+        linears: Sequence[Linear],
+        how: Kernel | Limits,
+        form: Form,
+        *,
+        bundle: Shelf,
+        limit: int = DEFAULT_RESIDENT,
     ) -> None:
-        self._form, self.first_id = form, bundle_id
-        factors = resident.read(bundle, linears)
-        known = {part.module for linear in linears for part in linear.parts}
-        # modules that nobody changes too: somebody may in the next bundle
-        shapes = {name: shape for name, shape in bundle.shapes.items() if name in known or name in factors}
-        chosen = adapted(linears, shapes, who=f"bundle {bundle_id[:12]}")
-        first = resident.build(bundle, factors, chosen, form)
+        self._form, self.first_id = form, bundle.bundle_id
+        chosen = _chosen(linears, bundle, who=f"bundle {bundle.bundle_id[:12]}")
+        first = resident.build(bundle, chosen, form)
         self.step: Residents
         if isinstance(how, Limits):
             self._form = replace(form, ranks=_ranks(first))
-            first = resident.build(bundle, factors, chosen, self._form)
-            self.step = StaticStep(chosen, first, how)
+            first = resident.build(bundle, chosen, self._form)
+            self.step = StaticStep(chosen, first, how, limit=limit)
         else:
-            self.step = Step(chosen, how)
+            self.step = Step(chosen, how, limit=limit)
             self.step.add(first)
         step.serve(self.step)
 
@@ -62,16 +66,17 @@ class Worker:
         Raises:
             BundleError: another file than the id names, modules not prepared for.
         """
-        bundle, who = Bundle.load(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
-        factors = resident.read(bundle, self.step.linears)
+        bundle, who = Shelf.open(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
         prepared = {part.module for linear in self.step.linears for part in linear.parts}
-        if missing := sorted(factors.keys() - prepared):
+        unprepared = bundle.shapes.keys() - prepared
+        if unprepared and (missing := sorted(unprepared & bundle.survey.changed)):
             raise BundleError(
                 f"{who}: {missing[0]} is not among the {len(prepared)} modules this server was started with;"
                 " restart it with SOPPU_BUNDLE naming this bundle"
             )
-        adapted(self.step.linears, {name: bundle.shapes[name] for name in factors}, who=who)
-        staged = resident.build(bundle, factors, self.step.linears, replace(self._form, start=start))
+        shapes = {name: shape for name, shape in bundle.shapes.items() if name in prepared}
+        adapted(self.step.linears, shapes, who=who)
+        staged = resident.build(bundle, self.step.linears, replace(self._form, start=start))
         self.step.add(staged)
         return staged.rows
 
@@ -82,8 +87,7 @@ class Worker:
 
     def put(self, start: int, row: int, cluster: int, path: str) -> int:
         """Write the cores of a runtime adapter, module -> (k_out, k_in) in a safetensors file, to a row."""
-        self.step.at(start).put(row - start, load_file(path), self.step.linears, cluster=cluster)
-        self.step.clear()  # the row's cluster may be another one now
+        self.step.exchange(self.step.at(start).put(row - start, load_file(path), cluster=cluster))
         return row
 
     def put_own(self, start: int, row: int, path: str) -> int:
@@ -94,21 +98,37 @@ class Worker:
             sides = (Side.of_own(tensors[f"{name}.{side}"].float(), 8) for side in "pq")
             gain = tensors[f"{name}.gain"]
             own[name] = Components(torch.zeros(len(gain), dtype=torch.int64), gain, *sides)
-        self.step.exchange(held.with_own(row - start, own, self.step.linears))
+        self.step.exchange(held.with_own(row - start, own))
         return row
 
     def keeps_own(self, start: int) -> bool:
         """Whether anybody in the bundle has numbers of their own, so that an adapter may have some too."""
-        return bool(self.step.at(start).modules)
+        return bool(self.step.at(start).shelf.survey.own.any())
+
+    def figures(self) -> dict[str, int]:
+        """How many rows are in memory, in which bytes, and what came and went."""
+        return asdict(self.step.table.figures())
 
     def first(self) -> str:
         """Id of the bundle that was there from the start."""
         return self.first_id
 
 
+def _chosen(linears: Sequence[Linear], bundle: Shelf, *, who: str) -> list[Linear]:
+    """The layers of the bundle's modules: also of those that nobody changes, as somebody may in the next one.
+
+    A module that the engine lacks is refused where somebody changes it, as `adapted` says.
+    """
+    known = {part.module for linear in linears for part in linear.parts}
+    lacking = bundle.shapes.keys() - known
+    changed = bundle.survey.changed & lacking if lacking else lacking
+    shapes = {name: shape for name, shape in bundle.shapes.items() if name in known or name in changed}
+    return adapted(linears, shapes, who=who)
+
+
 def _ranks(first: Resident) -> dict[str, Ranks]:
     """The ranks there is room for: those of the first bundle, or more where that costs no user a byte."""
-    has_cores = len(first.cores) > len(first.spare) + 1
+    has_cores = bool(first.shelf.survey.cored.any())
     return {
         name: bases[0].k if has_cores else (_padded(bases[0].k[0]), _padded(bases[0].k[1]))
         for name, bases in first.bases.items()

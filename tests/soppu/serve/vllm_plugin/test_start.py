@@ -47,6 +47,7 @@ def test_settings_name_the_variable_and_what_is_allowed(tmp_path: Path) -> None:
         ("SOPPU_MAX_ERROR", "two", r"SOPPU_MAX_ERROR='two': a relative error between 0 and 1"),
         ("SOPPU_MAX_ERROR", "nan", r"SOPPU_MAX_ERROR='nan'"),
         ("SOPPU_SPARE_ROWS", "-1", r"SOPPU_SPARE_ROWS='-1': a whole number"),
+        ("SOPPU_RESIDENT_MIB", "1.5", r"SOPPU_RESIDENT_MIB='1.5': a whole number"),
         ("SOPPU_KERNEL", "fast", r"SOPPU_KERNEL='fast': allowed are auto, native, torch, static"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -59,5 +60,5 @@ def test_the_page_names_every_variable_and_kernel() -> None:
     page = (Path(__file__).parents[4] / "docs" / "vllm.md").read_text()
     source = Path(settings.__file__).read_text()
     variables = set(re.findall(r"SOPPU_[A-Z_]+", source))
-    assert len(variables) == 5 and all(f"`{name}`" in page for name in variables)
+    assert len(variables) == 6 and all(f"`{name}`" in page for name in variables)
     assert all(f"`{kernel}`" in page for kernel in settings.KERNELS)
