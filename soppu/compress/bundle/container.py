@@ -191,7 +191,7 @@ def _metadata(bundle: Bundle) -> dict[str, Any]:
 
 
 def decode_bases(meta: Mapping[str, Any], data: bytes, source: str) -> dict[str, tuple[Bases, ...]]:
-    """Module -> output and input basis of every cluster, of modules as in the metadata. Raises BundleError."""
+    """Module -> output and input basis of every cluster, of the metadata's modules. Raises BundleError."""
     flat = [
         (width, k, d)
         for entry in meta["modules"]

@@ -58,7 +58,7 @@ def decode(data: bytes, *, source: str) -> dict[str, Tensor]:
 
 
 def announced(header: Mapping[str, Any], source: str) -> str:
-    """The text of the metadata in a file's header. BundleError for another format, or another kind of file."""
+    """The text of the metadata in a file's header. BundleError for another format or kind of file."""
     found = header.get("__metadata__")
     text = found.get(METADATA_KEY) if isinstance(found, dict) else None
     if not isinstance(text, str):
@@ -87,7 +87,7 @@ def parse(text: str, source: str) -> dict[str, Any]:
 
 
 def header_length(data: bytes, size: int, source: str) -> int:
-    """Bytes of the header of a file of `size` bytes that begins with `data`. BundleError: more than there are."""
+    """Bytes of the header of a file of `size` bytes, from its first 8. BundleError: more than there are."""
     if len(data) < 8:
         raise BundleError(f"{source}: truncated: {len(data)} bytes, a header length takes 8")
     (length,) = struct.unpack("<Q", data[:8])
@@ -113,7 +113,7 @@ def _header(data: bytes, source: str) -> dict[str, Any]:
 
 
 def check_content(text: str, tensors: Mapping[str, Tensor], read: Callable[[str], Any], source: str) -> None:
-    """Hold the bytes of all tensors, `read` by name, against the digest in the metadata. BundleError. O(size)."""
+    """Hold the bytes of all tensors, `read` by name, against the metadata's digest. BundleError. O(size)."""
     digest = parse(text, source).get("content")
     if not isinstance(digest, str) or len(digest) != len(_BLANK) or text.count(_content(digest)) != 1:
         raise BundleError(f"{source}: metadata has no content digest")

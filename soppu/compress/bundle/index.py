@@ -49,8 +49,10 @@ Arrays = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The facts about a bundle (`head`) and its arrays, by user: names and hashes, norm, cluster, ranks (n, M);
-    by page: first users (one more than there are pages), begins, sizes, checksums.
+    """The facts about a bundle, and its arrays.
+
+    By user: names and hashes, norm, cluster, ranks (n, M); by page: first users (one more than there are
+    pages), begins, sizes, checksums.
     """
 
     head: Mapping[str, Any]
@@ -63,7 +65,7 @@ def path_of(path: Path) -> Path:
 
 
 def of(stored: StoredFile, *, expected_hash: str = "") -> Index:
-    """The index of a bundle file: the one beside it, or a new one that is written there where that is allowed.
+    """The index of a bundle file: the one beside it, or a new one, written there where that may be.
 
     Raises:
         BundleError: not a bundle, damaged, or another one than `expected_hash` names.

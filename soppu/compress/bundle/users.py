@@ -29,8 +29,8 @@ class Users(Sequence[str]):
         """Where a user stands; None for somebody unknown."""
         key = _hash(name)
         first = int(np.searchsorted(self._hashes, key))
-        while first < len(self) and int(self._hashes[first]) == key:  # type: ignore[call-overload]
-            place = int(self._places[first])  # type: ignore[call-overload]
+        while first < len(self) and int(self._hashes[first]) == key:
+            place = int(self._places[first])
             if self[place] == name:
                 return place
             first += 1
@@ -61,8 +61,8 @@ class Users(Sequence[str]):
         if not -len(self) <= place < len(self):
             raise IndexError(place)
         place %= len(self)
-        begin = int(self._ends[place - 1]) if place else 0  # type: ignore[call-overload]
-        return self._names[begin : int(self._ends[place])].tobytes().decode()  # type: ignore[call-overload]
+        begin = int(self._ends[place - 1]) if place else 0
+        return self._names[begin : int(self._ends[place])].tobytes().decode()
 
     def __iter__(self) -> Iterator[str]:
         return (self[place] for place in range(len(self)))

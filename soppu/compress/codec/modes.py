@@ -48,7 +48,7 @@ def floats(modes: Modes) -> NDArray[np.bool_]:
     """(m,) which components have numbers that are floats on either side. O(m)."""
     last = len(FLOATS)
     exact = (modes >> 4 >= len(COORDS_WIDTHS) - last) | (modes & 15 >= len(OWN_WIDTHS) - last)
-    return exact.any(1)
+    return np.asarray(exact.any(1))
 
 
 class SideModes:

@@ -144,7 +144,7 @@ def survey(data: bytes, *, modules: int, users: int, source: str) -> Survey:
     def each(some: NDArray[np.bool_]) -> Counts:
         return np.bincount(whose[some], minlength=modules * users).reshape(modules, users)
 
-    return Survey(counts, each((found & 15 > 0).any(1)), each(modes.floats(found)))
+    return Survey(counts, each(np.asarray((found & 15 > 0).any(1))), each(modes.floats(found)))
 
 
 def _span(counts: Counts, asked: slice) -> slice:
@@ -264,7 +264,7 @@ class _Numbers:
             if count > _most_ternary(data):
                 held = f"{len(data)} bytes cannot hold them"
                 raise BundleError(f"{source}: {count} ternary numbers announced, {held}")
-            self._flat = golomb.decode(data, size=count, source=source)
+            self._flat = golomb.decode(data, size=count, source=source).astype(np.float32)
         else:
             limit = _LIMITS[field, width]
             self._scale = np.float32(limit if field == "coords" else 1)
@@ -273,7 +273,7 @@ class _Numbers:
     def take(self, begin: int, end: int) -> Floats:
         """The numbers from `begin` up to, not including, `end`."""
         if self._digits is None:
-            return self._flat[begin:end].astype(np.float32, copy=False)
+            return self._flat[begin:end]
         return self._digits.take(begin, end).astype(np.float32) / self._scale
 
 

@@ -199,7 +199,7 @@ class Holder(Generic[S, A]):
         return self._held.active
 
     def bundles(self) -> dict[str, Sequence[str]]:
-        """Bundle id -> its users, in the order they were loaded. O(bundles): users are found when asked for."""
+        """Bundle id -> its users, in the order they were loaded. O(bundles): users are found when asked."""
         return {
             bundle_id: users.names if isinstance(users, BundleUsers) else tuple(users)
             for bundle_id, users in self._held.bundles.items()

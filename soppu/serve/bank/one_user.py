@@ -15,7 +15,7 @@ from soppu.serve.layers.records import Records, pack
 
 @dataclass(frozen=True, eq=False)
 class OneUser:
-    """A user's numbers: at each module a core in the bases of `cluster`, or a part of the record, or nothing."""
+    """A user's numbers: at each module a core in the bases of `cluster`, or some of the record, or none."""
 
     cluster: int
     cores: Mapping[str, Tensor]  # module -> (k_out, k_in) float32
@@ -23,7 +23,7 @@ class OneUser:
 
 
 def read(shelf: Shelf, place: int, how: Reading) -> OneUser:
-    """The numbers of the user at `place`. As `from_bundle.read` does for all users, but with full cores alone.
+    """The numbers of the user at `place`. As `from_bundle.read` for all users, with full cores alone.
 
     Raises:
         BundleError: the user's page is damaged; the message names both.

@@ -1,6 +1,6 @@
-"""Residents: what is read at its first use, and kept by its last use within a bound. PEFT folders, bundles' users.
+"""Residents: what is read at its first use, and kept by its last use within a bound.
 
-What reading one means is the caller's affair, and what it weighs.
+PEFT folders, and the users of bundles. What reading one means, and what it weighs, is the caller's affair.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from soppu import files
 from soppu.compress.bundle.index import path_of
 from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError, TargetError
-from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.bank import AdapterBank, Ticket
 from soppu.serve.bank.holdings import Holdings, LoadedAdapter
 from soppu.serve.layers.factors import Slot
 from soppu.serve.names import check_name, check_servable
@@ -110,7 +110,7 @@ class ServerState:
     def add_file(self, source: Path) -> str:
         """As `add_bundle` for a file whose id is not known; the id.
 
-        A file of the size and time of one that was copied in before is that one: a start does not read it again.
+        A file of the size and time of one that was copied in is that one: a start does not read it again.
         """
         with self._changing:
             found = source.stat()
@@ -207,7 +207,7 @@ class ServerState:
         key = hashlib.sha256(name.encode()).hexdigest()
         return self._root / "adapters" / f"{key[:16]}-{content_hash[:16]}"
 
-    def _write(self, held: Holdings[Slot, LoadedAdapter]) -> None:
+    def _write(self, held: Holdings[Slot | Ticket, LoadedAdapter]) -> None:
         """Have the disk remember what is about to be served. StorageError."""
         folders = {name: self._adapter_path(name, a.content_hash).name for name, a in held.adapters.items()}
         content = _Remembered(

@@ -50,7 +50,7 @@ class Frame(Mapping[str, ModuleFactors]):
             if U is not None and V is not None:
                 kinds.setdefault((U.shape[1], V.shape[1], U.dtype, U.device), []).append(name)
         self.kinds = tuple(
-            Kind(tuple(names), torch.zeros(k_out, k_in, 0, dtype=dtype, device=device))  # type: ignore[arg-type,call-overload]
+            Kind(tuple(names), torch.zeros(k_out, k_in, 0, dtype=dtype, device=device))  # type: ignore[call-overload]
             for (k_out, k_in, dtype, device), names in kinds.items()
         )
 

@@ -1,4 +1,4 @@
-"""Resident: one bundle in a worker, as the kernels read it. Who is in memory, and which token uses what: `step`.
+"""Resident: one bundle in a worker, as the kernels read it. Who is in memory, which token uses what: `step`.
 
 The modules of a bundle lie in vLLM's layers, which may be packed (q, k and v in one) and sharded over ranks.
 """
@@ -19,7 +19,6 @@ from soppu.serve.bank.from_bundle import Reading
 from soppu.serve.layers.joined import Joined
 from soppu.serve.layers.kernels import Basis, Ranks, Sides
 from soppu.serve.layers.records import Records, pack
-
 
 _OVERHEAD = 2048  # bytes of a row in memory beside its numbers
 
@@ -74,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """One bundle: its bases, and where its users are. A row number means a user, or a spare place behind them.
+    """One bundle: its bases, and where its users are. A row number means a user, or a spare place.
 
     What users have is read from the bundle row by row, see `step.Residents`.
     """
@@ -101,8 +100,12 @@ class Resident:
 
     def put(self, row: int, cores: Mapping[str, Tensor], *, cluster: int) -> Resident:
         """With a spare row filled: module -> core (k_out, k_in); modules left out are not changed."""
-        nobody = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), *self._shapes)
-        return self._with(row, Row(cluster, self._core(cores, cluster), nobody))
+        return self._with(row, replace(self.nobody(), cluster=cluster, core=self._core(cores, cluster)))
+
+    def nobody(self) -> Row:
+        """The row of somebody who changes nothing."""
+        none = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), *self._shapes)
+        return Row(0, None, none)
 
     def with_own(self, row: int, own: Mapping[str, Components]) -> Resident:
         """With a spare row filled: module -> one user's components."""

@@ -96,9 +96,7 @@ class Residents(ABC):
             if start <= row < start + resident.rows:
                 place = row - start
                 if place in resident.spare:
-                    return resident, Use(
-                        resident.added.get(place) or resident.put(place, {}, cluster=0).added[place]
-                    )
+                    return resident, Use(resident.added.get(place) or resident.nobody())
                 return resident, self.table.take((start, place), Use)
         raise BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
 
@@ -124,16 +122,16 @@ class _Cores:
 
     def of(self, rows: Sequence[Row]) -> list[int]:
         """Where everyone's core is; -1 where there is none. O(what is new)."""
-        some = {id(row): row for row in rows if row.core is not None}
+        some = {id(row): (row, row.core) for row in rows if row.core is not None}
         self._held = {key: held for key, held in self._held.items() if key in some}
         if len(some) >= len(self.table):
             self.table, self._held = self.table.new_zeros(2 * len(some) + 1, self.table.shape[1]), {}
         taken = {place for _, place in self._held.values()}
         free = iter([place for place in range(len(self.table) - 1) if place not in taken])
-        for key, row in some.items():
+        for key, (row, core) in some.items():
             if key not in self._held:
                 self._held[key] = row, next(free)
-                self.table[self._held[key][1]] = row.core
+                self.table[self._held[key][1]] = core
         return [self._held[id(row)][1] if row.core is not None else -1 for row in rows]
 
 
