@@ -169,6 +169,13 @@ class AdapterBank(Holder[Slot | Ticket, LoadedAdapter]):
         """Path -> adapter, of those in memory that requests named by their path."""
         return self._folders.values()
 
+    def in_memory(self, adapter_id: str) -> bool:
+        """Whether what an id means now is in memory: a user's numbers, or an adapter."""
+        resolved = self._held.resolve(adapter_id)
+        if isinstance(resolved, str):
+            return adapter_id in self._folders
+        return resolved.where in self._users if isinstance(resolved.where, tuple) else True
+
     def figures(self) -> Figures:
         """Of bundles' users: how many are in memory, in which bytes, and what came and went."""
         return self._users.figures()

@@ -21,6 +21,7 @@ from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
 from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import AdapterError, BundleError
+from soppu.serve.bank.resident import Figures
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.directory import Directory, Runtime, Version
 from soppu.serve.vllm_plugin.settings import Settings
@@ -175,6 +176,25 @@ class Control:
             time.sleep(_POLL_SECONDS)
         engine.call("drop", version.rows.start)
         _LOG.info("bundle %s: freed", bundle_id[:12])
+
+    def unchecked(self, name: str) -> bool:
+        """Whether `check_user` has something to do."""
+        return self.bank.unchecked(name) is not None
+
+    def check_user(self, name: str) -> None:
+        """Decode a user's page before the first request is let into the engine, which an error would end.
+
+        Raises:
+            BundleError: it is damaged; the message names user and page.
+        """
+        if (found := self.bank.unchecked(name)) is not None:
+            version, place = found
+            version.bundle.components(place)
+            version.checked[place] = True
+
+    def figures(self) -> Figures:
+        """Who is in the workers' memory; each of them has the same."""
+        return Figures(**self._connected().call("figures")[0])
 
     def _connected(self) -> Engine:
         if self._engine is None:

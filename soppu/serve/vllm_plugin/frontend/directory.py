@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import BundleError
 from soppu.serve.bank.holdings import BundleUsers, Holder, LoadedAdapter
@@ -30,6 +33,7 @@ class Version:
     bundle: Shelf
     rows: range
     spare: range
+    checked: NDArray[np.bool_]  # (users,) whose page was decoded here without an error
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,9 @@ class Directory(Holder[int, Runtime]):
         """Answer to "user@<bundle id>" from now on."""
         with self._changing:
             rows = range(start, start + len(bundle.users) + self._spare)
-            self._versions[bundle_id] = Version(bundle, rows, spare=rows[len(bundle.users) :])
+            self._versions[bundle_id] = Version(
+                bundle, rows, spare=rows[len(bundle.users) :], checked=np.zeros(len(bundle.users), np.bool_)
+            )
             users = BundleUsers(bundle.users, lambda place: start + place)
             self._become(self._held.stage(bundle_id, users))
 
@@ -110,6 +116,15 @@ class Directory(Holder[int, Runtime]):
             return None
         assert resolved.where is not None
         return NamedRow(resolved.adapter_id, resolved.where, resolved.version)
+
+    def unchecked(self, name: str) -> tuple[Version, int] | None:
+        """The version and place of a user whose page was not decoded yet; None for everybody else."""
+        resolved = self.resolve(name)
+        version = self._versions.get(resolved.version) if resolved is not None else None
+        if resolved is None or version is None:
+            return None
+        place = resolved.row - version.rows.start
+        return None if version.checked[place] else (version, place)
 
     def is_current(self, row: int, version: str) -> bool:
         """Whether a row that was resolved earlier still means the same: False once it was dropped."""

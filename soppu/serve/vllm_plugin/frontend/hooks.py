@@ -3,6 +3,7 @@
     where it hangs in                                        what for
     EngineArgs.create_engine_config                          what is refused before an engine starts
     OpenAIServingModels, attach_endpoint_plugins             names, adapter routes, admin routes
+    BaseServing, PoolingBaseServing._check_model             a user whose page is damaged is refused in time
     InputProcessor._validate_lora                            a user's marker passes without --enable-lora
 
 A user travels as vLLM's own LoRARequest: `lora_int_id` is the row, `lora_path` names the version, so the
@@ -19,6 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -30,6 +32,7 @@ from soppu.serve.api.responses import on_request_error
 from soppu.serve.vllm_plugin import host
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.frontend.directory import Directory
+from soppu.serve.vllm_plugin.frontend.figures import Residency
 from soppu.serve.vllm_plugin.host import replace
 from soppu.serve.vllm_plugin.settings import Settings
 
@@ -45,6 +48,8 @@ def install(settings: Settings) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers import app as launcher
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+    from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.v1.engine.input_processor import InputProcessor
 
     replace(EngineArgs, "create_engine_config", functools.partial(_create_config, settings))
@@ -52,6 +57,8 @@ def install(settings: Settings) -> None:
     replace(OpenAIServingModels, "show_available_models", _show_available_models)
     replace(OpenAIServingModels, "load_lora_adapter", _load_lora_adapter)
     replace(OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter)
+    replace(BaseServing, "_check_model", _check_model)
+    replace(PoolingBaseServing, "_check_model", _check_pooling_model)
     replace(InputProcessor, "_validate_lora", _validate_lora)
     replace(launcher, "attach_endpoint_plugins", functools.partial(_attach_routes, settings))
 
@@ -103,6 +110,7 @@ async def _init_models(original: Any, serving: Any) -> None:
     names = [path.name for path in serving.base_model_paths]
     await asyncio.to_thread(control.connect, _engine(serving.engine_client, loop), reserved=names)
     serving.lora_requests = _Names(control.bank)
+    REGISTRY.register(Residency(control))
 
 
 def _engine(client: Any, loop: asyncio.AbstractEventLoop) -> Engine:
@@ -129,6 +137,37 @@ def _validate_lora(original: Any, processor: Any, lora_request: Any) -> None:
     version = lora_request.lora_path.removeprefix(_MARK)
     if not _control().bank.is_current(lora_request.lora_int_id, version):
         raise VLLMValidationError(f"{lora_request.lora_name}: its bundle or adapter was dropped just now")
+
+
+async def _check_model(original: Any, serving: Any, request: Any) -> Any:
+    from vllm.entrypoints.serve import create_error_response
+
+    refused = await original(serving, request)
+    if refused is None and (why := await _unreadable(request.model)):
+        status = HTTPStatus.FAILED_DEPENDENCY
+        refused = create_error_response(message=why, err_type="generation", status_code=status)
+    return refused
+
+
+async def _check_pooling_model(original: Any, serving: Any, request: Any) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
+    refused = await original(serving, request)
+    if refused is None and (why := await _unreadable(request.model)):
+        raise VLLMValidationError(why)
+    return refused
+
+
+async def _unreadable(name: str | None) -> str:
+    """Why a user's numbers cannot be read from the bundle, "" where they can."""
+    control = _control()
+    if not name or not control.unchecked(name):
+        return ""
+    try:
+        await asyncio.to_thread(control.check_user, name)
+    except BundleError as error:
+        return str(error)
+    return ""
 
 
 async def _show_available_models(original: Any, serving: Any) -> Any:
