@@ -11,16 +11,21 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import served
 from soppu.compress import Bundle
 from soppu.compress.bundle import envelope
 from soppu.compress.codec import basis, streams
-from tests.soppu.compress.handmade import Plan, make
+from soppu.compress.codec.page import PageWriter
+from soppu.compress.numbers.components import Components, Side
+from soppu.compress.numbers.quantise import quantise
+from tests.soppu.compress.handmade import Plan, components, make
 
 COMPONENTS, WIDTH, RANK = 8, 2, 16
 PAGE, DISTINCT = 25, 4  # users of a page, as `PageWriter` closes it; distinct pages
@@ -29,8 +34,23 @@ _FORM = (8, WIDTH, 8, WIDTH)
 
 def example() -> Bundle:
     """The distinct pages and the bases, as a bundle of their own."""
-    forms, k = [[_FORM] * COMPONENTS] * (PAGE * DISTINCT), (RANK, RANK)
-    return make(Plan(forms, served.PIPELINE, k=k, widths=(8, 8), pages=(PAGE,) * DISTINCT), seed=0)
+    forms, k = [[_FORM] * COMPONENTS] * PAGE, (RANK, RANK)
+    generator, writer = torch.Generator().manual_seed(0), PageWriter()
+    for _ in range(DISTINCT):
+        parts = [components(forms, shape, k, generator) for shape in served.PIPELINE.values()]
+        writer.add([_normal(part, generator) for part in parts], users=PAGE)
+        writer.close()
+    made = make(Plan(forms[:1], served.PIPELINE, k=k, widths=(8, 8)), seed=0)
+    return replace(made, pages=writer.close())
+
+
+def _normal(part: Components, generator: torch.Generator) -> Components:
+    """The same with own numbers that are quantised from a normal distribution, as adapters' nearly are."""
+
+    def side(one: Side) -> Side:
+        return replace(one, own=quantise(torch.randn(one.own.shape, generator=generator), WIDTH))
+
+    return replace(part, left=side(part.left), right=side(part.right), gain=part.gain.abs().clamp(0.5, 2.0))
 
 
 def name(number: int) -> str:
