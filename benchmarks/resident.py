@@ -134,7 +134,7 @@ def ask(started: Server, users: int, asked: int) -> dict[str, Any]:
         warm.append(started.first_token(many_users.name(number)))
         memory.append(started.rss)
     after = started.figures()
-    reads = 'soppu_resident_lookups_total{outcome="read"}'
+    reads = 'soppu_resident_reads_total{outcome="success"}'
     assert after[reads] - before[reads] == len(cold)
     return {
         "cold_ms": _percentiles(cold),

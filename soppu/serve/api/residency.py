@@ -26,11 +26,12 @@ def families(figures: Figures, bundles: Mapping[str, Sequence[str]], *, active: 
     }
     for name, (what, value) in gauges.items():
         yield GaugeMetricFamily(name, what, value=value)
-    what = "Users asked for, by whether they were in memory or had to be read from the bundle"
-    lookups = CounterMetricFamily("soppu_resident_lookups", what, labels=["outcome"])
-    lookups.add_metric(["hit"], figures.hits)
-    lookups.add_metric(["read"], figures.reads - figures.failures)
-    lookups.add_metric(["failed"], figures.failures)
-    yield lookups
+    what = "Times that a user's numbers were taken for a request, or a batch"
+    yield CounterMetricFamily("soppu_resident_uses", what, value=figures.uses)
+    what = "Times that a user had to be read from the bundle for that"
+    reads = CounterMetricFamily("soppu_resident_reads", what, labels=["outcome"])
+    reads.add_metric(["success"], figures.reads - figures.failures)
+    reads.add_metric(["failure"], figures.failures)
+    yield reads
     what = "Users who were let go to make room"
     yield CounterMetricFamily("soppu_resident_evictions", what, value=figures.evictions)

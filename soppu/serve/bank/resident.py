@@ -44,7 +44,7 @@ class Figures:
     weight: int = 0
     limit: int = 0
     used: int = 0  # of `count`, those that somebody uses
-    hits: int = 0
+    uses: int = 0  # leases given
     reads: int = 0  # begun
     failures: int = 0
     evictions: int = 0
@@ -77,7 +77,7 @@ class Residents(Generic[K, V]):
         self._unread: dict[K, Future[_Resident[V]]] = {}
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="soppu-reader")
-        self._weight = self._hits = self._reads = self._failures = self._evictions = 0
+        self._weight = self._uses = self._reads = self._failures = self._evictions = 0
 
     def values(self) -> dict[K, V]:
         """Key -> what is loaded now, least recently used first."""
@@ -91,7 +91,7 @@ class Residents(Generic[K, V]):
         """What there is now. O(count)."""
         with self._lock:
             used = sum(1 for resident in self._residents.values() if resident.leases)
-            done = self._hits, self._reads, self._failures, self._evictions
+            done = self._uses, self._reads, self._failures, self._evictions
             return Figures(len(self._residents), self._weight, self._limit, used, *done)
 
     def reading(self, key: K) -> Future[Any] | None:
@@ -111,13 +111,16 @@ class Residents(Generic[K, V]):
         """
         with self._lock:
             if resident := self._residents.get(key):
-                self._hits += 1
+                self._uses += 1
                 made = resident.lease(lease)
                 self._used(key)
                 return made
             future = self._start(key)
         # from the future, not from the table, which may have let go of it meanwhile
-        return future.result().lease(lease)
+        resident = future.result()
+        with self._lock:
+            self._uses += 1
+            return resident.lease(lease)
 
     def forget(self, which: Callable[[K], bool]) -> None:
         """Let go of all these; who uses one keeps it."""

@@ -104,8 +104,8 @@ def test_requests_are_counted_under_loraxs_names_and_by_adapter(server: Server) 
     assert after[("soppu_bundle_users", "true", server.bundle_id[:12])] == len(USERS)
     assert after[("soppu_resident_users", "in_use")] + after[("soppu_resident_users", "idle")] == 2
     assert 0 < after[("soppu_resident_bytes",)] < after[("soppu_resident_limit_bytes",)] == 1 << 30
-    assert grown[("soppu_resident_lookups_total", "read")] == 2
-    assert grown[("soppu_resident_lookups_total", "hit")] >= 1
+    assert grown[("soppu_resident_reads_total", "success")] == 2
+    assert grown[("soppu_resident_uses_total",)] == 3
     assert grown[("soppu_resident_evictions_total",)] == 0
     deadline = time.monotonic() + 30
     while server.figures()[("lorax_batch_current_size",)]:  # a row leaves a moment after its last token
