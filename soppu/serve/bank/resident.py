@@ -153,20 +153,28 @@ class Residents(Generic[K, V]):
             with self._lock:
                 del self._unread[key]
 
+    def trim(self) -> None:
+        """Let go of what is over the limit: what was in use may be in use no more."""
+        with self._lock:
+            self._make_room()
+
     def _used(self, key: K) -> None:
         """Make it the most recently used, and let go of others beyond the limit, the oldest first."""
         self._residents.move_to_end(key)
-        if self._weight > self._limit:
-            over, chosen = self._weight - self._limit, []
-            for other, held in self._residents.items():
-                if over <= 0:
+        self._make_room(keep=key)
+
+    def _make_room(self, keep: K | None = None) -> None:
+        if (over := self._weight - self._limit) <= 0:
+            return
+        chosen = []
+        for key, held in self._residents.items():
+            if not held.leases and key != keep:
+                chosen.append(key)
+                if (over := over - held.weight) <= 0:
                     break
-                if not held.leases and other != key:
-                    chosen.append(other)
-                    over -= held.weight
-            for other in chosen:
-                self._drop(other)
-                self._evictions += 1
+        for key in chosen:
+            self._drop(key)
+            self._evictions += 1
 
     def _drop(self, key: K) -> None:
         self._weight -= self._residents.pop(key).weight

@@ -158,6 +158,12 @@ class Bounded(RuleBasedStateMachine):
             self.table.take(13, _Lease)
         assert 13 not in self.table
 
+    @rule()
+    def trim(self) -> None:
+        self.table.trim()
+        idle = [key for key in self.table.values() if not self.held.get(key) and key % 7]
+        assert self.table.figures().weight <= self.LIMIT or not idle
+
     @rule(odd=st.booleans())
     def forget(self, odd: bool) -> None:
         self.table.forget(lambda key: key % 2 == odd and not self.held.get(key))

@@ -88,6 +88,7 @@ class Residents(ABC):
         """
         if not (np.array_equal(rows, self._rows) and np.array_equal(counts, self._counts)):
             self._uses = {row: self._use(row) for row in np.unique(rows).tolist() if row}
+            self.table.trim()  # of rows that were in the batch before
             self._prepare(rows, np.asarray(counts))
             self._rows, self._counts = rows.copy(), np.array(counts)
 
