@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+_TOGETHER = 4096  # names that are made at a time
 
 
 class Users(Sequence[str]):
@@ -57,15 +58,28 @@ class Users(Sequence[str]):
 
     def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
         if isinstance(place, slice):
-            return tuple(self[one] for one in range(*place.indices(len(self))))
+            begin, end, step = place.indices(len(self))
+            return (
+                self._some(begin, end) if step == 1 else tuple(self[one] for one in range(begin, end, step))
+            )
         if not -len(self) <= place < len(self):
             raise IndexError(place)
         place %= len(self)
         begin = int(self._ends[place - 1]) if place else 0
         return self._names[begin : int(self._ends[place])].tobytes().decode()
 
+    def _some(self, begin: int, end: int) -> tuple[str, ...]:
+        """The names from `begin` up to, not including, `end`."""
+        if begin >= end:
+            return ()
+        start = int(self._ends[begin - 1]) if begin else 0
+        ends = (self._ends[begin:end] - start).tolist()
+        data = self._names[start : start + ends[-1]].tobytes()
+        return tuple(data[a:b].decode() for a, b in zip([0, *ends], ends, strict=False))
+
     def __iter__(self) -> Iterator[str]:
-        return (self[place] for place in range(len(self)))
+        for begin in range(0, len(self), _TOGETHER):
+            yield from self[begin : begin + _TOGETHER]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str) or len(self) != len(other):

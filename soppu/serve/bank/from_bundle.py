@@ -27,12 +27,10 @@ class Reading:
 
     `cuts`: the outputs and inputs of a module that a tensor-parallel rank holds, where these are not all.
     `thin`: a user with few components in a wide basis gets a record too, which is less than half of a core.
-    `all_bases`: bases that nobody refers to are kept too, for adapters that come later.
     """
 
     cuts: Mapping[str, tuple[range, range]] = field(default_factory=dict)
     thin: bool = False
-    all_bases: bool = False
 
 
 def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str, ModuleFactors]:
@@ -60,7 +58,7 @@ def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str,
     modules = {
         name: collected.pop(name).factors(records, number) for number, name in enumerate(list(bundle.shapes))
     }
-    return _stacked({name: factors for name, factors in modules.items() if _any(factors)})
+    return _stacked({name: factors for name, factors in modules.items() if factors.shared or factors.own})
 
 
 def frame(shelf: Shelf, *, cast: Cast) -> Frame:
@@ -85,12 +83,6 @@ def _kernel(like: Tensor) -> Kernel | None:
     """What adds records to layers of this type; None where they are widened."""
     kernel = kernels.choose("auto", device=like.device, dtype=like.dtype)
     return None if kernel is kernels.plain else kernel
-
-
-def _any(factors: ModuleFactors) -> bool:
-    """Whether anybody changes the module, or may later."""
-    both = any(U is not None and V is not None for U, V in factors.bases.values())
-    return bool(factors.shared) or factors.own is not None or both
 
 
 def _records(bundle: Bundle, parts: Sequence[Components], users: int, how: Reading) -> Records:
@@ -167,9 +159,9 @@ class _Collected:
         place, shared = torch.full((users,), -1), {}
         bases = dict[int, Sides]()
         some = self.shared.keys() | self.left | self.right
-        for cluster in range(len(self.bundle.bases[self.name])) if self.how.all_bases else sorted(some):
+        for cluster in sorted(some):
             U, V = self.bundle.matrices(self.name, cluster)
-            whole = cluster in self.shared or (self.how.all_bases and U is not None and V is not None)
+            whole = cluster in self.shared
             bases[cluster] = (
                 None if U is None or not (whole or cluster in self.left) else self._cast(U),
                 None if V is None or not (whole or cluster in self.right) else self._cast(V),

@@ -123,8 +123,9 @@ class Residents(Generic[K, V]):
             return resident.lease(lease)
 
     def forget(self, which: Callable[[K], bool]) -> None:
-        """Let go of all these; who uses one keeps it."""
+        """Let go of all these, and of those of them that are being read; who uses one keeps it."""
         with self._lock:
+            self._unread = {key: future for key, future in self._unread.items() if not which(key)}
             for key in [key for key in self._residents if which(key)]:
                 self._drop(key)
 
@@ -141,9 +142,10 @@ class Residents(Generic[K, V]):
             value = self._read(key)
             resident = _Resident(value, self._weigh(value))
             with self._lock:
-                self._residents[key] = resident
-                self._weight += resident.weight
-                self._used(key)
+                if key in self._unread and key not in self._residents:
+                    self._residents[key] = resident
+                    self._weight += resident.weight
+                    self._used(key)
             return resident
         except BaseException:
             with self._lock:
@@ -151,7 +153,7 @@ class Residents(Generic[K, V]):
             raise
         finally:
             with self._lock:
-                del self._unread[key]
+                self._unread.pop(key, None)
 
     def trim(self) -> None:
         """Let go of what is over the limit: what was in use may be in use no more."""

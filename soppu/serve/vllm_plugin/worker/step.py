@@ -21,6 +21,7 @@ from soppu.serve.bank.resident import Residents as Table
 from soppu.serve.layers.kernels import Basis, Kernel, Tokens
 from soppu.serve.vllm_plugin.worker.resident import Linear, Resident, Row
 
+_MOST_UNREAD = 1 << 20  # as many as a batch has
 _MOSTLY = 0.75  # above this share of a batch, computing all of it is faster than selecting tokens
 
 
@@ -43,7 +44,10 @@ class Residents(ABC):
         self.residents: dict[int, Resident] = {}  # by first row
         self.table: Table[tuple[int, int], Row]
         self.table = Table(
-            lambda key: self.residents[key[0]].read(key[1]), limit=limit, weigh=lambda row: row.size
+            lambda key: self.residents[key[0]].read(key[1]),
+            limit=limit,
+            weigh=lambda row: row.size,
+            most_unread=_MOST_UNREAD,
         )
         self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._uses: dict[int, tuple[Resident, Use]] = {}  # by row
@@ -87,10 +91,18 @@ class Residents(ABC):
             BundleError: a row that no resident bundle has, or one whose page is damaged.
         """
         if not (np.array_equal(rows, self._rows) and np.array_equal(counts, self._counts)):
+            self._read_ahead(rows)
             self._uses = {row: self._use(row) for row in np.unique(rows).tolist() if row}
             self.table.trim()  # of rows that were in the batch before
             self._prepare(rows, np.asarray(counts))
             self._rows, self._counts = rows.copy(), np.array(counts)
+
+    def _read_ahead(self, rows: np.ndarray) -> None:
+        """Have all newcomers read at once, two at a time."""
+        for row in np.unique(rows).tolist():
+            for start, resident in self.residents.items():
+                if start <= row < start + resident.spare.start:
+                    self.table.reading((start, row - start))
 
     def _use(self, row: int) -> tuple[Resident, Use]:
         for start, resident in self.residents.items():
