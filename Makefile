@@ -58,7 +58,7 @@ $(VENV)/.compiled: $(VENV)/.installed
 	$(BIN)/python -m pytest --collect-only --quiet > $@.log || (cat $@.log; exit 1)
 	mv $@.log $@
 
-.venv-lorax/.installed: tests/lorax_env.sh
+.venv-lorax/.installed: tests/lorax_env.sh | $(VENV)/.installed
 	bash tests/lorax_env.sh && touch $@
 
 .venv-vllm/.installed: tests/vllm_env.sh constraints-vllm.txt

@@ -12,6 +12,7 @@ kind=${2:-server}
 [ "$kind" = server ] || [ "$kind" = worker ] || { echo "$kind: allowed are server and worker" >&2; exit 2; }
 name=${1:-soppu-$kind:latest}
 python=${VENV:-.venv}/bin/python
+uv=${VENV:-.venv}/bin/uv
 context=.soppu/image
 official=python:3.11-slim-bookworm
 
@@ -24,7 +25,7 @@ gather() {
     mkdir -p "$1/wheels"
     # torch as `make setup` gets it: the build for the CPU, where pip is told where that is
     "$python" -m pip download --quiet --only-binary :all: --python-version 3.11 --constraint constraints.txt \
-        --dest "$1/wheels" --find-links "$context/library" pip "soppu[$2]" "${@:3}" \
+        --dest "$1/wheels" --find-links "$context/library" "soppu[$2]" "${@:3}" \
         2> >(grep -v 'is ignored: it is neither' >&2)
     rm -f "$1"/wheels/soppu-*.whl
     echo "$asked" >"$1/asked"
@@ -42,6 +43,7 @@ build() {
         fi
     fi
     version=$("$python" -c 'import soppu; print(soppu.__version__)')
+    cp "$uv" "$1/uv"   # runs in the build, without a library of its own
     "$cli" build --build-arg "$2" --build-arg VERSION="$version" --tag "$name" "$1" >"$1/log" 2>&1 ||
         { tail -n 20 "$1/log" >&2; exit 1; }
     echo "$name: $(($(docker image inspect --format '{{.Size}}' "$name") / 1000000)) MB on ${2#*=}"

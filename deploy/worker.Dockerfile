@@ -3,9 +3,9 @@ ARG SERVER=soppu-server:latest
 
 FROM ${SERVER} AS packages
 USER 0
+COPY uv /uv
 COPY wheels /wheels
-RUN PYTHONPATH=$(ls /wheels/pip-*.whl) python3 -m pip install --no-index --no-deps --no-compile --no-cache-dir --quiet \
-        --disable-pip-version-check --root-user-action ignore --target /opt/pipeline /wheels/*.whl \
+RUN /uv pip install --no-index --no-deps --no-cache --quiet --python python3 --target /opt/pipeline /wheels/*.whl \
     && HOME=/tmp PYTHONPATH=/opt/packages:/opt/pipeline python3 -c \
         'import asyncpg, docker, flwr.simulation, prefect.server.api.server, prefect.workers.process, ray, s3fs'
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.util
 import io
 import sys
 
@@ -43,8 +44,8 @@ COMMANDS = {
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
-# Package that a command needs -> the extra that installs it.
-EXTRAS = dict.fromkeys(("starlette", "uvicorn", "llguidance", "prometheus_client"), "serve")
+# Command -> the extra that it needs, and the packages in it.
+EXTRAS = {"serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))}
 
 
 class LazyGroup(click.Group):
@@ -55,16 +56,14 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command."""
+        """Import one command; what it needs and is not there is told before the seconds that takes."""
         if cmd_name not in COMMANDS:
             return None
-        try:
-            module = importlib.import_module(f"soppu.commands.{COMMANDS[cmd_name][0]}")
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if package not in EXTRAS:
-                raise
-            raise MissingExtra(f"soppu {cmd_name}", package=package, extra=EXTRAS[package]) from error
+        extra, packages = EXTRAS.get(cmd_name, ("", ()))
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtra(f"soppu {cmd_name}", package=package, extra=extra)
+        module = importlib.import_module(f"soppu.commands.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 

@@ -8,5 +8,6 @@ if "$venv/bin/python" -c "import importlib.metadata as m, lorax, sys; sys.exit(m
     exit 0
 fi
 rm -rf "$venv"
-"${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/pip" install --quiet --no-compile "lorax-client==$version" requests
+uv="$root/.venv/bin/uv"
+"$uv" venv --quiet --python "${PYTHON:-python3}" "$venv"
+"$uv" pip install --quiet --python "$venv/bin/python" "lorax-client==$version" requests

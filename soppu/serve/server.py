@@ -65,7 +65,7 @@ def run(options: ServeOptions) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
-        model = load_model(base, dtype=dtype).to(device)  # type: ignore[arg-type]
+        model = load_model(base, dtype=dtype).to(device)
         mount = Mount(options.mount, options.max_active_adapters) if options.mount else None
         resident = options.resident_mib << 20
         bank = AdapterBank(model, base_hash=base.hash, base_model=base.name, mount=mount, resident=resident)

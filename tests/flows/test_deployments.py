@@ -31,6 +31,7 @@ def test_the_nightly_deployment_gets_scheduled_runs_within_a_minute(pipeline: Pi
     assert until(lambda: pipeline.api("flow_runs/filter", waiting), timeout=60)
 
 
+@pytest.mark.long
 def test_down_and_up_again_has_a_worker_that_works(stack: Stack) -> None:
     """The worker that runs the pipelines of the other file."""
     assert down(stack)["worker"]

@@ -15,12 +15,11 @@ from soppu.federation.simulation import end_processes, free_port, mark_of
 from soppu.registry import Registry
 from tests.flows.driver import Pipeline, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 OUTAGE_S = float(os.environ.get("SOPPU_TEST_OUTAGE_S", "4"))  # by hand: a minute
 
 
-@pytest.mark.long
 def test_a_killed_simulation_is_retried_to_the_same_number_of_adapters(
     tiny_pipeline: Pipeline,
 ) -> None:

@@ -78,5 +78,5 @@ class Grammars:
         with self._lock:
             if self._table is None:
                 width = max(self._width, len(self._tokenizer))
-                self._table = from_tokenizer(self._tokenizer, n_vocab=width, eos_token=self._eos)  # type: ignore[arg-type]
+                self._table = from_tokenizer(self._tokenizer, n_vocab=width, eos_token=self._eos)
             return self._table
