@@ -224,6 +224,7 @@ class TargetConfig:
     lorax_dtype: Literal["float16", "bfloat16"] = "float16"
     drain_s: Natural = 60
     max_batch: Count = 16
+    resident_mib: Natural = 1024
     canary_prompt: str = "def main():"
     canary_tokens: Count = 4
     canary_compared: Natural = 1000

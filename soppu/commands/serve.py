@@ -111,6 +111,15 @@ def _limits(given: dict[str, Any]) -> EngineOptions:
     help="Adapters of --adapters in memory, beside those that running requests are on.",
 )
 @click.option(
+    "--resident-mib",
+    envvar="SOPPU_RESIDENT_MIB",
+    type=click.IntRange(0),
+    default=ServeOptions.resident_mib,
+    show_default=True,
+    help="MiB that users of bundles may take in memory, beside those that running requests are on; the others"
+    " are read from the bundle when they ask.",
+)
+@click.option(
     "--default-adapter-source",
     envvar="DEFAULT_ADAPTER_SOURCE",
     default=LOCAL,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from soppu import files
 from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve import admin_token as tokens
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank, Mount
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype
@@ -43,6 +43,7 @@ class ServeOptions:
     grace: float = 10.0  # seconds that requests under way get when the server is told to stop
     mount: Path | None = None  # a folder of adapters that requests name by their path below it
     max_active_adapters: int = Mount.max_active
+    resident_mib: int = DEFAULT_RESIDENT >> 20  # MiB of bundles' users that stay in memory
     admin_token: str = field(default="", repr=False)  # "" takes the one kept in the state folder
 
 
@@ -66,7 +67,8 @@ def run(options: ServeOptions) -> None:
         dtype = fastest_dtype(device) if options.dtype == "auto" else options.dtype
         model = load_model(base, dtype=dtype).to(device)
         mount = Mount(options.mount, options.max_active_adapters) if options.mount else None
-        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name, mount=mount)
+        resident = options.resident_mib << 20
+        bank = AdapterBank(model, base_hash=base.hash, base_model=base.name, mount=mount, resident=resident)
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)
@@ -104,9 +106,7 @@ def claim_port(host: str, port: int) -> socket.socket:
 
 def _preload(state: ServerState, options: ServeOptions) -> None:
     if options.bundle is not None:
-        bundle_id = files.sha256_file(options.bundle)
-        state.add_bundle(options.bundle, bundle_id=bundle_id)
-        state.activate(bundle_id)
+        state.activate(state.add_file(options.bundle))
     for name, folder in options.adapters:
         state.add_adapter(name, folder)
 

@@ -68,6 +68,7 @@ def _embedded(run: Run, settings: TargetConfig) -> EmbeddedTarget:
             log=state / "server.log",
             pid_file=state / "server.pid",
             max_batch=settings.max_batch,
+            resident_mib=settings.resident_mib,
             timeout=settings.start_timeout_s,
         )
     )
@@ -90,6 +91,7 @@ def _vllm(run: Run, settings: TargetConfig, first: Path | None) -> VllmTarget:
         pid_file=state / "vllm.pid",
         timeout=settings.start_timeout_s,
         options=("--max-num-seqs", str(settings.max_batch), *settings.vllm_options),
+        environment={"SOPPU_RESIDENT_MIB": str(settings.resident_mib)},
     )
     if target.start(launch) and not live:
         target.rollback("")  # it is active from the start there, and has to pass its canaries first

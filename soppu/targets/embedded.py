@@ -29,6 +29,7 @@ class ServerLaunch:
     dtype: str = "float32"
     threads: int = 0
     max_batch: int = 32
+    resident_mib: int = 1024  # MiB of bundles' users in memory, beside those in use
     timeout: float = 180.0  # seconds until it has to be healthy; loading the model counts
 
 
@@ -44,7 +45,7 @@ class EmbeddedTarget(HttpTarget):
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, search))}  # also from a checkout, anywhere
         if self._token:
             environment[tokens.VARIABLE] = self._token
-        names = ("model", "cache", "state", "dtype", "threads", "max_batch")
+        names = ("model", "cache", "state", "dtype", "threads", "max_batch", "resident_mib")
         options = self._options(**{name: getattr(launch, name) for name in names})
         command = [sys.executable, "-m", "soppu.cli", "serve", *options]
         server = process.Launch(command, launch.log, launch.pid_file, environment)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from reprlib import repr as show
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from soppu.compress.codec import basis, streams
 from soppu.compress.codec.basis import Bases
 from soppu.compress.codec.page import Page
 from soppu.compress.linalg.certificate import Certificate
+from soppu.compress.numbers.components import Components
 from soppu.errors import BundleError
 
 if TYPE_CHECKING:
     from soppu.compress.bundle.bundle import Bundle
 
-_FIELDS = ("base_model", "base_hash", "fan_in_fan_out")  # of a Bundle, as they are in the metadata
+FIELDS = ("base_model", "base_hash", "fan_in_fan_out")  # of a Bundle, as they are in the metadata
 _LISTS = ("users", "adapter_ids", "basis_saw")
 _FREE_METADATA = 1 << 20  # bytes of JSON in any file
 _METADATA_SHARE = 8  # and for each byte of the file
@@ -72,32 +74,49 @@ def _tensors(bundle: Bundle) -> dict[str, Tensor]:
     return tensors | {f"page.{number}": _bytes(one.data) for number, one in enumerate(bundle.pages)}
 
 
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a file says of itself, checked, before anything of a user's is decoded."""
+
+    meta: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int]]
+    ranks: Tensor  # (modules, n) int64
+    cluster: Tensor  # (n,) int64
+
+
+def contents(tensors: Mapping[str, Tensor], size: int, *, source: str) -> Contents:
+    """The contents of a file of `size` bytes; no page's bytes are looked at. O(n). Raises BundleError."""
+    meta = envelope.parse(_metadata_text(tensors, size, source), source)
+    schema.check(meta, source)
+    schema.check_tensors(meta, tensors, source)
+    modules, n = len(meta["modules"]), len(meta["users"])
+    shapes = {entry["name"]: (entry["out"], entry["in"]) for entry in meta["modules"]}
+    ranks = _counts(tensors["ranks"], (modules, n), f"{source}: ranks")
+    cluster = _counts(tensors["cluster"], (n,), f"{source}: cluster")
+    schema.check_members(meta, ranks, cluster, source)
+    return Contents(meta, shapes, ranks, cluster)
+
+
 def decode(data: bytes, *, source: str) -> dict[str, Any]:
     """The fields of the Bundle in a file of format 2. Its pages are for `check_page`. Raises BundleError."""
     tensors = envelope.decode(data, source=source)
-    meta = envelope.parse(_metadata_text(tensors, len(data), source), source)
-    schema.check(meta, source)
-    schema.check_tensors(meta, tensors, source)
-    names, n = [entry["name"] for entry in meta["modules"]], len(meta["users"])
-    shapes = {entry["name"]: (entry["out"], entry["in"]) for entry in meta["modules"]}
-    ranks = _counts(tensors["ranks"], (len(names), n), f"{source}: ranks")
-    cluster = _counts(tensors["cluster"], (n,), f"{source}: cluster")
-    schema.check_members(meta, ranks, cluster, source)
+    held = contents(tensors, len(data), source=source)
+    meta = held.meta
     firsts = np.cumsum([0, *meta["pages"]]).tolist()
     pages = tuple(
         Page(first, users, tensors[f"page.{number}"].numpy().tobytes())
         for number, (first, users) in enumerate(zip(firsts, meta["pages"], strict=False))
     )
     return dict(
-        **{name: meta[name] for name in _FIELDS},
+        **{name: meta[name] for name in FIELDS},
         **{name: tuple(meta[name]) for name in _LISTS},
-        shapes=shapes,
-        ranks=ranks,
-        bases=_bases(meta, tensors["bases"].numpy().tobytes(), source),
-        cluster=cluster,
+        shapes=held.shapes,
+        ranks=held.ranks,
+        bases=decode_bases(meta, tensors["bases"].numpy().tobytes(), source),
+        cluster=held.cluster,
         norm=tensors["norm"],
         pages=pages,
-        report=_report(meta, tensors, ranks),
+        report=_report(meta, tensors, held.ranks),
     )
 
 
@@ -112,25 +131,48 @@ def check_page(bundle: Bundle, number: int, *, source: str) -> None:
     except BundleError as error:
         raise BundleError(f"{source}: {error}") from None
     first, users = bundle.pages[number].first, bundle.pages[number].users
-    for (name, shape), part, ranks in zip(bundle.shapes.items(), parts, bundle.ranks, strict=True):
+    own, norm = bundle.ranks[:, first : first + users], bundle.norm[first : first + users]
+    names = bundle.users[first : first + users]
+    moved = [part.renumbered(torch.arange(first + users) - first) for part in parts]
+    check_parts(moved, Held(bundle.shapes, bundle.bases, own, norm, names), source=f"{source}: page {number}")
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What is known of some users: ranks (modules, n), norms (n,), names."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    bases: Mapping[str, Sequence[Bases]]
+    ranks: Tensor
+    norm: Tensor
+    names: Sequence[str]
+
+
+def check_parts(parts: Sequence[Components], held: Held, *, source: str) -> None:
+    """Hold components, their users numbered from 0, against what is known of these users. O(components).
+
+    Raises:
+        BundleError: more components than a user can have, or a gain that is no number.
+    """
+    for (name, shape), part, own in zip(held.shapes.items(), parts, held.ranks, strict=True):
         if not len(part):
             continue
-        where = f"{source}: page {number}: {name}"
-        own, k = ranks[first : first + users], max(side.k for side in bundle.bases[name][0])
+        k = max(side.k for side in held.bases[name][0])
         most = torch.where(own > 0, own.clamp(max=min(shape)).clamp(min=k), 0)
-        counts = torch.bincount(part.user - first, minlength=users)
+        counts = torch.bincount(part.user, minlength=len(own))
         if bool((counts > most).any()):
             user = int((counts > most).nonzero()[0])
-            found = f"{int(counts[user])} components of {show(bundle.users[first + user])}"
-            raise BundleError(f"{where}: {found}, allowed: {int(most[user])}, whose rank is {int(own[user])}")
-        if not bool(torch.isfinite(part.gain * bundle.norm[part.user]).all()):
-            raise BundleError(f"{where}: a gain times a norm is not a finite number")
+            found = f"{int(counts[user])} components of {show(held.names[user])}"
+            allowed = f"allowed: {int(most[user])}, whose rank is {int(own[user])}"
+            raise BundleError(f"{source}: {name}: {found}, {allowed}")
+        if not bool(torch.isfinite(part.gain * held.norm[part.user]).all()):
+            raise BundleError(f"{source}: {name}: a gain times a norm is not a finite number")
 
 
 def _metadata(bundle: Bundle) -> dict[str, Any]:
     report = bundle.report
     return {
-        **{name: getattr(bundle, name) for name in _FIELDS},
+        **{name: getattr(bundle, name) for name in FIELDS},
         **{name: list(getattr(bundle, name)) for name in _LISTS},
         "clusters": len(next(iter(bundle.bases.values()))),
         "pages": [one.users for one in bundle.pages],
@@ -148,7 +190,8 @@ def _metadata(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _bases(meta: Mapping[str, Any], data: bytes, source: str) -> dict[str, tuple[Bases, ...]]:
+def decode_bases(meta: Mapping[str, Any], data: bytes, source: str) -> dict[str, tuple[Bases, ...]]:
+    """Module -> output and input basis of every cluster, of the metadata's modules. Raises BundleError."""
     flat = [
         (width, k, d)
         for entry in meta["modules"]

@@ -6,6 +6,8 @@ place of the own numbers' width in `OWN_WIDTHS`.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,9 +41,14 @@ def check(modes: Modes, source: str) -> None:
 
 def gain_width(modes: Modes) -> int:
     """Gains are as exact as the numbers they belong to: of 16 bits where all of these are integers. O(m)."""
-    floats = len(FLOATS)
-    exact = (modes >> 4 >= len(COORDS_WIDTHS) - floats) | (modes & 15 >= len(OWN_WIDTHS) - floats)
-    return 32 if exact.any() else 16
+    return 32 if floats(modes).any() else 16
+
+
+def floats(modes: Modes) -> NDArray[np.bool_]:
+    """(m,) which components have numbers that are floats on either side. O(m)."""
+    last = len(FLOATS)
+    exact = (modes >> 4 >= len(COORDS_WIDTHS) - last) | (modes & 15 >= len(OWN_WIDTHS) - last)
+    return np.asarray(exact.any(1))
 
 
 class SideModes:
@@ -68,6 +75,22 @@ class SideModes:
             counts = np.bincount(self.widths(field))
             made |= {(field, int(width)): int(counts[width]) * columns for width in counts.nonzero()[0]}
         return made
+
+    def within(self, field: str, width: int, span: slice) -> tuple[int, int]:
+        """Where the numbers of the components in a span lie among this side's of one field and width."""
+        held = self.own_width if field == "own" else self.coords_width
+        same, columns = held == width, self.columns[field]
+        begin = int(same[: span.start].sum()) * columns
+        return begin, begin + int(same[span].sum()) * columns
+
+    def part(self, span: slice) -> SideModes:
+        """The same for the components in a span."""
+        if span == slice(0, len(self.axis)):
+            return self
+        part = copy.copy(self)
+        for name in ("coords_width", "own_width", "axis", "has_beta"):
+            setattr(part, name, getattr(self, name)[span])
+        return part
 
     def check(self, source: str) -> None:
         """Hold the coordinates against the basis. Raises BundleError."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from soppu.compress.codec import golomb, modes, streams
 from soppu.compress.codec.basis import Bases
@@ -83,9 +84,19 @@ def encode(parts: Sequence[Components], *, users: int) -> bytes:
 
 
 def decode(
-    data: bytes, shapes: Sequence[ModuleShape], *, users: int, first: int, source: str
+    data: bytes,
+    shapes: Sequence[ModuleShape],
+    *,
+    users: int,
+    first: int,
+    source: str,
+    only: int | None = None,
 ) -> list[Components]:
     """The components of a page, one entry for every module; users are numbered from `first` on. O(size).
+
+    Args:
+        only: the place of one user in the page, whose components alone are made: all of the page is
+            inflated and held against its sizes, and a fraction of the time is needed.
 
     Raises:
         BundleError: the bytes are not a page of these users and modules.
@@ -100,14 +111,46 @@ def decode(
         codes.append(SideModes(part[:, 1], here, features=shape.inn, k=shape.k_in))
     for code in codes:
         code.check(source)
-    sides = reader.sides(codes)
-    numbers = np.arange(first, first + users)
+    asked = slice(None) if only is None else slice(only, only + 1)
+    spans = [_span(here, asked) for here in counts]
+    sides = reader.sides(codes, [span for span in spans for _ in range(2)])
+    numbers = np.arange(first, first + users)[asked]
     return [
-        Components(torch.from_numpy(np.repeat(numbers, here)), torch.from_numpy(gain), left, right)
-        for here, gain, left, right in zip(
-            counts, np.split(gains, ends[:-1]), sides[::2], sides[1::2], strict=True
+        Components(
+            torch.from_numpy(np.repeat(numbers, here[asked])), torch.from_numpy(gain[span]), left, right
+        )
+        for here, gain, span, left, right in zip(
+            counts, np.split(gains, ends[:-1]), spans, sides[::2], sides[1::2], strict=True
         )
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What a page says of its users without its numbers, (modules, users) each."""
+
+    counts: Counts  # components
+    own: Counts  # of these, those with numbers of their own
+    floats: Counts  # of these, those with floats among their own or their coordinates
+
+
+def survey(data: bytes, *, modules: int, users: int, source: str) -> Survey:
+    """How many components of which form everybody has. O(components). Raises BundleError."""
+    reader = _Reader(data, source)
+    counts = reader.counts(modules, users)
+    found, _ = reader.components(int(counts.sum()))
+    whose = np.repeat(np.arange(modules * users), counts.reshape(-1))
+
+    def each(some: NDArray[np.bool_]) -> Counts:
+        return np.bincount(whose[some], minlength=modules * users).reshape(modules, users)
+
+    return Survey(counts, each(np.asarray((found & 15 > 0).any(1))), each(modes.floats(found)))
+
+
+def _span(counts: Counts, asked: slice) -> slice:
+    """Where the components of the users that are asked for lie among a module's."""
+    begin = int(counts[: asked.start or 0].sum())
+    return slice(begin, begin + int(counts[asked].sum()))
 
 
 class _Reader:
@@ -132,8 +175,8 @@ class _Reader:
         width = modes.gain_width(found)
         return found, streams.unpack_floats(gains, count=count, width=width, source=self.source)
 
-    def sides(self, codes: Sequence[SideModes]) -> list[Side]:
-        """The sides of all modules, in order."""
+    def sides(self, codes: Sequence[SideModes], spans: Sequence[slice]) -> list[Side]:
+        """The sides of all modules, in order: of each the components in its span."""
         ends = np.cumsum([int(code.has_beta.sum()) for code in codes])
         flat = streams.unpack_floats(next(self._parts), count=int(ends[-1]), width=16, source=self.source)
         betas = np.split(flat, ends[:-1])
@@ -144,22 +187,26 @@ class _Reader:
                 held[numbers].append((place, size))
         for (field, width), wanted in held.items():
             total = sum(size for _, size in wanted)
-            flat, at = _unpack(next(self._parts), total, field, width, source=self.source), 0
+            numbers_ = _Numbers(next(self._parts), total, field, width, self.source)
+            at = 0
             for place, size in wanted:
-                pieces[place][field, width], at = flat[at : at + size], at + size
-        return [_side(*one) for one in zip(codes, pieces, betas, strict=True)]
+                begin, end = codes[place].within(field, width, spans[place])
+                pieces[place][field, width] = numbers_.take(at + begin, at + end)
+                at += size
+        return [_side(*one) for one in zip(codes, spans, pieces, betas, strict=True)]
 
 
-def _side(code: SideModes, pieces: dict[tuple[str, int], Floats], betas: Floats) -> Side:
+def _side(code: SideModes, span: slice, pieces: dict[tuple[str, int], Floats], betas: Floats) -> Side:
     beta = (code.own_width > 0).astype(np.float32)
     beta[code.has_beta] = betas
+    here = code.part(span)
     return Side(
-        coords_width=torch.from_numpy(code.coords_width),
-        own_width=torch.from_numpy(code.own_width),
-        axis=torch.from_numpy(code.axis),
-        coords=_joined(code, "coords", pieces),
-        own=_joined(code, "own", pieces),
-        beta=torch.from_numpy(beta),
+        coords_width=torch.from_numpy(here.coords_width),
+        own_width=torch.from_numpy(here.own_width),
+        axis=torch.from_numpy(here.axis),
+        coords=_joined(here, "coords", pieces),
+        own=_joined(here, "own", pieces),
+        beta=torch.from_numpy(beta[span]),
     )
 
 
@@ -204,16 +251,30 @@ def _pack(numbers: Floats, field: str, width: int) -> bytes:
     return data
 
 
-def _unpack(data: bytes, count: int, field: str, width: int, *, source: str) -> Floats:
-    if width in FLOATS:
-        return streams.unpack_floats(data, count=count, width=width, source=source)
-    if width != TERNARY or not count:
-        limit = _LIMITS[field, width]
-        steps = streams.unpack(data, count=count, limit=limit, source=source).astype(np.float32)
-        return steps / np.float32(limit) if field == "coords" else steps
-    if count > _most_ternary(data):
-        raise BundleError(f"{source}: {count} ternary numbers announced, {len(data)} bytes cannot hold them")
-    return golomb.decode(data, size=count, source=source).astype(np.float32)
+class _Numbers:
+    """The numbers of one stream: inflated and checked as a whole, made floats where they are taken."""
+
+    def __init__(self, data: bytes, count: int, field: str, width: int, source: str) -> None:
+        self._scale = np.float32(1)
+        self._digits: streams.Digits | None = None
+        self._flat = np.zeros(0, np.float32)
+        if width in FLOATS:
+            self._flat = streams.unpack_floats(data, count=count, width=width, source=source)
+        elif width == TERNARY and count:
+            if count > _most_ternary(data):
+                held = f"{len(data)} bytes cannot hold them"
+                raise BundleError(f"{source}: {count} ternary numbers announced, {held}")
+            self._flat = golomb.decode(data, size=count, source=source).astype(np.float32)
+        else:
+            limit = _LIMITS[field, width]
+            self._scale = np.float32(limit if field == "coords" else 1)
+            self._digits = streams.Digits(data, count=count, limit=limit, source=source)
+
+    def take(self, begin: int, end: int) -> Floats:
+        """The numbers from `begin` up to, not including, `end`."""
+        if self._digits is None:
+            return self._flat[begin:end]
+        return self._digits.take(begin, end).astype(np.float32) / self._scale
 
 
 def _most_ternary(data: bytes) -> int:

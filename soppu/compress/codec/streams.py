@@ -52,21 +52,41 @@ def unpack(data: bytes, *, count: int, limit: int, source: str) -> NDArray[np.in
     Raises:
         BundleError: the stream does not hold exactly that many, or one is out of range.
     """
-    if not count:
-        if data:
+    return Digits(data, count=count, limit=limit, source=source).take(0, count)
+
+
+class Digits:
+    """What `pack` coded, inflated and checked as a whole, and taken apart where it is asked for."""
+
+    def __init__(self, data: bytes, *, count: int, limit: int, source: str) -> None:
+        """O(count). Raises BundleError as `unpack`."""
+        self._limit, self._group = limit, _GROUPS.get(limit, 1)
+        if not count and data:
             raise BundleError(f"{source}: a stream of {len(data)} bytes for no numbers")
-        return np.zeros(0, np.int8)
-    group, base = _GROUPS.get(limit, 1), 2 * limit + 1
-    size = -(-count // group)
-    packed = np.frombuffer(inflate(data, size=size, source=source, huffman=True), np.uint8)
-    if packed.max() >= base**group:
-        raise BundleError(f"{source}: byte {packed.max()} in a stream of numbers from -{limit} to {limit}")
-    if group == 1:
-        return (packed.astype(np.int16) - limit).astype(np.int8)
-    digits = np.empty((size, group), np.uint8)
-    for column in reversed(range(group)):
-        packed, digits[:, column] = np.divmod(packed, np.uint8(base))
-    return (digits.reshape(-1)[:count].astype(np.int16) - limit).astype(np.int8)
+        size = -(-count // self._group)
+        raw = inflate(data, size=size, source=source, huffman=True) if count else b""
+        self._packed = np.frombuffer(raw, np.uint8)
+        if count and self._packed.max() >= self._base**self._group:
+            raise BundleError(
+                f"{source}: byte {self._packed.max()} in a stream of numbers from -{limit} to {limit}"
+            )
+
+    @property
+    def _base(self) -> int:
+        return 2 * self._limit + 1
+
+    def take(self, begin: int, end: int) -> NDArray[np.int8]:
+        """The integers from `begin` up to, not including, `end`. O(end - begin)."""
+        group = self._group
+        first = begin // group
+        packed = self._packed[first : -(-end // group)]
+        if group == 1:
+            return (packed.astype(np.int16) - self._limit).astype(np.int8)
+        digits = np.empty((len(packed), group), np.uint8)
+        for column in reversed(range(group)):
+            packed, digits[:, column] = np.divmod(packed, np.uint8(self._base))
+        chosen = digits.reshape(-1)[begin - first * group : end - first * group]
+        return (chosen.astype(np.int16) - self._limit).astype(np.int8)
 
 
 def pack_floats(values: Floats, width: int) -> bytes:

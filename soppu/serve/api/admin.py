@@ -95,11 +95,15 @@ class AdminApi:
         """Every loaded bundle with its users; which one is active."""
         bank = self._served().bank
         active = bank.active
-        bundles = [
-            {"bundle_id": bundle_id, "active": bundle_id == active, "users": list(users)}
-            for bundle_id, users in bank.bundles().items()
-        ]
-        return JSONResponse({"active": active, "bundles": bundles})
+
+        def listed() -> Response:  # off the event loop: there may be a million users
+            bundles = [
+                {"bundle_id": bundle_id, "active": bundle_id == active, "users": list(users)}
+                for bundle_id, users in bank.bundles().items()
+            ]
+            return JSONResponse({"active": active, "bundles": bundles})
+
+        return await run_in_threadpool(listed)
 
     async def put_bundle(self, request: Request) -> Response:
         """Store and stage a bundle; the body is the file. 201 new, 200 already there, 422 another content."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from soppu.errors import RequestError
+from soppu.serve.api import residency
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, GenerationRequest, Sink
 from soppu.serve.names import split_version
@@ -67,13 +68,14 @@ class Metrics:
         self._gauge("lorax_queue_length", "Requests that wait").set_function(lambda: engine.waiting)
         self._gauge("lorax_batch_current_size", "Requests in the batch").set_function(lambda: engine.running)
         resident = Gauge("soppu_adapters_resident", "Adapters in memory", ["kind"], registry=registry)
-        resident.labels("user").set_function(lambda: len(self._users()))
+        resident.labels("user").set_function(lambda: engine.bank.figures().count)
         resident.labels("single").set_function(lambda: len(engine.bank.adapters()))
         resident.labels("path").set_function(lambda: len(engine.bank.residents()))
         self._gauge("soppu_bundles_resident", "Bundles in memory").set_function(
             lambda: len(engine.bank.bundles())
         )
         registry.register(_CacheFigures(engine))
+        registry.register(_Residency(engine))
         self._resident = Gauge(
             "soppu_adapter_resident", "1 while the adapter is in memory", ["adapter"], registry=registry
         )
@@ -91,10 +93,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The registry's families without the times of creation, LoRAX's under LoRAX's names."""
-        bank = self._engine.bank
-        held = {*self._users(), *bank.adapters(), *bank.residents()}
         for adapter in list(self._adapters):
-            self._resident.labels(adapter).set(adapter in held)
+            self._resident.labels(adapter).set(self._engine.bank.in_memory(adapter))
         for metric in self._registry.collect():
             metric.samples = [_named(sample) for sample in metric.samples if not _is_creation(sample)]
             yield metric
@@ -144,10 +144,6 @@ class Metrics:
         self._adapters.add(adapter)
         return adapter
 
-    def _users(self) -> Sequence[str]:
-        bank = self._engine.bank
-        return bank.bundles().get(bank.active, ())
-
     def _gauge(self, name: str, what: str) -> Gauge:
         return Gauge(name, what, registry=self._registry)
 
@@ -182,6 +178,17 @@ class _CacheFigures(Collector):
             tokens.add_metric([layers, "hit"], found)
             tokens.add_metric([layers, "miss"], asked - found)
         yield tokens
+
+
+class _Residency(Collector):
+    """Who is served, and who of them is in memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._bank = engine.bank
+
+    def collect(self) -> Iterator[Metric]:
+        """See `residency.families`."""
+        yield from residency.families(self._bank.figures(), self._bank.bundles(), active=self._bank.active)
 
 
 class MeteredEngine:

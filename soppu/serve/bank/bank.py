@@ -8,6 +8,7 @@ to, so the tensors of a version live until the last request on it has finished. 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -21,17 +22,21 @@ from soppu import base_identity
 from soppu.adapter import LoraAdapter, LoraPair, check_shapes, validate
 from soppu.base_identity import Base
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.models import linear_shapes
-from soppu.serve.bank import folders, from_bundle, holdings
-from soppu.serve.bank.holdings import Answer, Holder, LoadedAdapter
-from soppu.serve.bank.resident import Residents
+from soppu.serve.bank import folders, from_bundle, holdings, one_user
+from soppu.serve.bank.from_bundle import Reading
+from soppu.serve.bank.holdings import Answer, BundleUsers, Holder, LoadedAdapter
+from soppu.serve.bank.resident import DEFAULT_RESIDENT, Figures, Residents
 from soppu.serve.layers.adapted_linear import Router, install
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
+from soppu.serve.layers.frame import Frame
 from soppu.serve.refusals import failed
 
 _LOG = logging.getLogger(__name__)
 Resolved = holdings.Resolved[Slot]
+_MOST_UNREAD = 4096  # users that may wait to be read: a queue's length is the engine's affair
 
 
 @dataclass(frozen=True)
@@ -42,24 +47,50 @@ class Mount:
     max_active: int = 1024  # adapters of it in memory at once, beside those that running requests are on
 
 
-class AdapterBank(Holder[Slot, LoadedAdapter]):
-    """Loaded bundles and PEFT adapters of one model. Every method may be called from any thread."""
+@dataclass(frozen=True, eq=False)
+class _Version:
+    """A loaded bundle: its users where they lie, and its bases in memory."""
+
+    shelf: Shelf
+    frame: Frame
+
+
+Ticket = tuple[_Version, int]  # a user of a bundle, by place: what is read when somebody asks
+_OVERHEAD = 2048  # bytes of a user in memory beside the user's numbers
+
+
+class AdapterBank(Holder[Slot | Ticket, LoadedAdapter]):
+    """Loaded bundles and PEFT adapters of one model. Every method may be called from any thread.
+
+    Args:
+        resident: bytes of bundles' users that stay in memory, beside those that running requests are on;
+            the others are read from the bundle when they ask.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, *, base_hash: str, base_model: str = "", mount: Mount | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        base_hash: str,
+        base_model: str = "",
+        mount: Mount | None = None,
+        resident: int = DEFAULT_RESIDENT,
     ) -> None:
         super().__init__()
         self._mount = mount
-        limit = mount.max_active if mount else 0
-        self._residents: Residents[Slot] = Residents(self._read, limit=limit)
+        self._folders: Residents[str, LoadedAdapter]
+        self._folders = Residents(self._read, limit=mount.max_active if mount else 0)
+        self._users: Residents[Ticket, BundleSlot]
+        self._users = Residents(_read_user, limit=resident, weigh=_weight, most_unread=_MOST_UNREAD)
         self.base = Base(base_model, base_hash)
         self.router = Router()
         self._model = model
         self._dtype = model.dtype
         self._shapes = linear_shapes(model)
+        self._versions: dict[str, _Version] = {}
 
-    def stage(self, bundle: Bundle, *, bundle_id: str) -> None:
-        """Load a bundle so that "user@<bundle id>" is served. Loading it again changes nothing.
+    def stage(self, bundle: Bundle | Shelf, *, bundle_id: str) -> None:
+        """Load a bundle so that "user@<bundle id>" is served. Loading it again changes nothing. O(bases).
 
         Raises:
             BundleError: it was made for another base model, or names a module the model does not have or has
@@ -67,18 +98,21 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         """
         if bundle_id in self._held.bundles:
             return
-        self._check(bundle, bundle_id)
-        factors = from_bundle.read(bundle, cast=self._cast)
-        members = zip(bundle.users, bundle.cluster.tolist(), strict=True)
-        users = {user: BundleSlot(factors, index, cluster) for index, (user, cluster) in enumerate(members)}
+        shelf = bundle if isinstance(bundle, Shelf) else Shelf.of(bundle)
+        self._check(shelf, bundle_id)
+        version = _Version(shelf, from_bundle.frame(shelf, cast=self._cast))
         with self._changing:
-            install(self._model, factors, router=self.router)
+            install(self._model, version.frame, router=self.router)
+            users = BundleUsers[Slot | Ticket](shelf.users, lambda place: (version, place))
             self._become(self._held.stage(bundle_id, users))
+            self._versions[bundle_id] = version
 
     def drop(self, bundle_id: str) -> None:
         """Forget a bundle. Requests under way finish on it. BundleError if it is active or not loaded."""
         with self._changing:
             self._become(self._held.drop(bundle_id))
+            version = self._versions.pop(bundle_id)
+        self._users.forget(lambda ticket: ticket[0] is version)
 
     def add(self, name: str, adapter: LoraAdapter) -> None:
         """Load a PEFT adapter under `name`, or replace it; requests under way finish on the old one.
@@ -110,9 +144,13 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         if not adapter_id:
             return Resolved()
         resolved = self._held.resolve(adapter_id)
-        if not isinstance(resolved, str):
-            return replace(resolved, adapter_id=adapter_id)
-        return self._residents.take(self._path(adapter_id), adapter_id=adapter_id)
+        if isinstance(resolved, str):
+            make = _lease_of_folder(adapter_id)
+            return self._folders.take(self._path(adapter_id), make)
+        if isinstance(resolved.where, tuple):
+            version = resolved.version
+            return self._users.take(resolved.where, lambda slot: Resolved(adapter_id, version, slot))
+        return Resolved(adapter_id, resolved.version, resolved.where)
 
     def reading(self, adapter_id: str) -> Future[Any] | None:
         """What to wait for before `resolve`, so that it does not block; None for nothing. Never blocks.
@@ -120,13 +158,27 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         Raises:
             RequestError: as `resolve`, where no disk is needed to know it.
         """
-        if not adapter_id or not isinstance(self._held.resolve(adapter_id), str):
+        if not adapter_id:
             return None
-        return self._residents.reading(self._path(adapter_id))
+        resolved = self._held.resolve(adapter_id)
+        if isinstance(resolved, str):
+            return self._folders.reading(self._path(adapter_id))
+        return self._users.reading(resolved.where) if isinstance(resolved.where, tuple) else None
 
     def residents(self) -> dict[str, LoadedAdapter]:
         """Path -> adapter, of those in memory that requests named by their path."""
-        return self._residents.adapters()
+        return self._folders.values()
+
+    def in_memory(self, adapter_id: str) -> bool:
+        """Whether what an id means now is in memory: a user's numbers, or an adapter."""
+        resolved = self._held.resolve(adapter_id)
+        if isinstance(resolved, str):
+            return adapter_id in self._folders
+        return resolved.where in self._users if isinstance(resolved.where, tuple) else True
+
+    def figures(self) -> Figures:
+        """Of bundles' users: how many are in memory, in which bytes, and what came and went."""
+        return self._users.figures()
 
     def answers(self, user: str) -> Answer | None:
         """As of a holder; folders in a folder of the user's name are the user's too, while loaded."""
@@ -176,7 +228,7 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         }
         return LoadedAdapter.of(adapter, self.base, where=PairSlot(pairs))
 
-    def _check(self, bundle: Bundle, bundle_id: str) -> None:
+    def _check(self, bundle: Shelf, bundle_id: str) -> None:
         who = f"bundle {bundle_id[:12]}"
         base_identity.check(bundle.base, self.base, who=who, whose="this server has", error=BundleError)
         for name, shape in bundle.shapes.items():
@@ -191,3 +243,22 @@ class AdapterBank(Holder[Slot, LoadedAdapter]):
         # a quantised layer's weights are integers
         dtype = weight.dtype if weight.is_floating_point() else self._dtype
         return tensor.to(device=weight.device, dtype=dtype).contiguous()
+
+
+def _read_user(ticket: Ticket) -> BundleSlot:
+    """A user's slot, in a thread of `Residents`. RequestError 424 where the bundle's page is damaged."""
+    (shelf, frame), place = (ticket[0].shelf, ticket[0].frame), ticket[1]
+    try:
+        user = one_user.read(shelf, place, Reading(thin=frame.reads_records))
+    except (BundleError, RuntimeError, MemoryError) as error:  # of torch: no memory on the device
+        raise failed(str(error) or type(error).__name__) from None
+    return BundleSlot(frame, place, user.cluster, frame.numbers(user.cores, user.record))
+
+
+def _weight(slot: BundleSlot) -> int:
+    assert slot.numbers is not None  # as `_read_user` makes them
+    return slot.numbers.size + _OVERHEAD
+
+
+def _lease_of_folder(adapter_id: str) -> Callable[[LoadedAdapter], Resolved]:
+    return lambda adapter: Resolved(adapter_id, adapter.content_hash, adapter.where)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle, Matrices
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, ordinals
 from soppu.serve.layers import kernels
 from soppu.serve.layers.factors import ModuleFactors, OwnNumbers, SharedFactors, Stack
-from soppu.serve.layers.kernels import Sides
+from soppu.serve.layers.frame import Frame
+from soppu.serve.layers.kernels import Kernel, Sides
 from soppu.serve.layers.records import Records, pack
 
 # (module name, tensor) -> the tensor on that layer's device, in the type the layer computes in
@@ -25,12 +27,10 @@ class Reading:
 
     `cuts`: the outputs and inputs of a module that a tensor-parallel rank holds, where these are not all.
     `thin`: a user with few components in a wide basis gets a record too, which is less than half of a core.
-    `all_bases`: bases that nobody refers to are kept too, for adapters that come later.
     """
 
     cuts: Mapping[str, tuple[range, range]] = field(default_factory=dict)
     thin: bool = False
-    all_bases: bool = False
 
 
 def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str, ModuleFactors]:
@@ -58,13 +58,31 @@ def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str,
     modules = {
         name: collected.pop(name).factors(records, number) for number, name in enumerate(list(bundle.shapes))
     }
-    return _stacked({name: factors for name, factors in modules.items() if _any(factors)})
+    return _stacked({name: factors for name, factors in modules.items() if factors.shared or factors.own})
 
 
-def _any(factors: ModuleFactors) -> bool:
-    """Whether anybody changes the module, or may later."""
-    both = any(U is not None and V is not None for U, V in factors.bases.values())
-    return bool(factors.shared) or factors.own is not None or both
+def frame(shelf: Shelf, *, cast: Cast) -> Frame:
+    """A bundle's modules for users who are read one at a time: the bases of all clusters. O(bases)."""
+    shapes = tuple(shelf.shapes.values())
+    ranks = tuple((clusters[0][0].k, clusters[0][1].k) for clusters in shelf.bases.values())
+    nobody = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), shapes, ranks)
+    modules = {}
+    for number, name in enumerate(shelf.shapes):
+        pairs = (shelf.matrices(name, cluster) for cluster in range(shelf.clusters))
+        bases = {
+            cluster: (None if U is None else cast(name, U), None if V is None else cast(name, V))
+            for cluster, (U, V) in enumerate(pairs)
+        }
+        like = cast(name, torch.zeros(0))
+        own = OwnNumbers(nobody, number, bases, _kernel(like), like)
+        modules[name] = ModuleFactors({}, torch.zeros(0, dtype=torch.int64), own, bases)
+    return Frame(modules)
+
+
+def _kernel(like: Tensor) -> Kernel | None:
+    """What adds records to layers of this type; None where they are widened."""
+    kernel = kernels.choose("auto", device=like.device, dtype=like.dtype)
+    return None if kernel is kernels.plain else kernel
 
 
 def _records(bundle: Bundle, parts: Sequence[Components], users: int, how: Reading) -> Records:
@@ -141,9 +159,9 @@ class _Collected:
         place, shared = torch.full((users,), -1), {}
         bases = dict[int, Sides]()
         some = self.shared.keys() | self.left | self.right
-        for cluster in range(len(self.bundle.bases[self.name])) if self.how.all_bases else sorted(some):
+        for cluster in sorted(some):
             U, V = self.bundle.matrices(self.name, cluster)
-            whole = cluster in self.shared or (self.how.all_bases and U is not None and V is not None)
+            whole = cluster in self.shared
             bases[cluster] = (
                 None if U is None or not (whole or cluster in self.left) else self._cast(U),
                 None if V is None or not (whole or cluster in self.right) else self._cast(V),
@@ -160,8 +178,7 @@ class _Collected:
 
     def _own(self, records: Records, number: int, bases: Mapping[int, Sides]) -> OwnNumbers:
         like = self._cast(torch.zeros(0))
-        kernel = kernels.choose("auto", device=like.device, dtype=like.dtype)
-        return OwnNumbers(records, number, bases, None if kernel is kernels.plain else kernel, like)
+        return OwnNumbers(records, number, bases, _kernel(like), like)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return self.cast(self.name, tensor)

@@ -6,12 +6,13 @@ Where a user's tensors are is the holder's affair: a `Slot` of our own layers, o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
 
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
+from soppu.compress.bundle.users import Users
 from soppu.errors import AdapterError, BundleError
 from soppu.serve.names import find_version
 from soppu.user_ids import spellings
@@ -56,6 +57,30 @@ class Answer:
     loaded: tuple[str, ...] = ()  # "alice@<bundle id>" for each loaded bundle with the user, and paths
 
 
+class BundleUsers(Mapping[str, S]):
+    """A bundle's users, found where they are asked for: nothing is made for each of them beforehand."""
+
+    def __init__(self, names: Users, where: Callable[[int], S]) -> None:
+        """`where` tells what is behind the user at a place."""
+        self.names = names
+        self._where = where
+
+    def __getitem__(self, user: str) -> S:
+        place = self.names.place(user)
+        if place is None:
+            raise KeyError(user)
+        return self._where(place)
+
+    def __contains__(self, user: object) -> bool:
+        return user in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 @dataclass(frozen=True, eq=False)
 class Holdings(Generic[S, A]):
     """Bundle id -> user -> where, name -> adapter, and the active bundle's id. A change is a new one."""
@@ -71,7 +96,7 @@ class Holdings(Generic[S, A]):
     def activate(self, bundle_id: str) -> Holdings[S, A]:
         """With this bundle active, "" for none. BundleError: not loaded, or a user has an adapter's name."""
         users = self.users(bundle_id) if bundle_id else {}
-        if clash := sorted(users.keys() & self.adapters.keys()):
+        if clash := sorted(name for name in self.adapters if name in users):
             raise BundleError(
                 f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name of a loaded adapter;"
                 " remove that adapter first"
@@ -173,9 +198,12 @@ class Holder(Generic[S, A]):
         """Id of the active bundle, "" if there is none."""
         return self._held.active
 
-    def bundles(self) -> dict[str, tuple[str, ...]]:
-        """Bundle id -> its users, in the order they were loaded."""
-        return {bundle_id: tuple(users) for bundle_id, users in self._held.bundles.items()}
+    def bundles(self) -> dict[str, Sequence[str]]:
+        """Bundle id -> its users, in the order they were loaded. O(bundles): users are found when asked."""
+        return {
+            bundle_id: users.names if isinstance(users, BundleUsers) else tuple(users)
+            for bundle_id, users in self._held.bundles.items()
+        }
 
     def adapters(self) -> dict[str, A]:
         """Name -> loaded adapter."""

@@ -1,6 +1,6 @@
-"""Residents: adapters read at their first use, a bounded number of them kept, by their last use.
+"""Residents: what is read at its first use, and kept by its last use within a bound.
 
-What reading one means is the bank's affair.
+PEFT folders, and the users of bundles. What reading one means, and what it weighs, is the caller's affair.
 """
 
 from __future__ import annotations
@@ -8,97 +8,175 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from soppu.serve.bank.holdings import LoadedAdapter, Resolved
 from soppu.serve.refusals import overloaded
 
-S = TypeVar("S")
-_READERS = 2  # threads that read folders
-_MAX_UNREAD = 128  # different adapters that may wait to be read; one more is refused with 429
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+L = TypeVar("L")
+DEFAULT_RESIDENT = 1 << 30  # bytes of bundles' users
+_READERS = 2  # threads that read
+_MAX_UNREAD = 128  # different ones that may wait to be read; one more is refused with 429
 
 
 @dataclass(eq=False)
-class _Resident(Generic[S]):
-    adapter: LoadedAdapter
-    # what requests hold while they run: an adapter that somebody uses takes its memory anyway, so it stays
-    leases: weakref.WeakSet[Resolved[S]] = field(default_factory=weakref.WeakSet)
+class _Resident(Generic[V]):
+    value: V
+    weight: int
+    # what requests hold while they run: what somebody uses takes its memory anyway, so it stays
+    leases: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
-    def lease(self, adapter_id: str) -> Resolved[S]:
-        resolved: Resolved[S] = Resolved(adapter_id, self.adapter.content_hash, self.adapter.where)
-        self.leases.add(resolved)
-        return resolved
+    def lease(self, make: Callable[[V], L]) -> L:
+        made = make(self.value)
+        self.leases.add(made)
+        return made
 
 
-class Residents(Generic[S]):
-    """At most `limit` adapters, and those beyond that running requests are on. Callable from any thread.
+@dataclass(frozen=True)
+class Figures:
+    """What a table holds now, and what it has done: all figures are of one moment."""
 
-    An adapter is read once, however many ask for it meanwhile; who asks after a failure has it read again.
+    count: int = 0
+    weight: int = 0
+    limit: int = 0
+    used: int = 0  # of `count`, those that somebody uses
+    uses: int = 0  # leases given
+    reads: int = 0  # begun
+    failures: int = 0
+    evictions: int = 0
+
+
+class Residents(Generic[K, V]):
+    """At most `limit` of weight, and those beyond that are in use. Callable from any thread.
+
+    Each is read once, however many ask for it meanwhile; who asks after a failure has it read again. Nothing
+    that is in use is let go: an owner of a lease, the object that `take` gave, is who uses it.
     """
 
-    def __init__(self, read: Callable[[str], LoadedAdapter], *, limit: int) -> None:
-        """`read` is called with a name, in a thread of the table; what it raises, whoever asked gets."""
-        self._read = read
-        self._limit = limit
-        self._residents: OrderedDict[str, _Resident[S]] = OrderedDict()  # least recently used first
-        self._unread: dict[str, Future[_Resident[S]]] = {}
+    def __init__(
+        self,
+        read: Callable[[K], V],
+        *,
+        limit: int,
+        weigh: Callable[[V], int] | None = None,
+        most_unread: int | None = None,
+    ) -> None:
+        """`read` is called with a key, in a thread of the table; what it raises, whoever asked gets.
+
+        Args:
+            weigh: what counts against `limit`; by default every one weighs 1.
+            most_unread: how many may wait to be read.
+        """
+        self._read, self._weigh = read, weigh or (lambda _: 1)
+        self._limit, self._most_unread = limit, most_unread
+        self._residents: OrderedDict[K, _Resident[V]] = OrderedDict()  # least recently used first
+        self._unread: dict[K, Future[_Resident[V]]] = {}
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="soppu-adapter")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="soppu-reader")
+        self._weight = self._uses = self._reads = self._failures = self._evictions = 0
 
-    def adapters(self) -> dict[str, LoadedAdapter]:
-        """Name -> what is loaded now, least recently used first."""
+    def values(self) -> dict[K, V]:
+        """Key -> what is loaded now, least recently used first."""
         with self._lock:
-            return {name: resident.adapter for name, resident in self._residents.items()}
+            return {key: resident.value for key, resident in self._residents.items()}
 
-    def reading(self, name: str) -> Future[Any] | None:
-        """Have `name` read; None where it is there. Never blocks: for who cannot wait in `take`.
+    def __contains__(self, key: K) -> bool:
+        return key in self._residents
+
+    def figures(self) -> Figures:
+        """What there is now. O(count)."""
+        with self._lock:
+            used = sum(1 for resident in self._residents.values() if resident.leases)
+            done = self._uses, self._reads, self._failures, self._evictions
+            return Figures(len(self._residents), self._weight, self._limit, used, *done)
+
+    def reading(self, key: K) -> Future[Any] | None:
+        """Have it read; None where it is there. Never blocks: for who cannot wait in `take`.
 
         Raises:
             RequestError: 429, too many wait to be read.
         """
         with self._lock:
-            return None if name in self._residents else self._start(name)
+            return None if key in self._residents else self._start(key)
 
-    def take(self, name: str, *, adapter_id: str) -> Resolved[S]:
-        """The adapter `name` for one request, called `adapter_id` there; read now where it is not loaded.
+    def take(self, key: K, lease: Callable[[V], L]) -> L:
+        """What `lease` makes of the value, which stays while that lives; read now where it is not loaded.
 
         Raises:
             RequestError: 429, too many wait to be read; and what reading it raises.
         """
         with self._lock:
-            if resident := self._residents.get(name):
-                self._used(name)
-                return resident.lease(adapter_id)
-            future = self._start(name)
+            if resident := self._residents.get(key):
+                self._uses += 1
+                made = resident.lease(lease)
+                self._used(key)
+                return made
+            future = self._start(key)
         # from the future, not from the table, which may have let go of it meanwhile
-        return future.result().lease(adapter_id)
+        resident = future.result()
+        with self._lock:
+            self._uses += 1
+            return resident.lease(lease)
 
-    def _start(self, name: str) -> Future[_Resident[S]]:
-        if name not in self._unread:
-            if len(self._unread) >= _MAX_UNREAD:
+    def forget(self, which: Callable[[K], bool]) -> None:
+        """Let go of all these, and of those of them that are being read; who uses one keeps it."""
+        with self._lock:
+            self._unread = {key: future for key, future in self._unread.items() if not which(key)}
+            for key in [key for key in self._residents if which(key)]:
+                self._drop(key)
+
+    def _start(self, key: K) -> Future[_Resident[V]]:
+        if key not in self._unread:
+            if len(self._unread) >= (self._most_unread or _MAX_UNREAD):
                 raise overloaded()
-            self._unread[name] = self._readers.submit(self._load, name)
-        return self._unread[name]
+            self._reads += 1
+            self._unread[key] = self._readers.submit(self._load, key)
+        return self._unread[key]
 
-    def _load(self, name: str) -> _Resident[S]:
+    def _load(self, key: K) -> _Resident[V]:
         try:
-            resident: _Resident[S] = _Resident(self._read(name))
+            value = self._read(key)
+            resident = _Resident(value, self._weigh(value))
             with self._lock:
-                self._residents[name] = resident
-                self._used(name)
+                if key in self._unread and key not in self._residents:
+                    self._residents[key] = resident
+                    self._weight += resident.weight
+                    self._used(key)
             return resident
+        except BaseException:
+            with self._lock:
+                self._failures += 1
+            raise
         finally:
             with self._lock:
-                del self._unread[name]
+                self._unread.pop(key, None)
 
-    def _used(self, name: str) -> None:
-        """Make `name` the most recently used, and let go of others beyond the limit."""
-        self._residents.move_to_end(name)
-        excess = len(self._residents) - self._limit
-        if excess > 0:
-            idle = [other for other, held in self._residents.items() if not held.leases and other != name]
-            for other in idle[:excess]:
-                del self._residents[other]
+    def trim(self) -> None:
+        """Let go of what is over the limit: what was in use may be in use no more."""
+        with self._lock:
+            self._make_room()
+
+    def _used(self, key: K) -> None:
+        """Make it the most recently used, and let go of others beyond the limit, the oldest first."""
+        self._residents.move_to_end(key)
+        self._make_room(keep=key)
+
+    def _make_room(self, keep: K | None = None) -> None:
+        if (over := self._weight - self._limit) <= 0:
+            return
+        chosen = []
+        for key, held in self._residents.items():
+            if not held.leases and key != keep:
+                chosen.append(key)
+                if (over := over - held.weight) <= 0:
+                    break
+        for key in chosen:
+            self._drop(key)
+            self._evictions += 1
+
+    def _drop(self, key: K) -> None:
+        self._weight -= self._residents.pop(key).weight

@@ -96,12 +96,27 @@ class ModuleFactors:
 
 
 @dataclass(frozen=True, eq=False)
+class Numbers:
+    """One user's numbers where they do not lie in tables of all users."""
+
+    cores: tuple[Tensor | None, ...]  # for each kind of modules of a `frame.Frame` (M, k_out, k_in)
+    record: Records  # of this one user
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        held = (self.record.data, *(core for core in self.cores if core is not None))
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@dataclass(frozen=True, eq=False)
 class BundleSlot:
-    """One user of one loaded bundle. Holding the slot keeps that version's tensors alive."""
+    """One user of one loaded bundle. Holding the slot keeps that version's tensors alive, and the user's."""
 
     modules: Mapping[str, ModuleFactors]
-    index: int
+    index: int  # the user's place in the bundle, or in the tables of the modules where `numbers` is None
     cluster: int = 0
+    numbers: Numbers | None = None
 
 
 @dataclass(frozen=True, eq=False)

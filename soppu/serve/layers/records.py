@@ -169,7 +169,7 @@ class _Rows:
     scale: NDArray[np.float32]  # (m,)
     dense: Words  # (m, words)
     exceptions: Words  # all rows' in order
-    place: int  # 2 module + side, right before left
+    place: Ints  # (m,) 2 module + side, right before left
 
 
 def pack(
@@ -190,7 +190,7 @@ def pack(
     Raises:
         BundleError: a user with more components at a module than a record can hold.
     """
-    rows = list[_Rows]()
+    held: dict[_Key, list[_Piece]] = {}
     for module, (part, (out, inn)) in enumerate(zip(parts, cuts, strict=True)):
         if not len(part):
             continue
@@ -198,8 +198,13 @@ def pack(
         if component.max() >= _MOST_ROWS // 2:
             raise BundleError(f"{component.max() + 1} components of a user at a module are too many to serve")
         whose = part.user.numpy(), component
-        rows += _rows(part.right, torch.ones(len(part)), _Place(whose, 2 * module, inn))
-        rows += _rows(part.left, part.gain, _Place(whose, 2 * module + 1, out))
+        ones = np.ones(len(part), np.float32)
+        for key, piece in [
+            *_pieces(part.right, ones, _Place(whose, 2 * module, inn)),
+            *_pieces(part.left, part.gain.numpy(), _Place(whose, 2 * module + 1, out)),
+        ]:
+            held.setdefault(key, []).append(piece)
+    rows = [row for key, pieces in held.items() for row in _packed(_together(pieces), key)]
     data, starts = _laid_out(rows, users=users, modules=len(parts))
     shapes = tuple((len(out), len(inn)) for out, inn in cuts)
     floats = any(bool((part.head & 0x7F == FLOAT).any()) for part in rows)
@@ -216,59 +221,85 @@ class _Place:
     cut: range
 
 
-def _rows(side: Side, gain: Tensor, at: _Place) -> Iterator[_Rows]:
-    for width in side.own_width.unique().tolist():
-        if width:
-            chosen = (side.own_width == width).nonzero()[:, 0]
-            numbers = side.own[side.own_width[side.own_width > 0] == width]
-            norm = numbers.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-            scale = side.beta[chosen] * gain[chosen] / norm
-            kept = numbers[:, at.cut.start : at.cut.stop]
-            yield from _packed(kept, width, scale, _Where(chosen.numpy(), at, coords=False))
-    for width in side.coords_width.unique().tolist():
-        chosen = (side.coords_width == width).nonzero()[:, 0]
-        where = _Where(chosen.numpy(), at, coords=True)
-        if width == AXIS:
-            axes: Words = (side.axis[chosen].numpy() << 8 | 1).astype(np.uint32)
-            none = np.zeros((len(chosen), 0), np.uint32)
-            yield where.rows(SPARSE, gain[chosen], none, (np.ones(len(chosen), np.int64), axes))
-        elif width:
-            limit = COORDS.get(width, 1)
-            numbers = side.coords[side.coords_width[side.coords_width > AXIS] == width] * limit
-            yield from _packed(numbers, width, gain[chosen] / limit, where)
+_Key = tuple[int, int, bool]  # width, numbers of a row, whether they are coordinates
 
 
 @dataclass(frozen=True, eq=False)
-class _Where:
-    """Which components some rows belong to."""
+class _Piece:
+    """Rows of one key, whosever and wherever they are; a row stands for its integers times its scale."""
 
-    chosen: Ints
-    at: _Place
-    coords: bool
+    numbers: NDArray[np.float32]  # (m, columns)
+    scale: NDArray[np.float32]  # (m,)
+    user: Ints  # (m,)
+    component: Ints  # (m,)
+    place: Ints  # (m,) 2 module + side, right before left
 
-    def rows(self, kind: int, scale: Tensor, dense: Words, exceptions: tuple[Ints, Words]) -> _Rows:
-        """The rows; `exceptions`: how many every one has, and all of them in order."""
-        user, component = (numbers[self.chosen] for numbers in self.at.whose)
-        head = (kind | self.coords << 7 | exceptions[0] << 8 | component << 16).astype(np.uint32)
-        return _Rows(head, user, scale.float().numpy(), dense, exceptions[1], self.at.place)
+    def among(self, some: NDArray[np.bool_]) -> _Piece:
+        """Those of the rows where `some` is True, without their numbers."""
+        where = self.user[some], self.component[some], self.place[some]
+        return _Piece(self.numbers[:0], self.scale[some], *where)
 
-    def among(self, some: NDArray[np.bool_]) -> _Where:
-        """Those of the rows where `some` is True."""
-        return _Where(self.chosen[some], self.at, self.coords)
+    def rows(self, kind: int, coords: bool, dense: Words, exceptions: tuple[Ints, Words]) -> _Rows:
+        """As rows of a kind; `exceptions`: how many every one has, and all of them in order."""
+        head = (kind | coords << 7 | exceptions[0] << 8 | self.component << 16).astype(np.uint32)
+        return _Rows(head, self.user, self.scale, dense, exceptions[1], self.place)
 
 
-def _packed(numbers: Tensor, width: int, scale: Tensor, where: _Where) -> Iterator[_Rows]:
-    """Rows of one width, each as tight as its numbers allow."""
-    none = np.zeros(0, np.uint32)
-    if width in FLOATS:
-        dense = np.zeros((len(numbers), stride(FLOAT, numbers.shape[1]) // 4), np.uint32)
-        dense[:, : numbers.shape[1]] = numbers.float().contiguous().numpy().view(np.uint32)
-        yield where.rows(FLOAT, scale, dense, (np.zeros(len(numbers), np.int64), none))
+def _pieces(side: Side, gain: NDArray[np.float32], at: _Place) -> Iterator[tuple[_Key, _Piece]]:
+    """What one side of a module has, by key: own numbers and coordinates of each width."""
+    own_width, coords_width = side.own_width.numpy(), side.coords_width.numpy()
+    own, coords = side.own.numpy(), side.coords.numpy()
+    for width in np.unique(own_width).tolist():
+        if width:
+            chosen = (own_width == width).nonzero()[0]
+            numbers = own[own_width[own_width > 0] == width]
+            norm = np.sqrt(np.einsum("md,md->m", numbers, numbers)).clip(min=_TINY)
+            kept = numbers[:, at.cut.start : at.cut.stop]
+            scale = side.beta.numpy()[chosen] * gain[chosen] / norm
+            yield (width, kept.shape[1], False), _piece(kept, scale, chosen, at)
+    for width in np.unique(coords_width).tolist():
+        chosen = (coords_width == width).nonzero()[0]
+        if width == AXIS:
+            axis = side.axis.numpy()[chosen, None].astype(np.float32)  # below 2^16, so exact
+            yield (width, 1, True), _piece(axis, gain[chosen], chosen, at)
+        elif width:
+            limit = COORDS.get(width, 1)
+            numbers = coords[coords_width[coords_width > AXIS] == width] * np.float32(limit)
+            scale = gain[chosen] / np.float32(limit)
+            yield (width, numbers.shape[1], True), _piece(numbers, scale, chosen, at)
+
+
+def _piece(numbers: NDArray[np.float32], scale: NDArray[np.float32], chosen: Ints, at: _Place) -> _Piece:
+    user, component = (one[chosen] for one in at.whose)
+    return _Piece(numbers, scale.astype(np.float32), user, component, np.full(len(chosen), at.place))
+
+
+def _together(pieces: Sequence[_Piece]) -> _Piece:
+    columns = ([getattr(one, name) for one in pieces] for name in _PIECE)
+    return _Piece(*(np.concatenate(column) for column in columns))
+
+
+_PIECE = ("numbers", "scale", "user", "component", "place")
+_TINY = np.finfo(np.float32).tiny
+
+
+def _packed(piece: _Piece, key: _Key) -> Iterator[_Rows]:
+    """Rows of one key, each as tight as its numbers allow."""
+    (width, columns, coords), numbers = key, piece.numbers
+    none, nothing = np.zeros(0, np.uint32), np.zeros(len(numbers), np.int64)
+    if width == AXIS and coords:
+        axes: Words = (numbers[:, 0].astype(np.int64) << 8 | 1).astype(np.uint32)
+        yield piece.rows(SPARSE, coords, np.zeros((len(numbers), 0), np.uint32), (nothing + 1, axes))
         return
-    integers = numbers.round().to(torch.int8).numpy()
+    if width in FLOATS:
+        dense = np.zeros((len(numbers), stride(FLOAT, columns) // 4), np.uint32)
+        dense[:, :columns] = np.ascontiguousarray(numbers).view(np.uint32)
+        yield piece.rows(FLOAT, coords, dense, (nothing, none))
+        return
+    integers = np.rint(numbers).astype(np.int8)
     largest = np.abs(integers).max(axis=1, initial=0)
     beyond = (np.abs(integers) > _LIMIT).sum(axis=1)
-    rare = beyond <= min(integers.shape[1] // _RARE, _MOST_EXCEPTIONS)
+    rare = beyond <= min(columns // _RARE, _MOST_EXCEPTIONS)
     kind = np.where(rare, NIBBLES, BYTES)
     kind[largest <= 2], kind[largest <= 1] = FIVES, THREES
     for one in np.unique(kind).tolist():
@@ -278,7 +309,7 @@ def _packed(numbers: Tensor, width: int, scale: Tensor, where: _Where) -> Iterat
         rest = here[row, place] - np.clip(here[row, place], -_LIMIT, _LIMIT)
         exceptions: Words = place.astype(np.uint32) << 8 | rest.view(np.uint8)
         dense = _dense(np.clip(here, -_LIMIT, _LIMIT) if one == NIBBLES else here, one)
-        yield where.among(some).rows(one, scale[some], dense, (counts, exceptions))
+        yield piece.among(some).rows(one, coords, dense, (counts, exceptions))
 
 
 def _dense(integers: NDArray[np.int8], kind: int) -> Words:
@@ -302,7 +333,7 @@ def _laid_out(rows: Sequence[_Rows], *, users: int, modules: int) -> tuple[Words
         return np.zeros(0, np.uint32), np.zeros(users + 1, np.int64)
     head = np.concatenate([part.head for part in rows]).astype(np.int64)
     user = np.concatenate([part.user for part in rows])
-    place = np.concatenate([np.full(len(part.head), part.place) for part in rows])
+    place = np.concatenate([part.place for part in rows])
     exceptions = head >> 8 & 0xFF
     words = np.concatenate([np.full(len(part.head), part.dense.shape[1]) for part in rows]) + exceptions
     order = np.lexsort((head >> 16, head & 0xFF, place, user))

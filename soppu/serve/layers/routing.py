@@ -26,10 +26,10 @@ from soppu.serve.layers.factors import (
     Slot,
     Stack,
 )
+from soppu.serve.layers.frame import Frame, Members
 from soppu.serve.layers.kernels import Basis, Kernel
 from soppu.serve.layers.packed_linear import PackedLinear
 
-Members = list[tuple[int, BundleSlot]]  # (row of the batch, its slot)
 Places = list[tuple[int, int]]  # (row of the batch, place in the cores)
 
 
@@ -49,6 +49,9 @@ class Routing:
                 self._bundles.setdefault(id(slot.modules), []).append((row, slot))
             elif isinstance(slot, PairSlot):
                 self._pairs.append((row, slot))
+        for key, members in self._bundles.items():
+            if isinstance(modules := members[0][1].modules, Frame):
+                self._bundles[key] = modules.beside(members)
         self._changes: dict[Layers, tuple[Change, ...]] = {}
         self._places: dict[tuple[int, int], dict[int, Places]] = {}
         self._cores: dict[int, tuple[Tensor, Tensor | None]] = {}

@@ -85,6 +85,10 @@ INIT_MODELS = Contact(f"{_MODELS}.init_static_loras", ("self",))
 SHOW_MODELS = Contact(f"{_MODELS}.show_available_models", ("self",))
 LOAD_ADAPTER = Contact(f"{_MODELS}.load_lora_adapter", ("self", "request", "base_model_name"))
 UNLOAD_ADAPTER = Contact(f"{_MODELS}.unload_lora_adapter", ("self", "request"))
+CHECK_MODEL = Contact("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("self", "request"))
+CHECK_POOLING_MODEL = Contact(
+    "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model", ("self", "request")
+)
 VALIDATE = Contact("vllm.v1.engine.input_processor:InputProcessor._validate_lora", ("self", "lora_request"))
 ATTACH_ROUTES = Contact(
     "vllm.plugins.endpoint_plugins.interface:attach_endpoint_plugins",
@@ -117,6 +121,8 @@ REPLACED = (
         SHOW_MODELS,
         LOAD_ADAPTER,
         UNLOAD_ADAPTER,
+        CHECK_MODEL,
+        CHECK_POOLING_MODEL,
         VALIDATE,
         ATTACH_ROUTES,
         BUILD_APP,

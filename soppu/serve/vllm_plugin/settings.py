@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soppu.errors import ConfigError
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
 
 MODELS_LIMIT = 10_000
 KERNELS = ("auto", "native", "torch", "static")
@@ -27,6 +28,7 @@ class Settings:
     state: Path  # the folder that keeps what is published here; one below it for each server
     max_error: float | None = None  # relative, of a runtime adapter; None: the bundle's worst user's
     spare_rows: int = 64  # runtime adapters a bundle version has room for
+    resident_mib: int = DEFAULT_RESIDENT >> 20  # of users that stay in a worker's memory
     kernel: str = "auto"
     admin_token: str = ""  # asked for by the admin routes; "" closes them
     models_limit: int = MODELS_LIMIT  # names in /v1/models, where a request asks for no other number
@@ -55,6 +57,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         state=_state(environment, bundle),
         max_error=_error(environment.get("SOPPU_MAX_ERROR", "")),
         spare_rows=_whole(environment, "SOPPU_SPARE_ROWS", 64, least=0),
+        resident_mib=_whole(environment, "SOPPU_RESIDENT_MIB", Settings.resident_mib, least=0),
         kernel=kernel,
         admin_token=environment.get("SOPPU_ADMIN_TOKEN", ""),
         models_limit=_whole(environment, "SOPPU_MODELS_LIMIT", MODELS_LIMIT, least=1),

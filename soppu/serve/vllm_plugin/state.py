@@ -24,7 +24,8 @@ from pydantic import BaseModel, ValidationError
 
 from soppu import files, published
 from soppu.blobs import open_blobs
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle import index
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import BundleError, ConfigError, RegistryError, StorageError
 from soppu.serve.vllm_plugin.settings import Settings
 
@@ -99,17 +100,21 @@ class State:
         return _path(self.folder, bundle_id)
 
     def keep(self, source: Path, bundle_id: str) -> Path:
-        """A bundle's file in the folder, a link to the source where that can be. StorageError."""
+        """A bundle's file in the folder, a link to the source where that can be. StorageError.
+
+        With its index, where the source has one: then it is not read anew.
+        """
         path = self.path(bundle_id)
         if not path.exists():
-            mode = source.stat().st_mode & 0o777  # a link shares it with its source
-            with files.atomic_path(path, mode=mode) as temporary:
-                temporary.unlink()
-                try:
-                    os.link(source, temporary)
-                except OSError:  # another file system, or one without links
-                    shutil.copyfile(source, temporary)
+            _take_over(source, path)
+            if index.known_id(source) == bundle_id:
+                _take_over(index.path_of(source), index.path_of(path))
         return path
+
+    def forget(self, bundle_id: str) -> None:
+        """Remove a bundle's file; who has it open reads on."""
+        for path in _files(self.path(bundle_id)):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the folder back."""
@@ -118,7 +123,7 @@ class State:
 
     def _sweep(self) -> None:
         """Remove what nobody remembers: uploads, bundles and adapters that a server was killed at."""
-        kept = {self.path(bundle_id) for bundle_id in self.content.bundles}
+        kept = {path for bundle_id in self.content.bundles for path in _files(self.path(bundle_id))}
         kept |= {self.folder / "adapters" / one.folder for one in self.content.adapters.values()}
         for path in [*self.folder.glob("bundles/*"), *self.folder.glob("adapters/*"), self.incoming]:
             if path not in kept:
@@ -126,8 +131,8 @@ class State:
         self.incoming.mkdir()
 
 
-def kept_bundles(folder: Path | None = None) -> list[tuple[Bundle, str]]:
-    """Every bundle of the server whose folder this process inherited, and its id, in the order of rows.
+def kept_bundles(folder: Path | None = None) -> list[Shelf]:
+    """Every bundle of the server whose folder this process inherited, in the order of rows.
 
     Raises:
         BundleError: one is damaged; or no server began here.
@@ -136,10 +141,22 @@ def kept_bundles(folder: Path | None = None) -> list[tuple[Bundle, str]]:
     content = _read(folder / _STARTING)
     if content is None:
         raise BundleError(f"{folder}: no {_STARTING}; the API server has to run on this machine, or share it")
-    return [
-        (Bundle.load(_path(folder, bundle_id), expected_hash=bundle_id), bundle_id)
-        for bundle_id in content.bundles
-    ]
+    return [Shelf.open(_path(folder, one), expected_hash=one) for one in content.bundles]
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    return path, index.path_of(path)
+
+
+def _take_over(source: Path, path: Path) -> None:
+    """The same file under another name, of the same time too: by that an index knows its file."""
+    mode = source.stat().st_mode & 0o777  # a link shares it with its source
+    with files.atomic_path(path, mode=mode) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(source, temporary)
 
 
 def _take(root: Path) -> tuple[Path, ExitStack]:
@@ -180,7 +197,7 @@ def _read(path: Path) -> Content | None:
 def _first(settings: Settings, kept: Content | None) -> tuple[Path, str, str] | None:
     """The file, id and publication (`Pointer.mark`) that the settings name; None: what is kept is all."""
     if isinstance(settings.bundle, Path):
-        return settings.bundle, files.sha256_file(settings.bundle), ""
+        return settings.bundle, Shelf.open(settings.bundle).bundle_id, ""
     url = settings.follow_url if settings.follow == settings.bundle else ""
     try:
         blobs = open_blobs(settings.bundle)

@@ -65,7 +65,10 @@ def bundle(
         fan_in_fan_out=False,
         shapes=dict(shapes),
         ranks=torch.tensor(
-            [[0 if kinds is None else 8 for kinds in column] for column in zip(*plans, strict=True)]
+            [
+                [0 if kinds is None else max(8, len(kinds)) for kinds in column]
+                for column in zip(*plans, strict=True)
+            ]
         ),
         bases=bases,
         cluster=cluster,

@@ -124,7 +124,7 @@ def test_what_a_killed_delete_left_is_gone_and_an_upload_too(
     (state.incoming / "tmpx").mkdir()
     (state.incoming / "tmpx" / "body").write_bytes(b"a user's numbers")
     state.close()
-    assert len(everything(root)) == 2 + 1 + 3 + 1  # lock, state; bundle; adapter; upload
+    assert len(everything(root)) == 2 + 2 + 3 + 1  # lock, state; bundle, its index; adapter; upload
     start(root).close()
     assert everything(root) == {"lock", "state.json"}
 

@@ -100,7 +100,13 @@ def test_requests_are_counted_under_loraxs_names_and_by_adapter(server: Server) 
     assert grown[("lorax_request_generated_tokens_sum",)] == 8
     assert grown[("lorax_request_input_length_count",)] == 3
     assert after[("soppu_adapter_resident", "alice")] == 1
-    assert after[("soppu_adapters_resident", "user")] == len(USERS)
+    assert after[("soppu_adapters_resident", "user")] == 2  # who has asked
+    assert after[("soppu_bundle_users", "true", server.bundle_id[:12])] == len(USERS)
+    assert after[("soppu_resident_users", "in_use")] + after[("soppu_resident_users", "idle")] == 2
+    assert 0 < after[("soppu_resident_bytes",)] < after[("soppu_resident_limit_bytes",)] == 1 << 30
+    assert grown[("soppu_resident_reads_total", "success")] == 2
+    assert grown[("soppu_resident_uses_total",)] == 3
+    assert grown[("soppu_resident_evictions_total",)] == 0
     deadline = time.monotonic() + 30
     while server.figures()[("lorax_batch_current_size",)]:  # a row leaves a moment after its last token
         assert time.monotonic() < deadline

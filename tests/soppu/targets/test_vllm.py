@@ -96,7 +96,7 @@ def test_names_are_told_as_routers_of_fleets_ask_for_them(server: Server) -> Non
 
     def get(**query: str | int) -> dict[str, Any]:
         answer = requests.get(f"{server.target.url}/v1/models", params=query, timeout=60)
-        assert answer.status_code == (400 if "after" in query and query["after"] == "x" else 200), answer.text
+        assert answer.status_code == (422 if query.get("after") == "x" else 200), answer.text
         return dict(answer.json())
 
     cards = {card["id"]: card for card in get()["data"]}

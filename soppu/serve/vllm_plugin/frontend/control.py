@@ -19,10 +19,11 @@ from soppu import adapter as adapters
 from soppu import base_identity, files
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import AdapterError, BundleError, SoppuError, StorageError
 from soppu.published import Pointer
 from soppu.serve.bank.holdings import Holdings
+from soppu.serve.bank.resident import Figures
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.directory import Directory, Runtime, Version
 from soppu.serve.vllm_plugin.settings import Settings
@@ -68,13 +69,14 @@ class Control:
     ) -> None:
         self.settings, self.base, self._reserved = settings, Base(base_model, base_hash), tuple(reserved)
         self.bank = Directory(spare=settings.spare_rows)
+        self.bank.bases = self._reserved
         self._changing = threading.Lock()
         self._engine: Engine | None = None
         self.state = State.begin(settings, base_hash)
         try:
-            for bundle, bundle_id in kept_bundles(self.state.folder):
-                self._check(bundle, bundle_id)
-                self.bank.stage(bundle, bundle_id, self.bank.reserve(bundle))
+            for bundle in kept_bundles(self.state.folder):
+                self._check(bundle, bundle.bundle_id)
+                self.bank.stage(bundle, bundle.bundle_id, self.bank.reserve(bundle))
             self.bank.activate(self.state.content.active)
         except SoppuError:
             self.state.close()
@@ -93,6 +95,7 @@ class Control:
             BundleError: its workers hold another bundle than this process read, or a user has such a name.
         """
         self._engine, self._reserved = engine, tuple(reserved) or self._reserved
+        self.bank.bases = self._reserved
         versions = self.bank.versions()
         for bundle_id, version in versions.items():
             self._check_names(version.bundle, bundle_id)
@@ -114,11 +117,6 @@ class Control:
         """The name the base model is served under."""
         return self._reserved[0] if self._reserved else ""
 
-    @property
-    def names_of_base(self) -> tuple[str, ...]:
-        """Every name it is served under."""
-        return self._reserved
-
     def close(self) -> None:
         """Give the state back to the next server."""
         self.bank.commit = None
@@ -136,17 +134,17 @@ class Control:
                 return False
             path = self.state.keep(source, bundle_id)
             try:
-                bundle = Bundle.load(path, expected_hash=bundle_id)
+                bundle = Shelf.open(path, expected_hash=bundle_id)
                 self._check(bundle, bundle_id)
                 start = self.bank.reserve(bundle)
                 self._connected().call("stage", str(path), bundle_id, start)
                 self._stage(bundle, bundle_id, start)
             except SoppuError:
-                path.unlink(missing_ok=True)
+                self.state.forget(bundle_id)
                 raise
             return True
 
-    def _stage(self, bundle: Bundle, bundle_id: str, start: int) -> None:
+    def _stage(self, bundle: Shelf, bundle_id: str, start: int) -> None:
         try:
             self.bank.stage(bundle, bundle_id, start)
         except StorageError:
@@ -220,7 +218,7 @@ class Control:
             self.bank.check_name(name)
             allowed = self.settings.max_error
             if allowed is None:
-                allowed = max(version.bundle.report.relative_error.values())
+                allowed = version.bundle.worst_error
             engine = self._connected()
             put = self._form(adapter, version, who=name, allowed=allowed)
             row = self.bank.free_row(on, engine.busy())
@@ -282,21 +280,40 @@ class Control:
         engine.call("drop", version.rows.start)
         with self._changing:
             if bundle_id not in self.bank.bundles():  # staged again meanwhile, from the same file
-                self.state.path(bundle_id).unlink(missing_ok=True)
+                self.state.forget(bundle_id)
         _LOG.info("bundle %s: freed", bundle_id[:12])
+
+    def unchecked(self, name: str) -> bool:
+        """Whether `check_user` has something to do."""
+        return self.bank.unchecked(name) is not None
+
+    def check_user(self, name: str) -> None:
+        """Decode a user's page before the first request is let into the engine, which an error would end.
+
+        Raises:
+            BundleError: it is damaged; the message names user and page.
+        """
+        if (found := self.bank.unchecked(name)) is not None:
+            version, place = found
+            version.bundle.components(place)
+            version.checked[place] = True
+
+    def figures(self) -> Figures:
+        """Who is in the workers' memory; each of them has the same."""
+        return Figures(**self._connected().call("figures")[0])
 
     def _connected(self) -> Engine:
         if self._engine is None:
             raise BundleError("the engine is not up yet")
         return self._engine
 
-    def _check(self, bundle: Bundle, bundle_id: str) -> None:
+    def _check(self, bundle: Shelf, bundle_id: str) -> None:
         who = f"bundle {bundle_id[:12]}"
         base_identity.check(bundle.base, self.base, who=who, whose="this server has", error=BundleError)
         self._check_names(bundle, bundle_id)
 
-    def _check_names(self, bundle: Bundle, bundle_id: str) -> None:
-        if clash := sorted(set(self._reserved).intersection(bundle.users)):
+    def _check_names(self, bundle: Shelf, bundle_id: str) -> None:
+        if clash := sorted(name for name in self._reserved if name in bundle.users):
             raise BundleError(
                 f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name the base model is served under;"
                 " choose another one with --served-model-name"

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from soppu.compress.bundle.bundle import Bundle
+import numpy as np
+from numpy.typing import NDArray
+
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import BundleError
-from soppu.serve.bank.holdings import Holder, LoadedAdapter
+from soppu.serve.bank.holdings import BundleUsers, Holder, LoadedAdapter
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class NamedRow:
 class Version:
     """One bundle: its rows, and which of them are spare: those after its users'."""
 
-    bundle: Bundle
+    bundle: Shelf
     rows: range
     spare: range
+    checked: NDArray[np.bool_]  # (users,) whose page was decoded here without an error
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,7 @@ class Directory(Holder[int, Runtime]):
 
     def __init__(self, *, spare: int) -> None:
         super().__init__()
+        self.bases: tuple[str, ...] = ()  # the names of the base model
         self._spare = spare
         self._next = 1
         self._versions: dict[str, Version] = {}
@@ -60,19 +65,21 @@ class Directory(Holder[int, Runtime]):
         held = self._held
         return (*held.bundles.get(held.active, ()), *held.adapters)
 
-    def reserve(self, bundle: Bundle) -> int:
+    def reserve(self, bundle: Shelf) -> int:
         """Take row numbers for a bundle that is about to be staged; its first row."""
         with self._changing:
             start = self._next
             self._next += len(bundle.users) + self._spare
             return start
 
-    def stage(self, bundle: Bundle, bundle_id: str, start: int) -> None:
+    def stage(self, bundle: Shelf, bundle_id: str, start: int) -> None:
         """Answer to "user@<bundle id>" from now on."""
         with self._changing:
             rows = range(start, start + len(bundle.users) + self._spare)
-            self._versions[bundle_id] = Version(bundle, rows, spare=rows[len(bundle.users) :])
-            users = {user: start + place for place, user in enumerate(bundle.users)}
+            self._versions[bundle_id] = Version(
+                bundle, rows, spare=rows[len(bundle.users) :], checked=np.zeros(len(bundle.users), np.bool_)
+            )
+            users = BundleUsers(bundle.users, lambda place: start + place)
             self._become(self._held.stage(bundle_id, users))
 
     def retire(self, bundle_id: str) -> Version:
@@ -105,12 +112,28 @@ class Directory(Holder[int, Runtime]):
         self._held.check_name(name)
 
     def resolve(self, name: str) -> NamedRow | None:
-        """What a name means now, see `Holdings.resolve`; None if nothing."""
-        resolved = self._held.resolve(name)
+        """What a name means now, see `Holdings.resolve`; None if nothing.
+
+        "base:alice" is alice, where nobody is called so: Ray Serve LLM writes it this way.
+        """
+        held = self._held
+        resolved = held.resolve(name)
+        plain = next((name.removeprefix(f"{one}:") for one in self.bases if name.startswith(f"{one}:")), "")
+        if isinstance(resolved, str) and plain:
+            resolved = held.resolve(plain)
         if isinstance(resolved, str):
             return None
         assert resolved.where is not None
         return NamedRow(resolved.adapter_id, resolved.where, resolved.version)
+
+    def unchecked(self, name: str) -> tuple[Version, int] | None:
+        """The version and place of a user whose page was not decoded yet; None for everybody else."""
+        resolved = self.resolve(name)
+        version = self._versions.get(resolved.version) if resolved is not None else None
+        if resolved is None or version is None:
+            return None
+        place = resolved.row - version.rows.start
+        return None if version.checked[place] else (version, place)
 
     def is_current(self, row: int, version: str) -> bool:
         """Whether a row that was resolved earlier still means the same: False once it was dropped."""

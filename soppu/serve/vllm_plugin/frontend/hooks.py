@@ -3,6 +3,7 @@
     CREATE_CONFIG, INIT_ENGINE                               what is refused before an engine starts
     INIT_MODELS, SHOW_MODELS, LOAD_ and UNLOAD_ADAPTER       names, adapter routes
     BUILD_APP                                                admin routes
+    CHECK_MODEL                                              a user whose page is damaged is refused in time
     VALIDATE                                                 a user's marker passes without --enable-lora
 
 A user travels as vLLM's own LoRARequest: `lora_int_id` is the row, `lora_path` names the version, so the
@@ -20,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -32,7 +34,8 @@ from soppu.serve.vllm_plugin import contacts, host
 from soppu.serve.vllm_plugin.contacts import load, replace
 from soppu.serve.vllm_plugin.frontend import listing
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
-from soppu.serve.vllm_plugin.frontend.directory import NamedRow
+from soppu.serve.vllm_plugin.frontend.directory import Directory
+from soppu.serve.vllm_plugin.frontend.figures import Residency
 from soppu.serve.vllm_plugin.frontend.following import Follower, health
 from soppu.serve.vllm_plugin.settings import Settings
 
@@ -52,6 +55,8 @@ def install(settings: Settings) -> None:
     replace(contacts.SHOW_MODELS, _show_available_models)
     replace(contacts.LOAD_ADAPTER, _load_lora_adapter)
     replace(contacts.UNLOAD_ADAPTER, _unload_lora_adapter)
+    replace(contacts.CHECK_MODEL, _check_model)
+    replace(contacts.CHECK_POOLING_MODEL, _check_pooling_model)
     replace(contacts.VALIDATE, _validate_lora)
     replace(contacts.BUILD_APP, functools.partial(_attach_routes, settings))
 
@@ -68,19 +73,15 @@ class _Names(dict[str, Any]):
     Iteration yields nothing, on purpose: vLLM goes through all adapters for every chat request.
     """
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, directory: Directory) -> None:
         super().__init__()
-        self._control = control
-
-    def _resolve(self, name: str) -> NamedRow | None:
-        bank = self._control.bank
-        return bank.resolve(name) or bank.resolve(listing.plain(name, self._control.names_of_base))
+        self._directory = directory
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._resolve(name) is not None
+        return isinstance(name, str) and self._directory.resolve(name) is not None
 
     def __getitem__(self, name: str) -> Any:
-        resolved = self._resolve(name)
+        resolved = self._directory.resolve(name)
         if resolved is None:
             raise KeyError(name)
         request = load(contacts.LORA_REQUEST)
@@ -114,10 +115,11 @@ async def _init_models(settings: Settings, original: Any, serving: Any) -> None:
     control, loop = _control(), asyncio.get_running_loop()
     names = [path.name for path in serving.base_model_paths]
     await asyncio.to_thread(control.connect, _engine(serving.engine_client, loop), reserved=names)
-    serving.lora_requests = _Names(control)
+    serving.lora_requests = _Names(control.bank)
     if settings.follow and _Frontend.follower is None:
         _Frontend.follower = Follower(control, settings)
         _Frontend.follower.start()
+    REGISTRY.register(Residency(control))
 
 
 def _engine(client: Any, loop: asyncio.AbstractEventLoop) -> Engine:
@@ -144,6 +146,33 @@ def _validate_lora(original: Any, processor: Any, lora_request: Any) -> None:
         raise load(contacts.VALIDATION_ERROR)(
             f"{lora_request.lora_name}: its bundle or adapter was dropped just now"
         )
+
+
+async def _check_model(original: Any, serving: Any, request: Any) -> Any:
+    refused = await original(serving, request)
+    if refused is None and (why := await _unreadable(request.model)):
+        status = HTTPStatus.FAILED_DEPENDENCY
+        refused = load(contacts.ERROR_RESPONSE)(message=why, err_type="generation", status_code=status)
+    return refused
+
+
+async def _check_pooling_model(original: Any, serving: Any, request: Any) -> Any:
+    refused = await original(serving, request)
+    if refused is None and (why := await _unreadable(request.model)):
+        raise load(contacts.VALIDATION_ERROR)(why)
+    return refused
+
+
+async def _unreadable(name: str | None) -> str:
+    """Why a user's numbers cannot be read from the bundle, "" where they can."""
+    control = _control()
+    if not name or not control.unchecked(name):
+        return ""
+    try:
+        await asyncio.to_thread(control.check_user, name)
+    except BundleError as error:
+        return str(error)
+    return ""
 
 
 async def _show_available_models(original: Any, serving: Any) -> Any:
@@ -189,13 +218,14 @@ async def _refusal(change: Callable[..., None], *args: Any) -> Any:
 
 
 def _attach_routes(settings: Settings, original: Any, app: Any, *args: Any, **kwargs: Any) -> None:
-    """Add our server's admin routes (same paths, bodies and answers), /soppu/v1/info and /soppu/v1/health."""
+    """Add our server's admin routes (same paths, bodies and answers), info, health, and a list by pages."""
     original(app, *args, **kwargs)
     admin = AdminApi(_control, token=settings.admin_token)
     own = [
         Route("/soppu/v1/info", _info, methods=["GET"]),
         Route("/soppu/v1/health", _health, methods=["GET"]),
     ]
+    app.router.routes.insert(0, Route("/v1/models", _models, methods=["GET"]))  # before vLLM's own
     app.router.routes += [*own, *admin.routes()]
     app.add_exception_handler(RequestError, on_request_error)
 

@@ -1,4 +1,4 @@
-"""What `/v1/models` lists, and which of a name's spellings are understood: the base model's, then users'.
+"""What `/v1/models` lists: the base model, then users, then adapters loaded at run time.
 
 Some routers of fleets read the list whole, and send on only what is in it: see `SOPPU_MODELS_LIMIT`.
 """
@@ -42,8 +42,3 @@ def user_card(base: Json, name: str, version: str) -> Json:
     """A user's card, from that of the base model."""
     own = {"id": name, "parent": base["id"], "root": f"soppu:{version}", "owned_by": "soppu"}
     return base | own | {"permission": []}
-
-
-def plain(name: str, bases: Sequence[str]) -> str:
-    """A user's name out of "base:user", as Ray Serve LLM writes it; other names as they are."""
-    return next((name.removeprefix(f"{base}:") for base in bases if name.startswith(f"{base}:")), name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraAdapter, check_shapes, validate
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.coders import least_squares
 from soppu.compress.numbers.components import unit
 from soppu.compress.numbers.errors import squared_norms
@@ -29,7 +29,7 @@ class Projected:
     error: float
 
 
-def project(adapter: LoraAdapter, bundle: Bundle, *, who: str) -> Projected:
+def project(adapter: LoraAdapter, bundle: Shelf, *, who: str) -> Projected:
     """The adapter on the bases of the cluster where its error is smallest.
 
     The core is the least-squares solution, U^+ B A (V^+)^T; the bases need not be orthonormal.
@@ -45,7 +45,7 @@ def project(adapter: LoraAdapter, bundle: Bundle, *, who: str) -> Projected:
             f" it has {len(bundle.shapes)} modules"
         )
     check_shapes(adapter, bundle.shapes, who=who)
-    clusters = range(int(bundle.cluster.max()) + 1)
+    clusters = range(bundle.clusters)
     return min((_on(adapter, bundle, cluster) for cluster in clusters), key=lambda projected: projected.error)
 
 
@@ -87,7 +87,7 @@ def integers(adapter: LoraAdapter) -> Integers:
     return Integers(tensors, (lost / whole) ** 0.5 if whole else 0.0)
 
 
-def _on(adapter: LoraAdapter, bundle: Bundle, cluster: int) -> Projected:
+def _on(adapter: LoraAdapter, bundle: Shelf, cluster: int) -> Projected:
     cores, lost, whole = {}, 0.0, 0.0
     for name, pair in adapter.pairs.items():
         U, V = bundle.matrices(name, cluster)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import SoppuError
 from soppu.serve.layers import kernels
 from soppu.serve.vllm_plugin import contacts, refusal, state
@@ -69,26 +69,27 @@ def _attach(runner: Any, settings: Settings) -> Worker:
     bundles = state.kept_bundles()
     how: Any
     if settings.kernel == "static" or form.device.type != "cpu":
-        how = _limits(config, [bundle for bundle, _ in bundles])
+        how = _limits(config, bundles)
     else:
         how = kernels.choose(settings.kernel, device=form.device, dtype=form.dtype)
-    worker = Worker([line for line, _ in layers.values()], how, form, bundles=bundles)
+    limit = settings.resident_mib << 20
+    worker = Worker([line for line, _ in layers.values()], how, form, bundles=bundles, limit=limit)
     for number, linear in enumerate(worker.step.linears):
         layer = layers[linear.name][1]
         layer.quant_method = _adapted(layer.quant_method, number)
     # what of this worker shows in a compiled graph: which layers call the operator
     _Fingerprint.value = " ".join(linear.name for linear in worker.step.linears)
-    users = ", ".join(f"{bundle_id[:12]} ({len(bundle.users)} users)" for bundle, bundle_id in bundles)
+    users = ", ".join(f"{one.bundle_id[:12]} ({len(one.users)} users)" for one in bundles)
     how_much = f"{len(worker.step.linears)} of {len(layers)} layers adapted"
     _LOG.info("bundles %s: %s, %s kernel", users, how_much, getattr(how, "__name__", "static"))
     return worker
 
 
-def _limits(config: Any, bundles: Sequence[Bundle]) -> Limits:
+def _limits(config: Any, bundles: Sequence[Shelf]) -> Limits:
     """Buffers for the longest pass, padded ones included, and bases for one bundle more than there are."""
     scheduler, recorded = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size
     tokens = max(scheduler.max_num_batched_tokens, recorded or 0)
-    clusters = [int(bundle.cluster.max()) + 1 for bundle in bundles]
+    clusters = [bundle.clusters for bundle in bundles]
     return Limits(tokens, requests=scheduler.max_num_seqs, bases=sum(clusters) + max(clusters))
 
 

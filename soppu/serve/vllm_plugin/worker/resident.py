@@ -1,4 +1,4 @@
-"""Resident: one bundle in a worker's memory, as the kernels read it. Which token uses what: `step`.
+"""Resident: one bundle in a worker, as the kernels read it. Who is in memory, which token uses what: `step`.
 
 The modules of a bundle lie in vLLM's layers, which may be packed (q, k and v in one) and sharded over ranks.
 """
@@ -6,19 +6,21 @@ The modules of a bundle lie in vLLM's layers, which may be packed (q, k and v in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, Side
 from soppu.errors import BundleError
-from soppu.serve.bank import from_bundle
-from soppu.serve.layers.factors import ModuleFactors
+from soppu.serve.bank import one_user
+from soppu.serve.bank.from_bundle import Reading
+from soppu.serve.layers.joined import Joined
 from soppu.serve.layers.kernels import Basis, Ranks, Sides
 from soppu.serve.layers.records import Records, pack
+
+_OVERHEAD = 2048  # bytes of a row in memory beside its numbers
 
 
 @dataclass(frozen=True)
@@ -55,71 +57,91 @@ class Form:
 
 
 @dataclass(frozen=True, eq=False)
-class Resident:
-    """One bundle: bases by layer and cluster, cores of those who have cores, and everybody's records.
+class Row:
+    """One user, or adapter loaded at run time, as the kernels read them."""
 
-    A row number means a user, or a spare place behind them; not everybody needs a row of cores.
+    cluster: int  # whose bases the core refers to
+    core: Tensor | None  # (width,) all layers' cores; None where the user has none
+    record: Records  # of this one user
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        held = [self.record.data, *([] if self.core is None else [self.core])]
+        return _OVERHEAD + sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """One bundle: its bases, and where its users are. A row number means a user, or a spare place.
+
+    What users have is read from the bundle row by row, see `step.Residents`.
     """
 
     start: int  # the row number of its first user; rows are never used again while a server runs
+    shelf: Shelf
     bases: Mapping[str, tuple[Basis, ...]]  # layer name -> one Basis a cluster
-    cores: Tensor  # (rows of cores + 1, width) all layers' cores; the last row is zero
-    core: np.ndarray  # (rows,) int64 which row of cores is a row's; -1 where it has none
-    cluster: np.ndarray  # (rows,) int64 whose bases a row refers to
-    records: Records
-    recorded: np.ndarray  # (rows,) int64 which record is a row's; -1 where it has none
-    modules: Sequence[str]  # in the order of the records; none where nobody has a record
+    layers: tuple[Linear, ...]
+    how: Reading
+    like: Tensor  # (width, 0) of the cores' type, on their device
     spare: range  # the rows behind the users'
+    added: Mapping[int, Row] = field(default_factory=dict)  # spare row -> what was loaded there
+    joined: Joined = field(default_factory=Joined)
 
     @property
     def rows(self) -> int:
         """Rows of users and spare ones."""
-        return len(self.core)
+        return self.spare.stop
 
-    def put(self, row: int, cores: Mapping[str, Tensor], linears: Sequence[Linear], *, cluster: int) -> None:
-        """Fill a spare row: module -> core (k_out, k_in); modules left out are not changed for this user."""
-        where = self.core[row]
-        self.cores[where].zero_()
-        self.cluster[row], self.recorded[row] = cluster, -1
-        for linear in linears:
-            if linear.name in self.bases:
-                basis = self.bases[linear.name][cluster]
-                for place, part in enumerate(linear.parts):
-                    if part.module in cores:
-                        core = cores[part.module].to(self.cores.device, self.cores.dtype)
-                        _cell(self.cores, basis, place)[where, : core.shape[1], : core.shape[0]] = core.mT
+    def read(self, place: int) -> Row:
+        """What the user at a row has, from the bundle. O(page). BundleError: the page is damaged."""
+        user = one_user.read(self.shelf, place, self.how)
+        return Row(user.cluster, self._core(user.cores, user.cluster), user.record)
 
-    def with_own(self, row: int, own: Mapping[str, Components], linears: Sequence[Linear]) -> Resident:
-        """The same with a spare row filled: module -> one user's components. Copies all records."""
-        held, parts, cuts = _cuts(linears), [], []
-        for name, (o, i) in zip(self.modules, self.records.shapes, strict=True):
+    def put(self, row: int, cores: Mapping[str, Tensor], *, cluster: int) -> Resident:
+        """With a spare row filled: module -> core (k_out, k_in); modules left out are not changed."""
+        return self._with(row, replace(self.nobody(), cluster=cluster, core=self._core(cores, cluster)))
+
+    def nobody(self) -> Row:
+        """The row of somebody who changes nothing."""
+        none = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), *self._shapes)
+        return Row(0, None, none)
+
+    def with_own(self, row: int, own: Mapping[str, Components]) -> Resident:
+        """With a spare row filled: module -> one user's components."""
+        parts, cuts = [], []
+        for name, (o, i) in self.shelf.shapes.items():
             sides = Side.of_own(torch.zeros(0, o), 8), Side.of_own(torch.zeros(0, i), 8)
             nothing = Components(torch.zeros(0, dtype=torch.int64), torch.zeros(0), *sides)
             parts.append(own.get(name, nothing))
-            cuts.append(held.get(name, (range(o), range(i))))
-        made = pack(parts, users=1, cuts=cuts, ranks=self.records.ranks)
-        users = self.spare.start
-        others = [other for other in self.spare if other != row and self.recorded[other] >= 0]
-        kept = [self.records.slice(place, place + 1) for place in self.recorded[others]]
-        recorded = self.recorded.copy()
-        recorded[[*others, row]] = np.arange(users, users + len(others) + 1)
-        self.cores[self.core[row]].zero_()
-        return replace(
-            self, records=Records.join([self.records.slice(0, users), *kept, made]), recorded=recorded
-        )
+            cuts.append(self.how.cuts.get(name, (range(o), range(i))))
+        made = pack(parts, users=1, cuts=cuts, ranks=one_user.ranks(self.shelf))
+        return self._with(row, Row(0, None, made))
 
+    def _with(self, row: int, what: Row) -> Resident:
+        return replace(self, added={**self.added, row: what})
 
-def read(bundle: Bundle, linears: Sequence[Linear]) -> dict[str, ModuleFactors]:
-    """Module -> what users change there, or could: where it has bases. Decodes every page once.
+    @property
+    def _shapes(self) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+        """Of the modules as this rank holds them, and of their bases."""
+        wholes = self.shelf.shapes.items()
+        cuts = (self.how.cuts.get(name, (range(o), range(i))) for name, (o, i) in wholes)
+        return tuple((len(out), len(inn)) for out, inn in cuts), tuple(one_user.ranks(self.shelf))
 
-    Records hold what this rank's layers have of their modules. BundleError: a damaged page.
-    """
-    fitting = [
-        replace(line, parts=tuple(p for p in line.parts if bundle.shapes.get(p.module) == p.shape))
-        for line in linears
-    ]
-    how = from_bundle.Reading(_cuts(fitting), thin=True, all_bases=True)
-    return from_bundle.read(bundle, cast=lambda _, tensor: tensor.float(), how=how)
+    def _core(self, cores: Mapping[str, Tensor], cluster: int) -> Tensor | None:
+        """All layers' cores in one row; None where there are none."""
+        if not cores:
+            return None
+        made = torch.zeros(len(self.like))
+        for linear in self.layers:
+            basis = self.bases[linear.name][cluster]
+            k_out, k_in = basis.k
+            for place, part in enumerate(linear.parts):
+                if part.module in cores:
+                    core, begin = cores[part.module].float(), basis.offset + place * k_out * k_in
+                    cell = made[begin : begin + k_out * k_in].view(k_in, k_out)
+                    cell[: core.shape[1], : core.shape[0]] = core.mT
+        return made.to(self.like)
 
 
 def _cuts(linears: Sequence[Linear]) -> dict[str, tuple[range, range]]:
@@ -134,58 +156,30 @@ def _cuts(linears: Sequence[Linear]) -> dict[str, tuple[range, range]]:
     }
 
 
-def build(
-    bundle: Bundle, factors: Mapping[str, ModuleFactors], linears: Sequence[Linear], form: Form
-) -> Resident:
-    """Lay a bundle out for the layers that hold its modules. O(n w k^2) for w modules.
+def build(shelf: Shelf, linears: Sequence[Linear], form: Form) -> Resident:
+    """Lay a bundle's bases out for the layers that hold its modules. O(bases); users are read later.
 
-    Core factors P Q are multiplied out: one product a token is faster than two.
+    Raises:
+        BundleError: larger ranks than the fixed ones.
     """
-    clusters = int(bundle.cluster.max()) + 1 if len(bundle.users) else 1
-    bases, width = {}, 0
-    records = next((f.own.records for f in factors.values() if f.own), _NOBODY)
-    modules = list(bundle.shapes) if records is not _NOBODY else []
+    modules, bases, width = list(shelf.shapes), {}, 0
     for linear in linears:
-        held = [factors.get(part.module) for part in linear.parts]
-        k = _rank(linear, held, form)
         numbers = [modules.index(p.module) if p.module in modules else -1 for p in linear.parts]
-        place = _Place(held, numbers, k, offset=width)
-        bases[linear.name] = tuple(_basis(linear, place, cluster, form) for cluster in range(clusters))
-        width += len(linear.parts) * k[0] * k[1]
-    rows = len(bundle.users) + form.spare
-    cluster, core, recorded = np.zeros(rows, np.int64), np.full(rows, -1), np.full(rows, -1)
-    cluster[: len(bundle.users)] = bundle.cluster.numpy()
-    has = np.ones(rows, np.bool_)
-    has[: len(bundle.users)] = _cored(factors, len(bundle.users))
-    core[has] = np.arange(has.sum())
-    some = (records.starts[1:] > records.starts[:-1]).numpy()
-    recorded[: len(some)][some] = some.nonzero()[0]
-    cores = torch.zeros(int(has.sum()) + 1, width, dtype=form.dtype, device=form.device)
-    whose = (core, cluster, records, recorded, modules, range(len(bundle.users), rows))
-    resident = Resident(form.start, bases, cores, *whose)
-    for linear in linears:
-        for number, part in enumerate(linear.parts):
-            if part.module in factors:
-                _fill(resident, resident.bases[linear.name][0], number, factors[part.module], bundle)
-    return resident
+        place = _Place(numbers, _rank(linear, shelf, form), offset=width)
+        clusters = range(shelf.clusters)
+        bases[linear.name] = tuple(_basis(linear, shelf, place, cluster, form) for cluster in clusters)
+        width += len(linear.parts) * place.k[0] * place.k[1]
+    users = len(shelf.users)
+    how = Reading(_cuts(linears), thin=True)
+    like = torch.zeros(width, 0, dtype=form.dtype, device=form.device)
+    return Resident(form.start, shelf, bases, tuple(linears), how, like, range(users, users + form.spare))
 
 
-_NOBODY = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), (), ())
-
-
-def _cored(factors: Mapping[str, ModuleFactors], users: int) -> np.ndarray:
-    """(users,) whether anybody has a core at any module."""
-    has = np.zeros(users, np.bool_)
-    for f in factors.values():
-        has |= (f.place >= 0).numpy()
-    return has
-
-
-def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> Ranks:
-    """The ranks of a layer's bases; 0 on a side that nobody refers to. BundleError above the fixed ones."""
-    sides = [pair for f in held if f for pair in f.bases.values()]
-    out = max((U.shape[1] for U, _ in sides if U is not None), default=0)
-    inn = max((V.shape[1] for _, V in sides if V is not None), default=0)
+def _rank(linear: Linear, shelf: Shelf, form: Form) -> Ranks:
+    """The ranks of a layer's bases. BundleError above the fixed ones."""
+    pairs = [shelf.bases[part.module][0] for part in linear.parts if part.module in shelf.bases]
+    out = max((pair[0].k for pair in pairs), default=0)
+    inn = max((pair[1].k for pair in pairs), default=0)
     if form.ranks is None:
         return out, inn
     fixed = form.ranks[linear.name]
@@ -199,38 +193,20 @@ def _rank(linear: Linear, held: Sequence[ModuleFactors | None], form: Form) -> R
 
 @dataclass(frozen=True)
 class _Place:
-    """What is held of the parts of one layer, their numbers in the records, ranks, and where cores begin."""
+    """The numbers of one layer's parts in the records, ranks, and where cores begin."""
 
-    held: Sequence[ModuleFactors | None]
     numbers: Sequence[int]
     k: Ranks
     offset: int
 
 
-def _basis(linear: Linear, at: _Place, cluster: int, form: Form) -> Basis:
+def _basis(linear: Linear, shelf: Shelf, at: _Place, cluster: int, form: Form) -> Basis:
     sides = list[Sides]()
-    for part, factors in zip(linear.parts, at.held, strict=True):
-        U, V = factors.bases.get(cluster, (None, None)) if factors else (None, None)
+    for part in linear.parts:
+        U, V = shelf.matrices(part.module, cluster) if part.module in shelf.bases else (None, None)
         out = None if U is None else U[part.first : part.first + part.size]
         inn = None if V is None else V[linear.first : linear.first + linear.size]
         sides.append((out, inn))
     spans = [(part.at, part.size, number) for part, number in zip(linear.parts, at.numbers, strict=True)]
     like = torch.zeros(linear.size, 0, dtype=form.dtype, device=form.device)
     return Basis.of(sides, spans, like=like, k=at.k, offset=at.offset)
-
-
-def _fill(resident: Resident, basis: Basis, place: int, factors: ModuleFactors, bundle: Bundle) -> None:
-    cells = _cell(resident.cores, basis, place)
-    for cluster, f in factors.shared.items():
-        users = ((bundle.cluster == cluster) & (factors.place >= 0)).nonzero()[:, 0]
-        core = f.P if f.Q is None else f.P @ f.Q
-        core = core[factors.place[users]].mT.to(cells.device, cells.dtype)
-        where = torch.from_numpy(resident.core[users.numpy()]).to(cells.device)
-        cells[where, : core.shape[1], : core.shape[2]] = core
-
-
-def _cell(cores: Tensor, basis: Basis, place: int) -> Tensor:
-    """The cores of one part of one layer, (rows + 1, k_in, k_out); a view."""
-    k_out, k_in = basis.k
-    begin = basis.offset + place * k_out * k_in
-    return cores[:, begin : begin + k_out * k_in].view(len(cores), k_in, k_out)

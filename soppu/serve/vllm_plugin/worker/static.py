@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from soppu.errors import BundleError
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
 from soppu.serve.layers import records
 from soppu.serve.layers.kernels import CHUNK
-from soppu.serve.vllm_plugin.worker.resident import Linear, Resident
+from soppu.serve.vllm_plugin.worker.resident import Linear, Resident, Row
 from soppu.serve.vllm_plugin.worker.step import Residents
 
 _COUNTS = (
@@ -87,14 +88,21 @@ class StaticStep(Residents):
     There is room for what any of `residents`, those served from the start, needs.
     """
 
-    def __init__(self, linears: Sequence[Linear], residents: Sequence[Resident], limits: Limits) -> None:
-        super().__init__(linears)
+    def __init__(
+        self,
+        linears: Sequence[Linear],
+        residents: Sequence[Resident],
+        limits: Limits,
+        *,
+        limit: int = DEFAULT_RESIDENT,
+    ) -> None:
+        super().__init__(linears, limit=limit)
         self._limits = limits
         self._layers = [_layer(line, residents, limits) for line in linears]
-        cores = residents[0].cores
-        self._copies = cores.new_zeros(limits.requests + 1, cores.shape[1])
-        self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=cores.device)
-        self._base = torch.arange(limits.tokens, device=cores.device) * limits.bases
+        like = residents[0].like
+        self._copies = like.new_zeros(limits.requests + 1, len(like))
+        self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=like.device)
+        self._base = torch.arange(limits.tokens, device=like.device) * limits.bases
         self._places: dict[tuple[int, int], int] = {}  # (first row, cluster) -> place of the basis
         self._held: dict[int, int] = {}  # row -> its copy
         for resident in residents:
@@ -145,12 +153,12 @@ class StaticStep(Residents):
         copies, places = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
         for number, row in enumerate(users.tolist()):
             if row:
-                resident = self._resident(row)
+                resident, use = self._uses[row]
                 if row not in self._held:
                     self._held[row] = next(free)
-                    self._fill(resident, row - resident.start, self._held[row])
+                    self._fill(resident, use.row, self._held[row])
                 copies[number] = self._held[row]
-                places[number] = self._places[resident.start, int(resident.cluster[row - resident.start])]
+                places[number] = self._places[resident.start, use.row.cluster]
         tokens, bases, device = int(counts.sum()), self._limits.bases, self._copy.device
         self._copy[:tokens] = torch.from_numpy(np.repeat(copies[which], counts)).to(device)
         self._copy[tokens:] = 0  # a replayed pass may be longer than the batch
@@ -181,21 +189,17 @@ class StaticStep(Residents):
             mine = spread[:, :, part].reshape(len(x), bases * k_out)
             y[:, at : at + U.shape[2]].addmm_(mine, U.flatten(0, 1))
 
-    def _resident(self, row: int) -> Resident:
-        for start, resident in self.residents.items():
-            if start <= row < start + resident.rows:
-                return resident
-        raise self._unknown(row)
-
-    def _fill(self, resident: Resident, row: int, copy: int) -> None:
-        self._copies[copy] = resident.cores[resident.core[row]]  # -1 is the row of zeros
-        user = int(resident.recorded[row])
+    def _fill(self, resident: Resident, row: Row, copy: int) -> None:
+        if row.core is None:
+            self._copies[copy] = 0
+        else:
+            self._copies[copy] = row.core
         for linear, layer in zip(self.linears, self._layers, strict=True):
             if layer.own is not None:
                 layer.own.clear(copy)
                 spans = resident.bases[linear.name][0].spans[:, 2].tolist()
-                for number, module in enumerate(spans if user >= 0 else []):
-                    part = records.unpack(resident.records, user, module) if module >= 0 else None
+                for number, module in enumerate(spans if len(row.record.data) else []):
+                    part = records.unpack(row.record, 0, module) if module >= 0 else None
                     if part is not None:
                         layer.own.fill(copy, number, part)
 
@@ -235,7 +239,7 @@ def _own(linear: Linear, residents: Sequence[Resident], copies: int) -> _Own | N
         return None
     basis, m = residents[0].bases[linear.name][0], len(linear.parts)
     new = basis.V.new_zeros
-    kind = basis.V.dtype if any(resident.records.floats for resident in residents) else torch.int8
+    kind = basis.V.dtype if any(resident.shelf.survey.floats for resident in residents) else torch.int8
     return _Own(
         q=new(copies, m * c, linear.size, dtype=kind),
         p=tuple(new(copies, c, part.size, dtype=kind) for part in linear.parts),
@@ -247,9 +251,12 @@ def _own(linear: Linear, residents: Sequence[Resident], copies: int) -> _Own | N
 
 
 def _components(linear: Linear, resident: Resident) -> int:
-    """The most that anybody has at one module of the layer."""
+    """The most that anybody has at one module of the layer, adapters loaded at run time among them."""
     modules = [module for module in resident.bases[linear.name][0].spans[:, 2].tolist() if module >= 0]
-    return int(resident.records.components()[:, modules].max(initial=0)) if modules else 0
+    if not modules:
+        return 0
+    added = [row.record.components()[:, modules].max(initial=0) for row in resident.added.values()]
+    return int(max(resident.shelf.survey.most[modules].max(initial=0), *added, 0))
 
 
 def _room(components: int) -> int:
@@ -259,7 +266,7 @@ def _room(components: int) -> int:
 
 
 def _check_room(linear: Linear, layer: _Layer, resident: Resident) -> None:
-    needed, floats = _components(linear, resident), resident.records.floats
+    needed, floats = _components(linear, resident), resident.shelf.survey.floats
     if needed > layer.components:
         what = f"{needed} components with own numbers, this server was started with {layer.components}"
     elif needed and floats and layer.own is not None and layer.own.q.dtype == torch.int8:

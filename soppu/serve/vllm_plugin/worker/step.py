@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,19 +16,41 @@ from torch import Tensor
 from torch.library import Library
 
 from soppu.errors import BundleError
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
+from soppu.serve.bank.resident import Residents as Table
 from soppu.serve.layers.kernels import Basis, Kernel, Tokens
-from soppu.serve.vllm_plugin.worker.resident import Linear, Resident
+from soppu.serve.vllm_plugin.worker.resident import Linear, Resident, Row
 
+_MOST_UNREAD = 1 << 20  # as many as a batch has
 _MOSTLY = 0.75  # above this share of a batch, computing all of it is faster than selecting tokens
 
 
-class Residents(ABC):
-    """What every step keeps, whatever its kernel. For one thread alone."""
+@dataclass(frozen=True, eq=False)
+class Use:
+    """That a row is in the batch: it stays in memory for as long."""
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
+    row: Row
+
+
+class Residents(ABC):
+    """What every step keeps, whatever its kernel. For one thread alone.
+
+    Rows are read from their bundle when they are first in a batch; at most `limit` bytes of them are kept, by
+    their last use, beside those that are in the batch that is prepared.
+    """
+
+    def __init__(self, linears: Sequence[Linear], *, limit: int = DEFAULT_RESIDENT) -> None:
         self.linears = tuple(linears)
         self.residents: dict[int, Resident] = {}  # by first row
+        self.table: Table[tuple[int, int], Row]
+        self.table = Table(
+            lambda key: self.residents[key[0]].read(key[1]),
+            limit=limit,
+            weigh=lambda row: row.size,
+            most_unread=_MOST_UNREAD,
+        )
         self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._uses: dict[int, tuple[Resident, Use]] = {}  # by row
 
     def at(self, start: int) -> Resident:
         """The bundle whose first row is `start`. BundleError if it is not there."""
@@ -51,24 +73,45 @@ class Residents(ABC):
         self.at(start)
         del self.residents[start]
         self.clear()
+        self.table.forget(lambda key: key[0] == start)
 
     def clear(self) -> None:
         """Serve the base model until the next `begin`."""
         self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._uses = {}
 
     def begin(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Prepare a forward pass. O(tokens), and nothing where the batch is as before.
+        """Prepare a forward pass. O(tokens), and nothing where the batch is as before; a page for a new user.
 
         Args:
             rows: (requests,) row number of every request's user; 0 is the base model.
             counts: (requests,) tokens of every request in this pass, in the order of the batch.
 
         Raises:
-            BundleError: a row that no resident bundle has.
+            BundleError: a row that no resident bundle has, or one whose page is damaged.
         """
         if not (np.array_equal(rows, self._rows) and np.array_equal(counts, self._counts)):
+            self._read_ahead(rows)
+            self._uses = {row: self._use(row) for row in np.unique(rows).tolist() if row}
+            self.table.trim()  # of rows that were in the batch before
             self._prepare(rows, np.asarray(counts))
             self._rows, self._counts = rows.copy(), np.array(counts)
+
+    def _read_ahead(self, rows: np.ndarray) -> None:
+        """Have all newcomers read at once, two at a time."""
+        for row in np.unique(rows).tolist():
+            for start, resident in self.residents.items():
+                if start <= row < start + resident.spare.start:
+                    self.table.reading((start, row - start))
+
+    def _use(self, row: int) -> tuple[Resident, Use]:
+        for start, resident in self.residents.items():
+            if start <= row < start + resident.rows:
+                place = row - start
+                if place in resident.spare:
+                    return resident, Use(resident.added.get(place) or resident.nobody())
+                return resident, self.table.take((start, place), Use)
+        raise BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
 
     @abstractmethod
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
@@ -78,26 +121,51 @@ class Residents(ABC):
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """`begin` for another batch than the last."""
 
-    def _unknown(self, row: int) -> BundleError:
-        return BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
-
 
 # tokens served by one cluster of one bundle, and that cluster's bases by layer number
 _Group = tuple[Tokens, Sequence[Basis | None]]
 
 
+class _Cores:
+    """The cores of the rows in a batch, a copy of each in one table; the last row of it is zero."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.table = like.new_zeros(1, len(like))
+        self._held: dict[int, tuple[Row, int]] = {}  # id -> the row, and where its copy is
+
+    def of(self, rows: Sequence[Row]) -> list[int]:
+        """Where everyone's core is; -1 where there is none. O(what is new)."""
+        some = {id(row): (row, row.core) for row in rows if row.core is not None}
+        self._held = {key: held for key, held in self._held.items() if key in some}
+        if len(some) >= len(self.table):
+            self.table, self._held = self.table.new_zeros(2 * len(some) + 1, self.table.shape[1]), {}
+        taken = {place for _, place in self._held.values()}
+        free = iter([place for place in range(len(self.table) - 1) if place not in taken])
+        for key, (row, core) in some.items():
+            if key not in self._held:
+                self._held[key] = row, next(free)
+                self.table[self._held[key][1]] = core
+        return [self._held[id(row)][1] if row.core is not None else -1 for row in rows]
+
+
 class Step(Residents):
     """The bundles on one worker, and the tokens of the pass under way. For one thread alone."""
 
-    def __init__(self, linears: Sequence[Linear], kernel: Kernel) -> None:
-        super().__init__(linears)
+    def __init__(self, linears: Sequence[Linear], kernel: Kernel, *, limit: int = DEFAULT_RESIDENT) -> None:
+        super().__init__(linears, limit=limit)
         self._kernel = kernel
         self._groups: list[_Group] = []
+        self._cores: dict[int, _Cores] = {}  # by first row of a bundle
 
     def clear(self) -> None:
         """Serve the base model until the next `begin`."""
         super().clear()
         self._groups = []
+
+    def drop(self, start: int) -> None:
+        """As `Residents.drop`."""
+        super().drop(start)
+        self._cores.pop(start, None)
 
     def apply(self, x: Tensor, y: Tensor, number: int) -> None:
         """See `Residents.apply`."""
@@ -106,36 +174,39 @@ class Step(Residents):
                 self._kernel(x, y, basis, tokens)
 
     def _prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        self._groups = list(self._grouped(np.repeat(rows, counts))) if rows.any() else []
+        tokens = np.repeat(rows, counts)
+        by_bundle: dict[int, list[int]] = {}
+        for row, (resident, _) in self._uses.items():
+            by_bundle.setdefault(resident.start, []).append(row)
+        self._groups = [
+            group for start, here in by_bundle.items() for group in self._grouped(start, here, tokens)
+        ]
 
-    def _grouped(self, rows: np.ndarray) -> Iterator[_Group]:
-        known = rows == 0
-        for resident in self.residents.values():
-            here = (rows >= resident.start) & (rows < resident.start + resident.rows)
-            known |= here
-            local = np.where(here, rows - resident.start, 0)
-            for cluster in np.unique(resident.cluster[local[here]]).tolist():
-                mine = here & (resident.cluster[local] == cluster)
-                yield self._group(resident, cluster, np.where(mine, local, -1))
-        if not known.all():
-            raise self._unknown(int(rows[~known][0]))
-
-    def _group(self, resident: Resident, cluster: int, local: np.ndarray) -> _Group:
-        """Tokens by the rows of a bundle, -1 those that are not its cluster's."""
-        device, order = resident.cores.device, _order(local)
-        if order is not None:
-            local = local[order]
-        none = local < 0
-        tokens = Tokens(
-            resident.cores,
-            torch.from_numpy(np.where(none, -1, resident.core[local])).to(device),
-            None if order is None else torch.from_numpy(order).to(device),
-        )
-        users = np.where(none, -1, resident.recorded[local])
-        if (users >= 0).any():
-            tokens = replace(tokens, records=resident.records, users=torch.from_numpy(users).to(device))
-        by_layer = (resident.bases[linear.name][cluster] for linear in self.linears)
-        return tokens, [None if basis.idle else basis for basis in by_layer]
+    def _grouped(self, start: int, rows: list[int], tokens: np.ndarray) -> Iterator[_Group]:
+        """One group a cluster, of the tokens of one bundle's rows, which are in order."""
+        resident, used = self.residents[start], [self._uses[row][1].row for row in rows]
+        held = self._cores.setdefault(start, _Cores(resident.like))
+        cores, (table, places) = np.array(held.of(used)), resident.joined.of([row.record for row in used])
+        users = np.array([p if len(r.record.data) else -1 for p, r in zip(places, used, strict=True)])
+        clusters = np.array([row.cluster for row in used])
+        which = np.searchsorted(rows, tokens).clip(max=len(rows) - 1)
+        mine = np.array(rows)[which] == tokens
+        for cluster in np.unique(clusters).tolist():
+            local = np.where(mine & (clusters[which] == cluster), which, -1)
+            order = _order(local)
+            if order is not None:
+                local = local[order]
+            device, none = resident.like.device, local < 0
+            made = Tokens(
+                held.table,
+                torch.from_numpy(np.where(none, -1, cores[local])).to(device),
+                None if order is None else torch.from_numpy(order).to(device),
+            )
+            recorded = np.where(none, -1, users[local])
+            if (recorded >= 0).any():
+                made = replace(made, records=table, users=torch.from_numpy(recorded).to(device))
+            by_layer = (resident.bases[linear.name][cluster] for linear in self.linears)
+            yield made, [None if basis.idle else basis for basis in by_layer]
 
 
 def _order(local: np.ndarray) -> np.ndarray | None:

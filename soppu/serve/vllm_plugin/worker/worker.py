@@ -6,16 +6,17 @@ Arguments are strings and numbers: tensors go through files, which every worker 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, Side
 from soppu.errors import BundleError
+from soppu.serve.bank.resident import DEFAULT_RESIDENT
 from soppu.serve.layers.kernels import Kernel, Ranks
 from soppu.serve.vllm_plugin.worker import resident, step
 from soppu.serve.vllm_plugin.worker.resident import Form, Linear, Resident
@@ -31,7 +32,8 @@ class Worker:
     Args:
         linears: every linear layer of the engine.
         how: the kernel, or the sizes of the buffers of an engine that records its passes and replays them.
-        bundles: those served from the start, each with its id, in the order of their rows.
+        bundles: those served from the start, in the order of their rows.
+        limit: bytes of users that are kept in memory, beside those in the batch.
 
     Raises:
         BundleError: a module that the engine does not have.
@@ -43,35 +45,29 @@ class Worker:
         how: Kernel | Limits,
         form: Form,
         *,
-        bundles: Sequence[tuple[Bundle, str]],
+        bundles: Sequence[Shelf],
+        limit: int = DEFAULT_RESIDENT,
     ) -> None:
         self._form = form
-        factors = [resident.read(bundle, linears) for bundle, _ in bundles]
-        known = {part.module for linear in linears for part in linear.parts}
         shapes: dict[str, tuple[int, int]] = {}
-        for (bundle, bundle_id), read in zip(bundles, factors, strict=True):
-            # modules that nobody changes too: somebody may in the next bundle
-            own = {name: shape for name, shape in bundle.shapes.items() if name in known or name in read}
-            adapted(linears, own, who=f"bundle {bundle_id[:12]}")
-            shapes |= own
+        for bundle in bundles:
+            chosen = _chosen(linears, bundle, who=f"bundle {bundle.bundle_id[:12]}")
+            shapes |= {part.module: part.shape for line in chosen for part in line.parts}
         chosen = adapted(linears, shapes, who="the bundles")
-        starts = list(accumulate((len(b.users) + form.spare for b, _ in bundles), initial=form.start))
-        self._began = [(bundle_id, start) for (_, bundle_id), start in zip(bundles, starts, strict=False)]
+        starts = list(accumulate((len(one.users) + form.spare for one in bundles), initial=form.start))
+        self._began = [(one.bundle_id, start) for one, start in zip(bundles, starts, strict=False)]
 
         def built() -> list[Resident]:
-            each = zip(bundles, factors, starts, strict=False)
-            return [
-                resident.build(b, read, chosen, replace(self._form, start=start))
-                for (b, _), read, start in each
-            ]
+            each = zip(bundles, starts, strict=False)
+            return [resident.build(one, chosen, replace(self._form, start=start)) for one, start in each]
 
         residents = built()
         self.step: Residents
         if isinstance(how, Limits):
             self._form = replace(form, ranks=_ranks(residents))
-            self.step = StaticStep(chosen, built(), how)
+            self.step = StaticStep(chosen, built(), how, limit=limit)
         else:
-            self.step = Step(chosen, how)
+            self.step = Step(chosen, how, limit=limit)
             for one in residents:
                 self.step.add(one)
         step.serve(self.step)
@@ -82,16 +78,17 @@ class Worker:
         Raises:
             BundleError: another file than the id names, modules not prepared for.
         """
-        bundle, who = Bundle.load(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
-        factors = resident.read(bundle, self.step.linears)
+        bundle, who = Shelf.open(Path(path), expected_hash=bundle_id), f"bundle {bundle_id[:12]}"
         prepared = {part.module for linear in self.step.linears for part in linear.parts}
-        if missing := sorted(factors.keys() - prepared):
+        unprepared = bundle.shapes.keys() - prepared
+        if unprepared and (missing := sorted(unprepared & bundle.survey.changed)):
             raise BundleError(
                 f"{who}: {missing[0]} is not among the {len(prepared)} modules this server was started with;"
                 " restart it with SOPPU_BUNDLE naming this bundle"
             )
-        adapted(self.step.linears, {name: bundle.shapes[name] for name in factors}, who=who)
-        staged = resident.build(bundle, factors, self.step.linears, replace(self._form, start=start))
+        shapes = {name: shape for name, shape in bundle.shapes.items() if name in prepared}
+        adapted(self.step.linears, shapes, who=who)
+        staged = resident.build(bundle, self.step.linears, replace(self._form, start=start))
         self.step.add(staged)
         return staged.rows
 
@@ -102,8 +99,7 @@ class Worker:
 
     def put(self, start: int, row: int, cluster: int, path: str) -> int:
         """Write the cores of a runtime adapter, module -> (k_out, k_in) in a safetensors file, to a row."""
-        self.step.at(start).put(row - start, load_file(path), self.step.linears, cluster=cluster)
-        self.step.clear()  # the row's cluster may be another one now
+        self.step.exchange(self.step.at(start).put(row - start, load_file(path), cluster=cluster))
         return row
 
     def put_own(self, start: int, row: int, path: str) -> int:
@@ -114,21 +110,37 @@ class Worker:
             sides = (Side.of_own(tensors[f"{name}.{side}"].float(), 8) for side in "pq")
             gain = tensors[f"{name}.gain"]
             own[name] = Components(torch.zeros(len(gain), dtype=torch.int64), gain, *sides)
-        self.step.exchange(held.with_own(row - start, own, self.step.linears))
+        self.step.exchange(held.with_own(row - start, own))
         return row
 
     def keeps_own(self, start: int) -> bool:
         """Whether anybody in the bundle has numbers of their own, so that an adapter may have some too."""
-        return bool(self.step.at(start).modules)
+        return bool(self.step.at(start).shelf.survey.own.any())
+
+    def figures(self) -> dict[str, int]:
+        """How many rows are in memory, in which bytes, and what came and went."""
+        return asdict(self.step.table.figures())
 
     def began(self) -> list[tuple[str, int]]:
         """Ids of the bundles that were there from the start, each with its first row."""
         return self._began
 
 
+def _chosen(linears: Sequence[Linear], bundle: Shelf, *, who: str) -> list[Linear]:
+    """The layers of the bundle's modules: also of those that nobody changes, as somebody may in the next one.
+
+    A module that the engine lacks is refused where somebody changes it, as `adapted` says.
+    """
+    known = {part.module for linear in linears for part in linear.parts}
+    lacking = bundle.shapes.keys() - known
+    changed = bundle.survey.changed & lacking if lacking else lacking
+    shapes = {name: shape for name, shape in bundle.shapes.items() if name in known or name in changed}
+    return adapted(linears, shapes, who=who)
+
+
 def _ranks(residents: Sequence[Resident]) -> dict[str, Ranks]:
     """The ranks there is room for: what bundles need, or more where that costs no user a byte."""
-    has_cores = any(len(one.cores) > len(one.spare) + 1 for one in residents)
+    has_cores = any(one.shelf.survey.cored.any() for one in residents)
     ranks = {}
     for name in residents[0].bases:
         out, inn = (max(one.bases[name][0].k[side] for one in residents) for side in (0, 1))

@@ -18,6 +18,7 @@ from soppu import adapter as adapters
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import compress
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.options import CompressOptions
 from soppu.errors import AdapterError, BundleError
 from soppu.serve.bank.holdings import Answer
@@ -398,7 +399,7 @@ def test_the_projection_is_the_best_there_is_and_its_error_the_true_one() -> Non
     }
     options = CompressOptions(method="cluster", clusters=2, rank=6, device="cpu")
     bundle = compress({name: a for name, a in members.items() if name != "u5"}, options)
-    made = projecting.project(members["u5"], bundle, who="u5")
+    made = projecting.project(members["u5"], Shelf.of(bundle), who="u5")
     lost = whole = 0.0
     for name, pair in members["u5"].pairs.items():
         U, V = (side.double() for side in bundle.matrices(name, made.cluster) if side is not None)

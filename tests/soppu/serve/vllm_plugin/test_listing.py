@@ -72,7 +72,10 @@ def test_the_list_is_capped_and_says_that_there_is_more(control: Control) -> Non
 
 
 def test_a_name_behind_the_base_model_s_is_that_user(control: Control) -> None:
-    asked = {"base:ann": "ann", "b2:ann@0f3c": "ann@0f3c", "base:a:b": "a:b"}
-    asked |= dict.fromkeys(("ann", "other:ann", "baseline:ann"), "")
-    for name, user in asked.items():
-        assert listing.plain(name, control.names_of_base) == (user or name)
+    active = control.bank.active
+    asked = {"ann": "ann", "base:ann": "ann", "b2:ann": "ann", f"b2:ann@{active[:8]}": f"ann@{active}"}
+    for name, meant in asked.items():
+        found = control.bank.resolve(name)
+        assert found is not None and found.label == meant
+    for name in ("other:ann", "base:nobody", "base:", "baseline:ann", "base:b2:ann"):
+        assert control.bank.resolve(name) is None

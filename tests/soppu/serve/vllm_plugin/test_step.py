@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, Side, unit
 from soppu.errors import BundleError
 from soppu.serve.layers import kernels, native
@@ -76,11 +77,9 @@ def fleet(request: pytest.FixtureRequest) -> str:
 
 
 def _step(bundle: Bundle, kernel: How, **form: object) -> Step | StaticStep:
-    factors = resident.read(bundle, engine.linears())
-    shapes = {name: bundle.shapes[name] for name in factors}
-    linears = adapted(engine.linears(), shapes, who="bundle")
+    linears = adapted(engine.linears(), bundle.shapes, who="bundle")
     chosen = Form(**{"dtype": torch.float32, "device": torch.device("cpu"), "start": 1, "spare": 2} | form)  # type: ignore[arg-type]
-    return _made(linears, kernel, resident.build(bundle, factors, linears, chosen))
+    return _made(linears, kernel, resident.build(Shelf.of(bundle), linears, chosen))
 
 
 def _made(linears: list[resident.Linear], kernel: How, first: resident.Resident) -> Step | StaticStep:
@@ -157,9 +156,8 @@ def test_ranks_of_every_size(kernel: How, k_out: int, k_in: int) -> None:
     bundle = handmade.bundle(wide, users, sizes=handmade.Sizes(k_out=k_out, k_in=k_in))
     part = resident.Part("block.o_proj", wide["block.o_proj"], first=0, size=80, at=5)
     linear = resident.Linear("block.o_proj", first=0, size=96, out=90, parts=(part,))
-    factors = resident.read(bundle, [linear])
     form = Form(torch.float32, torch.device("cpu"))
-    step = _made([linear], kernel, resident.build(bundle, factors, [linear], form))
+    step = _made([linear], kernel, resident.build(Shelf.of(bundle), [linear], form))
     step.begin(np.array([2, 1]), np.array([5, 6]))
     x, y = torch.randn(11, 96), torch.zeros(11, 90)
     step.apply(x, y, 0)
@@ -185,9 +183,8 @@ def test_ranks_of_a_tensor_parallel_server_add_up(size: int, fleet: str) -> None
     columns, summed = [], torch.zeros(3, 20)
     for rank in range(size):
         linears = adapted(engine.linears(rank=rank, size=size), dict(bundle.shapes), who="bundle")
-        factors = resident.read(bundle, linears)
         step = Step(linears, kernels.plain)
-        step.add(resident.build(bundle, factors, linears, Form(torch.float32, torch.device("cpu"))))
+        step.add(resident.build(Shelf.of(bundle), linears, Form(torch.float32, torch.device("cpu"))))
         step.begin(_rows(bundle, tokens), np.ones(3, dtype=np.int64))
         for number, linear in enumerate(linears):
             y = torch.zeros(3, linear.out)
@@ -211,9 +208,9 @@ def test_an_adapter_as_own_numbers_is_cut_as_the_layers_are() -> None:
     x, summed, columns = torch.randn(3, 20), [], torch.zeros(3, 20)
     for rank in range(2):
         linears = adapted(engine.linears(rank=rank, size=2), dict(bundle.shapes), who="bundle")
-        made = resident.build(bundle, resident.read(bundle, linears), linears, _FORM)
+        made = resident.build(Shelf.of(bundle), linears, _FORM)
         step = Step(linears, kernels.plain)
-        step.add(made.with_own(made.spare[1], rows, linears))
+        step.add(made.with_own(made.spare[1], rows))
         step.begin(np.array([1 + made.spare[1]]), np.array([3]))
         for number, linear in enumerate(linears):
             y = torch.zeros(3, linear.out)
@@ -237,12 +234,17 @@ def _change(part: Components) -> Tensor:
     return (left * part.gain[:, None].double()).mT @ right
 
 
-def test_modules_nobody_changes_are_left_alone() -> None:
+def test_modules_nobody_changes_are_left_alone(kernel: How) -> None:
     shapes = dict(list(engine.SHAPES.items())[:3])
     bundle = handmade.bundle(shapes, {"ann": [("own",), None, ()]}, sizes=handmade.Sizes(k_out=0, k_in=0))
-    step = _step(bundle, kernels.plain)
+    step = _step(bundle, kernel)
     assert [line.name for line in step.linears] == ["block.qkv_proj"]
-    assert [part.module for part in step.linears[0].parts] == ["block.q_proj"]
+    assert Shelf.of(bundle).survey.changed == {"block.q_proj"}
+    step.begin(_rows(bundle, ["ann"]), np.array([3]))
+    x = torch.randn(3, 20)
+    changed = _run(step, "block.qkv_proj", x)
+    _close(changed, engine.expected(bundle, ["ann"] * 3, "block.qkv_proj", x))
+    assert changed[:, :24].any() and not changed[:, 24:].any()
 
 
 def test_a_module_with_bases_that_nobody_changes_waits_for_adapters(kernel: How) -> None:
@@ -263,7 +265,7 @@ def test_two_bundles_at_once(kernel: How, fleet: str) -> None:
     first = 1 + len(old.users) + 2
     ranks = {name: bases[0].k for name, bases in step.at(1).bases.items()}
     form = Form(torch.float32, torch.device("cpu"), start=first, ranks=ranks)
-    step.add(resident.build(new, resident.read(new, step.linears), step.linears, form))
+    step.add(resident.build(Shelf.of(new), step.linears, form))
     rows = np.concatenate([_rows(old, ["ann", "cem"]), [0], _rows(new, ["ann", "bob"], first)])
     x = torch.randn(5, 20)
     step.begin(rows, np.ones(5, dtype=np.int64))
@@ -314,11 +316,11 @@ def test_a_static_server_says_when_a_bundle_finds_no_place() -> None:
     ranks = {name: bases[0].k for name, bases in step.at(1).bases.items()}
     form = Form(torch.float32, torch.device("cpu"), start=10, ranks=ranks)
     with pytest.raises(BundleError, match="3 bases are needed, 2 of 4 are free"):
-        step.add(resident.build(new, resident.read(new, step.linears), step.linears, form))
+        step.add(resident.build(Shelf.of(new), step.linears, form))
     wider = _bundle(sizes=handmade.Sizes(k_out=8, k_in=8))
     with pytest.raises(BundleError, match=r"shared ranks 8, 8, this server was started with 6, 5"):
-        resident.build(wider, resident.read(wider, step.linears), step.linears, form)
+        resident.build(Shelf.of(wider), step.linears, form)
     own = handmade.bundle(engine.SHAPES, {"ann": [("own",) * 9]})
     form = Form(torch.float32, torch.device("cpu"), start=20, ranks=ranks)
     with pytest.raises(BundleError, match=r"9 components with own numbers, .* started with 4; restart it"):
-        step.add(resident.build(own, resident.read(own, step.linears), step.linears, form))
+        step.add(resident.build(Shelf.of(own), step.linears, form))
