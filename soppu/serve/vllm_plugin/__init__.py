@@ -1,8 +1,8 @@
 """The vLLM plugin: a whole bundle of users in one vLLM server. Not for our own server: `soppu.serve.server`.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in each of its
-processes. Without SOPPU_BUNDLE or SOPPU_FOLLOW in the environment it does nothing. Only `contacts` imports vLLM,
-for the two files called `hooks`: `frontend.hooks` for its API server, `worker.hooks` for its engine and workers.
+processes. It does nothing unless SOPPU_BUNDLE or SOPPU_FOLLOW is in the environment. Only `contacts` imports
+vLLM, for `frontend.hooks`, which hang in its API server, and `worker.hooks`, in its engine and workers.
 """
 
 from __future__ import annotations

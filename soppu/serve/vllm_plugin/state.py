@@ -23,6 +23,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from soppu import files, published
+from soppu.adapter import CONFIG_FILE, IDENTITY_FILE, SHARED_FILE, WEIGHTS_FILE
 from soppu.blobs import open_blobs
 from soppu.compress.bundle import index
 from soppu.compress.bundle.shelf import Shelf
@@ -32,6 +33,7 @@ from soppu.serve.vllm_plugin.settings import Settings
 _LOG = logging.getLogger("vllm.soppu")  # only loggers below "vllm" are shown
 _TAKEN = "SOPPU_STATE_TAKEN"  # how the workers, who inherit the environment, learn which folder it is
 _STATE, _STARTING = "state.json", "starting.json"
+_ADAPTER_FILES = (WEIGHTS_FILE, SHARED_FILE, CONFIG_FILE, IDENTITY_FILE)
 _MOST = 64  # servers that share a folder
 
 
@@ -110,6 +112,15 @@ class State:
             if index.known_id(source) == bundle_id:
                 _take_over(index.path_of(source), index.path_of(path))
         return path
+
+    def keep_adapter(self, source: Path, name: str) -> None:
+        """A copy of a PEFT folder in the folder, under `name`. StorageError."""
+        kept = self.folder / "adapters" / name
+        if kept != source:
+            for file in _ADAPTER_FILES:
+                if (source / file).exists():
+                    with files.atomic_path(kept / file) as temporary:
+                        shutil.copyfile(source / file, temporary)
 
     def forget(self, bundle_id: str) -> None:
         """Remove a bundle's file; who has it open reads on."""

@@ -230,8 +230,7 @@ class Control:
             path = self.incoming / "numbers.safetensors"
             files.write_bytes(path, save({key: tensor.contiguous() for key, tensor in put.tensors.items()}))
             engine.call(put.method, version.rows.start, row, *put.more, str(path))
-            if not kept.exists():
-                adapters.write(adapter, kept)
+            self.state.keep_adapter(folder, kept.name)
             was = self.bank.adapters().get(name)
             own = {"bundle_id": on, "error": put.error, "folder": kept.name}
             self.bank.take(name, Runtime.of(adapter, self.base, where=row, **own))
