@@ -32,9 +32,9 @@ PAGE, DISTINCT = 25, 4  # users of a page, as `PageWriter` closes it; distinct p
 _FORM = (8, WIDTH, 8, WIDTH)
 
 
-def example() -> Bundle:
+def example(components_each: int = COMPONENTS) -> Bundle:
     """The distinct pages and the bases, as a bundle of their own."""
-    forms, k = [[_FORM] * COMPONENTS] * PAGE, (RANK, RANK)
+    forms, k = [[_FORM] * components_each] * PAGE, (RANK, RANK)
     generator, writer = torch.Generator().manual_seed(0), PageWriter()
     for _ in range(DISTINCT):
         parts = [components(forms, shape, k, generator) for shape in served.PIPELINE.values()]
@@ -58,9 +58,9 @@ def name(number: int) -> str:
     return f"user{number:07d}"
 
 
-def write(path: Path, users: int) -> str:
+def write(path: Path, users: int, *, components_each: int = COMPONENTS) -> str:
     """Write a bundle of so many users, a multiple of PAGE; its id. O(size), in memory O(users)."""
-    base, made = served.base(), example()
+    base, made = served.base(), example(components_each)
     pages = [page.data for page in made.pages]
     tensors = _tensors(made, users, base_name=base.name, base_hash=base.hash)
     sizes = {name: array.nbytes for name, array in tensors.items()}
@@ -100,7 +100,7 @@ def _tensors(made: Bundle, users: int, *, base_name: str, base_hash: str) -> dic
         "report": report,
     }
     text = json.dumps(meta, sort_keys=True, separators=(",", ":")).encode()
-    ranks = streams.deflate(np.full((modules, users), COMPONENTS, "<u2").tobytes())
+    ranks = streams.deflate(np.full((modules, users), RANK, "<u2").tobytes())
     rng = np.random.default_rng(0)
     sides = [side for clusters in made.bases.values() for pair in clusters for side in pair]
     return {

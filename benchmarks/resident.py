@@ -5,10 +5,10 @@
 `soppu serve` with a bundle of the pipeline's shape (`many_users`) in its state folder, and a bound of 32 MiB
 for users in memory. `first_start_s` is the start that meets the file for the first time, and reads it whole;
 `start_s` any later one, from the process to the first healthy answer, which loads Python and the model too:
-`empty_start_s` is what that takes without a bundle. Then users who were never asked for (`cold`), of a file
-that is in no cache of the system, take turns with the same users again (`warm`): milliseconds to the first
-token over HTTP, one request at a time, no prompts shared. `rss` is the server's memory in bytes, when it has
-started, at its most, and at the end.
+`empty_start_s` is what that takes without a bundle, `open_ms` what opening the bundle again takes of it. Then
+users who were never asked for (`cold`), of a file that is in no cache of the system, take turns with the same
+users again (`warm`): milliseconds to the first token over HTTP, one request at a time, no prompts shared.
+`rss` is the server's memory in bytes, when it has started, at its most, and at the end.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch
 from benchmarks import many_users, served
 from benchmarks.record import RESULTS, ROOT, circumstances, store
 from soppu.compress.bundle.index import path_of
+from soppu.compress.bundle.shelf import Shelf
 from soppu.federation.simulation import free_port
 
 LIMIT_MIB = 32
@@ -71,6 +72,11 @@ class Server:
         """Bytes."""
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
+    @property
+    def processor(self) -> float:
+        """Seconds of processor time so far, which other processes on the machine do not stretch."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
+
     def first_token(self, user: str) -> float:
         """Milliseconds from the request to its first token."""
         parameters = {"adapter_id": user, "max_new_tokens": 2}
@@ -103,10 +109,10 @@ def server(state: Path) -> Iterator[Server]:
         started.process.wait(60)
 
 
-def put(state: Path, users: int) -> Path:
+def put(state: Path, users: int, components: int) -> Path:
     """A state folder that holds one bundle, active; the bundle's file."""
     (state / "bundles").mkdir(parents=True)
-    bundle_id = many_users.write(state / "new", users)
+    bundle_id = many_users.write(state / "new", users, components_each=components)
     path = state / "bundles" / f"{bundle_id}.safetensors"
     os.replace(state / "new", path)
     held = {"active": bundle_id, "adapters": {}, "base_hash": served.base().hash, "bundles": [bundle_id]}
@@ -122,17 +128,30 @@ def drop_caches(path: Path) -> None:
     os.close(handle)
 
 
+def opening(path: Path) -> float:
+    """Milliseconds to open the bundle and find a user: what of a start depends on how many there are."""
+    begun = time.perf_counter()
+    shelf = Shelf.open(path)
+    assert shelf.users.place(many_users.name(len(shelf.users) - 1)) == len(shelf.users) - 1
+    return 1e3 * (time.perf_counter() - begun)
+
+
 def ask(started: Server, users: int, asked: int) -> dict[str, Any]:
     """Cold users and warm ones in turn."""
     chosen = random.Random(0).sample(range(users), min(asked, users))
     for _ in range(5):
         started.first_token("")  # what torch makes at its first forward
     started.first_token(many_users.name(chosen[0]))
-    cold, warm, memory, before = [], [], [started.rss], started.figures()
+    memory, before = [started.rss], started.figures()
+    taken: dict[str, list[float]] = {"cold": [], "warm": []}
+    processor = {"cold": 0.0, "warm": 0.0}
     for number in chosen[1:]:
-        cold.append(started.first_token(many_users.name(number)))
-        warm.append(started.first_token(many_users.name(number)))
+        for name, times in taken.items():
+            begun = started.processor
+            times.append(started.first_token(many_users.name(number)))
+            processor[name] += started.processor - begun
         memory.append(started.rss)
+    cold, warm = taken["cold"], taken["warm"]
     after = started.figures()
     reads = 'soppu_resident_reads_total{outcome="success"}'
     assert after[reads] - before[reads] == len(cold)
@@ -140,6 +159,7 @@ def ask(started: Server, users: int, asked: int) -> dict[str, Any]:
         "cold_ms": _percentiles(cold),
         "warm_ms": _percentiles(warm),
         "p99_difference_ms": float(np.percentile(cold, 99) - np.percentile(warm, 99)),
+        "processor_ms": {name: 1e3 * seconds / len(cold) for name, seconds in processor.items()},
         "asked": len(cold),
         "rss": memory[-1],
         "rss_at_first": memory[0],
@@ -153,16 +173,17 @@ def _percentiles(taken: list[float]) -> dict[str, float]:
     return {f"p{p}": float(np.percentile(taken, p)) for p in (50, 90, 99)}
 
 
-def measure(folder: Path, users: int, asked: int) -> dict[str, Any]:
+def measure(folder: Path, users: int, asked: int, components: int) -> dict[str, Any]:
     """One row of the results."""
     state = folder / f"state-{users}"
     begun = time.perf_counter()
-    path = put(state, users)
-    row: dict[str, Any] = {"users": users, "written_s": time.perf_counter() - begun}
+    path = put(state, users, components)
+    row: dict[str, Any] = {"users": users, "components": components, "written_s": time.perf_counter() - begun}
     row |= {"bytes": path.stat().st_size, "bytes_per_user": path.stat().st_size / users}
     with server(state) as started:
         row["first_start_s"] = started.seconds
     row["index_bytes"] = path_of(path).stat().st_size
+    row["open_ms"] = opening(path)
     drop_caches(path)
     with server(state) as started:
         row |= {"start_s": started.seconds, "rss_started": started.rss}
@@ -174,8 +195,9 @@ def measure(folder: Path, users: int, asked: int) -> dict[str, Any]:
 @click.command()
 @click.option("--users", multiple=True, default=(1000, 100_000), show_default=True, help="Bundle sizes.")
 @click.option("--asked", default=1000, show_default=True, help="Users who ask.")
+@click.option("--components", default=many_users.COMPONENTS, show_default=True, help="Of a user, a module.")
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="On a disk with room.")
-def main(users: tuple[int, ...], asked: int, folder: Path | None) -> None:
+def main(users: tuple[int, ...], asked: int, components: int, folder: Path | None) -> None:
     """Measure, and write the result file; rows of other sizes in it are kept."""
     kept: list[dict[str, Any]] = []
     if (RESULTS / "resident.json").exists():
@@ -188,15 +210,15 @@ def main(users: tuple[int, ...], asked: int, folder: Path | None) -> None:
                 empty, rss = started.seconds, started.rss
         rows = []
         for count in users:
-            rows.append(measure(Path(name), count, asked) | {"empty_start_s": empty, "empty_rss": rss})
+            row = measure(Path(name), count, asked, components)
+            rows.append(row | {"empty_start_s": empty, "empty_rss": rss, "load_average": os.getloadavg()})
             click.echo(json.dumps(rows[-1], indent=1))
     what = {
         "what": "soppu serve, users of a bundle in memory within a bound; the machine is shared with others",
         "model": served.base().name,
         "shape": "pipeline",
-        "components": f"{many_users.COMPONENTS} a module, int{many_users.WIDTH}, k = {many_users.RANK}",
+        "numbers": f"own integers of width {many_users.WIDTH} and coordinates, k = {many_users.RANK}",
         "pages": f"{many_users.PAGE} users each, {many_users.DISTINCT} distinct ones repeated",
-        "load_average": os.getloadavg(),
         "threads": torch.get_num_threads(),
         "rows": sorted([*kept, *rows], key=lambda row: row["users"]),
     }

@@ -2,8 +2,9 @@
 
 `<bundle file>.index` is made where the file is first opened, and costs reading it once: its SHA-256, which is
 the bundle id, its content digest and its metadata are checked then, and a checksum of each page is written
-down. From then on opening it takes O(1) in the file's size and in its users: a file of the same size and time
-is the one that was checked. It can be deleted at any time. Nothing reads it but this version of SOPPU.
+down. From then on opening it takes O(1) in what its users have: a file of the same size, time and header,
+which holds the content digest, is the one that was checked. It can be deleted at any time. Nothing reads it
+but this version of SOPPU.
 
     32 bytes    SHA-256 of the rest
     the rest    a safetensors file: `head`, JSON, and the arrays
@@ -83,12 +84,6 @@ def of(stored: StoredFile, *, expected_hash: str = "") -> Index:
     return found
 
 
-def known_id(path: Path) -> str:
-    """The bundle id of a file that has an index, "" where it has none that fits. O(index)."""
-    found = _read(StoredFile(path))
-    return "" if found is None else str(found.head["bundle_id"])
-
-
 def _another(stored: StoredFile, found: str, expected: str) -> BundleError:
     return BundleError(f"{stored.path}: SHA-256 is {found[:12]}, expected {expected[:12]}")
 
@@ -118,7 +113,7 @@ def _make(stored: StoredFile, expected: str) -> tuple[dict[str, Any], Arrays]:
     meta, pages = held.meta, [entries[f"page.{number}"] for number in range(len(held.meta["pages"]))]
     where = {name: _place(entries[name], sums[name]) for name in ("bases",)}
     head = {name: meta[name] for name in (*container.FIELDS, "clusters", "modules")} | where
-    head |= {"bundle_id": bundle_id, "size": stored.size, "modified": stored.modified, "version": _VERSION}
+    head |= {"bundle_id": bundle_id, **_identity(stored)}
     head["worst_error"] = float(small["error"].max())
     arrays: dict[str, NDArray[np.generic]] = {
         **users.pack(meta["users"]),
@@ -154,13 +149,19 @@ def _read(stored: StoredFile) -> Index | None:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = _mapped(data)
         head = json.loads(arrays.pop("head").tobytes())
+        fits = all(head[key] == value for key, value in _identity(stored).items())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         _LOG.warning("%s: not read, the bundle is read whole instead: %s", path, error)
         return None
-    same = head.get("version"), head.get("size"), head.get("modified")
-    return Index(head, arrays) if same == (_VERSION, stored.size, stored.modified) else None
+    return Index(head, arrays) if fits else None
+
+
+def _identity(stored: StoredFile) -> dict[str, Any]:
+    """What a file has to have in common with the one that was checked. BundleError: it has no header."""
+    header = hashlib.sha256(stored.head()).hexdigest()
+    return {"size": stored.size, "modified": stored.modified, "header": header, "version": _VERSION}
 
 
 def _mapped(data: mmap.mmap) -> dict[str, NDArray[np.generic]]:

@@ -1,8 +1,8 @@
 """Shelf: a bundle whose users are taken out one at a time. Not for all of them at once: `bundle`.
 
 What is checked when: a file's SHA-256, content digest and metadata where it is first opened (`index`); that
-it is still that file, by size and time, at each opening; a page's checksum, its streams, and what its user
-can have, each time a user of it is decoded.
+it is still that file, by size, time and header, at each opening; a page's checksum, its streams, and what its
+user can have, each time a user of it is decoded.
 """
 
 from __future__ import annotations

@@ -55,15 +55,19 @@ class StoredFile:
             raise BundleError(f"{self.path}: {size - left} of {size} bytes at {begin}: the file was cut off")
         return b"".join(parts)
 
+    def head(self) -> bytes:
+        """The header as it stands, whose digest covers all the rest. BundleError: there is none."""
+        length = envelope.header_length(self.read(0, min(8, self.size)), self.size, str(self.path))
+        return self.read(8, length)
+
     def header(self) -> tuple[str, dict[str, Entry]]:
         """The text of the metadata, and where every tensor is. O(header).
 
         Raises:
             BundleError: not safetensors, no bundle, another format, or tensors that overlap or leave gaps.
         """
-        source = str(self.path)
-        length = envelope.header_length(self.read(0, min(8, self.size)), self.size, source)
-        header = envelope.parse_header(self.read(8, length), source)
+        source, data = str(self.path), self.head()
+        header = envelope.parse_header(data, source)
         text = envelope.announced(header, source)
         try:
             with safe_open(
@@ -73,7 +77,7 @@ class StoredFile:
         except (*envelope.REFUSALS, OSError) as error:
             raise BundleError(f"{source}: truncated or not safetensors: {error}") from None
         named = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return text, {name: _entry(entry, 8 + length) for name, entry in named.items()}
+        return text, {name: _entry(entry, 8 + len(data)) for name, entry in named.items()}
 
     def tensor(self, entry: Entry) -> Tensor:
         """One tensor, read. BundleError as `read`."""

@@ -28,6 +28,7 @@ from soppu import adapter as adapters
 from soppu import files
 from soppu.compress.bundle.index import path_of
 from soppu.compress.bundle.shelf import Shelf
+from soppu.compress.bundle.stored import StoredFile
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError, TargetError
 from soppu.serve.bank.bank import AdapterBank, Ticket
 from soppu.serve.bank.holdings import Holdings, LoadedAdapter
@@ -110,13 +111,14 @@ class ServerState:
     def add_file(self, source: Path) -> str:
         """As `add_bundle` for a file whose id is not known; the id.
 
-        A file of the size and time of one that was copied in is that one: a start does not read it again.
+        A file of the size and header of one that was copied in is that one, as the header holds a digest of
+        all the rest: a start does not read it again.
         """
         with self._changing:
-            found = source.stat()
+            found = StoredFile(source)
             for bundle_id in self.bank.bundles():
-                held = self._bundle_path(bundle_id).stat()
-                if (held.st_size, held.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
+                held = StoredFile(self._bundle_path(bundle_id))
+                if held.size == found.size and held.head() == found.head():
                     return bundle_id
             return self._take(source, expected="")
 
@@ -127,7 +129,6 @@ class ServerState:
         try:
             with files.atomic_path(incoming) as temporary:
                 shutil.copyfile(source, temporary)
-                shutil.copystat(source, temporary)
             shelf = Shelf.open(incoming, expected_hash=expected)
             if shelf.bundle_id in self.bank.bundles():
                 return shelf.bundle_id

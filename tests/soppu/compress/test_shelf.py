@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ def test_every_user_of_every_form_is_decoded_alone_as_among_all(plan: str, tmp_p
     bundle_id = made.save(path)
     for _ in range(2):  # with an index that is made, and with one that is there
         shelf = Shelf.open(path, expected_hash=bundle_id)
-        assert shelf.bundle_id == bundle_id == index.known_id(path)
+        assert shelf.bundle_id == bundle_id
         assert_the_same(shelf, made)
 
 
@@ -154,6 +156,12 @@ def test_a_file_that_changed_is_read_whole_again(path: Path) -> None:
     path.write_bytes(whole)
     with pytest.raises(BundleError, match="damaged: content digest"):
         Shelf.open(path)
+    made, found = make(PLANS["pages"]), path.stat()
+    other = replace(made, norm=made.norm + 1).to_bytes()
+    path.write_bytes(other)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert path.stat().st_size == found.st_size  # of the same size and time, as an image's files may be
+    assert Shelf.open(path).bundle_id == hashlib.sha256(other).hexdigest()
     make(PLANS["both"]).save(path)
     assert Shelf.open(path).shapes == make(PLANS["both"]).shapes
     with pytest.raises(BundleError, match="SHA-256 is .*, expected 000000000000"):
