@@ -122,10 +122,10 @@ OPERATIONS = (
         "/v1/models",
         "The base model and everybody who is served, in pages",
         _NOT_THERE,
-        "OpenAI's list, `limit` and `after` for pages",
+        "OpenAI's list, `limit` and `after` for pages, `prefix` to search",
         answers=(JSON,),
         refusals=(422,),
-        query=("limit", "after"),
+        query=("limit", "after", "prefix"),
     ),
     Operation(
         "GET",

@@ -293,6 +293,9 @@ def test_models_come_in_pages(client: TestClient, served: Talker) -> None:
                 break
             query["after"] = page["last_id"]
         assert found == names and len(page["data"]) == 1
+        for prefix, fitting in {"al": ["alice"], "team/": ["team/carol@home"], "zoe": []}.items():
+            begun = client.get("/v1/models", params={"prefix": prefix}).json()
+            assert ([model["id"] for model in begun["data"]], begun["has_more"]) == (fitting, False)
         last = client.get("/v1/models", params={"after": names[-1]}).json()
         assert (last["data"], last["has_more"], last["last_id"]) == ([], False, None)
         for model in everybody["data"]:
