@@ -104,12 +104,12 @@ class State:
     def keep(self, source: Path, bundle_id: str) -> Path:
         """A bundle's file in the folder, a link to the source where that can be. StorageError.
 
-        With its index, where the source has one: then it is not read anew.
+        With its index, where the source has one: then it is not read whole again.
         """
         path = self.path(bundle_id)
         if not path.exists():
             _take_over(source, path)
-            if index.known_id(source) == bundle_id:
+            if index.path_of(source).exists():  # one that does not fit is made anew
                 _take_over(index.path_of(source), index.path_of(path))
         return path
 
