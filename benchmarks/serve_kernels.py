@@ -115,7 +115,7 @@ def stepped(
     users, nobody = np.arange(setting.users), np.full(setting.users, -1)
     whose = (nobody if records else users, 0 * users, records or NOBODY, users if records else nobody)
     resident = Resident(1, layers, cores, *whose, modules=(), spare=range(setting.users, setting.users))
-    step = StaticStep(linears, resident, Limits(tokens=setting.batch, requests=setting.batch, bases=1))
+    step = StaticStep(linears, [resident], Limits(tokens=setting.batch, requests=setting.batch, bases=1))
     step.begin(rows.cpu().numpy() + 1, np.ones(setting.batch, np.int64))
     return step.apply
 

@@ -275,8 +275,11 @@ def serving(session: Session, user: str | None = None) -> list[tuple[Publication
     return list(session.execute(query).tuples())
 
 
-def publish(session: Session, publication: Publication, placements: Mapping[str, str]) -> None:
-    """Put a publication in force with its placements, unless it is already. Raises as `Registry` says."""
+def publish(session: Session, publication: Publication, placements: Mapping[str, str]) -> Publication:
+    """Put a publication in force with its placements, unless it is already; the one in force.
+
+    Raises as `Registry` says.
+    """
     bundle = session.get_one(Bundle, publication.bundle_id, with_for_update=True)
     if placements and bundle.contains_forgotten:
         raise RegistryError(
@@ -285,7 +288,7 @@ def publish(session: Session, publication: Publication, placements: Mapping[str,
     there = sa.select(Publication).filter_by(target=publication.target, url=publication.url)
     newest = session.scalar(there.order_by(Publication.id.desc()).limit(1))
     if newest is not None and newest.bundle_id == bundle.id and _placed(session, newest) == dict(placements):
-        return
+        return newest
     publication.at = now()
     session.add(publication)
     session.flush()
@@ -295,6 +298,7 @@ def publish(session: Session, publication: Publication, placements: Mapping[str,
     ]
     for start in range(0, len(rows), _CHUNK):
         session.execute(sa.insert(Placement), rows[start : start + _CHUNK])
+    return publication
 
 
 def resolve(session: Session, user: str) -> list[Address]:

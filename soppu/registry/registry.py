@@ -19,12 +19,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from soppu import adapter as peft_folder
-from soppu import files
+from soppu import files, published
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
+from soppu.blobs import Blobs, LocalBlobs, open_blobs
 from soppu.errors import AdapterError, RegistryError, StorageError
+from soppu.published import bundle_key, check_bundle
 from soppu.registry import ledger
-from soppu.registry.blobs import Blobs, LocalBlobs, open_blobs
 from soppu.registry.catalogue import (
     Adapter,
     AdapterSet,
@@ -185,7 +186,7 @@ class Registry:
         self.get_set(set_id)
         bundle_id = hashlib.sha256(data).hexdigest()
         fill = partial(files.write_bytes, data=data)
-        self._blobs.put(_bundle_key(bundle_id), fill, partial(_check_bundle, bundle_id))
+        self._blobs.put(bundle_key(bundle_id), fill, partial(check_bundle, bundle_id))
         with self._catalogue.write() as session:
             frozen = session.get_one(AdapterSet, set_id, with_for_update=True)
             values = {"set_id": set_id, "run": run, "contains_forgotten": False, "created_at": now()}
@@ -207,12 +208,12 @@ class Registry:
     def bundle_path(self, bundle_id: str) -> Path:
         """The bundle's file on this machine. RegistryError if it is unknown or has another hash. O(size)."""
         self.bundle(bundle_id)
-        return self._blobs.fetch(_bundle_key(bundle_id), partial(_check_bundle, bundle_id))
+        return published.bundle_path(self._blobs, bundle_id)
 
     def bundle_bytes(self, bundle_id: str) -> int:
         """Bytes of the bundle's file. RegistryError if it is unknown."""
         self.bundle(bundle_id)
-        return self._blobs.size(_bundle_key(bundle_id))
+        return self._blobs.size(bundle_key(bundle_id))
 
     current = _asked(ledger.current_adapter)
     current_set = _asked(ledger.current_set)
@@ -243,12 +244,14 @@ class Registry:
 
         Raises:
             RegistryError: the bundle is unknown; or placements are given and one of its users was forgotten.
+            StorageError: the store refused the note that servers follow; nothing was recorded.
         """
         self.bundle(bundle_id)
+        new = Publication(target=target, url=url, bundle_id=bundle_id)
         with self._catalogue.write() as session:
-            ledger.publish(
-                session, Publication(target=target, url=url, bundle_id=bundle_id), placements or {}
-            )
+            row = ledger.publish(session, new, placements or {})
+            told = published.Pointer(bundle_id=bundle_id, target=target, url=url, at=row.at)
+            published.write(self._blobs, told)
 
     def forget(self, user: str) -> ForgetReport:
         """Delete a user's history and metrics, and every adapter that nobody else holds.
@@ -314,10 +317,6 @@ def _adapter_key(adapter_id: str) -> str:
     return f"adapters/{adapter_id}"
 
 
-def _bundle_key(bundle_id: str) -> str:
-    return f"bundles/{bundle_id}.safetensors"
-
-
 def _catalogue_inside(blobs: Blobs, *, create: bool) -> sa.URL:
     if not isinstance(blobs, LocalBlobs):
         raise RegistryError(
@@ -350,9 +349,3 @@ def _read_adapter(adapter_id: str, content: str, folder: Path) -> LoraAdapter:
             f"adapter {adapter_id}: its stored copy is damaged: content {adapter.content_hash()[:16]}"
         )
     return adapter
-
-
-def _check_bundle(bundle_id: str, path: Path) -> Path:
-    if (found := files.sha256_file(path)) != bundle_id:
-        raise RegistryError(f"bundle {bundle_id}: its stored copy is damaged: sha256 {found}")
-    return path

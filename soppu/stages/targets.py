@@ -82,17 +82,18 @@ def _vllm(run: Run, settings: TargetConfig, first: Path | None) -> VllmTarget:
         if not target.is_up():
             raise TargetError(f"{settings.url}: nobody answers; a vLLM server is started by a publication")
         return target
+    live = run.registry().live(settings.url)  # after kill -9 it is served while the next one is tried
     launch = VllmLaunch(
         python=Path(settings.vllm_python),
         model=base.path,
-        bundle=first,
+        bundle=run.registry().bundle_path(live) if live else first,
         log=state / "vllm.log",
         pid_file=state / "vllm.pid",
         timeout=settings.start_timeout_s,
         options=("--max-num-seqs", str(settings.max_batch), *settings.vllm_options),
         environment={"SOPPU_RESIDENT_MIB": str(settings.resident_mib)},
     )
-    if target.start(launch):
+    if target.start(launch) and not live:
         target.rollback("")  # it is active from the start there, and has to pass its canaries first
     return target
 

@@ -30,6 +30,7 @@ class VllmLaunch:
     served_name: str = "base"
     dtype: str = "auto"
     timeout: float = 900.0  # seconds until it has to be healthy; compiling takes minutes the first time
+    state: Path | None = None  # what is published is kept there; by default beside the pid file
     options: tuple[str, ...] = ()  # more of vLLM's own command-line options
     environment: Mapping[str, str] = field(default_factory=dict)  # more, for instance SOPPU_MAX_ERROR
 
@@ -43,8 +44,8 @@ class VllmTarget(HttpTarget):
     def start(self, launch: VllmLaunch) -> bool:
         """Start a server on this machine unless one is up. Waits, returns and raises as `_start` does.
 
-        It holds `launch.bundle`, active; bundles published later are gone when it ends. TargetError also if
-        there is no such Python.
+        It holds `launch.bundle`, active, or what was published to the server that kept its state there and
+        began with the same bundle. TargetError also if there is no such Python.
         """
         if not launch.python.exists() and not self.is_up():
             raise TargetError(f"{launch.python}: no such Python; `make vllm` makes an environment for vLLM")
@@ -54,7 +55,9 @@ class VllmTarget(HttpTarget):
         command = [str(launch.python), *module, *options, *launch.options]
         # the plugin has no state folder to make a token in: without one its admin routes stay closed
         token = self._token or (tokens.ensure(self._token_file) if self._token_file else "")
-        own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), tokens.VARIABLE: token}
+        state = launch.state or launch.pid_file.parent / "vllm-state"
+        own = {"SOPPU_BUNDLE": str(launch.bundle.resolve()), "SOPPU_STATE": str(state.resolve())}
+        own[tokens.VARIABLE] = token
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         variables = quiet | own | dict(launch.environment)
         server = process.Launch(command, launch.log, launch.pid_file, variables)

@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from soppu.blobs import Blobs, RemoteBlobs, open_blobs
 from soppu.errors import RegistryError, StorageError
-from soppu.registry.blobs import Blobs, RemoteBlobs, open_blobs
 from tests.share import ShareFileSystem, share
 
 KEY = "adapters/a-1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from soppu import published
 from soppu.errors import RegistryError
 from soppu.registry import Registry
 from tests.soppu.test_registry import freeze, make_adapter, registry
@@ -57,3 +58,24 @@ def test_a_forgotten_user_is_resolved_to_nothing_and_never_placed_again(registry
     assert len(registry.publications()) == 1
     with pytest.raises(RegistryError, match="unknown user 'carol'"):
         registry.resolve("carol")
+
+
+def test_a_publication_is_noted_in_the_store_for_servers_that_follow(registry: Registry) -> None:
+    set_id = freeze(registry, {"alice": registry.put_adapter(make_adapter(1), user="alice")})
+    one, two = (registry.put_bundle(data, set_id=set_id) for data in (b"1", b"2"))
+    blobs = registry._blobs
+    assert published.newest(blobs) is None
+    registry.record_publication(target="vllm", url="http://v/", bundle_id=one)
+    first = published.newest(blobs)
+    registry.record_publication(
+        target="vllm", url="http://v/", bundle_id=one
+    )  # no second row, and no second mark
+    assert first is not None and published.newest(blobs) == first and first.bundle_id == one
+    registry.record_publication(target="vllm", url="http://v", bundle_id=two)
+    registry.record_publication(target="embedded", url="http://e", bundle_id=one)
+    mine, all_ = published.newest(blobs, "http://v"), published.newest(blobs)
+    assert mine is not None and all_ is not None and (mine.bundle_id, all_.url) == (two, "http://e")
+    registry.record_publication(target="vllm", url="http://v", bundle_id=one)  # a rollback
+    again = published.newest(blobs, "http://v/")
+    assert again is not None and again.bundle_id == one and again.mark > first.mark
+    assert published.bundle_path(blobs, one).read_bytes() == b"1"

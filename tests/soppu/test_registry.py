@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.base_identity import Base
+from soppu.blobs import LocalBlobs
 from soppu.errors import AdapterError, RegistryError, StorageError
 from soppu.registry import Registry
-from soppu.registry.blobs import LocalBlobs
 from soppu.registry.catalogue import Base as Tables
 from soppu.registry.catalogue import Catalogue, Holding, Publication, User, now
 from tests.share import share

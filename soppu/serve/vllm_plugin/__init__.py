@@ -19,7 +19,7 @@ def register() -> None:
         ConfigError: a SOPPU_ variable has a value that is not allowed, or this vLLM is not one the plugin was
             written for.
     """
-    if not os.environ.get("SOPPU_BUNDLE"):
+    if not (os.environ.get("SOPPU_BUNDLE") or os.environ.get("SOPPU_FOLLOW")):
         return
     from soppu.serve.vllm_plugin import host, refusal, settings  # an idle plugin costs vLLM no import
 
@@ -27,6 +27,7 @@ def register() -> None:
     with refusal.noted():
         host.check_version()
         chosen = settings.read(os.environ)
+    host.share_environment()
     from soppu.serve.vllm_plugin.frontend import hooks as frontend
     from soppu.serve.vllm_plugin.worker import hooks as worker
 

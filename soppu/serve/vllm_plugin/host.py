@@ -1,26 +1,26 @@
-"""vLLM, the plugin's host: which versions and options are supported, and how its functions are replaced.
+"""vLLM, the plugin's host: which versions and options are supported.
 
-What is replaced: `frontend.hooks`, `worker.hooks`. They reach into vLLM's internals, so any other is refused.
+The plugin reaches into vLLM's internals (`contacts`), so any other version is refused.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import os
 from importlib import metadata
 from typing import Any
 
 from soppu.errors import ConfigError
 
-SUPPORTED = "0.32."
+SUPPORTED = ("0.27.", "0.32.", "0.33.")
 
 
 def check_version(version: str = "") -> None:
     """ConfigError for a vLLM that is not supported, or none; `version` is by default the installed one."""
     version = version or installed()
     if not version.startswith(SUPPORTED):
+        supported = ", ".join(f"{one}x" for one in SUPPORTED)
         raise ConfigError(
-            f"the SOPPU plugin supports vLLM {SUPPORTED}x, found {version or 'none'};"
+            f"the SOPPU plugin supports vLLM {supported}; found {version or 'none'};"
             " install a supported vLLM, or unset SOPPU_BUNDLE to start without the plugin"
         )
 
@@ -47,19 +47,17 @@ def check_options(config: Any) -> None:
         why = f"--api-server-count {count}: the SOPPU plugin keeps its names in one, start with 1"
     elif parallel.enable_dbo:
         why = "--enable-dbo: the SOPPU plugin needs whole batches; start without it"
-    elif config.use_v2_model_runner:
-        why = "the SOPPU plugin supports model runner V1; start with VLLM_USE_V2_MODEL_RUNNER=0"
+    elif parallel.prefill_context_parallel_size > 1:
+        why = "prefill context parallel: the SOPPU plugin needs whole prompts; start with a size of 1"
+    elif getattr(config.speculative_config, "enable_adaptive_verification", False):
+        why = "enable_adaptive_verification: the SOPPU plugin has to know each request's tokens; leave it out"
     else:
         return
     raise ConfigError(why)
 
 
-def replace(owner: Any, name: str, hook: Callable[..., Any]) -> None:
-    """Have `owner.name(...)` call `hook(original, ...)`; both may be coroutine functions."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        return hook(original, *args, **kwargs)
-
-    setattr(owner, name, hooked)
+def share_environment() -> None:
+    """Have Ray's workers get our variables from the process that starts them, as other workers do."""
+    name = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    prefixes = filter(None, os.environ.get(name, "").split(","))
+    os.environ[name] = ",".join(sorted({*prefixes, "SOPPU_"}))

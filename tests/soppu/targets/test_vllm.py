@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+import psutil
 import pytest
 import requests
 from click.testing import CliRunner
@@ -19,6 +23,7 @@ from soppu import adapter as adapters
 from soppu.cli import main
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import TargetError
+from soppu.registry import Registry
 from soppu.targets import process
 from soppu.targets.vllm import VllmLaunch, VllmTarget
 from tests.soppu.serve.vllm_plugin import live
@@ -81,9 +86,31 @@ def test_a_mixed_batch_with_one_prompt_for_all_keeps_users_apart(server: Server)
 def test_names_are_listed_and_an_unknown_one_is_not_found(server: Server) -> None:
     listed = requests.get(f"{server.target.url}/v1/models", timeout=60).json()["data"]
     assert [model["id"] for model in listed] == ["base", *live.USERS]
-    for name in ("nobody", "ann@0000", "nobody@" + server.bundle_id):
+    for name in ("nobody", "ann@0000", "nobody@" + server.bundle_id, "other:ann", "base:nobody"):
         response = server.ask(name)
         assert response.status_code == 404 and name in response.text
+
+
+def test_names_are_told_as_routers_of_fleets_ask_for_them(server: Server) -> None:
+    """production-stack reads id and parent of each model; Ray Serve LLM asks for "base:user"."""
+
+    def get(**query: str | int) -> dict[str, Any]:
+        answer = requests.get(f"{server.target.url}/v1/models", params=query, timeout=60)
+        assert answer.status_code == (400 if "after" in query and query["after"] == "x" else 200), answer.text
+        return dict(answer.json())
+
+    cards = {card["id"]: card for card in get()["data"]}
+    assert cards["base"]["parent"] is None and cards["base"]["root"] == str(server.launch.model)
+    for user in live.USERS:
+        assert cards[user]["parent"] == "base" and cards[user]["root"] == f"soppu:{server.bundle_id}"
+        assert cards[user]["max_model_len"] == cards["base"]["max_model_len"] == 1024
+    page = get(limit=2)
+    assert [card["id"] for card in page["data"]] == ["base", "ann"] and page["has_more"]
+    page = get(limit=2, after="ann")
+    assert [card["id"] for card in page["data"]] == ["bob", "cem"] and page["last_id"] == "cem"
+    assert [card["id"] for card in get(prefix="do")["data"]] == ["dora"]
+    assert "`after` must be" in str(get(after="x"))
+    assert server.text("base:ann") == server.wanted("ann")
 
 
 def test_a_target_completes_and_its_canaries_pass(server: Server) -> None:
@@ -206,6 +233,54 @@ def test_a_bundle_is_swapped_under_load_and_no_request_fails(server: Server) -> 
     server.target.rollback(server.bundle_id)
     assert server.text("ann") == old
     server.target.drop(second_id)
+
+
+def test_kill_minus_nine_loses_nothing_and_the_replica_follows_a_registry(server: Server) -> None:
+    """The restart runs model runner V2, by Triton's interpreter: same names, same texts."""
+    second = live.bundle(("ann", "bob", "eve"), clusters=2, strength=3.0)
+    path = server.folder / "second.soppu"
+    second_id = second.save(path)
+    server.target.publish(path, bundle_id=second_id)
+    server.target.activate(second_id)
+    adapters.write(live.adapter("newcomer", clusters=2), server.folder / "late")
+    loaded = {"lora_name": "late", "lora_path": str(server.folder / "late")}
+    assert server.post("load_lora_adapter", **loaded).status_code == 200
+    path.unlink()
+    group = json.loads(server.launch.pid_file.read_text())["pid"]
+    os.killpg(group, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(group)] if psutil.pid_exists(group) else [], timeout=30)
+
+    registry = Registry.open(server.folder / "registry")
+    follow = {"SOPPU_FOLLOW": str(server.folder / "registry"), "SOPPU_FOLLOW_SECONDS": "0.5"}
+    eager = (*server.launch.options, "--enforce-eager")
+    environment = {**server.launch.environment, **live.V2, **follow}
+    assert server.target.start(replace(server.launch, options=eager, environment=environment))
+    assert "Using V2 Model Runner" in server.launch.log.read_text()
+    assert server.target.active() == second_id
+    assert set(server.target.bundles()) == {server.bundle_id, second_id}
+    wanted = {user: server.texts.of(second.reconstruct(user)) for user in second.users}
+    wanted |= {f"cem@{server.bundle_id}": server.wanted("cem"), "base": server.wanted("")}
+    wanted["late"] = server.texts.of(live.adapter("newcomer", clusters=2))
+    with ThreadPoolExecutor(8) as pool:
+        assert dict(zip(wanted, pool.map(server.text, wanted), strict=True)) == wanted
+    told = requests.get(f"{server.target.url}/soppu/v1/health", timeout=60)
+    assert told.status_code == 503 and "nothing was published" in told.json()["following"]["error"]
+    assert told.json()["previous"] == server.bundle_id
+
+    third = live.mixed()
+    third_path = server.folder / "third.soppu"
+    third.save(third_path)
+    set_id = registry.freeze_current(
+        live.base().base, chosen={"own": registry.put_adapter(third.reconstruct("own"), user="own")}
+    )
+    third_id = registry.put_bundle(third_path.read_bytes(), set_id=set_id)
+    registry.record_publication(target="vllm", url="http://elsewhere", bundle_id=third_id)
+    deadline = time.monotonic() + 60
+    while server.target.active() != third_id and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert server.text("both") == server.texts.of(third.reconstruct("both"))
+    told = requests.get(f"{server.target.url}/soppu/v1/health", timeout=60)
+    assert told.status_code == 200 and told.json()["following"]["published"] == third_id
 
 
 def test_a_python_that_is_not_there_is_named(tmp_path: Path) -> None:

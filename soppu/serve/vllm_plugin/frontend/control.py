@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -20,13 +20,17 @@ from soppu import base_identity, files
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
 from soppu.compress.bundle.shelf import Shelf
-from soppu.errors import AdapterError, BundleError
+from soppu.errors import AdapterError, BundleError, SoppuError, StorageError
+from soppu.published import Pointer
+from soppu.serve.bank.holdings import Holdings
 from soppu.serve.bank.resident import Figures
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.directory import Directory, Runtime, Version
 from soppu.serve.vllm_plugin.settings import Settings
+from soppu.serve.vllm_plugin.state import Adapter as Kept
+from soppu.serve.vllm_plugin.state import State, kept_bundles
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("vllm.soppu")  # only loggers below "vllm" are shown
 _POLL_SECONDS = 0.5
 
 
@@ -56,7 +60,8 @@ class Control:
         reserved: names the base model is served under, which no user may have.
 
     Raises:
-        BundleError: the bundle of the settings is damaged, or made for another base model.
+        BundleError: a bundle is damaged, or made for another base model.
+        ConfigError, RegistryError, StorageError: see `State.begin`.
     """
 
     def __init__(
@@ -66,12 +71,18 @@ class Control:
         self.bank = Directory(spare=settings.spare_rows)
         self._changing = threading.Lock()
         self._engine: Engine | None = None
-        bundle = settings.read_bundle()
-        self.first_id = bundle.bundle_id
-        self._check(bundle, self.first_id)
-        self.incoming = Path(tempfile.mkdtemp(prefix="soppu-"))
-        self.bank.stage(bundle, self.first_id, self.bank.reserve(bundle))
-        self.bank.activate(self.first_id)
+        self.state = State.begin(settings, base_hash)
+        try:
+            for bundle in kept_bundles(self.state.folder):
+                self._check(bundle, bundle.bundle_id)
+                self.bank.stage(bundle, bundle.bundle_id, self.bank.reserve(bundle))
+            self.bank.activate(self.state.content.active)
+        except SoppuError:
+            self.state.close()
+            raise
+        self.lost = dict[str, str]()  # adapters loaded before a restart that are not served now, and why
+        self._mark = self.state.content.followed
+        self._followed = set(self.state.content.bundles) if settings.follow else set[str]()
 
     def connect(self, engine: Engine, *, reserved: Collection[str] = ()) -> None:
         """The engine that serves this; from now on changes are possible.
@@ -83,36 +94,100 @@ class Control:
             BundleError: its workers hold another bundle than this process read, or a user has such a name.
         """
         self._engine, self._reserved = engine, tuple(reserved) or self._reserved
-        self._check_names(self.bank.versions()[self.first_id].bundle, self.first_id)
-        for held in engine.call("first"):
-            if held != self.first_id:
-                raise BundleError(f"{self.settings.bundle}: changed while the server started; start it again")
+        versions = self.bank.versions()
+        for bundle_id, version in versions.items():
+            self._check_names(version.bundle, bundle_id)
+        wanted = [(bundle_id, version.rows.start) for bundle_id, version in versions.items()]
+        for began in engine.call("began"):
+            if [tuple(one) for one in began] != wanted:
+                raise BundleError(f"{self.state.folder}: changed while the server started; start it again")
+        for name, kept in self.state.content.adapters.items():
+            try:
+                self._serve(name, self.state.folder / "adapters" / kept.folder, kept.bundle_id)
+            except (AdapterError, BundleError) as error:
+                self.lost[name] = str(error)
+                _LOG.error("adapter %r, loaded before the restart, is not served: %s", name, error)
+        self.bank.commit = self._remember
+        self.bank.activate(self.bank.active)  # to have it remembered: nothing has refused this start
 
     @property
     def model(self) -> str:
         """The name the base model is served under."""
         return self._reserved[0] if self._reserved else ""
 
+    @property
+    def names_of_base(self) -> tuple[str, ...]:
+        """Every name it is served under."""
+        return self._reserved
+
     def close(self) -> None:
-        """Remove what uploads left."""
-        shutil.rmtree(self.incoming, ignore_errors=True)
+        """Give the state back to the next server."""
+        self.bank.commit = None
+        self.state.close()
+
+    @property
+    def incoming(self) -> Path:
+        """A folder for uploads under way."""
+        return self.state.incoming
 
     def add_bundle(self, source: Path, *, bundle_id: str) -> bool:
         """Load a bundle beside the others. False if it was there. BundleError if it does not fit."""
         with self._changing:
             if bundle_id in self.bank.bundles():
                 return False
-            bundle = Shelf.open(source, expected_hash=bundle_id)
-            self._check(bundle, bundle_id)
-            start = self.bank.reserve(bundle)
-            self._connected().call("stage", str(source), bundle_id, start)
-            self.bank.stage(bundle, bundle_id, start)
+            path = self.state.keep(source, bundle_id)
+            try:
+                bundle = Shelf.open(path, expected_hash=bundle_id)
+                self._check(bundle, bundle_id)
+                start = self.bank.reserve(bundle)
+                self._connected().call("stage", str(path), bundle_id, start)
+                self._stage(bundle, bundle_id, start)
+            except SoppuError:
+                self.state.forget(bundle_id)
+                raise
             return True
+
+    def _stage(self, bundle: Shelf, bundle_id: str, start: int) -> None:
+        try:
+            self.bank.stage(bundle, bundle_id, start)
+        except StorageError:
+            self._connected().call("drop", start)
+            raise
 
     def activate(self, bundle_id: str) -> str:
         """Switch plain names over; requests under way finish where they are. The one active before."""
         with self._changing:
             return self.bank.activate(bundle_id)
+
+    def follow(self, source: Path, *, pointer: Pointer) -> None:
+        """Make what a registry publishes active here, and drop what was followed before the last.
+
+        Raises:
+            BundleError: it does not fit this server, which goes on as it was.
+            StorageError: the disk refused it.
+        """
+        new, before = self.add_bundle(source, bundle_id=pointer.bundle_id), self.bank.active
+        with self._changing:
+            old, self._mark = self._mark, pointer.mark
+            try:
+                self.bank.activate(pointer.bundle_id)
+            except SoppuError:
+                self._mark = old
+                raise
+        _LOG.info("bundle %s: published, and active now", pointer.bundle_id[:12])
+        if new:
+            self._followed.add(pointer.bundle_id)
+        for bundle_id in self._followed - {pointer.bundle_id, before, self.state.content.previous}:
+            try:
+                self.drop_bundle(bundle_id)
+            except BundleError as error:  # gone already, or an adapter is on its basis: then the next time
+                _LOG.info("%s", error)
+        self._followed &= self.bank.bundles().keys()
+
+    @property
+    def followed(self) -> str:
+        """The publication that was taken over last, `Pointer.mark`; "" for none."""
+        return self._mark
 
     def drop_bundle(self, bundle_id: str) -> None:
         """Forget a bundle at once; its memory is freed when the last request on it has finished."""
@@ -129,20 +204,27 @@ class Control:
             AdapterError: malformed, of another base model, above the error that is allowed, a user's name, or
                 no spare row is left.
         """
+        active = self.bank.active
+        if not active:
+            raise AdapterError(f"{name}: no bundle is active, so there is no basis to serve it on")
+        self._serve(name, folder, active)
+
+    def _serve(self, name: str, folder: Path, on: str) -> None:
+        """`add_adapter` on the basis of the bundle `on`."""
         adapter = adapters.read(folder)
         base_identity.check(adapter.base, self.base, who=name, whose="this server has")
+        kept = self.state.folder / "adapters" / _folder_name(name, adapter)
         with self._changing:
-            active = self.bank.active
-            if not active:
-                raise AdapterError(f"{name}: no bundle is active, so there is no basis to serve it on")
-            version = self.bank.versions()[active]
+            version = self.bank.versions().get(on)
+            if version is None:
+                raise AdapterError(f"{name}: bundle {on[:12]}, on whose basis it is, is not loaded any more")
             self.bank.check_name(name)
             allowed = self.settings.max_error
             if allowed is None:
                 allowed = version.bundle.worst_error
             engine = self._connected()
             put = self._form(adapter, version, who=name, allowed=allowed)
-            row = self.bank.free_row(active, engine.busy())
+            row = self.bank.free_row(on, engine.busy())
             if not row:
                 raise AdapterError(
                     f"{name}: all {len(version.spare)} spare rows are taken; unload an adapter, or start the"
@@ -151,8 +233,14 @@ class Control:
             path = self.incoming / "numbers.safetensors"
             files.write_bytes(path, save({key: tensor.contiguous() for key, tensor in put.tensors.items()}))
             engine.call(put.method, version.rows.start, row, *put.more, str(path))
-            own = {"bundle_id": active, "error": put.error}
+            if not kept.exists():
+                adapters.write(adapter, kept)
+            was = self.bank.adapters().get(name)
+            own = {"bundle_id": on, "error": put.error, "folder": kept.name}
             self.bank.take(name, Runtime.of(adapter, self.base, where=row, **own))
+            self.lost.pop(name, None)
+            if was is not None and was.folder != kept.name:
+                shutil.rmtree(self.state.folder / "adapters" / was.folder, ignore_errors=True)
 
     def _form(self, adapter: LoraAdapter, version: Version, *, who: str, allowed: float) -> _Put:
         projected = projecting.project(adapter, version.bundle, who=who)
@@ -167,7 +255,25 @@ class Control:
     def drop_adapter(self, name: str) -> None:
         """Forget a runtime adapter. AdapterError if there is none of that name."""
         with self._changing:
+            kept = self.bank.adapters().get(name)
             self.bank.remove(name)
+            if kept is not None:
+                shutil.rmtree(self.state.folder / "adapters" / kept.folder, ignore_errors=True)
+
+    def _remember(self, held: Holdings[int, Runtime]) -> None:
+        """Have the disk know what is about to be served. StorageError."""
+        was = self.state.content
+        previous = was.previous if held.active == was.active else was.active
+        changes = {
+            "active": held.active,
+            "previous": previous if previous in held.bundles else "",
+            "bundles": tuple(held.bundles),
+            "adapters": {
+                name: Kept(folder=one.folder, bundle_id=one.bundle_id) for name, one in held.adapters.items()
+            },
+            "followed": self._mark,
+        }
+        self.state.write(was.model_copy(update=changes))
 
     def _free(self, bundle_id: str, version: Version) -> None:
         engine = self._connected()
@@ -175,6 +281,9 @@ class Control:
         while any(row in version.rows for row in engine.busy()):
             time.sleep(_POLL_SECONDS)
         engine.call("drop", version.rows.start)
+        with self._changing:
+            if bundle_id not in self.bank.bundles():  # staged again meanwhile, from the same file
+                self.state.forget(bundle_id)
         _LOG.info("bundle %s: freed", bundle_id[:12])
 
     def unchecked(self, name: str) -> bool:
@@ -212,3 +321,7 @@ class Control:
                 f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name the base model is served under;"
                 " choose another one with --served-model-name"
             )
+
+
+def _folder_name(name: str, adapter: LoraAdapter) -> str:
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{adapter.content_hash()[:16]}"

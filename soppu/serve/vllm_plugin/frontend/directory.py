@@ -42,6 +42,7 @@ class Runtime(LoadedAdapter):
 
     bundle_id: str
     error: float
+    folder: str = ""  # where the state keeps it
 
 
 class Directory(Holder[int, Runtime]):

@@ -1,11 +1,11 @@
-"""What hangs in vLLM's engine and workers, for the versions in `host`; the API server: `frontend.hooks`.
+"""What hangs in vLLM's engine and workers, by names in `contacts`; the API server: `frontend.hooks`.
 
-Into workers:
-    ModelRunner.load_model, VllmConfig.compute_hash     wrapping the adapted layers
-    ModelRunner._prepare_inputs, _dummy_run             which rows the tokens of a pass use
-    Worker.soppu_call                                   changes asked for by the API server
+Into workers, of model runner V1 and V2:
+    LOAD_MODEL, COMPUTE_HASH               wrapping the adapted layers
+    PREPARE_V1, PREPARE_V2, DUMMY_RUN      which rows the tokens of a pass use
+    ENGINE_WORKER                          changes asked for by the API server (`soppu_call`)
 Into the engine:
-    Executor.__init__                                   a worker's refusal ends the engine without a traceback
+    INIT_EXECUTOR                          a worker's refusal ends the engine without a traceback
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ import torch
 from soppu.compress.bundle.shelf import Shelf
 from soppu.errors import SoppuError
 from soppu.serve.layers import kernels
-from soppu.serve.vllm_plugin import refusal
-from soppu.serve.vllm_plugin.host import replace
+from soppu.serve.vllm_plugin import contacts, refusal, state
+from soppu.serve.vllm_plugin.contacts import load, replace
 from soppu.serve.vllm_plugin.settings import Settings
 from soppu.serve.vllm_plugin.worker import step
 from soppu.serve.vllm_plugin.worker.resident import Form, Linear, Part
@@ -41,26 +41,19 @@ class _Fingerprint:
 
 def install(settings: Settings) -> None:
     """Define the operator, and replace what vLLM runs in its engine and workers."""
-    from vllm.config import VllmConfig
-    from vllm.platforms import current_platform
-    from vllm.v1.executor.abstract import Executor
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.gpu_worker import Worker as EngineWorker
-
     step.register()
-    runners = [GPUModelRunner]
-    if current_platform.is_cpu():
-        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-        runners.append(CPUModelRunner)
-    for runner in runners:
-        if "load_model" in vars(runner):
-            replace(runner, "load_model", functools.partial(_load_model, settings))
-    replace(GPUModelRunner, "_prepare_inputs", _prepare_inputs)
-    replace(GPUModelRunner, "_dummy_run", _dummy_run)
-    EngineWorker.soppu_call = _call
-    replace(VllmConfig, "compute_hash", _compute_hash)
-    Executor.__init__ = refusal.noted()(Executor.__init__)
+    on_cpu = load(contacts.CURRENT_PLATFORM).is_cpu()
+    for which, contact in contacts.LOAD_MODEL.items():
+        if on_cpu or which != "V1 CPU":  # which cannot be imported elsewhere
+            replace(contact, functools.partial(_load_model, settings))
+    for contact in contacts.DUMMY_RUN:
+        replace(contact, _dummy_run)
+    replace(contacts.PREPARE_V1, _prepare_v1)
+    replace(contacts.PREPARE_V2, _prepare_v2)
+    replace(contacts.COMPUTE_HASH, _compute_hash)
+    load(contacts.ENGINE_WORKER).soppu_call = _call
+    executor, name = contacts.owner(contacts.INIT_EXECUTOR)
+    setattr(executor, name, refusal.noted()(executor.__init__))
 
 
 def _load_model(settings: Settings, original: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -73,39 +66,40 @@ def _attach(runner: Any, settings: Settings) -> Worker:
     config = runner.vllm_config
     form = Form(dtype=config.model_config.dtype, device=runner.device, spare=settings.spare_rows)
     layers = dict(_linears(runner.model))
-    bundle, limit = settings.read_bundle(), settings.resident_mib << 20
+    bundles, limit = state.kept_bundles(), settings.resident_mib << 20
     how: Any
     if settings.kernel == "static" or form.device.type != "cpu":
-        how = _limits(config, bundle)
+        how = _limits(config, bundles)
     else:
         how = kernels.choose(settings.kernel, device=form.device, dtype=form.dtype)
-    worker = Worker([line for line, _ in layers.values()], how, form, bundle=bundle, limit=limit)
+    worker = Worker([line for line, _ in layers.values()], how, form, bundles=bundles, limit=limit)
     for number, linear in enumerate(worker.step.linears):
         layer = layers[linear.name][1]
         layer.quant_method = _adapted(layer.quant_method, number)
     # what of this worker shows in a compiled graph: which layers call the operator
     _Fingerprint.value = " ".join(linear.name for linear in worker.step.linears)
-    how_much = f"{len(bundle.users)} users, {len(worker.step.linears)} of {len(layers)} layers adapted"
-    _LOG.info("bundle %s: %s, %s kernel", bundle.bundle_id[:12], how_much, getattr(how, "__name__", "static"))
+    users = ", ".join(f"{bundle.bundle_id[:12]} ({len(bundle.users)} users)" for bundle in bundles)
+    how_much = f"{len(worker.step.linears)} of {len(layers)} layers adapted"
+    _LOG.info("bundles %s: %s, %s kernel", users, how_much, getattr(how, "__name__", "static"))
     return worker
 
 
-def _limits(config: Any, bundle: Shelf) -> Limits:
-    """Buffers for the longest pass, padded ones included, and bases for two bundles like the first."""
+def _limits(config: Any, bundles: Sequence[Shelf]) -> Limits:
+    """Buffers for the longest pass, padded ones included, and bases for one bundle more than there are."""
     scheduler, recorded = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size
     tokens = max(scheduler.max_num_batched_tokens, recorded or 0)
-    return Limits(tokens, requests=scheduler.max_num_seqs, bases=2 * bundle.clusters)
+    clusters = [bundle.clusters for bundle in bundles]
+    return Limits(tokens, requests=scheduler.max_num_seqs, bases=sum(clusters) + max(clusters))
 
 
 def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:
-    from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
-
+    base, row_parallel = load(contacts.LINEAR), load(contacts.ROW_LINEAR)
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
     for name, layer in model.named_modules():
         prefix, dot, leaf = name.rpartition(".")
-        if isinstance(layer, LinearBase) and leaf not in _ABSORBED:
+        if isinstance(layer, base) and leaf not in _ABSORBED:
             names = [f"{prefix}{dot}{part}" for part in packed.get(leaf, [leaf])]
-            row = isinstance(layer, RowParallelLinear)
+            row = isinstance(layer, row_parallel)
             size = layer.input_size_per_partition if row else layer.input_size
             first = layer.tp_rank * size if row else 0
             parts = tuple(_parts(layer, names))
@@ -115,9 +109,7 @@ def _linears(model: Any) -> Iterator[tuple[str, tuple[Linear, Any]]]:
 
 def _parts(layer: Any, names: list[str]) -> Iterator[Part]:
     """The modules of one layer, as this rank holds them; nothing where they cannot be told apart."""
-    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
-
-    sharded = isinstance(layer, ColumnParallelLinear)
+    sharded = isinstance(layer, load(contacts.COLUMN_LINEAR))
     size, rank = (layer.tp_size, layer.tp_rank) if sharded else (1, 0)
     wholes = list(getattr(layer, "output_sizes", None) or [layer.output_size])
     if len(names) == 1:
@@ -125,7 +117,9 @@ def _parts(layer: Any, names: list[str]) -> Iterator[Part]:
     at = 0
     for number, (name, whole) in enumerate(zip(names, wholes, strict=True)):
         local, first = whole // size, rank * (whole // size)
-        if isinstance(layer, QKVParallelLinear) and number > 0:  # few KV heads are copied to several ranks
+        if (
+            isinstance(layer, load(contacts.QKV_LINEAR)) and number > 0
+        ):  # few KV heads are copied to several ranks
             whole //= layer.num_kv_head_replicas
             first = rank // layer.num_kv_head_replicas * local
         yield Part(name, shape=(whole, layer.input_size), first=first, size=local, at=at)
@@ -146,10 +140,17 @@ def _adapted(method: Any, number: int) -> Any:
     return adapted
 
 
-def _prepare_inputs(original: Any, runner: Any, output: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
+def _prepare_v1(original: Any, runner: Any, output: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
     rows = runner.input_batch.request_lora_mapping[: runner.input_batch.num_reqs]
     runner.soppu.step.begin(rows, counts)
     return original(runner, output, counts, *args, **kwargs)
+
+
+def _prepare_v2(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """The batch is sorted in `original`, and says how; a request's slot is where its number lies."""
+    batch = original(runner, *args, **kwargs)
+    runner.soppu.step.begin(runner.lora_state.lora_ids[batch.idx_mapping_np], batch.num_scheduled_tokens)
+    return batch
 
 
 def _dummy_run(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +166,7 @@ def _call(self: Any, method: str, *args: Any) -> list[Any]:
         return [str(error), None]
 
 
-def _compute_hash(original: Any, config: Any) -> str:
+def _compute_hash(original: Any, config: Any, *args: Any, **kwargs: Any) -> str:
     """Compiled graphs are cached by this hash: one with our operator must not meet one without."""
-    whole = f"{original(config)} soppu 1 {_Fingerprint.value}"
+    whole = f"{original(config, *args, **kwargs)} soppu 1 {_Fingerprint.value}"
     return hashlib.sha256(whole.encode()).hexdigest()[:10]

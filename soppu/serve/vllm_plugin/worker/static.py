@@ -74,7 +74,7 @@ class _Layer:
     U: tuple[Tensor, ...]
     at: tuple[int, ...]
     offset: int
-    own: _Own | None  # None where nobody in the first bundle has own numbers
+    own: _Own | None  # None where nobody had own numbers at the start
 
     @property
     def components(self) -> int:
@@ -83,21 +83,30 @@ class _Layer:
 
 
 class StaticStep(Residents):
-    """Same methods as `Step`. Bundles are built with the ranks of the first: see `resident.Form.ranks`."""
+    """Same methods as `Step`. Bundles are built with the ranks of the first: see `resident.Form.ranks`.
+
+    There is room for what any of `residents`, those served from the start, needs.
+    """
 
     def __init__(
-        self, linears: Sequence[Linear], first: Resident, limits: Limits, *, limit: int = DEFAULT_RESIDENT
+        self,
+        linears: Sequence[Linear],
+        residents: Sequence[Resident],
+        limits: Limits,
+        *,
+        limit: int = DEFAULT_RESIDENT,
     ) -> None:
         super().__init__(linears, limit=limit)
         self._limits = limits
-        self._layers = [_layer(line, first, limits) for line in linears]
-        device = first.like.device
-        self._copies = first.like.new_zeros(limits.requests + 1, len(first.like))
-        self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=device)
-        self._base = torch.arange(limits.tokens, device=device) * limits.bases
+        self._layers = [_layer(line, residents, limits) for line in linears]
+        like = residents[0].like
+        self._copies = like.new_zeros(limits.requests + 1, len(like))
+        self._copy = torch.zeros(limits.tokens, dtype=torch.int64, device=like.device)
+        self._base = torch.arange(limits.tokens, device=like.device) * limits.bases
         self._places: dict[tuple[int, int], int] = {}  # (first row, cluster) -> place of the basis
         self._held: dict[int, int] = {}  # row -> its copy
-        self.add(first)
+        for resident in residents:
+            self.add(resident)
 
     def add(self, resident: Resident) -> None:
         """Serve this bundle's rows from the next pass on. BundleError where its bases find no place."""
@@ -212,25 +221,25 @@ def _add_own(layer: _Layer, own: _Own, tensors: tuple[Tensor, Tensor, Tensor], c
     return torch.bmm(weight.to(x.dtype).view(len(x) * m, 1, c), a).view(len(x), m * own.a.shape[2])
 
 
-def _layer(linear: Linear, first: Resident, limits: Limits) -> _Layer:
-    basis, m = first.bases[linear.name][0], len(linear.parts)
+def _layer(linear: Linear, residents: Sequence[Resident], limits: Limits) -> _Layer:
+    basis, m = residents[0].bases[linear.name][0], len(linear.parts)
     k_out, k_in = basis.k
     return _Layer(
         V=basis.V.new_zeros(linear.size, limits.bases, m, k_in),
         U=tuple(basis.U.new_zeros(limits.bases, k_out, part.size) for part in linear.parts),
         at=tuple(part.at for part in linear.parts),
         offset=basis.offset,
-        own=_own(linear, first, limits.requests + 1),
+        own=_own(linear, residents, limits.requests + 1),
     )
 
 
-def _own(linear: Linear, first: Resident, copies: int) -> _Own | None:
-    c = _room(_components(linear, first))
+def _own(linear: Linear, residents: Sequence[Resident], copies: int) -> _Own | None:
+    c = _room(max(_components(linear, resident) for resident in residents))
     if not c:
         return None
-    basis, m = first.bases[linear.name][0], len(linear.parts)
+    basis, m = residents[0].bases[linear.name][0], len(linear.parts)
     new = basis.V.new_zeros
-    kind = basis.V.dtype if first.shelf.survey.floats else torch.int8
+    kind = basis.V.dtype if any(one.shelf.survey.floats for one in residents) else torch.int8
     return _Own(
         q=new(copies, m * c, linear.size, dtype=kind),
         p=tuple(new(copies, c, part.size, dtype=kind) for part in linear.parts),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -26,12 +27,12 @@ _RANKS = (16, 32, 64, 128)  # what the ranks of bases are padded to where nobody
 
 
 class Worker:
-    """The bundles of one worker process. The layers prepared are those that the first bundle adapts.
+    """The bundles of one worker process. The layers prepared are those that the bundles of its start adapt.
 
     Args:
         linears: every linear layer of the engine.
         how: the kernel, or the sizes of the buffers of an engine that records its passes and replays them.
-        bundle: the bundle served from the start.
+        bundles: those served from the start, in the order of their rows.
         limit: bytes of users that are kept in memory, beside those in the batch.
 
     Raises:
@@ -44,20 +45,30 @@ class Worker:
         how: Kernel | Limits,
         form: Form,
         *,
-        bundle: Shelf,
+        bundles: Sequence[Shelf],
         limit: int = DEFAULT_RESIDENT,
     ) -> None:
-        self._form, self.first_id = form, bundle.bundle_id
-        chosen = _chosen(linears, bundle, who=f"bundle {bundle.bundle_id[:12]}")
-        first = resident.build(bundle, chosen, form)
+        self._form = form
+        shapes: dict[str, tuple[int, int]] = {}
+        for bundle in bundles:
+            shapes |= _shapes(linears, bundle)
+        chosen = adapted(linears, shapes, who="the bundles")
+        starts = list(accumulate((len(one.users) + form.spare for one in bundles), initial=form.start))
+        self._began = [(one.bundle_id, start) for one, start in zip(bundles, starts, strict=False)]
+
+        def built() -> list[Resident]:
+            each = zip(bundles, starts, strict=False)
+            return [resident.build(one, chosen, replace(self._form, start=start)) for one, start in each]
+
+        residents = built()
         self.step: Residents
         if isinstance(how, Limits):
-            self._form = replace(form, ranks=_ranks(first))
-            first = resident.build(bundle, chosen, self._form)
-            self.step = StaticStep(chosen, first, how, limit=limit)
+            self._form = replace(form, ranks=_ranks(residents))
+            self.step = StaticStep(chosen, built(), how, limit=limit)
         else:
             self.step = Step(chosen, how, limit=limit)
-            self.step.add(first)
+            for one in residents:
+                self.step.add(one)
         step.serve(self.step)
 
     def stage(self, path: str, bundle_id: str, start: int) -> int:
@@ -109,30 +120,33 @@ class Worker:
         """How many rows are in memory, in which bytes, and what came and went."""
         return asdict(self.step.table.figures())
 
-    def first(self) -> str:
-        """Id of the bundle that was there from the start."""
-        return self.first_id
+    def began(self) -> list[tuple[str, int]]:
+        """Ids of the bundles that were there from the start, each with its first row."""
+        return self._began
 
 
-def _chosen(linears: Sequence[Linear], bundle: Shelf, *, who: str) -> list[Linear]:
-    """The layers of the bundle's modules: also of those that nobody changes, as somebody may in the next one.
+def _shapes(linears: Sequence[Linear], bundle: Shelf) -> dict[str, tuple[int, int]]:
+    """The modules that are prepared: also those that nobody changes, as somebody may in the next bundle.
 
-    A module that the engine lacks is refused where somebody changes it, as `adapted` says.
+    Raises:
+        BundleError: a module that the engine lacks and somebody changes, or one of another shape.
     """
     known = {part.module for linear in linears for part in linear.parts}
     lacking = bundle.shapes.keys() - known
     changed = bundle.survey.changed & lacking if lacking else lacking
     shapes = {name: shape for name, shape in bundle.shapes.items() if name in known or name in changed}
-    return adapted(linears, shapes, who=who)
+    adapted(linears, shapes, who=f"bundle {bundle.bundle_id[:12]}")
+    return shapes
 
 
-def _ranks(first: Resident) -> dict[str, Ranks]:
-    """The ranks there is room for: those of the first bundle, or more where that costs no user a byte."""
-    has_cores = bool(first.shelf.survey.cored.any())
-    return {
-        name: bases[0].k if has_cores else (_padded(bases[0].k[0]), _padded(bases[0].k[1]))
-        for name, bases in first.bases.items()
-    }
+def _ranks(residents: Sequence[Resident]) -> dict[str, Ranks]:
+    """The ranks there is room for: what bundles need, or more where that costs no user a byte."""
+    has_cores = any(bool(one.shelf.survey.cored.any()) for one in residents)
+    ranks = {}
+    for name in residents[0].bases:
+        out, inn = (max(one.bases[name][0].k[side] for one in residents) for side in (0, 1))
+        ranks[name] = (out, inn) if has_cores else (_padded(out), _padded(inn))
+    return ranks
 
 
 def _padded(rank: int) -> int:

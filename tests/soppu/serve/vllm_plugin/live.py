@@ -26,6 +26,9 @@ TOKENS = 16
 USERS = ("ann", "bob", "cem", "dora", "žofie")
 OPTIONS = ("--max-model-len", "1024", "--max-num-seqs", "32")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "SOPPU_MAX_ERROR": "0.1", "HF_HUB_OFFLINE": "1"}
+# What starts a server on model runner V2, whose kernels Triton interprets on a CPU.
+INTERPRETED = Path(__file__).parent / "interpreted"
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": f"{INTERPRETED}:{ROOT}"}
 _RANK = 8
 
 

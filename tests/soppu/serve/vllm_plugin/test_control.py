@@ -24,6 +24,7 @@ from soppu.errors import AdapterError, BundleError
 from soppu.serve.bank.holdings import Answer
 from soppu.serve.layers import kernels, native
 from soppu.serve.layers.kernels import Kernel
+from soppu.serve.vllm_plugin import state
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.control import Control, Engine
 from soppu.serve.vllm_plugin.settings import Settings
@@ -75,14 +76,22 @@ def _serve(
     folder: Path, bundle: Bundle, *, how: Kernel | Limits = kernels.plain, **changes: Any
 ) -> Iterator[Server]:
     path = folder / "first.soppu"
-    bundle.save(path)
-    settings = Settings(**({"bundle": path, "spare_rows": 2} | changes))
-    form = Form(torch.float32, torch.device("cpu"), spare=settings.spare_rows)
-    worker = Worker(engine.linears(), how, form, bundle=Shelf.open(path))
-    server = Server(Control(settings, base_hash=tiny.BASE_HASH), worker)
-    server.control.connect(Engine(lambda name, *args: [getattr(worker, name)(*args)], lambda: server.busy))
+    bundle_id = bundle.save(path)
+    settings = Settings(**({"bundle": path, "state": folder / "state", "spare_rows": 2} | changes))
+    server = begin(settings, how)
+    assert server.control.bank.active == bundle_id
     yield server
     server.control.close()
+
+
+def begin(settings: Settings, how: Kernel | Limits = kernels.plain) -> Server:
+    """A server as it starts: the worker reads what the API server left in the state."""
+    form = Form(torch.float32, torch.device("cpu"), spare=settings.spare_rows)
+    control = Control(settings, base_hash=tiny.BASE_HASH)
+    worker = Worker(engine.linears(), how, form, bundles=state.kept_bundles(control.state.folder))
+    server = Server(control, worker)
+    server.control.connect(Engine(lambda name, *args: [getattr(worker, name)(*args)], lambda: server.busy))
+    return server
 
 
 def _second(folder: Path, users: tuple[str, ...] = ("ann", "cem")) -> tuple[Bundle, Path, str]:
@@ -177,26 +186,28 @@ def test_a_bundle_for_more_modules_than_prepared_asks_for_a_restart(tmp_path: Pa
     _, path, bundle_id = _second(tmp_path)
     with pytest.raises(BundleError, match=r"block\.k_proj is not among the 1 modules.*restart it"):
         server.control.add_bundle(path, bundle_id=bundle_id)
-    assert list(server.control.bank.bundles()) == [server.control.first_id]
+    assert list(server.control.bank.bundles()) == [server.control.bank.active]
 
 
 def test_a_bundle_of_another_base_model_or_with_the_base_models_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "first.soppu"
     handmade.bundle(engine.SHAPES, {"base": [SHARED]}).save(path)
     with pytest.raises(BundleError, match="made for base model bbbbbbbbbbbb "):
-        Control(Settings(path), base_hash="c" * 64)
+        Control(Settings(path, tmp_path / "state"), base_hash="c" * 64)
     with pytest.raises(BundleError, match="user 'base' has the name the base model is served under"):
-        Control(Settings(path), base_hash=tiny.BASE_HASH, reserved=["base"])
+        Control(Settings(path, tmp_path / "state"), base_hash=tiny.BASE_HASH, reserved=["base"])
 
 
 def test_without_a_hash_the_names_decide_for_bundles_and_adapters(tmp_path: Path) -> None:
     path = tmp_path / "first.soppu"
     bundle = replace(handmade.bundle(engine.SHAPES, {"ann": [SHARED]}), base_hash="", base_model="org/Tiny")
     bundle.save(path)
-    control = Control(Settings(path), base_hash=tiny.BASE_HASH, base_model="/models/tiny/")
+    control = Control(
+        Settings(path, tmp_path / "state"), base_hash=tiny.BASE_HASH, base_model="/models/tiny/"
+    )
     for other in ("/models/other", ""):
         with pytest.raises(BundleError, match=r"made for base model unknown \(org/Tiny\), .*--base"):
-            Control(Settings(path), base_hash=tiny.BASE_HASH, base_model=other)
+            Control(Settings(path, tmp_path / "state"), base_hash=tiny.BASE_HASH, base_model=other)
     foreign = replace(_adapter(bundle, "ann"), base_hash="", base_model="org/other")
     adapters.write(foreign, tmp_path / "foreign")
     with pytest.raises(AdapterError, match=r"dee: made for base model unknown \(org/other\), .*--base"):
@@ -219,7 +230,7 @@ def test_a_runtime_adapter_inside_the_basis_joins_and_one_outside_is_refused(
     server: Server, tmp_path: Path
 ) -> None:
     bundle = Bundle.load(tmp_path / "first.soppu")
-    server.control.settings = Settings(server.control.settings.bundle, max_error=0.05, spare_rows=2)
+    server.control.settings = replace(server.control.settings, max_error=0.05)
     adapters.write(_adapter(bundle, "bob"), tmp_path / "new")
     server.control.add_adapter("dee", tmp_path / "new")
     assert _same(server.change("dee"), server.change("bob"))
@@ -242,7 +253,7 @@ def test_a_runtime_adapter_inside_the_basis_joins_and_one_outside_is_refused(
 def test_with_own_numbers_bundles_are_switched_and_adapters_projected_all_the_same(tmp_path: Path) -> None:
     """Cores, own numbers and both, in both bundles."""
     (server,) = _serve(tmp_path, handmade.bundle(engine.SHAPES, MIXED), max_error=0.05)
-    first, old = Bundle.load(tmp_path / "first.soppu"), server.control.first_id
+    first, old = Bundle.load(tmp_path / "first.soppu"), server.control.bank.active
     users = list(MIXED.values())
     other = dict(zip(("bob", "cem", "dee"), users, strict=True))
     second = handmade.bundle(engine.SHAPES, other, seed=7)
@@ -341,7 +352,7 @@ def test_an_adapter_is_projected_where_nobody_uses_the_basis(tmp_path: Path) -> 
 
 def test_spare_rows_are_used_again_only_when_no_request_is_on_them(server: Server, tmp_path: Path) -> None:
     bundle = Bundle.load(tmp_path / "first.soppu")
-    server.control.settings = Settings(server.control.settings.bundle, max_error=0.05, spare_rows=2)
+    server.control.settings = replace(server.control.settings, max_error=0.05)
     adapters.write(_adapter(bundle, "bob"), tmp_path / "new")
     for name in ("one", "two"):
         server.control.add_adapter(name, tmp_path / "new")
@@ -360,7 +371,7 @@ def test_spare_rows_are_used_again_only_when_no_request_is_on_them(server: Serve
 
 def test_a_basis_with_a_runtime_adapter_on_it_stays(server: Server, tmp_path: Path) -> None:
     bundle, first = Bundle.load(tmp_path / "first.soppu"), server.control.bank.active
-    server.control.settings = Settings(server.control.settings.bundle, max_error=0.05, spare_rows=2)
+    server.control.settings = replace(server.control.settings, max_error=0.05)
     adapters.write(_adapter(bundle, "bob"), tmp_path / "new")
     server.control.add_adapter("dee", tmp_path / "new")
     _, path, bundle_id = _second(tmp_path, ("ann", "dee"))
@@ -401,8 +412,8 @@ def test_the_projection_is_the_best_there_is_and_its_error_the_true_one() -> Non
 
 def test_a_bundle_changed_while_the_server_started_is_noticed(tmp_path: Path) -> None:
     bundle, path, bundle_id = _second(tmp_path)
-    control = Control(Settings(path), base_hash=tiny.BASE_HASH)
-    assert control.first_id == bundle_id == hashlib.sha256(path.read_bytes()).hexdigest()
+    control = Control(Settings(path, tmp_path / "state"), base_hash=tiny.BASE_HASH)
+    assert control.bank.active == bundle_id == hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(BundleError, match="changed while the server started"):
         control.connect(Engine(lambda *_: ["0" * 64], set))
     control.close()

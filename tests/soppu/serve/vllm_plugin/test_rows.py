@@ -54,7 +54,7 @@ def how(request: pytest.FixtureRequest) -> kernels.Kernel | Limits:
 
 
 def worker_of(path: Path, how: kernels.Kernel | Limits, *, limit: int = 0) -> Worker:
-    return Worker(engine.linears(), how, FORM, bundle=Shelf.open(path), limit=limit)
+    return Worker(engine.linears(), how, FORM, bundles=[Shelf.open(path)], limit=limit)
 
 
 def assert_served(worker: Worker, made: Bundle, batch: list[int]) -> None:
@@ -125,7 +125,8 @@ def damage(path: Path, pages: range) -> None:
 
 @pytest.fixture
 def served(path: Path) -> Iterator[tuple[Control, Worker]]:
-    worker, control = worker_of(path, kernels.plain), Control(Settings(path), base_hash=tiny.BASE_HASH)
+    worker = worker_of(path, kernels.plain)
+    control = Control(Settings(path, path.parent / "state"), base_hash=tiny.BASE_HASH)
     control.connect(Engine(lambda name, *args: [getattr(worker, name)(*args)], set))
     yield control, worker
     control.close()
@@ -142,7 +143,7 @@ def test_a_damaged_page_is_found_before_its_user_is_let_into_the_engine(
             assert control.unchecked(user)
             with pytest.raises(BundleError, match=rf"user '{user}': page 1: damaged since"):
                 control.check_user(user)
-    for user in ("user1", f"user4@{control.first_id[:9]}"):
+    for user in ("user1", f"user4@{control.bank.active[:9]}"):
         control.check_user(user)
         assert not control.unchecked(user)
     assert not control.unchecked("nobody") and not control.unchecked("")
@@ -165,7 +166,7 @@ def test_figures_are_those_of_the_workers_at_the_scrape_before(
     while 'soppu_resident_users{state="in_use"} 2.0' not in text and deadline:
         text, deadline = generate_latest(registry).decode(), deadline - 1
     for line in (
-        f'soppu_bundle_users{{active="true",bundle="{control.first_id[:12]}"}} 12.0',
+        f'soppu_bundle_users{{active="true",bundle="{control.bank.active[:12]}"}} 12.0',
         "soppu_resident_uses_total 2.0",
         'soppu_resident_reads_total{outcome="success"} 2.0',
         "soppu_resident_limit_bytes 0.0",

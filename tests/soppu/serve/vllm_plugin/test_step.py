@@ -84,7 +84,7 @@ def _step(bundle: Bundle, kernel: How, **form: object) -> Step | StaticStep:
 
 def _made(linears: list[resident.Linear], kernel: How, first: resident.Resident) -> Step | StaticStep:
     if isinstance(kernel, Limits):
-        return StaticStep(linears, first, kernel)
+        return StaticStep(linears, [first], kernel)
     step = Step(linears, kernel)
     step.add(first)
     return step

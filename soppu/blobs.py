@@ -1,7 +1,8 @@
-"""Immutable files and folders under one root, local or any that fsspec reaches.
+"""Immutable files and folders under one root, local or any that fsspec reaches; and small notes that change.
 
 A blob appears whole or not at all and is never overwritten. What a blob must hold is the caller's business:
 every `put` and `fetch` is given a `check` that reads it and raises RegistryError if it is something else.
+A note is a few bytes that are overwritten (`write`), and read anew each time (`notes`).
 """
 
 from __future__ import annotations
@@ -113,6 +114,15 @@ class LocalBlobs:
         with _failing(RegistryError, f"{self.name}: {key} cannot be read"):
             return (self.root / key).stat().st_size
 
+    def write(self, key: str, text: str) -> None:
+        """Write a note, in place of the one that was there. StorageError if that is refused."""
+        files.write_text(self.root / key, text)
+
+    def notes(self, folder: str) -> list[bytes]:
+        """Every note in a folder, as it is now; none where there is no folder. RegistryError."""
+        with _failing(RegistryError, f"{self.name}: {folder} cannot be read"):
+            return [path.read_bytes() for path in sorted((self.root / folder).glob("[!.]*"))]
+
     def remove(self, key: str, *, unfinished: bool = True) -> None:
         """Delete a blob and, if `unfinished`, what was begun in its place. StorageError if that is refused.
 
@@ -175,6 +185,23 @@ class RemoteBlobs:
         """Bytes of one file at the root."""
         with self._failing(RegistryError, f"{key} cannot be read"):
             return int(self._system.size(self._path(key)))
+
+    def write(self, key: str, text: str) -> None:
+        """Write a note at the root, with one call, which an object store does as a whole."""
+        with self._failing(StorageError, f"{key} was not written"):
+            path = self._path(key)
+            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._system.pipe_file(path, text.encode())
+
+    def notes(self, folder: str) -> list[bytes]:
+        """Every note in a folder at the root."""
+        with self._failing(RegistryError, f"{folder} cannot be read"):
+            self._system.invalidate_cache()  # other machines write here
+            try:
+                listed = sorted(self._system.ls(self._path(folder), detail=False))
+            except FileNotFoundError:
+                return []
+            return [self._system.cat_file(path) for path in listed]
 
     def remove(self, key: str) -> None:
         """Delete at the root and in the cache of this machine; copies on others are never read again."""
