@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -29,11 +29,6 @@ class _Resident(Generic[V]):
     weight: int
     # what requests hold while they run: what somebody uses takes its memory anyway, so it stays
     leases: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-
-    def lease(self, make: Callable[[V], L]) -> L:
-        made = make(self.value)
-        self.leases.add(made)
-        return made
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,7 @@ class Residents(Generic[K, V]):
         self._limit, self._most_unread = limit, most_unread
         self._residents: OrderedDict[K, _Resident[V]] = OrderedDict()  # least recently used first
         self._unread: dict[K, Future[_Resident[V]]] = {}
+        self._awaited = Counter[K]()  # how many wait in `take` for one that is being read: it is in use
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="soppu-reader")
         self._weight = self._uses = self._reads = self._failures = self._evictions = 0
@@ -109,18 +105,34 @@ class Residents(Generic[K, V]):
         Raises:
             RequestError: 429, too many wait to be read; and what reading it raises.
         """
-        with self._lock:
-            if resident := self._residents.get(key):
-                self._uses += 1
-                made = resident.lease(lease)
-                self._used(key)
-                return made
-            future = self._start(key)
-        # from the future, not from the table, which may have let go of it meanwhile
-        resident = future.result()
-        with self._lock:
-            self._uses += 1
-            return resident.lease(lease)
+        return self.take_all([key], lease)[0]
+
+    def take_all(self, keys: Sequence[K], lease: Callable[[V], L]) -> list[L]:
+        """As `take`, for all of them; what is not loaded is read side by side."""
+        made, waiting = dict[int, L](), list[tuple[int, K, Future[_Resident[V]]]]()
+        try:
+            with self._lock:
+                for place, key in enumerate(keys):
+                    if resident := self._residents.get(key):
+                        made[place] = self._lease(resident, lease)
+                        self._used(key)
+                    else:
+                        waiting.append((place, key, self._start(key)))
+                        self._awaited[key] += 1
+            for place, _, future in waiting:
+                resident = future.result()
+                with self._lock:
+                    made[place] = self._lease(resident, lease)
+        finally:
+            with self._lock:
+                self._awaited -= Counter(key for _, key, _ in waiting)
+        return [made[place] for place in range(len(keys))]
+
+    def _lease(self, resident: _Resident[V], make: Callable[[V], L]) -> L:
+        self._uses += 1
+        made = make(resident.value)
+        resident.leases.add(made)
+        return made
 
     def forget(self, which: Callable[[K], bool]) -> None:
         """Let go of all these, and of those of them that are being read; who uses one keeps it."""
@@ -170,7 +182,7 @@ class Residents(Generic[K, V]):
             return
         chosen = []
         for key, held in self._residents.items():
-            if not held.leases and key != keep:
+            if not held.leases and key != keep and key not in self._awaited:
                 chosen.append(key)
                 if (over := over - held.weight) <= 0:
                     break

@@ -152,6 +152,15 @@ class Bounded(RuleBasedStateMachine):
         self.held[lease[1]] -= 1
         lease.clear()
 
+    @rule(keys=st.lists(st.integers(0, 12), unique=True, max_size=5))
+    def take_some_together(self, keys: list[int]) -> None:
+        count, new = len(self.reads), sum(key not in self.table for key in keys)
+        taken = self.table.take_all(keys, _Lease)
+        assert [lease.value for lease in taken] == [[key] for key in keys]
+        assert len(self.reads) == count + new and set(keys) <= self.table.values().keys()
+        assert self.table.figures().used == len({*keys, *(key for key, held in self.held.items() if held)})
+        del taken
+
     @rule()
     def a_failure_is_kept_nowhere(self) -> None:
         with pytest.raises(RequestError, match="unlucky"):

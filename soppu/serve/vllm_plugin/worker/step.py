@@ -91,26 +91,30 @@ class Residents(ABC):
             BundleError: a row that no resident bundle has, or one whose page is damaged.
         """
         if not (np.array_equal(rows, self._rows) and np.array_equal(counts, self._counts)):
-            self._read_ahead(rows)
-            self._uses = {row: self._use(row) for row in np.unique(rows).tolist() if row}
+            self._uses = self._taken([row for row in np.unique(rows).tolist() if row])
             self.table.trim()  # of rows that were in the batch before
             self._prepare(rows, np.asarray(counts))
             self._rows, self._counts = rows.copy(), np.array(counts)
 
-    def _read_ahead(self, rows: np.ndarray) -> None:
-        """Have all newcomers read at once, two at a time."""
-        for row in np.unique(rows).tolist():
-            for start, resident in self.residents.items():
-                if start <= row < start + resident.spare.start:
-                    self.table.reading((start, row - start))
+    def _taken(self, rows: Sequence[int]) -> dict[int, tuple[Resident, Use]]:
+        """Every row but 0, its bundle and what it has; newcomers are read side by side."""
+        taken, users = dict[int, tuple[Resident, Use]](), dict[int, tuple[Resident, int]]()
+        for row in rows:
+            resident = self._resident(row)
+            place = row - resident.start
+            if place in resident.spare:
+                taken[row] = resident, Use(resident.added.get(place) or resident.nobody())
+            else:
+                users[row] = resident, place
+        keys = [(resident.start, place) for resident, place in users.values()]
+        for row, use in zip(users, self.table.take_all(keys, Use), strict=True):
+            taken[row] = users[row][0], use
+        return dict(sorted(taken.items()))
 
-    def _use(self, row: int) -> tuple[Resident, Use]:
+    def _resident(self, row: int) -> Resident:
         for start, resident in self.residents.items():
             if start <= row < start + resident.rows:
-                place = row - start
-                if place in resident.spare:
-                    return resident, Use(resident.added.get(place) or resident.nobody())
-                return resident, self.table.take((start, place), Use)
+                return resident
         raise BundleError(f"row {row} belongs to none of {len(self.residents)} bundles")
 
     @abstractmethod
