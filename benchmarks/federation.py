@@ -203,6 +203,12 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
+def stored() -> list[dict[str, Any]]:
+    """The rows that there are."""
+    rows: list[dict[str, Any]] = (read_result("federation") or {"rows": []})["rows"]
+    return rows
+
+
 @click.command()
 @click.option("--corpus", "corpora", multiple=True, default=texts.CORPORA, type=click.Choice(texts.CORPORA))
 @click.option("--arm", "arms", multiple=True, default=tuple(ARMS), type=click.Choice(tuple(ARMS)))
@@ -215,12 +221,12 @@ def main(corpora: tuple[str, ...], arms: tuple[str, ...], users: int, seed: int)
         with tempfile.TemporaryDirectory() as folder:
             config = settings(corpus, arm, users=users, seed=seed, folder=folder)
             key = f"{corpus}/{arm}/{config.training_digest()}"
-            told = read_result("federation") or {"rows": []}
-            if any(row["key"] == key for row in told["rows"]):
+            if any(row["key"] == key for row in stored()):
                 continue
             found = federate(config, Path(folder) / "work")
         made = [{**row, "key": key} for row in rows(corpus, arm, found)]
-        kept = [row for row in told["rows"] if (row["corpus"], row["arm"]) != (corpus, arm)]
+        # read again: another corpus may be under way beside this one
+        kept = [row for row in stored() if (row["corpus"], row["arm"]) != (corpus, arm)]
         store("federation", {"rows": compared(kept + made)} | circumstances(seed=seed))
         for row in made:
             click.echo(f"{corpus:10} {arm:28} {row['mode']:9} {row['mean']:.4f}")

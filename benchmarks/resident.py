@@ -5,10 +5,10 @@
 `soppu serve` with a bundle of the pipeline's shape (`many_users`) in its state folder, and a bound of 32 MiB
 for users in memory. `first_start_s` is the start that meets the file for the first time, and reads it whole;
 `start_s` any later one, from the process to the first healthy answer, which loads Python and the model too:
-`empty_start_s` is what that takes without a bundle. Then users who were never asked for (`cold`), of a file
-that is in no cache of the system, take turns with the same users again (`warm`): milliseconds to the first
-token over HTTP, one request at a time, no prompts shared. `rss` is the server's memory in bytes, when it has
-started, at its most, and at the end.
+`empty_start_s` is what that takes without a bundle, `open_ms` what opening the bundle again takes of it. Then
+users who were never asked for (`cold`), of a file that is in no cache of the system, take turns with the same
+users again (`warm`): milliseconds to the first token over HTTP, one request at a time, no prompts shared.
+`rss` is the server's memory in bytes, when it has started, at its most, and at the end.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch
 from benchmarks import many_users, served
 from benchmarks.record import RESULTS, ROOT, circumstances, store
 from soppu.compress.bundle.index import path_of
+from soppu.compress.bundle.shelf import Shelf
 from soppu.federation.simulation import free_port
 
 LIMIT_MIB = 32
@@ -127,6 +128,14 @@ def drop_caches(path: Path) -> None:
     os.close(handle)
 
 
+def opening(path: Path) -> float:
+    """Milliseconds to open the bundle and find a user: what of a start depends on how many there are."""
+    begun = time.perf_counter()
+    shelf = Shelf.open(path)
+    assert shelf.users.place(many_users.name(len(shelf.users) - 1)) == len(shelf.users) - 1
+    return 1e3 * (time.perf_counter() - begun)
+
+
 def ask(started: Server, users: int, asked: int) -> dict[str, Any]:
     """Cold users and warm ones in turn."""
     chosen = random.Random(0).sample(range(users), min(asked, users))
@@ -174,6 +183,7 @@ def measure(folder: Path, users: int, asked: int, components: int) -> dict[str, 
     with server(state) as started:
         row["first_start_s"] = started.seconds
     row["index_bytes"] = path_of(path).stat().st_size
+    row["open_ms"] = opening(path)
     drop_caches(path)
     with server(state) as started:
         row |= {"start_s": started.seconds, "rss_started": started.rss}

@@ -75,6 +75,18 @@ def test_every_user_says_what_transformers_says_with_that_adapter(server: Server
     assert len({*texts.values(), server.wanted("")}) > len(live.USERS) // 2
 
 
+def test_figures_tell_who_is_served_and_who_is_in_memory(server: Server) -> None:
+    assert server.text("ann") == server.wanted("ann")
+    users, deadline = len(live.USERS), time.monotonic() + 60
+    wanted = f'soppu_bundle_users{{active="true",bundle="{server.bundle_id[:12]}"}} {float(users)}'
+    text = ""
+    while 'soppu_resident_reads_total{outcome="success"} 0.0' in text or not text:  # as at the scrape before
+        assert time.monotonic() < deadline, text
+        text = requests.get(f"{server.target.url}/metrics", timeout=60).text
+    assert wanted in text and "soppu_resident_limit_bytes 1.073741824e+09" in text
+    assert 'soppu_resident_reads_total{outcome="failure"} 0.0' in text
+
+
 def test_a_mixed_batch_with_one_prompt_for_all_keeps_users_apart(server: Server) -> None:
     models = [*live.USERS, "base", f"bob@{server.bundle_id}", f"cem@{server.bundle_id[:10]}"] * 4
     with ThreadPoolExecutor(16) as pool:
