@@ -110,7 +110,8 @@ def vllm(
 ) -> System:
     """A vLLM server; with the plugin where `name` is "soppu"."""
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= {"SOPPU_BUNDLE": str(fleet.path)} if name == "soppu" else {}
+    if name == "soppu":
+        environment |= {"SOPPU_BUNDLE": str(fleet.path), "SOPPU_STATE": f"{fleet.path}.state"}
     environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if name.startswith("stock") else {}
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--port", "{port}"]
     command += ["--model", str(fleet.base.path), "--served-model-name", "base", *COMMON, *options]

@@ -66,6 +66,7 @@ def start(base: BaseModel, first: Bundle, folder: Path, *options: str, **environ
     port = str(free_port())
     command = [live.PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", base.path, "--port", port]
     given = {"VLLM_NO_USAGE_STATS": "1", "SOPPU_BUNDLE": str(path), "PYTHONPATH": str(live.ROOT)}
+    given["SOPPU_STATE"] = str(folder / "state")
     done = subprocess.run(
         [*map(str, command), "--enforce-eager", "--max-model-len", "128", "--dtype", "float32", *options],
         env={**os.environ, **live.ENVIRONMENT, **given, **environment},
