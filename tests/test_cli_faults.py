@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import resource
@@ -246,13 +247,25 @@ def test_a_reader_that_goes_away_is_no_error(place: Path) -> None:
     assert run.wait(120) == 1
 
 
+def opened(pipe: Path) -> int | None:
+    """The writing end of a named pipe, once somebody reads it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+
+
 def test_ctrl_c_says_aborted(place: Path) -> None:
     """While it waits for the bundle that a named pipe never brings."""
     pipe = place / "slow"
     os.mkfifo(pipe)
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # nohup ignores it
     run = process("inspect", pipe, preexec_fn=heard)
-    writer = os.open(pipe, os.O_WRONLY)  # waits until the command opens the pipe
+    while (writer := opened(pipe)) is None:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
     time.sleep(0.2)
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=120)

@@ -46,6 +46,8 @@ from tests.deploy.manifests import (
     workloads,
 )
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CLUSTER = DEPLOY / "kubernetes"

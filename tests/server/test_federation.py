@@ -30,7 +30,7 @@ from soppu.federation.attach import attached
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid, context
 
-pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
 
 USERS = {"alice": 12, "bob": 9, "carol": 10}
 TRAINED = {"alice": 6, "bob": 6, "carol": 6}

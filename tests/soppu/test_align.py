@@ -16,6 +16,8 @@ from soppu.federation import emulator
 from soppu.federation.align import Aligner, AlignLoss
 from soppu.federation.attach import attached
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 OPTIONS = AlignConfig(batch_size=2, rank=4, learning_rate=3e-3, kl_weight=0.05)
 
 

@@ -24,6 +24,8 @@ from soppu.federation.emulator import TopModel
 from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.second_device import Elsewhere, second_device
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 GENERATOR = torch.Generator().manual_seed(3)
 BLOCKS = [
     Block(ids, torch.where(torch.arange(len(ids)) < 3, IGNORE, ids))

@@ -12,6 +12,8 @@ from soppu.compress import Bundle, CompressOptions, compress
 from soppu.compress.methods import shared_basis
 from soppu.errors import AdapterError, BundleError
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 EXACT = CompressOptions(method="joint", rank=64, basis_bits=32, core_bits=32)
 RICH = {"model.layers.0.q": (96, 80), "model.layers.1.down": (64, 120)}
 # one way to ask each method for something it can do on a small fleet

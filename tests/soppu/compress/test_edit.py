@@ -7,6 +7,8 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress, forget, project
 from soppu.errors import AdapterError, BundleError
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 SHAPES = {"layers.0.q": (160, 128), "layers.1.v": (96, 128)}
 
 

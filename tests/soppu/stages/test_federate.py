@@ -12,6 +12,8 @@ from soppu.federation import simulation
 from soppu.stages import federate
 from soppu.stages.run import Run
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 
 def test_a_second_run_of_the_same_training_waits_for_the_first_and_takes_what_it_made(
     run: Run, trained: dict[str, str]

@@ -35,6 +35,8 @@ from soppu.stages.targets import open_target
 from soppu.targets import process
 from tests.soppu.stages.conftest import three_users, train, write_result
 
+pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+
 LENIENT = {
     "gate.min_mean_gain_kept": -10.0,
     "gate.min_user_gain_kept": -10.0,
