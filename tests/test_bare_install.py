@@ -27,7 +27,7 @@ from soppu.cli import COMMANDS
 from soppu.evaluate import html
 from tests.soppu.evaluate.example import make_report
 
-pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[1]
 OF_EXTRAS = {

@@ -21,7 +21,7 @@ from soppu import files
 from soppu.federation import simulation
 from soppu.federation.simulation import Simulation
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
 USERS = {"alice": 12, "bob": 9, "carol": 10}

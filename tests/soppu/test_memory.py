@@ -134,6 +134,7 @@ print(found, memory.client_bytes(memory.client_parts(config, plan, memory.Sizes.
 """
 
 
+@pytest.mark.long
 def test_the_estimate_is_within_a_factor_of_two_of_a_real_client(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:

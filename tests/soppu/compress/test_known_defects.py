@@ -254,6 +254,7 @@ def test_every_module_has_a_basis_of_its_own(fleet: Fleet):
     assert u0 is not None and u1 is not None and not torch.allclose(u0, u1, atol=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real adapters are not on this machine")
 def test_three_real_adapters_compress_as_measured(tmp_path: Path):
     adapters = {folder.name: adapter.read(folder) for folder in sorted(REAL.iterdir()) if folder.is_dir()}

@@ -245,7 +245,7 @@ def test_a_request_that_comes_while_others_run_does_not_wait_for_them() -> None:
         long.cancel()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="the base model has not been converted on this machine")
 def test_smollm2_in_a_busy_batch_says_what_generate_says() -> None:
     from soppu.models import load_model, resolve
