@@ -24,8 +24,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -34,12 +35,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS, circumstances, store
+from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, Side
 from soppu.compress.numbers.quantise import quantise
+from soppu.serve.bank.from_bundle import Reading
 from soppu.serve.layers import kernels
 from soppu.serve.layers.kernels import Basis
 from soppu.serve.layers.records import Records, pack
-from soppu.serve.vllm_plugin.worker.resident import Linear, Part, Resident
+from soppu.serve.vllm_plugin.worker.resident import Linear, Part, Resident, Row
 from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096), "down_proj": (4096, 14336)}  # (o, i)
@@ -103,6 +106,20 @@ def static(setting: Setting, held: tuple[Tensor, Tensor, Tensor], rows: Tensor) 
     return stepped(setting, laid_out(V, U), cores, rows)
 
 
+@dataclass(frozen=True, eq=False)
+class Tables(Resident):
+    """A bundle that is no file: its users' rows are those of a table of cores, or of records."""
+
+    cores: Tensor = field(kw_only=True)
+    records: Records | None = field(kw_only=True)
+
+    def read(self, place: int) -> Row:
+        """A user's row."""
+        if self.records is None:
+            return Row(0, self.cores[place], NOBODY)
+        return Row(0, None, self.records.slice(place, place + 1))
+
+
 def stepped(
     setting: Setting, made: list[Basis], cores: Tensor, rows: Tensor, records: Records | None = None
 ) -> Apply:
@@ -112,9 +129,11 @@ def stepped(
     parts = [Part(name, shape=setting.shape, first=0, size=out, at=0) for name in names]
     linears = [Linear(part.module, first=0, size=size, out=out, parts=(part,)) for part in parts]
     layers = {name: (basis,) for name, basis in zip(names, made, strict=True)}
-    users, nobody = np.arange(setting.users), np.full(setting.users, -1)
-    whose = (nobody if records else users, 0 * users, records or NOBODY, users if records else nobody)
-    resident = Resident(1, layers, cores, *whose, modules=(), spare=range(setting.users, setting.users))
+    most = records.components().max(axis=0) if records else None
+    shelf = cast(Shelf, SimpleNamespace(survey=SimpleNamespace(most=most, floats=False)))
+    like, spare = cores[0, :, None][:, :0], range(setting.users, setting.users)
+    bundle = (1, shelf, layers, tuple(linears), Reading(), like, spare)
+    resident = Tables(*bundle, cores=cores, records=records)
     step = StaticStep(linears, [resident], Limits(tokens=setting.batch, requests=setting.batch, bases=1))
     step.begin(rows.cpu().numpy() + 1, np.ones(setting.batch, np.int64))
     return step.apply

@@ -115,6 +115,8 @@ class ServerState:
         all the rest: a start does not read it again.
         """
         with self._changing:
+            if source.is_fifo():  # it comes once, and says nothing of itself before
+                return self._take(source, expected="")
             found = StoredFile(source)
             for bundle_id in self.bank.bundles():
                 held = StoredFile(self._bundle_path(bundle_id))
@@ -128,7 +130,7 @@ class ServerState:
         moved: list[Path] = []
         try:
             with files.atomic_path(incoming) as temporary:
-                shutil.copyfile(source, temporary)
+                _copy(source, temporary)
             shelf = Shelf.open(incoming, expected_hash=expected)
             if shelf.bundle_id in self.bank.bundles():
                 return shelf.bundle_id
@@ -274,6 +276,14 @@ class ServerState:
                     f" {name!r}; move the state folder away to start empty"
                 )
             self.bank.add(name, adapter)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_fifo():
+        shutil.copyfile(source, target)
+        return
+    with source.open("rb") as stream, target.open("wb") as out:
+        shutil.copyfileobj(stream, out)
 
 
 def _rename(places: dict[Path, Path]) -> None:

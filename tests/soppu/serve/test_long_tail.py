@@ -304,6 +304,20 @@ def test_a_start_takes_the_file_over_once_and_reads_no_page(
     state.close()
 
 
+def test_a_bundle_may_come_through_a_pipe(stored: Path, made: Bundle, tmp_path: Path) -> None:
+    bank, pipe = AdapterBank(tiny.llama(), base_hash=tiny.BASE_HASH), tmp_path / "pipe"
+    state = ServerState.open(tmp_path / "state", bank)
+    for _ in range(2):
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        with ThreadPoolExecutor() as pool:
+            written = pool.submit(pipe.write_bytes, stored.read_bytes())
+            bundle_id = state.add_file(pipe)
+            assert written.result() == stored.stat().st_size
+        assert bank.bundles() == {bundle_id: made.users}
+    state.close()
+
+
 def test_over_http_a_damaged_page_ends_its_users_requests_alone(
     stored: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
