@@ -185,7 +185,9 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     `worst` is the loss of the user who loses most, above the shared adapter's; `interval` the 95 % interval
     of the mean gain over it, over users. Rows of a corpus without that arm stay without both.
     """
-    shared = {row["corpus"]: row["losses"] for row in rows if row["mode"] == "shared"}
+    shared = {
+        row["corpus"]: row["losses"] for row in rows if row["mode"] == "shared" and row["arm"] == "finetune"
+    }
     told = []
     for row in rows:
         if (held := shared.get(row["corpus"])) is None:

@@ -223,9 +223,9 @@ def test_colours_follow_the_page() -> None:
         assert "var(--ink, " in svg
 
 
-@pytest.mark.parametrize("user", [HOSTILE, "$\\frac{1$", "日本語の利用者", "a\x00b\nc", "x" * 300, ""])
-def test_user_ids_are_only_text(user: str) -> None:
-    report = make_report(users=[user, "other"])
+def test_user_ids_are_only_text() -> None:
+    users = [HOSTILE, "$\\frac{1$", "日本語の利用者", "a\x00b\nc", "x" * 300, ""]
+    report = make_report(users=[*users, "other"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         svg = plots.figures(report)["losses"]
