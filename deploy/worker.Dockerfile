@@ -12,6 +12,7 @@ RUN /uv pip install --no-index --no-deps --no-cache --quiet --python python3 --t
 FROM ${SERVER}
 USER 0
 COPY --from=packages /opt/pipeline /opt/pipeline
+COPY --from=packages /opt/compiled /opt/compiled
 # the layout that a new named volume takes over, owner included
 RUN mkdir -p /soppu/lorax && chown -R 1000:1000 /soppu
 ENV PYTHONPATH=/app:/opt/packages:/opt/pipeline PATH=/opt/pipeline/bin:/usr/local/bin:/usr/bin:/bin SOPPU_HOME=/app \
