@@ -78,6 +78,7 @@ def test_lorax_s_settings_start_it_and_it_answers(
     assert inside.attrs["State"]["ExitCode"] == 0  # it was asked to stop, and did
 
 
+@pytest.mark.long
 def test_it_stops_at_once_while_it_loads(
     soppu_image: str, name: str, volume: Path, docker_engine: docker.DockerClient
 ) -> None:
@@ -99,6 +100,7 @@ def test_it_stops_at_once_while_it_loads(
     assert log.splitlines()[-1].endswith("stopped by SIGTERM before it served") and "Traceback" not in log
 
 
+@pytest.mark.long
 def test_a_model_that_is_not_in_the_volume_is_named(soppu_image: str, name: str, volume: Path) -> None:
     launch = ContainerLaunch(
         soppu_image,

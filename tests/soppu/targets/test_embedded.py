@@ -308,6 +308,7 @@ def test_a_server_process_is_started_once_serves_restarts_and_stops(tmp_path: Pa
     assert f"at {target.url}" in log and "Traceback" not in log
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_starts_at_once_start_one_server(tmp_path: Path) -> None:
     tiny.base(tmp_path / "model")
@@ -323,6 +324,7 @@ def test_two_starts_at_once_start_one_server(tmp_path: Path) -> None:
     assert not target.is_up()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_server_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     target = EmbeddedTarget(f"http://127.0.0.1:{free_port()}")
