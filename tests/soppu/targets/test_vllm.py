@@ -23,6 +23,7 @@ from soppu import adapter as adapters
 from soppu.cli import main
 from soppu.compress.bundle.bundle import Bundle
 from soppu.errors import TargetError
+from soppu.federation.simulation import free_port
 from soppu.registry import Registry
 from soppu.targets import process
 from soppu.targets.vllm import VllmLaunch, VllmTarget
@@ -298,4 +299,4 @@ def test_kill_minus_nine_loses_nothing_and_the_replica_follows_a_registry(server
 def test_a_python_that_is_not_there_is_named(tmp_path: Path) -> None:
     launch = VllmLaunch(tmp_path / "python", tmp_path, tmp_path / "b", tmp_path / "log", tmp_path / "pid")
     with pytest.raises(TargetError, match="no such Python; `make vllm`"):
-        live.target().start(launch)
+        VllmTarget(f"http://127.0.0.1:{free_port()}", base_hash="c" * 64).start(launch)
