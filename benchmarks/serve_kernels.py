@@ -47,7 +47,7 @@ from soppu.serve.vllm_plugin.worker.static import Limits, StaticStep
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096), "down_proj": (4096, 14336)}  # (o, i)
 RANKS = {"shared": (16, 64), "own": (8, 16)}  # by kind of row
-NOBODY = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), (), ())
+NOBODY = Records.empty(0, (), ())
 LAYERS = 32  # as Mistral-7B has; fewer where the tables would not fit
 Apply = Callable[[Tensor, Tensor, int], object]  # adds to y (t, o) for x (t, i) at a layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -24,6 +25,11 @@ def check_name(name: str, *, what: str) -> None:
             raise invalid(f"`{what}` holds the control character U+{ord(character):04X} at {position}")
     if len(name) > _MAX_LENGTH:
         raise invalid(f"`{what}` must have at most {_MAX_LENGTH} characters. Given: {len(name)}")
+
+
+def adapter_folder(name: str, content_hash: str) -> str:
+    """What a server calls the folder that keeps an adapter: no two names or contents share one."""
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{content_hash[:16]}"
 
 
 def check_source(source: str, *, adapter_id: str) -> None:

@@ -82,11 +82,12 @@ def _vllm(run: Run, settings: TargetConfig, first: Path | None) -> VllmTarget:
         if not target.is_up():
             raise TargetError(f"{settings.url}: nobody answers; a vLLM server is started by a publication")
         return target
-    live = run.registry().live(settings.url)  # after kill -9 it is served while the next one is tried
+    registry = run.registry()
+    live = registry.live(settings.url)  # after kill -9 it is served while the next one is tried
     launch = VllmLaunch(
         python=Path(settings.vllm_python),
         model=base.path,
-        bundle=run.registry().bundle_path(live) if live else first,
+        bundle=registry.bundle_path(live) if live else first,
         log=state / "vllm.log",
         pid_file=state / "vllm.pid",
         timeout=settings.start_timeout_s,

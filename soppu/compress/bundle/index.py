@@ -111,9 +111,9 @@ def _make(stored: StoredFile, expected: str) -> tuple[dict[str, Any], Arrays]:
     small = {name: stored.tensor(e) for name, e in entries.items() if not name.startswith("page.")}
     held = container.contents(blank(entries) | small, stored.size, source=source)
     meta, pages = held.meta, [entries[f"page.{number}"] for number in range(len(held.meta["pages"]))]
-    where = {name: _place(entries[name], sums[name]) for name in ("bases",)}
-    head = {name: meta[name] for name in (*container.FIELDS, "clusters", "modules")} | where
+    head = {name: meta[name] for name in (*container.FIELDS, "clusters", "modules")}
     head |= {"bundle_id": bundle_id, **_identity(stored)}
+    head["bases"] = [entries["bases"].begin, entries["bases"].size, sums["bases"]]
     head["worst_error"] = float(small["error"].max())
     arrays: dict[str, NDArray[np.generic]] = {
         **users.pack(meta["users"]),
@@ -126,10 +126,6 @@ def _make(stored: StoredFile, expected: str) -> tuple[dict[str, Any], Arrays]:
         "sums": np.array([sums[f"page.{number}"] for number in range(len(pages))], np.uint32),
     }
     return head, arrays
-
-
-def _place(entry: Entry, checksum: int) -> list[int]:
-    return [entry.begin, entry.size, checksum]
 
 
 def _encode(head: Mapping[str, Any], arrays: Arrays) -> bytes:

@@ -130,7 +130,6 @@ class Shelf:
         firsts, modules = self._arrays["firsts"].tolist(), len(self.shapes)
         pairs = [clusters[0] for clusters in self.bases.values()]
         k = np.array([(out.k, inn.k) for out, inn in pairs])
-        few_below = k.prod(1) // np.maximum(2 * k.sum(1), 1)
         most, floats = np.zeros(modules, np.int64), False
         cored, own = np.zeros(modules, np.bool_), np.zeros(modules, np.bool_)
         for number, (first, end) in enumerate(zip(firsts, firsts[1:], strict=False)):
@@ -139,7 +138,7 @@ class Shelf:
                 found = page.survey(self._read(number), modules=modules, users=end - first, source=where)
             except BundleError as error:
                 raise BundleError(f"{where}: {error}") from None
-            apart = (found.own > 0) | (found.counts <= few_below[:, None])
+            apart = (found.own > 0) | few(found.counts, k_out=k[:, :1], k_in=k[:, 1:])
             most = np.maximum(most, np.where(apart, found.counts, 0).max(1))
             cored |= (~apart & (found.counts > 0)).any(1)
             floats |= bool((found.floats * apart).any())
@@ -189,6 +188,14 @@ class Shelf:
             name: tuple((out.matrix(), inn.matrix()) for out, inn in clusters)
             for name, clusters in self.bases.items()
         }
+
+
+def few(count: Any, *, k_out: Any, k_in: Any) -> Any:
+    """Whether a core of these ranks would have twice the numbers of so many components, or more.
+
+    Of numbers, arrays or tensors alike.
+    """
+    return 2 * count * (k_out + k_in) <= k_out * k_in
 
 
 def _scaled(part: Components, norm: float) -> Components:

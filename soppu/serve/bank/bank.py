@@ -28,7 +28,7 @@ from soppu.models import linear_shapes
 from soppu.serve.bank import folders, from_bundle, holdings, one_user
 from soppu.serve.bank.from_bundle import Reading
 from soppu.serve.bank.holdings import Answer, BundleUsers, Holder, LoadedAdapter
-from soppu.serve.bank.resident import DEFAULT_RESIDENT, Figures, Residents
+from soppu.serve.bank.resident import DEFAULT_RESIDENT, OVERHEAD, Figures, Residents
 from soppu.serve.layers.adapted_linear import Router, install
 from soppu.serve.layers.factors import BundleSlot, PairSlot, Slot
 from soppu.serve.layers.frame import Frame
@@ -56,7 +56,6 @@ class _Version:
 
 
 Ticket = tuple[_Version, int]  # a user of a bundle, by place: what is read when somebody asks
-_OVERHEAD = 2048  # bytes of a user in memory beside the user's numbers
 
 
 class AdapterBank(Holder[Slot | Ticket, LoadedAdapter]):
@@ -257,7 +256,7 @@ def _read_user(ticket: Ticket) -> BundleSlot:
 
 def _weight(slot: BundleSlot) -> int:
     assert slot.numbers is not None  # as `_read_user` makes them
-    return slot.numbers.size + _OVERHEAD
+    return slot.numbers.size + OVERHEAD
 
 
 def _lease_of_folder(adapter_id: str) -> Callable[[LoadedAdapter], Resolved]:

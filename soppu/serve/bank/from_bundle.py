@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from soppu.compress.bundle.bundle import Bundle, Matrices
-from soppu.compress.bundle.shelf import Shelf
+from soppu.compress.bundle.shelf import Shelf, few
+from soppu.compress.codec.basis import Bases
 from soppu.compress.numbers.components import Components, ordinals
 from soppu.serve.layers import kernels
 from soppu.serve.layers.factors import ModuleFactors, OwnNumbers, SharedFactors, Stack
@@ -31,6 +32,15 @@ class Reading:
 
     cuts: Mapping[str, tuple[range, range]] = field(default_factory=dict)
     thin: bool = False
+
+    def cut(self, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[range, range]]:
+        """The outputs and inputs that are read of each of these modules."""
+        return [self.cuts.get(name, (range(o), range(i))) for name, (o, i) in shapes.items()]
+
+
+def ranks(bases: Mapping[str, Sequence[Bases]]) -> tuple[tuple[int, int], ...]:
+    """(k_out, k_in) of every module's bases, which all clusters share."""
+    return tuple((clusters[0][0].k, clusters[0][1].k) for clusters in bases.values())
 
 
 def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str, ModuleFactors]:
@@ -63,9 +73,7 @@ def read(bundle: Bundle, *, cast: Cast, how: Reading | None = None) -> dict[str,
 
 def frame(shelf: Shelf, *, cast: Cast) -> Frame:
     """A bundle's modules for users who are read one at a time: the bases of all clusters. O(bases)."""
-    shapes = tuple(shelf.shapes.values())
-    ranks = tuple((clusters[0][0].k, clusters[0][1].k) for clusters in shelf.bases.values())
-    nobody = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), shapes, ranks)
+    nobody = Records.empty(0, tuple(shelf.shapes.values()), ranks(shelf.bases))
     modules = {}
     for number, name in enumerate(shelf.shapes):
         pairs = (shelf.matrices(name, cluster) for cluster in range(shelf.clusters))
@@ -86,10 +94,7 @@ def _kernel(like: Tensor) -> Kernel | None:
 
 
 def _records(bundle: Bundle, parts: Sequence[Components], users: int, how: Reading) -> Records:
-    whole = {name: (range(o), range(i)) for name, (o, i) in bundle.shapes.items()}
-    cuts = [how.cuts.get(name, cut) for name, cut in whole.items()]
-    ranks = [(out.k, inn.k) for out, inn in (clusters[0] for clusters in bundle.bases.values())]
-    return pack(parts, users=users, cuts=cuts, ranks=ranks)
+    return pack(parts, users=users, cuts=how.cut(bundle.shapes), ranks=ranks(bundle.bases))
 
 
 def unchanged(bundle: Bundle) -> set[str]:
@@ -151,7 +156,7 @@ class _Collected:
         """(m,) whether a component is one of so few of its user that a core would be mostly zeros."""
         out, inn = self.bundle.bases[self.name][0]
         counts = torch.bincount(part.user)[part.user] if len(part) else part.user
-        return (2 * counts * (out.k + inn.k) <= out.k * inn.k) & self.how.thin
+        return few(counts, k_out=out.k, k_in=inn.k) & self.how.thin
 
     def factors(self, records: Records, number: int) -> ModuleFactors:
         """What was collected, in the form the layer uses; `number` is the module's in the records."""

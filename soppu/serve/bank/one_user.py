@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soppu.compress.bundle.shelf import Shelf
-from soppu.serve.bank.from_bundle import Reading
+from soppu.compress.bundle.shelf import Shelf, few
+from soppu.serve.bank.from_bundle import Reading, ranks
 from soppu.serve.layers.records import Records, pack
 
 
@@ -32,17 +32,12 @@ def read(shelf: Shelf, place: int, how: Reading) -> OneUser:
     none = torch.zeros(0, dtype=torch.int64)
     for (name, clusters), part in zip(shelf.bases.items(), shelf.components(place), strict=True):
         k_out, k_in = clusters[cluster][0].k, clusters[cluster][1].k
-        few = how.thin and 2 * len(part) * (k_out + k_in) <= k_out * k_in
-        if not len(part) or few or bool(part.own.any()):
+        thin = how.thin and few(len(part), k_out=k_out, k_in=k_in)
+        if not len(part) or thin or bool(part.own.any()):
             apart.append(part)
             continue
         left = part.left.coordinates(k_out) * part.gain[:, None]
         cores[name] = left.mT @ part.right.coordinates(k_in)
         apart.append(part.select(none))
-    cuts = [how.cuts.get(name, (range(o), range(i))) for name, (o, i) in shelf.shapes.items()]
-    return OneUser(cluster, cores, pack(apart, users=1, cuts=cuts, ranks=ranks(shelf)))
-
-
-def ranks(shelf: Shelf) -> list[tuple[int, int]]:
-    """(k_out, k_in) of every module's bases."""
-    return [(clusters[0][0].k, clusters[0][1].k) for clusters in shelf.bases.values()]
+    record = pack(apart, users=1, cuts=how.cut(shelf.shapes), ranks=ranks(shelf.bases))
+    return OneUser(cluster, cores, record)

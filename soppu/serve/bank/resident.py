@@ -19,6 +19,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 L = TypeVar("L")
 DEFAULT_RESIDENT = 1 << 30  # bytes of bundles' users
+OVERHEAD = 2048  # bytes of a user in memory beside the user's numbers
 _READERS = 2  # threads that read
 _MAX_UNREAD = 128  # different ones that may wait to be read; one more is refused with 429
 

@@ -11,7 +11,6 @@ Which request gets which adapter is decided in `soppu.serve.bank.bank`.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -30,10 +29,11 @@ from soppu.compress.bundle.index import path_of
 from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.bundle.stored import StoredFile
 from soppu.errors import AdapterError, BundleError, RequestError, StorageError, TargetError
+from soppu.published import bundle_key
 from soppu.serve.bank.bank import AdapterBank, Ticket
 from soppu.serve.bank.holdings import Holdings, LoadedAdapter
 from soppu.serve.layers.factors import Slot
-from soppu.serve.names import check_name, check_servable
+from soppu.serve.names import adapter_folder, check_name, check_servable
 
 _LOG = logging.getLogger(__name__)
 _SHORT = 256  # characters that any name may have
@@ -204,11 +204,10 @@ class ServerState:
             shutil.rmtree(self._adapter_path(name, loaded.content_hash))
 
     def _bundle_path(self, bundle_id: str) -> Path:
-        return self._root / "bundles" / f"{bundle_id}.safetensors"
+        return self._root / bundle_key(bundle_id)
 
     def _adapter_path(self, name: str, content_hash: str) -> Path:
-        key = hashlib.sha256(name.encode()).hexdigest()
-        return self._root / "adapters" / f"{key[:16]}-{content_hash[:16]}"
+        return self._root / "adapters" / adapter_folder(name, content_hash)
 
     def _write(self, held: Holdings[Slot | Ticket, LoadedAdapter]) -> None:
         """Have the disk remember what is about to be served. StorageError."""

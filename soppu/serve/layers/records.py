@@ -24,6 +24,7 @@ from soppu.compress.numbers.components import Components, Side, ordinals
 from soppu.compress.numbers.quantise import AXIS, COORDS, FLOATS
 from soppu.errors import BundleError
 
+Pairs = tuple[tuple[int, int], ...]
 Words = NDArray[np.uint32]
 Ints = NDArray[np.int64]
 SPARSE, BYTES, NIBBLES, FIVES, THREES, FLOAT = range(6)  # how a row's numbers lie
@@ -52,9 +53,15 @@ class Records:
 
     data: Tensor  # (words,) int32
     starts: Tensor  # (n + 1,) int64; user n has the words from starts[n] up to, not including, starts[n + 1]
-    shapes: tuple[tuple[int, int], ...]  # (o, i) of every module, as these rows are long
-    ranks: tuple[tuple[int, int], ...]  # (k_out, k_in) of every module's basis
+    shapes: Pairs  # (o, i) of every module, as these rows are long
+    ranks: Pairs  # (k_out, k_in) of every module's basis
     floats: bool = False  # whether any numbers are floats rather than integers
+
+    @classmethod
+    def empty(cls, users: int, shapes: Pairs, ranks: Pairs) -> Records:
+        """Of users who have nothing."""
+        starts = torch.zeros(users + 1, dtype=torch.int64)
+        return cls(torch.zeros(0, dtype=torch.int32), starts, shapes, ranks)
 
     @classmethod
     def join(cls, parts: Sequence[Records]) -> Records:

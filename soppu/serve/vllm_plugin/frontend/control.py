@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import threading
@@ -24,6 +23,7 @@ from soppu.errors import AdapterError, BundleError, SoppuError, StorageError
 from soppu.published import Pointer
 from soppu.serve.bank.holdings import Holdings
 from soppu.serve.bank.resident import Figures
+from soppu.serve.names import adapter_folder
 from soppu.serve.vllm_plugin.frontend import projecting
 from soppu.serve.vllm_plugin.frontend.directory import Directory, Runtime, Version
 from soppu.serve.vllm_plugin.settings import Settings
@@ -210,7 +210,7 @@ class Control:
         """`add_adapter` on the basis of the bundle `on`."""
         adapter = adapters.read(folder)
         base_identity.check(adapter.base, self.base, who=name, whose="this server has")
-        kept = self.state.folder / "adapters" / _folder_name(name, adapter)
+        kept = self.state.folder / "adapters" / adapter_folder(name, adapter.content_hash())
         with self._changing:
             version = self.bank.versions().get(on)
             if version is None:
@@ -317,7 +317,3 @@ class Control:
                 f"bundle {bundle_id[:12]}: user {clash[0]!r} has the name the base model is served under;"
                 " choose another one with --served-model-name"
             )
-
-
-def _folder_name(name: str, adapter: LoraAdapter) -> str:
-    return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{adapter.content_hash()[:16]}"

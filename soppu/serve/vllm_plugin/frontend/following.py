@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from soppu import published
 from soppu.blobs import open_blobs
@@ -81,7 +81,7 @@ class Follower:
     def _say(self, report: Report) -> None:
         if report.error and report.error != self.report.error:
             _LOG.error("following %s: %s", report.registry, report.error)
-        self.report = Report(**(asdict(report) | {"looked": time.time()}))
+        self.report = replace(report, looked=time.time())
 
     def _run(self) -> None:
         while not self._stop.is_set():

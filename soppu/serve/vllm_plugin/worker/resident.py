@@ -15,12 +15,11 @@ from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.numbers.components import Components, Side
 from soppu.errors import BundleError
 from soppu.serve.bank import one_user
-from soppu.serve.bank.from_bundle import Reading
+from soppu.serve.bank.from_bundle import Reading, ranks
+from soppu.serve.bank.resident import OVERHEAD
 from soppu.serve.layers.joined import Joined
 from soppu.serve.layers.kernels import Basis, Ranks, Sides
 from soppu.serve.layers.records import Records, pack
-
-_OVERHEAD = 2048  # bytes of a row in memory beside its numbers
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Row:
     def size(self) -> int:
         """Bytes."""
         held = [self.record.data, *([] if self.core is None else [self.core])]
-        return _OVERHEAD + sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return OVERHEAD + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,29 +103,21 @@ class Resident:
 
     def nobody(self) -> Row:
         """The row of somebody who changes nothing."""
-        none = Records(torch.zeros(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), *self._shapes)
-        return Row(0, None, none)
+        shapes = tuple((len(out), len(inn)) for out, inn in self.how.cut(self.shelf.shapes))
+        return Row(0, None, Records.empty(1, shapes, ranks(self.shelf.bases)))
 
     def with_own(self, row: int, own: Mapping[str, Components]) -> Resident:
         """With a spare row filled: module -> one user's components."""
-        parts, cuts = [], []
+        parts = []
         for name, (o, i) in self.shelf.shapes.items():
             sides = Side.of_own(torch.zeros(0, o), 8), Side.of_own(torch.zeros(0, i), 8)
             nothing = Components(torch.zeros(0, dtype=torch.int64), torch.zeros(0), *sides)
             parts.append(own.get(name, nothing))
-            cuts.append(self.how.cuts.get(name, (range(o), range(i))))
-        made = pack(parts, users=1, cuts=cuts, ranks=one_user.ranks(self.shelf))
+        made = pack(parts, users=1, cuts=self.how.cut(self.shelf.shapes), ranks=ranks(self.shelf.bases))
         return self._with(row, Row(0, None, made))
 
     def _with(self, row: int, what: Row) -> Resident:
         return replace(self, added={**self.added, row: what})
-
-    @property
-    def _shapes(self) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-        """Of the modules as this rank holds them, and of their bases."""
-        wholes = self.shelf.shapes.items()
-        cuts = (self.how.cuts.get(name, (range(o), range(i))) for name, (o, i) in wholes)
-        return tuple((len(out), len(inn)) for out, inn in cuts), tuple(one_user.ranks(self.shelf))
 
     def _core(self, cores: Mapping[str, Tensor], cluster: int) -> Tensor | None:
         """All layers' cores in one row; None where there are none."""
