@@ -34,6 +34,16 @@ def test_help_lists_every_command_and_does_not_wait_for_torch() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+def test_what_a_command_loads_is_never_searched_for_garbage_and_the_rest_is() -> None:
+    code = (
+        "import gc; from click.testing import CliRunner; from soppu.cli import main;"
+        "CliRunner().invoke(main, ['inspect', '--help']); print(gc.get_freeze_count(), gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    frozen, searching = done.stdout.split()
+    assert int(frozen) > 100_000 and searching == "True"
+
+
 def test_what_holds_no_model_waits_for_no_model_code() -> None:
     """The code of models takes seconds and 110 MB; they would count as memory of a compression."""
     modules = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -77,6 +78,8 @@ def run(options: ServeOptions) -> None:
             info = ServerInfo(base.name, base.hash, dtype=dtype, device=device, admin_token=token)
             app = create_app(engine, info=info, state=state)
             server = DrainingServer(app, engine, grace=options.grace)
+            gc.collect()
+            gc.freeze()  # what is here stays: no answer waits while garbage is looked for in it
             _announce(options, bank, listener)
             server.run(sockets=[listener])
             _LOG.info("stopped")
