@@ -14,7 +14,7 @@ from soppu.targets import process
 from tests.flows.driver import Pipeline
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     state = tmp_path_factory.mktemp("stack")
     made = Stack(api=f"http://127.0.0.1:{free_port()}/api", state=state, serve_state=state / "serve")

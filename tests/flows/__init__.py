@@ -1,0 +1,1 @@
+"""Tests that share a Prefect server and a worker, which end with the last of them."""
