@@ -55,8 +55,8 @@ image: setup docker-up  ## the embedded server as a container image, soppu-serve
 
 # once, before workers that start at the same time each compile it for themselves; in two halves
 $(VENV)/.compiled: $(VENV)/.installed
-	$(BIN)/python -c 'import prefect.cli, flwr.superlink.cli, schemathesis, openai, pandas, matplotlib.pyplot' & \
-	$(BIN)/python -m pytest --collect-only --quiet > $@.log || (cat $@.log; exit 1); wait
+	$(BIN)/python -W ignore -c 'import prefect.cli, flwr.superlink.cli, schemathesis, openai, pandas, matplotlib.pyplot' & \
+	$(BIN)/python -m pytest --collect-only --quiet > $@.log || { cat $@.log; exit 1; }; wait
 	mv $@.log $@
 
 .venv-lorax/.installed: tests/lorax_env.sh | $(VENV)/.installed
