@@ -25,6 +25,7 @@ MARKS = (
     "serve-prefix",
     "serve-equality",
     "serve-soak",
+    "serve-soak-mixed",
     "serve-kernels",
     "serve-methods",
     "serve-own",
@@ -68,18 +69,20 @@ def blocks() -> dict[str, str]:
     if found := read_result("soak"):
         made["serve-soak"] = f"{_soak(found)}\n\n{circumstances_line(found)}"
         made["readme-soak"] = _soak_line(found)
+    if found := read_result("soak_mixed"):
+        made["serve-soak-mixed"] = f"{_soak(found)}\n\n{_kill(found)} {circumstances_line(found)}"
     if found := read_result("container"):
         made["readme-container"] = f"{_container(found)}\n\n{circumstances_line(found)}"
     if found := read_result("serve_kernels"):
-        made["serve-kernels"] = "\n\n".join(_kernels(found[device], "shared") for device in sorted(found))
-        own = [
-            device
-            for device in sorted(found)
-            if any(row.get("kind") == "own" for row in found[device]["rows"])
-        ]
-        if own:
-            made["serve-own"] = "\n\n".join(_kernels(found[device], "own") for device in own)
+        made |= _layers(found)
     return made
+
+
+def _layers(found: Mapping[str, Any]) -> dict[str, str]:
+    """The tables of one layer, by device: with a basis that is shared, and with numbers of users' own."""
+    made = {"serve-kernels": "\n\n".join(_kernels(found[device], "shared") for device in sorted(found))}
+    own = [name for name in sorted(found) if any(row.get("kind") == "own" for row in found[name]["rows"])]
+    return made | ({"serve-own": "\n\n".join(_kernels(found[name], "own") for name in own)} if own else {})
 
 
 def _methods(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -214,6 +217,17 @@ def _soak(found: Mapping[str, Any]) -> str:
         lines.append([f"{name} ({client})", f"{one['requests']:,}", *cells, growth])
     head = ["server (client)", "requests", "swaps", "failed", "another user's", "another version's", "memory"]
     return markdown(head, lines)
+
+
+def _kill(found: Mapping[str, Any]) -> str:
+    """What became of the server that was killed."""
+    one = found["vllm"]
+    seconds, requests, live = one["away"]["seconds"], one["away"]["requests"], "" if one["kept"] else "NOT "
+    return (
+        f"vLLM was killed {one['kills']} time (SIGKILL) and answered again after {seconds:.0f} s;"
+        f" {requests:,} requests of that time are not counted. Nothing was published, and what was live"
+        f" before was {live}live again. Memory is that of the second process."
+    )
 
 
 def _kernels(found: Mapping[str, Any], kind: str) -> str:

@@ -1,11 +1,14 @@
 """Minutes of mixed load with bundle swaps in the middle: benchmarks/results/soak.json.
 
-    make vllm && python -m benchmarks.soak [--minutes 10] [--kind mixed]
+    make vllm && python -m benchmarks.soak [--minutes 10] [--kind mixed --kill --result soak_mixed]
 
 vLLM with the plugin under the real `openai` client and the embedded server under the real `lorax-client`, at
 once. Every user's adapter makes the model say one token over and over that no other user's makes it say, in
 either version of the bundle: an answer tells whose it is, and of which version. Versions change every minute;
 a request that began after a switch has to get the new one. Some requests are the base model's, some hang up.
+
+With `--kill` all processes of vLLM get SIGKILL half-way, and the same command starts it again: nothing is
+published, and what was live has to be. Requests from then until it is healthy are counted apart (`away`).
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,6 +38,7 @@ from benchmarks.serve import ADMIN_TOKEN, PYTHON, System, embedded, vllm
 from benchmarks.soak_client import PROMPTS, TOKENS
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress
+from soppu.targets import process
 from soppu.targets.embedded import EmbeddedTarget
 from soppu.targets.http import HttpTarget
 from soppu.targets.vllm import VllmTarget
@@ -46,6 +51,7 @@ _DRAWN = 256  # directions tried at a time
 _MARGIN = 3.0  # between the logits of a voice and of the next best token
 _LEAST = 2.0  # of that, at every token of an answer
 _WARM_SHARE, _LAST_SHARE = 0.2, 0.8
+_START = 900.0  # seconds for a start
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,12 @@ class Version:
     says: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Subject:
-    """A server under load: how it is told to swap, and which client asks it."""
+    """A server under load: how it is told to swap, and which client asks it.
+
+    `away` is from when to when it was gone, `kept` whether it came back with what was live.
+    """
 
     name: str
     system: System
@@ -67,6 +76,8 @@ class Subject:
     client: tuple[str, ...]
     switches: list[tuple[float, str]] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    away: tuple[float, float] = (0.0, 0.0)
+    kept: bool = True
 
 
 class Voices:
@@ -166,9 +177,27 @@ def swap(subject: Subject, new: Version, old: Version) -> None:
     subject.target.drop(old.bundle_id)
 
 
+def kill(subject: Subject, folder: Path) -> None:
+    """SIGKILL whatever is of the server, and start it again as it was."""
+    family = psutil.Process(subject.system.pid)
+    command, environment = family.cmdline(), family.environ()
+    gone = time.time()
+    for one in (family, *family.children(recursive=True)):
+        one.kill()
+    psutil.wait_procs([family], timeout=60)
+    launch = process.Launch(command, folder / "again.log", folder / f"{subject.name}-again.pid", environment)
+    pid = process.start(launch, ready=subject.target.is_up, timeout=_START)
+    subject.system = replace(subject.system, pid=pid)
+    subject.away = (gone, time.time())
+    subject.kept = subject.target.active() == subject.switches[-1][1]
+    subject.memory.clear()
+
+
 def judged(subject: Subject, versions: Sequence[Version], out: Path) -> dict[str, Any]:
     """Failed requests, answers that are another user's, answers of a version that was gone."""
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    every = [json.loads(line) for line in out.read_text().splitlines()]
+    gone, back = subject.away
+    lines = [line for line in every if line["ended"] < gone or line["began"] > back]
     says = {one.bundle_id: one.says for one in versions}
     failed = [line for line in lines if "error" in line]
     wrong, late = [], []
@@ -180,7 +209,7 @@ def judged(subject: Subject, versions: Sequence[Version], out: Path) -> dict[str
             wrong.append(line)
         elif spoken[0] not in _allowed(subject.switches, line):
             late.append(line)
-    began = lines[0]["began"]
+    began = max(lines[0]["began"], back)
     return {
         "requests": len(lines),
         "kinds": {kind: sum(line["kind"] == kind for line in lines) for kind in ("user", "base", "hang up")},
@@ -189,6 +218,9 @@ def judged(subject: Subject, versions: Sequence[Version], out: Path) -> dict[str
         "wrong_version": len(late),
         "examples": (failed + wrong + late)[:5],
         "swaps": len(subject.switches) - 1,
+        "kills": int(back > 0),
+        "away": {"seconds": back - gone, "requests": len(every) - len(lines)},
+        "kept": subject.kept,
         "memory": _memory(subject.memory, began, lines[-1]["ended"]),
     }
 
@@ -242,8 +274,9 @@ def _subjects(stack: ExitStack, folder: Path, first: Version) -> list[Subject]:
 @click.option("--users", default=64, show_default=True)
 @click.option("--swaps", default=9, show_default=True)
 @click.option("--kind", type=click.Choice(["joint", "mixed"]), default="joint", show_default=True)
+@click.option("--kill", "kills", is_flag=True, help="vLLM, half-way.")
 @click.option("--result", default="soak", show_default=True, help="Name of the result file.")
-def main(minutes: float, users: int, swaps: int, kind: str, result: str) -> None:
+def main(minutes: float, users: int, swaps: int, kind: str, kills: bool, result: str) -> None:
     """Load, swap, judge, and write the result file."""
     seconds = 60 * minutes
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -259,6 +292,10 @@ def main(minutes: float, users: int, swaps: int, kind: str, result: str) -> None
                 for subject in subjects:
                     swap(subject, versions[(done + 1) % 2], versions[done % 2])
                 done += 1
+            if kills and time.time() - began > seconds / 2:
+                kill(subjects[0], folder)
+                stack.callback(process.stop, folder / f"{subjects[0].name}-again.pid")
+                kills = False
             time.sleep(2)
         results = {
             subject.name: judged(subject, versions, out)

@@ -68,6 +68,7 @@ def work(calls, users, until, seed, write):
             line["text"] = (hang_up if kind == "hang up" else whole)(user, prompt)
         except Exception as error:  # whatever went wrong is a failed request, and is told
             line["error"] = f"{type(error).__name__}: {error}"
+            time.sleep(0.2)
         write(line | {"ended": time.time()})
 
 
