@@ -14,7 +14,8 @@ One client, one machine, one run. All servers are up at once and take turns; onl
 Shapes and methods of the bundle are told by `served`; every row says which it is of, and the relative errors.
 
 vLLM's own LoRA keeps `--slots` adapters resident, which is as many bytes as the cores of all users together;
-all others are held in the CPU's memory, and loaded before anything is timed.
+all others are held in the CPU's memory, and loaded before anything is timed. So are the users of our servers,
+who read them ahead.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ ADMIN_TOKEN = "of-the-benchmark"
 _LORA_RANKS = (16, 32, 64, 128, 256)  # that vLLM's own LoRA knows, from our adapters' on
 _START = 900.0
 _WARM = 32  # requests before anything is timed
+_AHEAD = 400.0  # seconds for users to be read ahead
 _SETTLE = 2.0  # seconds: vLLM's processes spin for one after their last answer, on the next one's cores
 
 
@@ -245,6 +247,8 @@ def main(
         up = start(stack, folder, fleet, systems.split(","), slots=slots)
         for system in up.values():
             ask(system, fleet.bundle.users, Turn(users, False, _WARM, 1), seed=1)
+        for name in up.keys() & {"soppu", "embedded"}:
+            click.echo(f"{name}: {in_memory(up[name], len(fleet.bundle.users))} users in memory")
         rows = [row(up, fleet.bundle.users, plans[0])]
         quicker = {name: system for name, system in up.items() if name != "stock-default"}
         rows += [row(quicker, fleet.bundle.users, plan) for plan in plans[1:]]
@@ -257,6 +261,17 @@ def main(
         "vllm": {"version": _vllm_version(), "options": list(COMMON)},
     }
     click.echo(f"written: {store(result, merged(made, [told | row for row in rows], result))}")
+
+
+def in_memory(system: System, users: int) -> int:
+    """How many users a server has read, once that are all, or some minutes have passed."""
+    end = time.monotonic() + _AHEAD
+    while True:
+        told = requests.get(f"{system.endpoint.url}/metrics", timeout=60).text.splitlines()
+        found = sum(int(float(line.split()[-1])) for line in told if line.startswith("soppu_resident_users{"))
+        if found >= users or time.monotonic() > end:
+            return found
+        time.sleep(_SETTLE)
 
 
 def described(fleet: served.Served) -> dict[str, Any]:

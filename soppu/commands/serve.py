@@ -120,6 +120,13 @@ def _limits(given: dict[str, Any]) -> EngineOptions:
     " are read from the bundle when they ask.",
 )
 @click.option(
+    "--read-ahead/--no-read-ahead",
+    envvar="SOPPU_READ_AHEAD",
+    default=ServeOptions.read_ahead,
+    show_default=True,
+    help="Read as many users of bundles as --resident-mib has room for before they ask, a little at a time.",
+)
+@click.option(
     "--default-adapter-source",
     envvar="DEFAULT_ADAPTER_SOURCE",
     default=LOCAL,

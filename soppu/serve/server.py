@@ -45,6 +45,7 @@ class ServeOptions:
     mount: Path | None = None  # a folder of adapters that requests name by their path below it
     max_active_adapters: int = Mount.max_active
     resident_mib: int = DEFAULT_RESIDENT >> 20  # MiB of bundles' users that stay in memory
+    read_ahead: bool = True  # so many of them before they ask
     admin_token: str = field(default="", repr=False)  # "" takes the one kept in the state folder
 
 
@@ -73,6 +74,8 @@ def run(options: ServeOptions) -> None:
         state = ServerState.open(options.state, bank)
         try:
             _preload(state, options)
+            if options.read_ahead:
+                bank.read_ahead()
             engine = Engine(model, load_tokenizer(base), bank, options.engine)
             token = options.admin_token or tokens.ensure(tokens.token_file(options.state))
             info = ServerInfo(base.name, base.hash, dtype=dtype, device=device, admin_token=token)

@@ -155,28 +155,48 @@ class Shelf:
         Raises:
             BundleError: the page is damaged, or says what cannot be; the message names the user and it.
         """
-        firsts = self._arrays["firsts"]
-        number = int(np.searchsorted(firsts, place, side="right")) - 1
-        first, end = int(firsts[number]), int(firsts[number + 1])
-        who = f"{self.source}: user {show(self.users[place])}: page {number}"
+        first, number = self._first(place)
+        parts = self._decoded(range(place, place + 1), number, first)
+        return [_scaled(part, float(self._arrays["norm"][place])) for part in parts]
+
+    def check(self, place: int) -> range:
+        """Decode a user's page, with everybody's numbers where they are sound; the users that are. O(page).
+
+        Raises:
+            BundleError: as `components`, for this user.
+        """
+        first, number = self._first(place)
+        everybody = range(first, int(self._arrays["firsts"][number + 1]))
+        try:
+            self._decoded(everybody, number, first)
+        except BundleError:
+            self.components(place)
+            return range(place, place + 1)
+        return everybody
+
+    def _first(self, place: int) -> tuple[int, int]:
+        """The first user of a user's page, and its number."""
+        number = int(np.searchsorted(self._arrays["firsts"], place, side="right")) - 1
+        return int(self._arrays["firsts"][number]), number
+
+    def _decoded(self, asked: range, number: int, first: int) -> list[Components]:
+        """What one user of a page has, or everybody in it, numbered from 0."""
+        users = int(self._arrays["firsts"][number + 1]) - first
+        who = f"{self.source}: user {show(self.users[asked[0]])}: page {number}"
+        only = asked[0] - first if len(asked) == 1 else None
         try:
             parts = page.decode(
-                self._read(number),
-                self._shapes,
-                users=end - first,
-                first=0,
-                source="its bytes",
-                only=place - first,
+                self._read(number), self._shapes, users=users, first=0, source="its bytes", only=only
             )
         except BundleError as error:
             raise BundleError(f"{who}: {error}") from None
-        mine = torch.zeros(end - first, dtype=torch.int64)
-        parts = [part.renumbered(mine) for part in parts]
-        norm = torch.tensor([float(self._arrays["norm"][place])])
-        ranks = torch.from_numpy(self._arrays["ranks"][place].astype(np.int64))[:, None]
-        held = container.Held(self.shapes, self.bases, ranks, norm, [self.users[place]])
-        container.check_parts(parts, held, source=who)
-        return [_scaled(part, float(norm)) for part in parts]
+        if only is not None:
+            parts = [part.renumbered(torch.zeros(users, dtype=torch.int64)) for part in parts]
+        norm = torch.from_numpy(self._arrays["norm"][asked.start : asked.stop].astype(np.float32))
+        ranks = torch.from_numpy(self._arrays["ranks"][asked.start : asked.stop].astype(np.int64)).mT
+        names = self.users[asked.start : asked.stop]
+        container.check_parts(parts, container.Held(self.shapes, self.bases, ranks, norm, names), source=who)
+        return parts
 
     @cached_property
     def _shapes(self) -> list[page.ModuleShape]:

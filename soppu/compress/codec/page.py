@@ -27,7 +27,7 @@ _LIMITS = {("coords", width): limit for width, limit in COORDS.items()}  # the l
 _LIMITS |= {("own", TERNARY): 1} | {("own", width): made.limit for width, made in QUANTISERS.items()}
 _FREE_TERNARY = 1 << 20  # numbers of any stream; from there on it has to have bytes for them
 _MOST_TERNARY = 512  # numbers for one byte
-_PAGE_NUMBERS = 1 << 22  # a page is read as a whole: small enough for one user, large enough for its tables
+_PAGE_NUMBERS = 1 << 20  # a page is read as a whole: small enough for one user, large enough for its tables
 
 
 @dataclass(frozen=True)
@@ -292,12 +292,21 @@ class PageWriter:
 
     def add(self, parts: list[Components], *, users: int) -> None:
         """The components of the next `users` users, numbered from 0: one entry for every module."""
+        self.numbers += sum(numbers(part) + len(part) for part in parts)
+        sizes, begin = _sizes(parts, users).tolist(), 0
+        while begin < users:
+            end = begin
+            while end < users and self._numbers < _PAGE_NUMBERS:
+                self._numbers += sizes[end]
+                end += 1
+            whole = end - begin == users
+            self._hold(parts if whole else [_of_users(part, begin, end) for part in parts], end - begin)
+            begin = end
+
+    def _hold(self, parts: list[Components], users: int) -> None:
         shift = torch.arange(self._users, self._users + users)
         self._held.append([part.renumbered(shift) for part in parts])
         self._users += users
-        size = sum(numbers(part) for part in parts)
-        self._numbers += size
-        self.numbers += size + sum(len(part) for part in parts)
         if self._numbers >= _PAGE_NUMBERS:
             self.close()
 
@@ -309,6 +318,23 @@ class PageWriter:
             self._first += self._users
             self._held, self._users, self._numbers = [], 0, 0
         return tuple(self.pages)
+
+
+def _of_users(part: Components, begin: int, end: int) -> Components:
+    """The components of the users from `begin` up to, not including, `end`, who are numbered from 0."""
+    first, last = torch.searchsorted(part.user, torch.tensor([begin, end])).tolist()
+    some = part.select(torch.arange(first, last))
+    return Components(some.user - begin, some.gain, some.left, some.right)
+
+
+def _sizes(parts: Sequence[Components], users: int) -> NDArray[np.int64]:
+    """How many coordinates and own numbers everybody has."""
+    sizes = np.zeros(users, np.int64)
+    for part in parts:
+        for side in (part.left, part.right):
+            for rows, has in ((side.coords, side.coords_width > AXIS), (side.own, side.own_width > 0)):
+                sizes += rows.shape[1] * np.bincount(part.user[has].numpy(), minlength=users)
+    return sizes
 
 
 def numbers(part: Components) -> int:

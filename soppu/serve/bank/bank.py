@@ -87,6 +87,7 @@ class AdapterBank(Holder[Slot | Ticket, LoadedAdapter]):
         self._dtype = model.dtype
         self._shapes = linear_shapes(model)
         self._versions: dict[str, _Version] = {}
+        self._ahead = False
 
     def stage(self, bundle: Bundle | Shelf, *, bundle_id: str) -> None:
         """Load a bundle so that "user@<bundle id>" is served. Loading it again changes nothing. O(bases).
@@ -105,6 +106,20 @@ class AdapterBank(Holder[Slot | Ticket, LoadedAdapter]):
             users = BundleUsers[Slot | Ticket](shelf.users, lambda place: (version, place))
             self._become(self._held.stage(bundle_id, users))
             self._versions[bundle_id] = version
+            if self._ahead:
+                self._read_users(bundle_id)
+
+    def read_ahead(self) -> None:
+        """From now on, read the users of bundles before they ask, as many as may stay in memory."""
+        with self._changing:
+            self._ahead = True
+            for bundle_id in self._versions:
+                self._read_users(bundle_id)
+
+    def _read_users(self, bundle_id: str) -> None:
+        version = self._versions[bundle_id]
+        tickets = ((version, place) for place in range(len(version.shelf.users)))
+        self._users.read_ahead(tickets, lambda: self._versions.get(bundle_id) is version)
 
     def drop(self, bundle_id: str) -> None:
         """Forget a bundle. Requests under way finish on it. BundleError if it is active or not loaded."""

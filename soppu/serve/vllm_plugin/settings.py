@@ -29,6 +29,7 @@ class Settings:
     max_error: float | None = None  # relative, of a runtime adapter; None: the bundle's worst user's
     spare_rows: int = 64  # runtime adapters a bundle version has room for
     resident_mib: int = DEFAULT_RESIDENT >> 20  # of users that stay in a worker's memory
+    read_ahead: bool = True  # so many of them before they ask
     kernel: str = "auto"
     admin_token: str = ""  # asked for by the admin routes; "" closes them
     models_limit: int = MODELS_LIMIT  # names in /v1/models, where a request asks for no other number
@@ -58,6 +59,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         max_error=_error(environment.get("SOPPU_MAX_ERROR", "")),
         spare_rows=_whole(environment, "SOPPU_SPARE_ROWS", 64, least=0),
         resident_mib=_whole(environment, "SOPPU_RESIDENT_MIB", Settings.resident_mib, least=0),
+        read_ahead=_flag(environment, "SOPPU_READ_AHEAD", Settings.read_ahead),
         kernel=kernel,
         admin_token=environment.get("SOPPU_ADMIN_TOKEN", ""),
         models_limit=_whole(environment, "SOPPU_MODELS_LIMIT", MODELS_LIMIT, least=1),
@@ -102,6 +104,13 @@ def _whole(environment: Mapping[str, str], name: str, default: int, *, least: in
     if not (text.isdecimal() and int(text) >= least):
         raise ConfigError(f"{name}={text!r}: a whole number, {least} or more, is needed")
     return int(text)
+
+
+def _flag(environment: Mapping[str, str], name: str, default: bool) -> bool:
+    text = environment.get(name, str(int(default)))
+    if text not in ("0", "1"):
+        raise ConfigError(f"{name}={text!r}: allowed are 0 and 1")
+    return text == "1"
 
 
 def _number(name: str, text: str) -> float:

@@ -304,3 +304,27 @@ def test_ternary_numbers_that_are_nearly_all_zeros_are_refused_by_the_writer():
     sparse[0, 0] = 1
     with pytest.raises(BundleError, match="too few of them are not 0"):
         page.encode([replace(part, left=replace(part.left, own=sparse))], users=1)
+
+
+@given(drawn=a_page(), most=st.integers(1, 60), again=st.integers(1, 4))
+def test_a_writer_cuts_what_it_is_given_into_pages_of_its_size(
+    drawn: tuple[list[ModuleShape], list[Components], int], most: int, again: int
+) -> None:
+    shapes, parts, users = drawn
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page, "_PAGE_NUMBERS", most)
+        writer = page.PageWriter()
+        for _ in range(again):
+            writer.add(parts, users=users)
+        pages = writer.close()
+    assert [one.first for one in pages] == [sum(p.users for p in pages[:n]) for n in range(len(pages))]
+    assert sum(one.users for one in pages) == again * users
+    assert writer.numbers == again * sum(page.numbers(part) + len(part) for part in parts)
+    read = [page.decode(p.data, shapes, users=p.users, first=p.first, source="page") for p in pages]
+    shifts = [torch.arange(users) + users * number for number in range(again)]
+    wanted = page.decode(page.encode(parts, users=users), shapes, users=users, first=0, source="whole")
+    for column, part in zip(zip(*read, strict=True), wanted, strict=True):
+        assert same(concatenate(list(column)), concatenate([part.renumbered(one) for one in shifts]))
+    each = [sum(page.numbers(part.select(part.user == user)) for part in parts) for user in range(users)]
+    held = [sum(page.numbers(part) for part in one) for one in read]
+    assert all(size < most + max(each) for size in held) and all(size >= most for size in held[:-1])

@@ -135,7 +135,10 @@ def test_a_damaged_page_is_found_where_its_user_asks_and_harms_nobody_else(path:
             BundleError, match=rf"user 'user{place}': page 0: damaged since the file was checked"
         ):
             shelf.components(place)
+        with pytest.raises(BundleError, match="page 0: damaged since"):
+            shelf.check(place)
     assert len(shelf.components(2)) == len(made.shapes)
+    assert shelf.check(2) == range(2, 2 + made.pages[1].users)
     with pytest.raises(BundleError, match="page 0: damaged"):
         _ = shelf.survey
 
@@ -147,7 +150,9 @@ def test_a_page_that_says_what_cannot_be_is_refused_by_user_and_page(tmp_path: P
     shelf = Shelf.open(tmp_path / "bundle")
     with pytest.raises(BundleError, match=r"user 'user0': page 0: q: 2 components of 'user0', allowed: 1"):
         shelf.components(0)
-    assert len(shelf.components(1)) == 2
+    with pytest.raises(BundleError, match=r"user 'user0': page 0: q: 2 components of 'user0', allowed: 1"):
+        shelf.check(0)
+    assert len(shelf.components(1)) == 2 and shelf.check(1) == range(1, 2)
 
 
 def test_a_file_that_changed_is_read_whole_again(path: Path) -> None:

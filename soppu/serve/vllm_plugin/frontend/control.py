@@ -111,6 +111,8 @@ class Control:
                 _LOG.error("adapter %r, loaded before the restart, is not served: %s", name, error)
         self.bank.commit = self._remember
         self.bank.activate(self.bank.active)  # to have it remembered: nothing has refused this start
+        if self.settings.read_ahead:
+            engine.call("read_ahead")  # not before: nobody may take memory while passes are recorded
 
     @property
     def model(self) -> str:
@@ -294,8 +296,8 @@ class Control:
         """
         if (found := self.bank.unchecked(name)) is not None:
             version, place = found
-            version.bundle.components(place)
-            version.checked[place] = True
+            sound = version.bundle.check(place)
+            version.checked[sound.start : sound.stop] = True
 
     def figures(self) -> Figures:
         """Who is in the workers' memory; each of them has the same."""

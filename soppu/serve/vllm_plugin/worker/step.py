@@ -63,6 +63,12 @@ class Residents(ABC):
         self.residents[resident.start] = resident
         self.clear()
 
+    def read_ahead(self, start: int) -> None:
+        """Read the users of the bundle whose first row is `start` before they are in a batch."""
+        shelf = self.at(start).shelf
+        keys = ((start, place) for place in range(len(shelf.users)))
+        self.table.read_ahead(keys, lambda: start in self.residents)
+
     def exchange(self, resident: Resident) -> None:
         """Serve this in the place of the bundle that begins at the same row, which differs in spare rows."""
         self.residents[resident.start] = resident

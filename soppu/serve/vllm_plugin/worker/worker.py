@@ -48,7 +48,7 @@ class Worker:
         bundles: Sequence[Shelf],
         limit: int = DEFAULT_RESIDENT,
     ) -> None:
-        self._form = form
+        self._form, self._ahead = form, False
         shapes: dict[str, tuple[int, int]] = {}
         for bundle in bundles:
             chosen = _chosen(linears, bundle, who=f"bundle {bundle.bundle_id[:12]}")
@@ -72,6 +72,13 @@ class Worker:
                 self.step.add(one)
         step.serve(self.step)
 
+    def read_ahead(self) -> int:
+        """From now on, read users before they ask, as many as may stay in memory. How many bundles it has."""
+        self._ahead = True
+        for start in self.step.residents:
+            self.step.read_ahead(start)
+        return len(self.step.residents)
+
     def stage(self, path: str, bundle_id: str, start: int) -> int:
         """Load a bundle file beside what is there; the number of its rows.
 
@@ -90,6 +97,8 @@ class Worker:
         adapted(self.step.linears, shapes, who=who)
         staged = resident.build(bundle, self.step.linears, replace(self._form, start=start))
         self.step.add(staged)
+        if self._ahead:
+            self.step.read_ahead(start)
         return staged.rows
 
     def drop(self, start: int) -> int:

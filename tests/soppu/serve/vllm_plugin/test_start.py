@@ -94,6 +94,7 @@ def test_settings_name_the_variable_and_what_is_allowed(tmp_path: Path) -> None:
         ("SOPPU_FOLLOW_SECONDS", "soon", r"SOPPU_FOLLOW_SECONDS='soon': a number is needed"),
         ("SOPPU_FOLLOW_SECONDS", "0", r"SOPPU_FOLLOW_SECONDS=0.0: seconds between 0.1 and 86400"),
         ("SOPPU_RESIDENT_MIB", "1.5", r"SOPPU_RESIDENT_MIB='1.5': a whole number"),
+        ("SOPPU_READ_AHEAD", "yes", r"SOPPU_READ_AHEAD='yes': allowed are 0 and 1"),
         ("SOPPU_KERNEL", "fast", r"SOPPU_KERNEL='fast': allowed are auto, native, torch, static"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -106,5 +107,5 @@ def test_the_page_names_every_variable_and_kernel() -> None:
     page = (Path(__file__).parents[4] / "docs" / "vllm.md").read_text()
     source = Path(settings.__file__).read_text()
     variables = set(re.findall(r"SOPPU_[A-Z_]+", source))
-    assert len(variables) == 11 and all(f"`{name}`" in page for name in variables)
+    assert len(variables) == 12 and all(f"`{name}`" in page for name in variables)
     assert all(f"`{kernel}`" in page for kernel in settings.KERNELS)
