@@ -13,7 +13,14 @@ from benchmarks.record import ROOT
 from soppu.files import write_text
 
 PAGE = ROOT / "docs" / "federation.md"
-MARKS = ("federation-study", "federation-parts", "federation-client", "federation-scale", "federation-kills")
+MARKS = (
+    "federation-study",
+    "federation-upper",
+    "federation-parts",
+    "federation-client",
+    "federation-scale",
+    "federation-kills",
+)
 _MODES = ("base", "shared", "finetune", "served", "fedsa", "dual", "local", "upper")
 _NAMES = {
     "base": "base model",
@@ -34,6 +41,7 @@ def blocks() -> dict[str, str]:
     if found := read_result("federation"):
         line = circumstances_line(found)
         made["federation-study"] = f"{_study(found['rows'])}\n\n{line}"
+        made["federation-upper"] = _upper(found["rows"])
         made["federation-parts"] = _parts(found["rows"])
     if found := read_result("client_step"):
         made["federation-client"] = _client(found)
@@ -58,6 +66,23 @@ def _study(rows: list[Row]) -> str:
     return markdown([*head, "MB up", "MB down"], table)
 
 
+def _upper(rows: list[Row]) -> str:
+    """How much of what the whole model could win `finetune` wins, on the mean of the users."""
+    told = []
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
+        plain = [row for row in rows if row["corpus"] == corpus and row["arm"] in ("finetune", "upper")]
+        mean = {row["mode"]: row["mean"] for row in sorted(plain, key=lambda row: row["arm"], reverse=True)}
+        if "upper" in mean:
+            base, shared = (
+                (mean[start] - mean["finetune"]) / (mean[start] - mean["upper"])
+                for start in ("base", "shared")
+            )
+            told.append(
+                f"{100 * base:.0f} % over the base model and {100 * shared:.0f} % over shared ({corpus})"
+            )
+    return "Of what LoRA on every layer wins, `finetune` wins " + "; ".join(told) + "."
+
+
 def _won(row: Row) -> list[str]:
     if row["mode"] == "shared" or row.get("interval") is None:
         return ["", "", ""]
@@ -75,7 +100,7 @@ def _carried(row: Row) -> list[str]:
 def _parts(rows: list[Row]) -> str:
     """`finetune` with one thing changed, on the same users."""
     table = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["corpus"], reverse=True):
         name, _, change = row["arm"].partition(", ")
         if name == row["mode"] == "finetune":
             before, after = row["align"]["before"], row["align"]["after"]
