@@ -48,7 +48,7 @@ class Server:
     def __init__(self, state: Path) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         options = ["--model", served.base().name, "--state", str(state), "--resident-mib", str(LIMIT_MIB)]
-        options += ["--port", self.url.rpartition(":")[2], "--prefix-tokens", "0"]
+        options += ["--port", self.url.rpartition(":")[2], "--prefix-tokens", "0", "--no-read-ahead"]
         options += ["--cache", str(ROOT / ".soppu" / "models"), "--max-batch", "4"]
         begun = time.perf_counter()
         with (state / "log").open("ab") as log:
