@@ -55,7 +55,7 @@ def blocks() -> dict[str, str]:
 def _study(rows: list[Row]) -> str:
     """By corpus: the modes with their plain settings, losses and what they win over the shared adapter."""
     table = [
-        [row["corpus"], _NAMES[row["mode"]], f"{row['mean']:.3f}", *_won(row), *_carried(row)]
+        [row["corpus"], _NAMES[row["mode"]], f"{row['mean']:.3f}", *_won(row), _emulated(row), *_carried(row)]
         for corpus in dict.fromkeys(row["corpus"] for row in rows)
         for mode in _MODES
         for row in rows
@@ -63,7 +63,13 @@ def _study(rows: list[Row]) -> str:
         if mode != "served" or row["arm"] == "finetune"
     ]
     head = ["text", "trained", "loss", "won over shared (95 % of users' mean)", "better for", "worst user"]
-    return markdown([*head, "MB up", "MB down"], table)
+    return markdown([*head, "on the emulator", "MB up", "MB down"], table)
+
+
+def _emulated(row: Row) -> str:
+    """The loss of validation text on the emulator at the end, of what a row is of."""
+    key = {"base": "", "served": "", "shared": "shared_loss"}.get(row["mode"], "emulator_loss")
+    return f"{row['rounds'][-1][key]:.3f}" if key else ""
 
 
 def _upper(rows: list[Row]) -> str:
