@@ -150,7 +150,7 @@ def test_slow_loading_is_waited_for(first: tuple[Run, str, str], double: LoraxDo
     assert live(run) == bundle_id
 
 
-@pytest.mark.parametrize("answers", [0, 1, 3])
+@pytest.mark.parametrize("answers", [1, *(pytest.param(number, marks=pytest.mark.long) for number in (0, 3))])
 def test_a_server_that_dies_in_the_middle_leaves_what_was_live(
     first: tuple[Run, str, str], reconfigured: Callable[..., Run], double: LoraxDouble, answers: int
 ) -> None:

@@ -66,12 +66,14 @@ def fault(contact: Contact, wheel: Wheel) -> str:
     return ""
 
 
+@pytest.mark.long  # asks the package index, and reads wheels there
 @pytest.mark.parametrize("version", contacts.WHEELS)
 def test_every_contact_is_in_the_wheel_with_the_parameters_relied_on(version: str) -> None:
     wheel = Wheel(version)
     assert [said for contact in ALL if (said := fault(contact, wheel))] == []
 
 
+@pytest.mark.long
 def test_a_name_or_parameter_that_is_not_there_would_be_found() -> None:
     wheel = Wheel(contacts.WHEELS[0])
     wrong = (
