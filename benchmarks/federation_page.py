@@ -76,13 +76,14 @@ def _upper(rows: list[Row]) -> str:
     """How much of what the whole model could win `finetune` wins, on the mean of the users."""
     told = []
     for corpus in dict.fromkeys(row["corpus"] for row in rows):
-        plain = [row for row in rows if row["corpus"] == corpus and row["arm"] in ("finetune", "upper")]
-        mean = {row["mode"]: row["mean"] for row in sorted(plain, key=lambda row: row["arm"], reverse=True)}
-        if "upper" in mean:
-            base, shared = (
-                (mean[start] - mean["finetune"]) / (mean[start] - mean["upper"])
-                for start in ("base", "shared")
-            )
+        mean = {
+            (row["arm"], row["mode"]): row["mean"]
+            for row in rows
+            if row["corpus"] == corpus and row["arm"] in ("finetune", "upper")
+        }
+        if most := mean.get(("upper", "upper")):
+            starts = mean["finetune", "base"], mean["finetune", "shared"]
+            base, shared = ((start - mean["finetune", "finetune"]) / (start - most) for start in starts)
             told.append(
                 f"{100 * base:.0f} % over the base model and {100 * shared:.0f} % over shared ({corpus})"
             )

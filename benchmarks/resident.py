@@ -91,11 +91,12 @@ class Server:
                 pass
         return taken
 
-    def figures(self) -> dict[str, float]:
-        """What `/metrics` says of users in memory."""
-        lines = requests.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        kept = [line.rsplit(" ", 1) for line in lines if line.startswith(("soppu_resident", "soppu_bundle"))]
-        return {name: float(value) for name, value in kept}
+
+def figures(url: str) -> dict[str, float]:
+    """What a server's `/metrics` say of users in memory."""
+    lines = requests.get(f"{url}/metrics", timeout=60).text.splitlines()
+    kept = [line.rsplit(" ", 1) for line in lines if line.startswith(("soppu_resident", "soppu_bundle"))]
+    return {name: float(value) for name, value in kept}
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def ask(started: Server, users: int, asked: int) -> dict[str, Any]:
     for _ in range(5):
         started.first_token("")  # what torch makes at its first forward
     started.first_token(many_users.name(chosen[0]))
-    memory, before = [started.rss], started.figures()
+    memory, before = [started.rss], figures(started.url)
     taken: dict[str, list[float]] = {"cold": [], "warm": []}
     processor = {"cold": 0.0, "warm": 0.0}
     for number in chosen[1:]:
@@ -152,7 +153,7 @@ def ask(started: Server, users: int, asked: int) -> dict[str, Any]:
             processor[name] += started.processor - begun
         memory.append(started.rss)
     cold, warm = taken["cold"], taken["warm"]
-    after = started.figures()
+    after = figures(started.url)
     reads = 'soppu_resident_reads_total{outcome="success"}'
     assert after[reads] - before[reads] == len(cold)
     return {

@@ -38,6 +38,7 @@ import requests
 from benchmarks import load, served
 from benchmarks.load import Endpoint, Traffic
 from benchmarks.record import RESULTS, ROOT, circumstances, store
+from benchmarks.resident import figures
 from soppu.federation.simulation import free_port
 from soppu.targets import process
 
@@ -267,8 +268,8 @@ def in_memory(system: System, users: int) -> int:
     """How many users a server has read, once that are all, or some minutes have passed."""
     end = time.monotonic() + _AHEAD
     while True:
-        told = requests.get(f"{system.endpoint.url}/metrics", timeout=60).text.splitlines()
-        found = sum(int(float(line.split()[-1])) for line in told if line.startswith("soppu_resident_users{"))
+        told = figures(system.endpoint.url)
+        found = int(sum(value for name, value in told.items() if name.startswith("soppu_resident_users{")))
         if found >= users or time.monotonic() > end:
             return found
         time.sleep(_SETTLE)

@@ -155,8 +155,8 @@ class Shelf:
         Raises:
             BundleError: the page is damaged, or says what cannot be; the message names the user and it.
         """
-        first, number = self._first(place)
-        parts = self._decoded(range(place, place + 1), number, first)
+        number, everybody = self._page(place)
+        parts = self._decoded(number, everybody, range(place, place + 1))
         return [_scaled(part, float(self._arrays["norm"][place])) for part in parts]
 
     def check(self, place: int) -> range:
@@ -165,25 +165,25 @@ class Shelf:
         Raises:
             BundleError: as `components`, for this user.
         """
-        first, number = self._first(place)
-        everybody = range(first, int(self._arrays["firsts"][number + 1]))
+        number, everybody = self._page(place)
         try:
-            self._decoded(everybody, number, first)
+            self._decoded(number, everybody, everybody)
         except BundleError:
             self.components(place)
             return range(place, place + 1)
         return everybody
 
-    def _first(self, place: int) -> tuple[int, int]:
-        """The first user of a user's page, and its number."""
-        number = int(np.searchsorted(self._arrays["firsts"], place, side="right")) - 1
-        return int(self._arrays["firsts"][number]), number
+    def _page(self, place: int) -> tuple[int, range]:
+        """The page of a user, and all users in it."""
+        firsts = self._arrays["firsts"]
+        number = int(np.searchsorted(firsts, place, side="right")) - 1
+        return number, range(int(firsts[number]), int(firsts[number + 1]))
 
-    def _decoded(self, asked: range, number: int, first: int) -> list[Components]:
+    def _decoded(self, number: int, everybody: range, asked: range) -> list[Components]:
         """What one user of a page has, or everybody in it, numbered from 0."""
-        users = int(self._arrays["firsts"][number + 1]) - first
-        who = f"{self.source}: user {show(self.users[asked[0]])}: page {number}"
-        only = asked[0] - first if len(asked) == 1 else None
+        users, first = len(everybody), asked[0]
+        who = f"{self.source}: user {show(self.users[first])}: page {number}"
+        only = first - everybody[0] if len(asked) == 1 else None
         try:
             parts = page.decode(
                 self._read(number), self._shapes, users=users, first=0, source="its bytes", only=only
