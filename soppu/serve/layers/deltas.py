@@ -14,9 +14,12 @@ from soppu.serve.layers.records import Records
 _SMALL = 1 << 15  # numbers; below this torch uses one thread, so threads need not be synchronised
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layers:
-    """Linear layers with one input, by full-model name, and their out-features. Outputs lie side by side."""
+    """Linear layers with one input, by full-model name, and their out-features. Outputs lie side by side.
+
+    Compared by identity, as every step looks every one of them up.
+    """
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
@@ -78,7 +81,7 @@ class OwnChange:
     records: Records
     basis: Basis
     kernel: Kernel
-    spread: dict[int, Tokens] = field(default_factory=dict)  # by tokens of a row
+    spread: dict[int, Tokens] = field(default_factory=dict)  # by tokens of a row; of all layers of a routing
 
     def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
         """Add to the layers' outputs y; arguments as in `SharedChange.add`. O(tokens c (i + o)) a row."""

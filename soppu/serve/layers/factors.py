@@ -64,11 +64,6 @@ class OwnNumbers:
     # of modules that share an input, this one the first of them; filled by `Routing`
     together: dict[tuple[object, ...], Basis] = field(default_factory=dict)
 
-    def has(self, index: int) -> bool:
-        """Whether a user has a record here."""
-        start, end = self.records.starts[index : index + 2].tolist()
-        return end > start and bool(self.records.data[start + self.module])
-
     def pair(self, index: int, cluster: int = 0) -> LoraPair | None:
         """One user's record as a LoRA pair; None where the user has none here. O(c (o + i) k)."""
         part = unpack(self.records, index, self.module)

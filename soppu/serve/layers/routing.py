@@ -27,10 +27,12 @@ from soppu.serve.layers.factors import (
     Stack,
 )
 from soppu.serve.layers.frame import Frame, Members
-from soppu.serve.layers.kernels import Basis, Kernel
+from soppu.serve.layers.kernels import Basis, Kernel, Tokens
 from soppu.serve.layers.packed_linear import PackedLinear
+from soppu.serve.layers.records import Records
 
 Places = list[tuple[int, int]]  # (row of the batch, place in the cores)
+Recorded = tuple[Tensor, dict[int, Tokens]]  # `OwnChange.users` and `OwnChange.spread`
 
 
 class Routing:
@@ -52,10 +54,13 @@ class Routing:
         for key, members in self._bundles.items():
             if isinstance(modules := members[0][1].modules, Frame):
                 self._bundles[key] = modules.beside(members)
+        some = [members[0][1].modules for members in self._bundles.values()]
+        self._touched = frozenset().union(*some, *(slot.pairs for _, slot in self._pairs))
         self._changes: dict[Layers, tuple[Change, ...]] = {}
         self._places: dict[tuple[int, int], dict[int, Places]] = {}
         self._cores: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._numbers: dict[int, Tensor | None] = {}
+        self._recorded: dict[tuple[int, int], dict[int, Recorded]] = {}
 
     @property
     def is_base(self) -> bool:
@@ -64,9 +69,11 @@ class Routing:
 
     def changes(self, layers: Layers) -> tuple[Change, ...]:
         """The changes of layers that share an input: by module or stack and cluster, and one of all pairs."""
-        if layers not in self._changes:
-            self._changes[layers] = () if self.is_base else tuple(self._gather(layers))
-        return self._changes[layers]
+        found = self._changes.get(layers)
+        if found is None:
+            untouched = self._touched.isdisjoint(layers.names)
+            found = self._changes[layers] = () if untouched else tuple(self._gather(layers))
+        return found
 
     def apply(self, layers: Layers, x: Tensor, y: Tensor) -> None:
         """Add the changes of layers to their outputs y (b T, o), in place; rows of the base stay.
@@ -100,16 +107,25 @@ class Routing:
         self, layers: Layers, owned: dict[int, OwnNumbers], members: Members, kernel: Kernel
     ) -> Iterator[OwnChange]:
         """One change for the records of a cluster's rows at all of the layers."""
-        users = dict[int, Tensor]()
-        for row, slot in members:
-            if any(own.has(slot.index) for own in owned.values()):
-                users.setdefault(slot.cluster, torch.full((self.rows,), -1))[row] = slot.index
         first = next(iter(owned.values()))
-        for cluster, here in users.items():
+        for cluster, (users, spread) in self._users(first.records, members).items():
             key = layers, cluster, *owned
             if key not in first.together:
                 first.together[key] = _basis(layers, owned, cluster)
-            yield OwnChange(here, first.records, first.together[key], kernel)
+            yield OwnChange(users, first.records, first.together[key], kernel, spread)
+
+    def _users(self, records: Records, members: Members) -> dict[int, Recorded]:
+        """Cluster -> whose records its rows use; made once for all layers, as is what becomes of it."""
+        key = id(records), id(members)
+        if key not in self._recorded:
+            indices = torch.tensor([slot.index for _, slot in members])
+            holds = (records.starts[indices + 1] > records.starts[indices]).tolist()
+            users = dict[int, list[int]]()
+            for (row, slot), some in zip(members, holds, strict=True):
+                if some:
+                    users.setdefault(slot.cluster, [-1] * self.rows)[row] = slot.index
+            self._recorded[key] = {cluster: (torch.tensor(here), {}) for cluster, here in users.items()}
+        return self._recorded[key]
 
     def _shared(
         self, layers: Layers, factors: dict[int, ModuleFactors], members: Members
