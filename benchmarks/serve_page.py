@@ -54,7 +54,7 @@ def blocks() -> dict[str, str]:
     made: dict[str, str] = {}
     if found := read_result("serve"):
         if others := [row for row in found["rows"] if kind_of(row) != ("qv30", "cores")]:
-            made["serve-methods"] = _methods(others)
+            made["serve-methods"] = "\n\n".join([_methods(others), *_gain_kept()])
         found["rows"] = [row for row in found["rows"] if kind_of(row) == ("qv30", "cores")]
         line = circumstances_line(found)
         made["readme-serve"] = f"{_largest(found)}\n\n{_bytes(found)}\n\n{line}"
@@ -103,6 +103,18 @@ def _methods(rows: Sequence[Mapping[str, Any]]) -> str:
         "vLLM LoRA, at its best",
     ]
     return markdown([*head, "embedded, of its own base", "commit"], lines)
+
+
+def _gain_kept() -> list[str]:
+    """What the demo's users, whose adapters are of the pipeline's shape, keep in a bundle of that method."""
+    if not (found := read_result("demo")):
+        return []
+    told, kept, users = found["compression"], found["gate"]["mean_gain_kept"], len(found["users"])
+    return [
+        f"Adapters that were trained have more in common: in the demo's {told['method']} bundle, of the"
+        f" pipeline's shape, {users} users have a relative error of {told['relative_error']['mean']:.2f} on"
+        f" the mean, and keep {100 * kept:.1f} % of their gain (`benchmarks/results/demo.json`)."
+    ]
 
 
 def _container(found: Mapping[str, Any]) -> str:
