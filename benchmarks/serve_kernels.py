@@ -353,13 +353,17 @@ def settings(kind: str, device: torch.device, dtype: torch.dtype) -> Iterator[tu
 def main(
     *, device: str, dtype: str, room: float, repeats: int, seed: int, kinds: str, only: str, result: str
 ) -> None:
-    """Measure and write the result file; what it holds of the other device, and of other kinds, stays."""
+    """Measure and write the result file; what it holds of the other device, kinds and modules stays."""
     torch.manual_seed(seed)
     where = torch.device(device)
     speed = bandwidth(where)
     path = RESULTS / f"{result}.json"
     held = json.loads(path.read_text()) if path.exists() else {}
-    rows = [row for row in held.get(device, {}).get("rows", []) if row.get("kind", "shared") not in kinds]
+    rows = [
+        row
+        for row in held.get(device, {}).get("rows", [])
+        if row.get("kind", "shared") not in kinds or only not in ("", row["module"])
+    ]
     wanted = [
         (kind, *one) for kind in kinds.split(",") for one in settings(kind, where, getattr(torch, dtype))
     ]
