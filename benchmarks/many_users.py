@@ -28,7 +28,7 @@ from soppu.compress.numbers.quantise import quantise
 from tests.soppu.compress.handmade import Plan, components, make
 
 COMPONENTS, WIDTH, RANK = 8, 2, 16
-PAGE, DISTINCT = 25, 4  # users of a page, as `PageWriter` closes it; distinct pages
+PAGE, DISTINCT = 5, 4  # users of a page, which `PageWriter` would close after 7; distinct pages
 _FORM = (8, WIDTH, 8, WIDTH)
 
 
@@ -40,8 +40,10 @@ def example(components_each: int = COMPONENTS) -> Bundle:
         parts = [components(forms, shape, k, generator) for shape in served.PIPELINE.values()]
         writer.add([_normal(part, generator) for part in parts], users=PAGE)
         writer.close()
-    made = make(Plan(forms[:1], served.PIPELINE, k=k, widths=(8, 8)), seed=0)
-    return replace(made, pages=writer.close())
+    made, pages = make(Plan(forms[:1], served.PIPELINE, k=k, widths=(8, 8)), seed=0), writer.close()
+    if [page.users for page in pages] != [PAGE] * DISTINCT:
+        raise ValueError(f"{components_each} components each: {PAGE} users fill more than one page")
+    return replace(made, pages=pages)
 
 
 def _normal(part: Components, generator: torch.Generator) -> Components:
