@@ -233,11 +233,14 @@ template <int T> void write_rows(const Record& r, bool coords, const float* weig
 
 // ---- the bases, and a tile of tokens
 
+struct Span { int64_t at, size, module, ko, ki; };  // of a part: its columns, its number in records, its own ranks
+
 template <class S>
 struct Job {
   const S *x, *V, *U, *cores;
   S* y;
-  const int64_t *spans, *rows, *tokens, *users;  // tokens: nullptr = all, in order; users: nullptr = none
+  const Span* spans;
+  const int64_t *rows, *tokens, *users;  // tokens: nullptr = all, in order; users: nullptr = none
   const uint32_t* data;
   const int64_t* starts;
   int64_t n, i, m, ki, ko, ldx, ldy, ldc;
@@ -341,25 +344,26 @@ void plus(const float* sum, int64_t size, S* y) {
 // One user's tokens, T or fewer: what the record adds to s and to the sum of outputs of one part.
 template <int T, class S>
 void own(const Job<S>& job, const Record& r, int64_t first, int64_t part, int64_t live, Space& space) {
-  const int64_t size = job.spans[3 * part + 1], ldx = job.i + PAD;
+  const auto [at, size, module, ko, ki] = job.spans[part];  // rows of coordinates are as long as these ranks
+  const int64_t ldx = job.i + PAD;
   space.weight.assign(r.components * TILE, 0);
   if (r.flags & IN_COORDS) {
-    const int64_t ld = job.ki + PAD;
+    const int64_t ld = ki + PAD;
     space.from.assign(T * ld, 0);
     for (int64_t b = 0; b < live; ++b)
-      std::copy_n(&space.t[(first + b) * job.m * job.ki + part * job.ki], job.ki, &space.from[b * ld]);
-    read_rows<T>(r, true, {space.from.data(), ld, job.ki}, space.weight.data());
+      std::copy_n(&space.t[(first + b) * job.m * job.ki + part * job.ki], ki, &space.from[b * ld]);
+    read_rows<T>(r, true, {space.from.data(), ld, ki}, space.weight.data());
   }
   read_rows<T>(r, false, {&space.x[first * ldx], ldx, job.i}, space.weight.data());
   for (int64_t c = 0; c < r.components; ++c)  // of tokens that are not this user's
     for (int64_t b = live; b < T; ++b) space.weight[c * TILE + b] = 0;
   write_rows<T>(r, false, space.weight.data(), &space.sum[first * (size + PAD)], size + PAD, size);
   if (r.flags & OUT_COORDS) {
-    const int64_t ld = job.ko + PAD;
+    const int64_t ld = ko + PAD;
     space.to.assign(T * ld, 0);
-    write_rows<T>(r, true, space.weight.data(), space.to.data(), ld, job.ko);
+    write_rows<T>(r, true, space.weight.data(), space.to.data(), ld, ko);
     for (int64_t b = 0; b < live; ++b)
-      for (int64_t k = 0; k < job.ko; ++k)
+      for (int64_t k = 0; k < ko; ++k)
         space.s[(first + b) * job.m * job.ko + part * job.ko + k] += space.to[b * ld + k];
   }
 }
@@ -374,7 +378,7 @@ struct Needs {
       in |= core, out |= core;
       for (int64_t p = 0; job.users && p < job.m; ++p) {
         Record r;
-        if (!record(job.data, job.starts, job.users[first + b], job.spans[3 * p + 2], r)) continue;
+        if (!record(job.data, job.starts, job.users[first + b], job.spans[p].module, r)) continue;
         own = true, in |= bool(r.flags & IN_COORDS), out |= bool(r.flags & OUT_COORDS);
       }
     }
@@ -387,7 +391,7 @@ void own_part(const Job<S>& job, int64_t first, int64_t live, int64_t part, Spac
     const int64_t user = job.users[first + b];
     for (next = b + 1; next < live && job.users[first + next] == user;) ++next;
     Record r;
-    if (!record(job.data, job.starts, user, job.spans[3 * part + 2], r)) continue;
+    if (!record(job.data, job.starts, user, job.spans[part].module, r)) continue;
     const int64_t many = next - b;
     if (many == 1) own<1>(job, r, b, part, many, space);
     else if (many == 2) own<2>(job, r, b, part, many, space);
@@ -418,7 +422,7 @@ void tile(const Job<S>& job, int64_t first, int64_t live, Space& space) {
       apply_cores(job, &space.t[b * job.m * job.ki], &space.s[b * job.m * job.ko], job.cores + row * job.ldc);
   const S* U = job.U;
   for (int64_t p = 0; p < job.m; ++p) {
-    const int64_t at = job.spans[3 * p], size = job.spans[3 * p + 1];
+    const int64_t at = job.spans[p].at, size = job.spans[p].size;
     S* to[T];
     for (int64_t b = 0; b < live; ++b) to[b] = y[b] + at;
     if (needs.own) {
@@ -462,7 +466,7 @@ template <class S>
 Job<S> job_of(const at::Tensor& x, at::Tensor& y, const at::Tensor& cores, const at::Tensor& spans,
               const at::Tensor& rows, at::IntArrayRef k) {
   Job<S> job = {};
-  job.spans = spans.const_data_ptr<int64_t>(), job.rows = rows.const_data_ptr<int64_t>();
+  job.spans = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>()), job.rows = rows.const_data_ptr<int64_t>();
   job.n = rows.size(0), job.i = x.size(1), job.m = spans.size(0), job.ko = k[0], job.ki = k[1];
   job.ldx = x.stride(0), job.ldy = y.stride(0), job.ldc = cores.stride(0);
   return job;
@@ -472,6 +476,7 @@ void apply(const at::Tensor& x, at::Tensor y, const at::Tensor& V, const at::Ten
            const at::Tensor& spans, const at::Tensor& rows, const Given& tokens, const Given& users,
            const Given& data, const Given& starts, at::IntArrayRef k, int64_t offset) {
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.stride(1) == 1 && y.stride(1) == 1, "rows must be contiguous");
+  TORCH_CHECK(spans.size(1) == sizeof(Span) / sizeof(int64_t) && spans.is_contiguous(), "spans: rows of 5 numbers");
   TORCH_CHECK(V.size(0) == x.size(1), "x has ", x.size(1), " features, V has ", V.size(0), " rows");
   TORCH_CHECK(tokens ? tokens->size(0) == rows.size(0) : rows.size(0) <= x.size(0), "more rows than tokens");
   TORCH_CHECK(!users || (users->size(0) == rows.size(0) && data && starts), "a user a token, and their records");

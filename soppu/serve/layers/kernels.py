@@ -35,7 +35,9 @@ class Basis:
     U: Tensor  # (k_out * sum of part sizes,) output bases of the parts, (k_out, size) each, end to end
     k: Ranks  # that all parts have here
     offset: int  # where the layer's m cores (k_in, k_out) begin in a row of the table
-    spans: Tensor  # (m, 3) int64 first column, size, and number in the records of every part; -1 is in none
+    # (m, 5) int64 of every part: first column, size, number in the records (-1: in none), and its own ranks,
+    # k_out and k_in, which are how long the records' rows of coordinates are
+    spans: Tensor
 
     @classmethod
     def of(
@@ -61,7 +63,9 @@ class Basis:
             if out is not None:
                 outputs[number][: out.shape[1]] = out.mT
         U = torch.cat([U.flatten() for U in outputs])
-        return cls(V.flatten(1).to(like), U.to(like), k, offset, torch.tensor(spans))
+        own = [tuple(0 if side is None else side.shape[1] for side in pair) for pair in sides]
+        rows = [(*span, *ranks) for span, ranks in zip(spans, own, strict=True)]
+        return cls(V.flatten(1).to(like), U.to(like), k, offset, torch.tensor(rows))
 
     @property
     def idle(self) -> bool:
@@ -70,7 +74,7 @@ class Basis:
 
     def outputs(self) -> list[tuple[int, Tensor]]:
         """(first column, U (k_out, size)) of every part; views."""
-        starts, sizes, _ = self.spans.T.tolist()
+        starts, sizes, *_ = self.spans.T.tolist()
         views = self.U.split([self.k[0] * size for size in sizes])
         return [(at, view.view(self.k[0], size)) for at, size, view in zip(starts, sizes, views, strict=True)]
 
@@ -134,7 +138,7 @@ class _Mine:
 def _own(x: Tensor, y: Tensor, inner: tuple[Tensor, Tensor], basis: Basis, mine: _Mine) -> None:
     """What a record adds to `y`, and to the coordinates s of `inner` = (t, s)."""
     t, s = inner
-    for number, (at, size, module) in enumerate(basis.spans.tolist()):
+    for number, (at, size, module, *_) in enumerate(basis.spans.tolist()):
         part = records.unpack(mine.records, mine.user, module) if module >= 0 else None
         if part is None:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def compiled() -> None:
 
 def _basis(k: int, size: int) -> tuple[Basis, Tensor]:
     """A basis of two parts with a gap between them, and the table of cores."""
-    spans = torch.tensor([[2, SIZES[0], -1], [SIZES[0] + 7, SIZES[1], -1]])
+    spans = torch.tensor([[2, SIZES[0], -1, k, k], [SIZES[0] + 7, SIZES[1], -1, k, k]])
     basis = Basis(torch.randn(size, 2 * k), torch.randn(k * sum(SIZES)), k=(k, k), offset=5, spans=spans)
     return basis, torch.randn(USERS, 5 + 2 * k * k)
 
@@ -106,6 +108,37 @@ def test_records_of_every_form_beside_cores(kernel: kernels.Kernel, k: int, size
                     wanted[place, at : at + U.shape[1]] += weight @ out
         kernel(x, y, basis, tokens)
         assert float((y - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+RANKS = ((40, 7), (3, 40))  # k_out, k_in of two modules that share an input
+COORDINATES = [(4, 2, 3, 2), (32, 2, 32, 0), (2, 0, 8, 2), (1, 3, 2, 1)]
+
+
+@pytest.mark.parametrize("kernel", [kernels.native, kernels.plain])
+def test_parts_of_different_ranks_and_nothing_beyond_a_record_is_read(kernel: kernels.Kernel) -> None:
+    g, size = torch.Generator().manual_seed(0), 37
+    shapes, forms = [(SIZES[0], size), (SIZES[1], size)], [[form] * 3 for form in COORDINATES]
+    parts = [handmade.components(forms, shape, k, g) for shape, k in zip(shapes, RANKS, strict=True)]
+    cuts = [(range(o), range(i)) for o, i in shapes]
+    held = records.pack(parts, users=len(forms), cuts=cuts, ranks=list(RANKS))
+    unknown = torch.full((1024,), -1, dtype=torch.int32)  # as floats, not numbers
+    held = dataclasses.replace(held, data=torch.cat([held.data, unknown]))
+    sides = [
+        (torch.randn(o, k[0], generator=g), torch.randn(i, k[1], generator=g))
+        for (o, i), k in zip(shapes, RANKS, strict=True)
+    ]
+    spans = [(0, SIZES[0], 0), (SIZES[0], SIZES[1], 1)]
+    basis = Basis.of(sides, spans, like=torch.zeros(size, 0), k=(40, 40))
+    users = torch.arange(len(forms))
+    x, y = torch.randn(len(forms), size, generator=g), torch.zeros(len(forms), sum(SIZES))
+    kernel(x, y, basis, kernels.Tokens(torch.zeros(1, 2 * 1600), -torch.ones_like(users), None, held, users))
+    for user in users.tolist():
+        for (at, width, module), (U, V) in zip(spans, sides, strict=True):
+            part = records.unpack(held, user, module)
+            right = (part.q * part.right[:, None]).double() + part.b.double() @ V.T.double()
+            left = (part.p * part.left[:, None]).double() + part.a.double() @ U.T.double()
+            wanted = (right @ x[user].double()) @ left
+            assert float((y[user, at : at + width] - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
 def test_another_users_infinities_stay_theirs() -> None:
