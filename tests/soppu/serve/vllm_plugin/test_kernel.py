@@ -111,7 +111,7 @@ def test_records_of_every_form_beside_cores(kernel: kernels.Kernel, k: int, size
 
 
 RANKS = ((40, 7), (3, 40))  # k_out, k_in of two modules that share an input
-COORDINATES = [(4, 2, 3, 2), (32, 2, 32, 0), (2, 0, 8, 2), (1, 3, 2, 1)]
+COORDINATES = [(4, 2, 6, 2), (8, 2, 4, 0), (4, 0, 8, 2), (6, 3, 4, 1), (32, 2, 16, 0)]
 
 
 @pytest.mark.parametrize("kernel", [kernels.native, kernels.plain])
