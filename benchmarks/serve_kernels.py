@@ -142,9 +142,8 @@ def stepped(
 def laid_out(V: Tensor, U: Tensor) -> list[Basis]:
     """One basis a layer, as the plugin keeps them."""
     _, k, out = U.shape
-    spans = torch.tensor([[0, out, -1, k, k]])
     return [
-        Basis(v, u.flatten(), k=(k, k), offset=number * k * k, spans=spans)
+        Basis.of([(u.mT, v)], [(0, out, -1)], like=v[:, :0], offset=number * k * k)
         for number, (v, u) in enumerate(zip(V, U, strict=True))
     ]
 

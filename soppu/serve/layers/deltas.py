@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class OwnChange:
     records: Records
     basis: Basis
     kernel: Kernel
-    spread: dict[int, Tokens] = field(default_factory=dict)  # by tokens of a row; of all layers of a routing
+    spread: dict[int, Tokens]  # by tokens of a row; one for all layers of a routing, filled here
 
     def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
         """Add to the layers' outputs y; arguments as in `SharedChange.add`. O(tokens c (i + o)) a row."""

@@ -344,8 +344,8 @@ void plus(const float* sum, int64_t size, S* y) {
 // One user's tokens, T or fewer: what the record adds to s and to the sum of outputs of one part.
 template <int T, class S>
 void own(const Job<S>& job, const Record& r, int64_t first, int64_t part, int64_t live, Space& space) {
-  const auto [at, size, module, ko, ki] = job.spans[part];  // rows of coordinates are as long as these ranks
-  const int64_t ldx = job.i + PAD;
+  const int64_t size = job.spans[part].size, ldx = job.i + PAD;
+  const int64_t ko = job.spans[part].ko, ki = job.spans[part].ki;  // as long as rows of coordinates are
   space.weight.assign(r.components * TILE, 0);
   if (r.flags & IN_COORDS) {
     const int64_t ld = ki + PAD;

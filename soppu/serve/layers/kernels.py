@@ -46,15 +46,18 @@ class Basis:
         spans: Sequence[tuple[int, int, int]],
         *,
         like: Tensor,
-        k: Ranks,
+        k: Ranks | None = None,
         offset: int = 0,
     ) -> Basis:
         """From U (size, k_out) and V (i, k_in) of every part, whose ranks may be less than `k`, or None.
 
         Args:
             like: (i, 0), of the type and on the device that the layer computes in.
+            k: the ranks that all parts are padded to; the widest of theirs by default.
             spans: first column, size and number in the records of every part.
         """
+        own = [[0 if side is None else side.shape[1] for side in pair] for pair in sides]
+        k = k or (max(out for out, _ in own), max(inn for _, inn in own))
         V = torch.zeros(len(like), len(sides), k[1])
         outputs = [torch.zeros(k[0], size) for _, size, _ in spans]
         for number, (out, inn) in enumerate(sides):
@@ -63,7 +66,6 @@ class Basis:
             if out is not None:
                 outputs[number][: out.shape[1]] = out.mT
         U = torch.cat([U.flatten() for U in outputs])
-        own = [tuple(0 if side is None else side.shape[1] for side in pair) for pair in sides]
         rows = [(*span, *ranks) for span, ranks in zip(spans, own, strict=True)]
         return cls(V.flatten(1).to(like), U.to(like), k, offset, torch.tensor(rows))
 

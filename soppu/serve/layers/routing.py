@@ -62,11 +62,6 @@ class Routing:
         self._numbers: dict[int, Tensor | None] = {}
         self._recorded: dict[tuple[int, int], dict[int, Recorded]] = {}
 
-    @property
-    def is_base(self) -> bool:
-        """True where every row is the base model's."""
-        return not self._bundles and not self._pairs
-
     def changes(self, layers: Layers) -> tuple[Change, ...]:
         """The changes of layers that share an input: by module or stack and cluster, and one of all pairs."""
         found = self._changes.get(layers)
@@ -209,14 +204,13 @@ def _bases(layers: Layers, numbered: Sequence[tuple[int, SharedFactors]]) -> Bas
 def _basis(layers: Layers, owned: dict[int, OwnNumbers], cluster: int) -> Basis:
     """The bases that records of a cluster refer to, beside each other."""
     sides = [own.bases.get(cluster, (None, None)) for own in owned.values()]
-    ranks = [[0 if side is None else side.shape[1] for side in pair] for pair in sides]
     columns = [layers.columns(number) for number in owned]
     spans = [
         (at.start, at.stop - at.start, own.module) for at, own in zip(columns, owned.values(), strict=True)
     ]
     first = next(iter(owned.values()))
     like = first.like.new_zeros(first.records.shapes[first.module][1], 0)
-    return Basis.of(sides, spans, like=like, k=(max(k for k, _ in ranks), max(k for _, k in ranks)))
+    return Basis.of(sides, spans, like=like)
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:

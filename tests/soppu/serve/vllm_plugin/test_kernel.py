@@ -86,6 +86,13 @@ def _mixed(k: int, size: int) -> tuple[Basis, Tensor, records.Records]:
     return basis, cores, _records(k, size)[0]
 
 
+def _own(part: records.Part, x: Tensor, inner: Tensor, U: Tensor) -> Tensor:
+    """What a record adds for a token x (i,) with coordinates `inner` (k_in,), by U (k_out, o): (o,)."""
+    right, left = part.q * part.right[:, None], part.p * part.left[:, None]
+    weight = right.double() @ x.double() + part.b.double() @ inner
+    return weight @ (left.double() + part.a.double() @ U.double())
+
+
 @pytest.mark.parametrize("kernel", [kernels.native, kernels.plain])
 @pytest.mark.parametrize(("k", "size"), [(3, 37), (40, 300)])
 def test_records_of_every_form_beside_cores(kernel: kernels.Kernel, k: int, size: int) -> None:
@@ -102,10 +109,7 @@ def test_records_of_every_form_beside_cores(kernel: kernels.Kernel, k: int, size
             for number, (at, U) in enumerate(basis.outputs() if user >= 0 else []):
                 part = parts[user][number]
                 if part is not None:
-                    right, left = part.q * part.right[:, None], part.p * part.left[:, None]
-                    weight = right.double() @ x[place].double() + part.b.double() @ inner[number]
-                    out = left.double() + part.a.double() @ U.double()
-                    wanted[place, at : at + U.shape[1]] += weight @ out
+                    wanted[place, at : at + U.shape[1]] += _own(part, x[place], inner[number], U)
         kernel(x, y, basis, tokens)
         assert float((y - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
@@ -128,16 +132,14 @@ def test_parts_of_different_ranks_and_nothing_beyond_a_record_is_read(kernel: ke
         for (o, i), k in zip(shapes, RANKS, strict=True)
     ]
     spans = [(0, SIZES[0], 0), (SIZES[0], SIZES[1], 1)]
-    basis = Basis.of(sides, spans, like=torch.zeros(size, 0), k=(40, 40))
+    basis = Basis.of(sides, spans, like=torch.zeros(size, 0))
     users = torch.arange(len(forms))
     x, y = torch.randn(len(forms), size, generator=g), torch.zeros(len(forms), sum(SIZES))
     kernel(x, y, basis, kernels.Tokens(torch.zeros(1, 2 * 1600), -torch.ones_like(users), None, held, users))
     for user in users.tolist():
         for (at, width, module), (U, V) in zip(spans, sides, strict=True):
             part = records.unpack(held, user, module)
-            right = (part.q * part.right[:, None]).double() + part.b.double() @ V.T.double()
-            left = (part.p * part.left[:, None]).double() + part.a.double() @ U.T.double()
-            wanted = (right @ x[user].double()) @ left
+            wanted = _own(part, x[user], x[user].double() @ V.double(), U.mT)
             assert float((y[user, at : at + width] - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
