@@ -90,7 +90,8 @@ def test_the_best_of_several_texts_has_the_highest_mean_logprob(house: House) ->
     assert len({tuple(token.id for token in text) for text in texts}) > 1
     means = [fmean(token.logprob for token in text) for text in texts]
     assert means[0] == max(means)
-    assert finish.text == "".join(token.text for token in tokens if not token.special)
+    # a text may end inside a character, or in a special token behind one: the whole has it, no token's own text
+    assert finish.text == tiny.tokenizer().decode([token.id for token in tokens], skip_special_tokens=True)
     again = GenerationRequest(
         PROMPT, "alice", max_new_tokens=5, sampling=replace(HOT, seed=finish.seed)
     )  # each is the text its seed gives
