@@ -17,7 +17,7 @@ LAYERS = Layers(("q", "k", "v"), (36, 8, 20))  # nobody changes k
 
 
 def _modules(kernel: kernels.Kernel | None) -> dict[str, ModuleFactors]:
-    """Users 0 to 3 in cluster 0, 4 and 5 in cluster 1; the last of each has no core. The same at every call."""
+    """Users 0 to 3 in cluster 0, 4 and 5 in cluster 1; the last of each has no core. Always the same."""
     g = torch.Generator().manual_seed(0)
     place, stacks = torch.tensor([0, 1, 2, -1, 0, -1]), {}
     for cluster, members in enumerate((3, 1)):
