@@ -44,6 +44,10 @@ COMMANDS = {
     ),
     "federation": ("federation", "Say which node is whose, where a SuperLink has SuperNodes of its own."),
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
+    "train": (
+        "train",
+        "Train one LoRA on the text of all users of RUN_DIR: the run's upper bound.",
+    ),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop

@@ -38,7 +38,16 @@ APPLICATIONS = ("soppu", *OUTSIDE)
 # What a flow may know of the library: names and settings, nothing that computes.
 FLOWS_KNOW = {"soppu.config", "soppu.errors"}
 # Imports inside a function: of what is not always installed, or slow and seldom asked for.
-OPTIONAL = {"bitsandbytes", "vllm", "peft", "huggingface_hub", "datasets", "pyarrow", "prv_accountant"}
+OPTIONAL = {
+    "bitsandbytes",
+    "vllm",
+    "peft",
+    "huggingface_hub",
+    "datasets",
+    "pyarrow",
+    "prv_accountant",
+    "deepspeed",
+}
 # vLLM calls `register` in every process, with or without a bundle; only with one is the plugin loaded.
 LATE = {"soppu/serve/vllm_plugin/__init__.py"}
 SOURCES = ("soppu", "tasks", "flows", "clients", "server", "deploy", "tests", "benchmarks")

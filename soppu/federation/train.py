@@ -196,7 +196,7 @@ class Training:
             [{"params": [getattr(p, side) for p in pairs.values()], "lr": lr} for side, lr in sides.items()],
             weight_decay=0.0,
         )
-        self._batches = _batches(len(blocks), options)
+        self._batches = batches(len(blocks), options)
 
     def advance(self, steps: int) -> None:
         """Take optimiser steps. Cost: one forward and one backward pass of the top a step."""
@@ -243,7 +243,7 @@ def _inner(left: LoraPair, right: LoraPair) -> Tensor:
     return ((left.B.T @ right.B) * (left.A @ right.A.T)).sum()
 
 
-def _batches(n: int, options: TrainOptions) -> Iterator[list[int]]:
+def batches(n: int, options: TrainOptions) -> Iterator[list[int]]:
     """Index lists without end, every example once before any comes again, in an order fixed by the seed."""
     generator = torch.Generator().manual_seed(options.seed)
     size = min(options.batch_size, n)

@@ -22,6 +22,7 @@ from soppu.errors import DataError
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import COLUMNS, CURRENT, ExampleLosses, UserLosses, example_losses
 from soppu.federation import emulator
+from soppu.federation.attach import attached
 from soppu.federation.personalise import BASE
 from soppu.federation.train import cache_states
 from soppu.module_names import split_layer
@@ -101,6 +102,24 @@ def measure(
     return losses
 
 
+def heldout_losses(
+    run: Run, adapter: LoraAdapter, *, on_progress: Tell | None = None
+) -> dict[str, ExampleLosses]:
+    """User -> the losses of their held-out text, columns "base" and "adapter", of one adapter for everybody.
+
+    Measured as `measure` does: the figures stand beside each other. Cost: a forward pass of that text.
+    """
+    lowest = min(parts[1] for name in adapter.pairs if (parts := split_layer(name)))
+    bench = _Bench(run, layers=max(lowest, 2))  # no cut is lower
+    here = _with_text(run.config, list_users(run.config.data))
+    found = {}
+    for number, (user, text) in enumerate(here.items(), start=1):
+        found[user] = bench.with_and_without(text.heldout, adapter)
+        if on_progress:
+            on_progress({"note": f"evaluating {user}", "share": number / len(here)})
+    return found
+
+
 class _Bench:
     """The full model, split where the lowest adapted layer begins."""
 
@@ -142,6 +161,22 @@ class _Bench:
             validation_compressed=by.mean("compressed") if by else None,
             each=each,
         )
+
+    def with_and_without(self, examples: Sequence[Example], adapter: LoraAdapter) -> ExampleLosses:
+        """Columns "base" and "adapter"; what the adapter has below the cut runs there."""
+        above = {name: pair for name, pair in adapter.pairs.items() if self._is_above(name)}
+        below = {name: pair for name, pair in adapter.pairs.items() if name not in above}
+        own = dataclasses.replace(adapter, pairs=above)
+        if not below:  # the layers below run once for both
+            return self._measure(examples, {"base": None, "adapter": own})
+        base = self._measure(examples, {"base": None})
+        with attached(self.bottom, dataclasses.replace(adapter, pairs=below)):
+            sums = self._measure(examples, {"adapter": own}).sums
+        return ExampleLosses(base.tokens, {**base.sums, **sums})
+
+    def _is_above(self, name: str) -> bool:
+        parts = split_layer(name)
+        return parts is not None and parts[1] in self.plan.adapter
 
     def _measure(self, examples: Sequence[Example], tried: Mapping[str, LoraAdapter | None]) -> ExampleLosses:
         """Every example with each of the adapters. The layers below them run once."""

@@ -287,7 +287,7 @@ def test_b_takes_larger_steps_than_a(tiny_llama: PreTrainedModel) -> None:
 @settings(max_examples=100)
 @given(n=st.integers(1, 12), batch=st.integers(1, 6), steps=st.integers(1, 30), seed=st.integers(0, 99))
 def test_every_example_comes_once_before_any_comes_again(n: int, batch: int, steps: int, seed: int) -> None:
-    endless = train._batches(n, TrainOptions(batch_size=batch, seed=seed))
+    endless = train.batches(n, TrainOptions(batch_size=batch, seed=seed))
     batches = list(itertools.islice(endless, steps))
     assert [len(chosen) for chosen in batches] == [min(batch, n)] * steps
     order = [index for chosen in batches for index in chosen]

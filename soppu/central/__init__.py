@@ -1,0 +1,1 @@
+"""One LoRA trained on everybody's text at one place: what a federation is measured against."""
