@@ -44,11 +44,18 @@ COMMANDS = {
     ),
     "federation": ("federation", "Say which node is whose, where a SuperLink has SuperNodes of its own."),
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
+    "evaluate": (
+        "evaluate",
+        "Compare ways to serve the users of RUN_DIR: held-out loss, text, latency, memory, bytes.",
+    ),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
 # Command -> the extra that it needs, and the packages in it.
-EXTRAS = {"serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))}
+EXTRAS = {
+    "serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client")),
+    "evaluate": ("serve", ("llguidance",)),  # the server's engine
+}
 
 
 @contextmanager

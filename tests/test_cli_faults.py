@@ -87,6 +87,7 @@ CALLS = {
     "serve a bundle": "serve --model folder --bundle {}",
     "serve an adapter": "serve --model folder --adapter x={}",
     "serve at": "serve --model folder --state {}",
+    "evaluate a run": "evaluate {}",
     "report of": "report {}",
     "users in": "users --registry {}",
     "users of": "users --registry absent --catalogue {}",

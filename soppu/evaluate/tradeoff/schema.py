@@ -11,14 +11,12 @@ from soppu.errors import ReportError
 from soppu.evaluate.gate import Text
 from soppu.files import read_object
 from soppu.settings import Amount, Count, Flag, Natural, Real, faults
+from soppu.tradeoff_settings import Metric
 
 FILE = "tradeoff.json"  # the newest; each is also kept as tradeoff-<key>.json
-BASE = "base"
-METRICS = ("loss", "bleu", "chrf", "codebleu", "exact_match", "valid", "pass_at_1")
 LOWER_IS_BETTER = frozenset({"loss"})
 _SHOWN = 20  # faults spelt out; of more, the number is told
 
-Metric = Literal["loss", "bleu", "chrf", "codebleu", "exact_match", "valid", "pass_at_1"]
 Kind = Literal["base", "adapter", "bundle", "centralised"]
 Percent = Annotated[Real, Field(ge=0, le=100 + 1e-9)]  # BLEU and its like are sums of floats
 Share = Annotated[Real, Field(ge=0, le=1)]
@@ -70,6 +68,8 @@ class Generation(_Part):
     stop: list[Text]
     seed: Natural
     prompts_per_user: Count
+    timed_prompts: Count  # of those, how many of a user are asked alone, for the latency
+    timed_tokens: Count  # new tokens in each of those answers
 
 
 class _Scores(_Part):

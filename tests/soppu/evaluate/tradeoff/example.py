@@ -68,6 +68,8 @@ def comparison(**changed: Any) -> dict[str, Any]:
             "stop": ["\nclass "],
             "seed": 0,
             "prompts_per_user": 4,
+            "timed_prompts": 2,
+            "timed_tokens": 16,
         },
         "arms": [
             arm("base"),
