@@ -90,6 +90,7 @@ CALLS = {
     "train for": "train {}",
     "train on": "train folder --device {}",
     "train layers": "train folder --layers {}",
+    "evaluate a run": "evaluate {}",
     "report of": "report {}",
     "users in": "users --registry {}",
     "users of": "users --registry absent --catalogue {}",
