@@ -88,6 +88,8 @@ CALLS = {
     "serve an adapter": "serve --model folder --adapter x={}",
     "serve at": "serve --model folder --state {}",
     "report of": "report {}",
+    "watch what": "watch {}",
+    "watch among": "watch --runs {}",
     "users in": "users --registry {}",
     "users of": "users --registry absent --catalogue {}",
     "users of sqlite": "users --registry absent --catalogue sqlite:///{}",
