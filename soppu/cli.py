@@ -45,11 +45,15 @@ COMMANDS = {
     ),
     "federation": ("federation", "Say which node is whose, where a SuperLink has SuperNodes of its own."),
     "rollback": ("rollback", "Make the bundle before the present one live again, and record that."),
+    "run": (
+        "run",
+        "Start the pipeline on the Prefect server that is up, and show how far it is until it ends.",
+    ),
     "watch": ("watch", "Show how far the run in RUN_DIR is, until it ends."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
-LISTENING = ("watch",)  # those that show what goes on without them
+LISTENING = ("run", "watch")  # those that show what goes on without them
 # Command -> the extra that it needs, and the packages in it.
 EXTRAS = {"serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))}
 
@@ -145,7 +149,7 @@ class LazyGroup(click.Group):
 def main() -> None:
     """One LoRA adapter per user: look at them, compress them together, serve them.
 
-    The whole pipeline runs under Prefect: `prefect deployment run soppu/full-pipeline`.
+    The whole pipeline runs under Prefect: `soppu run`.
     """
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import click
 from rich.console import Console
@@ -54,23 +54,34 @@ class Followed:
         self._other = bool(self._of) and (began is None or began.of != self._of)
 
 
-def show(look: Callable[[], Followed | None], told: Told, *, title: str, ended: Callable[[], str]) -> Picture:
-    """Show a run until it ends, its process dies, or a signal comes; gives the last of it.
+class Source(Protocol):
+    """Where a run is seen."""
 
-    Args:
-        look: gives the folder, once it is known.
-        title: of the screen.
-        ended: why it is over although the folder does not say so, "" while it is not.
-    """
+    def look(self) -> Followed | None:
+        """What follows its folder, once that is known."""
+        ...
+
+    def over(self) -> tuple[str, str]:
+        """Whether it has ended, "done" or "failed" and why, whatever the folder says; else empty strings."""
+        ...
+
+    def waiting(self) -> str:
+        """What to say of it as long as its folder says nothing."""
+        ...
+
+
+def show(source: Source, told: Told, *, title: str) -> Picture:
+    """Show a run until it ends, its process dies, or a signal comes; gives the last of it."""
     out = Console(file=sys.stdout, highlight=False, soft_wrap=False)
     shown = _Screen(out, title) if out.is_terminal else _Plain()
     with shown:
         while True:
-            over, followed = ended(), look()
+            (over, why), followed = source.over(), source.look()
             found = followed.look() if followed else Picture()
             if over and not found.ended:
-                found.ended, found.error = FAILED, over
-            shown.show(found, followed.lines if followed else [])
+                found.ended, found.error = over, why
+            lines = followed.lines if followed and found.began else [source.waiting()]
+            shown.show(found, lines)
             if found.ended or told.number:
                 return found
             time.sleep(_LOOK_S)
@@ -118,8 +129,9 @@ class _Plain:
         pass
 
     def show(self, found: Picture, lines: list[str]) -> None:
-        if lines is not self._lines:  # another run has begun in the folder
-            self._lines, self._said = lines, 0
+        if lines[: self._said] != self._lines[: self._said]:  # another run has begun in the folder
+            self._said = 0
+        self._lines = list(lines)
         for line in lines[self._said :]:
             click.echo(line)
         self._said = len(lines)
@@ -143,7 +155,8 @@ class _Screen:
             self._out.print(self._ended)
 
     def show(self, found: Picture, lines: list[str]) -> None:
-        shown = screen(found, title=self._title, now=time.time(), width=self._out.width)
+        title = self._title if found.began else f"{self._title}\n{lines[0]}"
+        shown = screen(found, title=title, now=time.time(), width=self._out.width)
         self._live.update(shown, refresh=True)
         if found.ended == DONE:
             self._ended = f"run: done in {duration(found.seconds or 0)}"

@@ -28,9 +28,24 @@ def watch_command(told: Told, run_dir: str, runs: Path) -> None:
     folder = _latest(runs) if run_dir == "latest" else Path(run_dir)
     if not (folder / FILE).exists():
         raise click.ClickException(f"{folder}: no run has told anything there, it holds no {FILE}")
-    followed = Followed(folder)
-    found = show(lambda: followed, told, title=str(folder), ended=lambda: "")
+    found = show(_Folder(Followed(folder)), told, title=str(folder))
     finish(found, told, left=f"left; the run goes on: soppu watch {folder}")
+
+
+class _Folder:
+    """All that is known of a run is in its folder."""
+
+    def __init__(self, followed: Followed) -> None:
+        self._followed = followed
+
+    def look(self) -> Followed:
+        return self._followed
+
+    def over(self) -> tuple[str, str]:
+        return "", ""
+
+    def waiting(self) -> str:
+        return "no run has begun here since"
 
 
 def _latest(runs: Path) -> Path:
