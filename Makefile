@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup      ## the whole pipeline on this machine: federate, compress, gate, serve (minutes)
 	$(BIN)/python -m deploy.stack up
-	$(BIN)/prefect deployment run soppu/full-pipeline --param config=$(CONFIG) --watch
+	$(BIN)/soppu run --config $(CONFIG)
 	$(BIN)/soppu report runs/latest --prefect-url $(PREFECT_API_URL:/api=)
 
 up: setup        ## Prefect server, worker and deployments, if they are not up

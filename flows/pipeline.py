@@ -11,6 +11,7 @@ from tasks.collect import collect
 from tasks.federate import federate
 from tasks.outage import outlasting
 from tasks.prepare import prepare
+from tasks.recording import ending
 
 
 @flow(name="soppu", log_prints=True)
@@ -22,6 +23,7 @@ def full_pipeline(config: str = "configs/default.toml", overrides: dict[str, Any
         overrides: `{"section.key": value}`, stronger than the file.
     """
     run = prepare(config, overrides)
-    federation = federate(run)
-    set_id = collect(run, federation)
-    return outlasting(recompress, run=run, set_id=set_id)
+    with ending(run):
+        federation = federate(run)
+        set_id = collect(run, federation)
+        return outlasting(recompress, run=run, set_id=set_id)

@@ -12,6 +12,7 @@ from tasks.compress import compress
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.publish import publish, target_names
+from tasks.recording import ending
 from tasks.report import report
 from tasks.tradeoff import tradeoff
 from tasks.tradeoff import wanted as comparison_wanted
@@ -32,8 +33,13 @@ def recompress(
         run: run folder of the pipeline that calls this flow.
         set_id: frozen set of that pipeline.
     """
+    own = not run
     run = run or prepare(config, overrides, text=False)
-    set_id = set_id or freeze_current(run)
+    with ending(run, own=own):
+        return _recompress(run, set_id or freeze_current(run))
+
+
+def _recompress(run: str, set_id: str) -> str:
     bundle_id = compress(run, set_id)
     evaluation = evaluate(run, set_id, bundle_id)
     if comparison_wanted(run):

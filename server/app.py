@@ -22,7 +22,7 @@ from torch import Tensor
 
 from server import checkpoint as checkpoints
 from server.agreement import BASE_LOSS, LOSS, SHARED_LOSS, Agreement
-from server.checkpoint import Checkpoint, write_progress
+from server.checkpoint import WARM_UP, Checkpoint, RoundShare, write_progress
 from server.delivery import Delivery
 from server.evaluation import Evaluation
 from server.patience import is_over
@@ -63,7 +63,7 @@ def main(grid: Grid, context: Context) -> None:
     with files.exclusive(workdir / "serverapp.lock"):  # one that was told to stop may still be at it
         federation = Federation(config, workdir, members=nodes)
         task = federation.measure if context.run_config["task"] == "evaluate" else federation.run
-        task(Delivery(grid, grace_s=federation.patience_s))
+        task(Delivery(grid, grace_s=federation.patience_s, heard=federation.heard))
 
 
 class Federation:
@@ -120,6 +120,7 @@ class Federation:
         self.registry = Registry.open(config.registry.root, catalogue=config.registry.catalogue)
         self.adapters: dict[str, str] = {}
         self.served: dict[str, str] = {}
+        self.at: RoundShare | None = None  # the round that users are at
 
     def run(self, grid: Grid) -> None:
         """All of it: hello, warm-up, rounds, result."""
@@ -148,7 +149,9 @@ class Federation:
         self.strategy.first_round = number - 1
         timeout = min(self.config.federation.round_timeout_s, self.config.federation.timeout_s)
         result = self.strategy.start(grid, shared, num_rounds=1, timeout=timeout, train_config=order)
-        log = self.strategy.logs[-1]
+        log, at, self.at = self.strategy.logs[-1], self.at, None
+        if log.refused and at:
+            self.progress(f"round {number} is over", at.share(1.0), warning="; ".join(log.refused.values()))
         if log.mode == PERSONAL:
             self.shared = self.agreement.shared(shared.to_torch_state_dict(), who="shared adapter")
             return shared
@@ -206,7 +209,9 @@ class Federation:
         before = dataclasses.asdict(self.aligner.measure())
         steps = self.config.align.warmup_steps
         for number, loss in enumerate(self.aligner.steps(steps), start=1):
-            self.progress(f"aligning the emulator, l2 {loss.l2:.3f} kl {loss.kl:.3f}", number / (4 * steps))
+            self.progress(
+                f"aligning the emulator, l2 {loss.l2:.3f} kl {loss.kl:.3f}", WARM_UP * number / steps
+            )
         after = dataclasses.asdict(self.aligner.measure())
         shared, _ = self.sharing.start(self.agreement.shapes)
         self.remember(0, shared, align={"before": before, "after": after}, rounds=[])
@@ -222,7 +227,8 @@ class Federation:
         self.roll.ask_again(limit=self.patience_s)
         without = f", without {', '.join(absent)}" if (absent := self.roll.absent()) else ""
         last = self.strategy.last_round or self.config.federation.rounds + 1
-        self.progress(f"round {number} of {last}{without}", 0.25 + 0.75 * (number - 1) / last)
+        self.at = RoundShare.of(number, last, self.config.federation)
+        self.progress(f"round {number} of {last}{without}", self.at.share(0.0))
         if number > 1 and self.config.align.round_steps:
             current = self.agreement.shared(shared, who="shared adapter")
             for _ in self.aligner.steps(self.config.align.round_steps, user_adapter=current):
@@ -323,6 +329,14 @@ class Federation:
         found = privacy.spent(settings, releases)
         return dataclasses.asdict(found) if found else None
 
-    def progress(self, note: str, share: float) -> None:
+    def heard(self, node: int, done: int, total: int) -> None:
+        """A node has answered; in a round that is told."""
+        if self.at is None:
+            return
+        user, of = self.roll.nodes.get(node, ""), f"round {self.at.round} of {self.at.rounds}"
+        self.progress(f"{of}: {done} of {total} users", self.at.share(done / total), user=user)
+
+    def progress(self, note: str, share: float, **known: Any) -> None:
         """Tell the folder how far we are; `share` runs from 0 to 1."""
-        write_progress(self.workdir, {"note": note, "share": min(1.0, share)})
+        place = {"round": self.at.round, "rounds": self.at.rounds} if self.at else {}
+        write_progress(self.workdir, {"note": note, "share": min(1.0, share), **place, **known})

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from soppu import files
+from soppu.config import FederationConfig
 from soppu.federation import wire
 
 _STATE = "checkpoint.json"
+WARM_UP = 0.1  # share of a federation that ends as the first round begins
 
 
 @dataclass
@@ -67,6 +69,34 @@ def store(folder: Path, checkpoint: Checkpoint) -> None:
     for old in folder.glob("round-*.safetensors"):
         if old.name != name:
             old.unlink()
+
+
+@dataclass(frozen=True)
+class RoundShare:
+    """How much of a federation lies behind it in the middle of a round.
+
+    Attributes:
+        round: from 1; `rounds` is how many there will be at most, the personal one the last of them.
+        before: share of everything that is done when the round begins.
+        whole: share of everything that the round is.
+    """
+
+    round: int
+    rounds: int
+    before: float
+    whole: float
+
+    @classmethod
+    def of(cls, number: int, last: int, settings: FederationConfig) -> RoundShare:
+        """Round `number` of `last`, by the steps that users may train in each; the warm-up is a tenth."""
+        personal = settings.personal_steps * len(settings.personal_learning_rates)
+        steps = [settings.local_steps] * (last - 1) + [personal]
+        unit = 0.9 / max(1, sum(steps))
+        return cls(number, last, WARM_UP + unit * sum(steps[: number - 1]), unit * steps[number - 1])
+
+    def share(self, heard: float) -> float:
+        """Of everything, once this share of the users has answered."""
+        return self.before + heard * self.whole
 
 
 def write_progress(folder: Path, values: Mapping[str, Any]) -> None:

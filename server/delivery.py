@@ -7,7 +7,7 @@ is over. Here every node has a few attempts within one call, and a node that has
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,19 @@ class Delivery(Grid):
         grid: Flower's.
         attempts: how often a message is sent to one node, at most.
         grace_s: how long a node that has gone is waited for before its failure is taken for an answer.
+        heard: called with node id, replies so far, and messages sent, whenever a last reply has come.
     """
 
-    def __init__(self, grid: Grid, *, attempts: int = 3, grace_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        attempts: int = 3,
+        grace_s: float = 60.0,
+        heard: Callable[[int, int, int], None] = lambda node, done, total: None,
+    ) -> None:
         self._grid = grid
+        self._heard = heard
         self._attempts = attempts
         self._grace_s = grace_s
 
@@ -53,6 +62,7 @@ class Delivery(Grid):
         waiting = [_Parcel(message) for message in messages]
         under_way: dict[str, _Parcel] = {}
         replies: list[Message] = []
+        total = len(waiting)
         while waiting or under_way:
             waiting = self._send(waiting, under_way, deadline)
             if time.monotonic() >= deadline:
@@ -65,6 +75,7 @@ class Delivery(Grid):
                     waiting.append(parcel)
                 else:
                     replies.append(reply)
+                    self._heard(reply.metadata.src_node_id, len(replies), total)
             given_up = [p for p in waiting if p.failed and time.monotonic() > p.since + self._grace_s]
             replies += [parcel.failed for parcel in given_up if parcel.failed]
             waiting = [parcel for parcel in waiting if parcel not in given_up]

@@ -15,6 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import soppu
+from soppu.commands.listening import listening
 from soppu.commands.until_told import until_told
 from soppu.errors import MissingExtra, SoppuError
 
@@ -52,9 +53,15 @@ COMMANDS = {
         "evaluate",
         "Compare ways to serve the users of RUN_DIR: held-out loss, text, latency, memory, bytes.",
     ),
+    "run": (
+        "run",
+        "Start the pipeline on the Prefect server that is up, and show how far it is until it ends.",
+    ),
+    "watch": ("watch", "Show how far the run in RUN_DIR is, until it ends."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
+LISTENING = ("run", "watch")  # those that show what goes on without them
 # Command -> the extra that it needs, and the packages in it.
 EXTRAS = {
     "serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client")),
@@ -99,9 +106,11 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Choose one command; a server hears signals from before its imports, which take seconds."""
+        """Choose one command; signals are heard from before its imports, which take seconds."""
         if args[:1] and args[0] in UNTIL_TOLD and not ctx.resilient_parsing:
             ctx.with_resource(until_told())
+        if args[:1] and args[0] in LISTENING and not ctx.resilient_parsing:
+            ctx.obj = ctx.with_resource(listening())
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -151,7 +160,7 @@ class LazyGroup(click.Group):
 def main() -> None:
     """One LoRA adapter per user: look at them, compress them together, serve them.
 
-    The whole pipeline runs under Prefect: `prefect deployment run soppu/full-pipeline`.
+    The whole pipeline runs under Prefect: `soppu run`.
     """
 
 

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from soppu.stages import run as runs
-from tasks.recording import note, transient
+from tasks.recording import begun, logged, note, transient
 
 
 @task(
@@ -24,5 +24,8 @@ def prepare(config: str, overrides: dict[str, Any] | None = None, *, text: bool 
     """Freeze configuration, base model and users into a run folder; the same input gives the same folder."""
     started = time.monotonic()
     run = runs.prepare(config, overrides, text=text)
-    note(run, "prepare", seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    note(run, "prepare", seconds=seconds)
+    with logged():
+        begun(run, trains=text, seconds=seconds)
     return run

@@ -1,20 +1,23 @@
-"""What every task shares: its cache key, when a retry makes sense, and the note of how long it took."""
+"""What every task shares: its cache key, when a retry makes sense, what it notes and what it logs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
-from prefect.runtime import task_run
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run, task_run
 from prefect.tasks import Task
 
 from soppu.errors import (
@@ -26,6 +29,8 @@ from soppu.errors import (
     MissingExtra,
     UnsupportedModel,
 )
+from soppu.progress import telling
+from soppu.stages.report import stage_names
 from soppu.stages.run import open_run
 
 _log = logging.getLogger(__name__)
@@ -51,9 +56,10 @@ def transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 @contextmanager
 def recorded(run: str, name: str) -> Iterator[None]:
-    """Note seconds and attempts of a stage in the run folder, for the report."""
+    """Note seconds and attempts of a stage in the run folder, for the report, and log what it says."""
     started = time.monotonic()
-    yield
+    with logged():
+        yield
     note(run, name, seconds=time.monotonic() - started)
 
 
@@ -61,6 +67,45 @@ def note(run: str, name: str, *, seconds: float) -> None:
     """Write down how long a stage took, and which attempt this was."""
     values = {"name": name, "seconds": seconds, "attempts": task_run.run_count or 1}
     open_run(run).write(f"stages/{name}.json", values)
+
+
+def begun(run: str, *, trains: bool, seconds: float) -> None:
+    """Say that a run begins, which `prepare` took so many seconds to find out."""
+    telling.begin(Path(run), stage_names(run, trains=trains), of=str(flow_run.id or ""))
+    telling.done(Path(run), "prepare", seconds=seconds)
+    # whoever started the flow run finds the folder by this
+    create_link_artifact(Path(run).as_uri(), key="soppu-run", link_text=Path(run).name)
+
+
+@contextmanager
+def ending(run: str, *, own: bool = True) -> Iterator[None]:
+    """Say how a run ends when the block does; nothing, where the run is not the flow's `own`."""
+    with telling.ending(Path(run)) if own else nullcontext():
+        yield
+
+
+class _ToPrefect(logging.Handler):
+    """Hands what one thread logs to Prefect: other targets are published to at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._logger, self._thread = get_run_logger(), threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self._thread:
+            self._logger.log(record.levelno, record.getMessage())
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """What a stage says of its progress, and warnings of ours, are lines of Prefect's log of this task."""
+    handler, ours = _ToPrefect(), logging.getLogger("soppu")
+    logging.getLogger("soppu.progress").setLevel(logging.INFO)
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
 
 
 class Progress:

@@ -7,7 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from soppu.stages import report as stage
-from tasks.recording import transient
+from tasks.recording import logged, transient
 
 
 @task(
@@ -20,7 +20,8 @@ from tasks.recording import transient
 )
 def report(run: str, evaluation: str) -> str:
     """Write report.json and report.html with what is known by now; show them in Prefect."""
-    written = stage.write_report(run, evaluation)
+    with logged():
+        written = stage.write_report(run, evaluation)
     create_markdown_artifact(written.users_markdown, key="soppu-users", description="Every user's gain")
     create_markdown_artifact(written.compression_markdown, key="soppu-compression", description="Compression")
     create_link_artifact(

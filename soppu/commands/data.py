@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import click
 
 from soppu import config as configuration
 from soppu import models, tables, user_ids
-from soppu.commands.options import CACHE
+from soppu.commands.options import CACHE, key_values
 from soppu.data import STDLIB, UserData, tokenize
 from soppu.data.listing import look
 from soppu.data_settings import DataConfig
@@ -74,23 +73,11 @@ def data_command(context: click.Context, /, model: str, cache: Path, as_json: bo
 
 def _settings(source: str | None, path: Path | None, given: tuple[str, ...]) -> DataConfig:
     values: dict[str, Any] = {} if source is None else {"source": source}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise click.BadParameter(f"--set {item!r}, expected KEY=VALUE")
-        values[key] = _value(value)
+    values |= key_values(given)
     named = {f"data.{key}": value for key, value in values.items()}
     if path:
         return configuration.load(path, named).data
     return configuration.from_dict({"data": values}, source="--set").data
-
-
-def _value(text: str) -> Any:
-    """As TOML, where it is that: a number, true, a list; else the text as it stands."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _rows(config: DataConfig, base: BaseModel | None) -> Iterator[_Row]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,24 @@ BASE = click.option(
     default="",
     help="Base model of every DIR: folder, hub id or alias. Writes its name and hash; shapes must fit.",
 )
+
+
+def key_values(given: Iterable[str]) -> dict[str, Any]:
+    """Settings of `--set KEY=VALUE`: a value is TOML, where it is that, as a number, true, a list; else text.
+
+    Raises:
+        click.BadParameter: one without a "=".
+    """
+    values: dict[str, Any] = {}
+    for item in given:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"--set {item!r}, expected KEY=VALUE")
+        try:
+            values[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key] = text
+    return values
 
 
 def registry_options(text: str) -> Callable[[_Command], _Command]:

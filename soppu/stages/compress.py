@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,20 +13,23 @@ from soppu.adapter import AdaptersOnDemand, LoraAdapter
 from soppu.compress import Bundle, CompressOptions, compress
 from soppu.config import CompressConfig
 from soppu.data import load_public, tokenize
+from soppu.progress import telling
 from soppu.stages.run import Run, open_run
 
-Tell = Callable[[dict[str, Any]], None]
 
-
-def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = None) -> str:
+def compress_set(run_folder: str, set_id: str, *, on_progress: telling.Tell | None = None) -> str:
     """Compress a frozen set into a bundle, store it, and note its sizes; returns the bundle's id.
 
     Adapters are read from the registry in every pass, so memory does not grow with their number.
     """
     run = open_run(run_folder)
+    with telling.stage(run.folder, "compress", on_progress=on_progress) as tell:
+        return _compress(run, set_id, tell)
+
+
+def _compress(run: Run, set_id: str, tell: telling.Tell) -> str:
     registry = run.registry()
     members = registry.get_set(set_id)
-    tell = on_progress or (lambda said: None)
     bundle = compressed(run, members, run.config.compress, tell=tell)
     bundle_id = registry.put_bundle(bundle.to_bytes(), set_id=set_id, run=run.id)
     report = bundle.report.to_dict()
@@ -39,7 +42,9 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
     return bundle_id
 
 
-def compressed(run: Run, members: Mapping[str, str], settings: CompressConfig, *, tell: Tell) -> Bundle:
+def compressed(
+    run: Run, members: Mapping[str, str], settings: CompressConfig, *, tell: telling.Tell
+) -> Bundle:
     """A bundle of adapters in the registry, user -> adapter id, with the run's seed and its moments."""
     adapters = AdaptersOnDemand(members, run.registry().get_adapter)
     return compress(
@@ -56,7 +61,7 @@ def _said(what: str, things: str, done: int, total: int) -> dict[str, Any]:
     return {"note": f"{what}: {done} of {total} {things}", "share": done / (total + 1)}
 
 
-def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[str, Tensor]:
+def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: telling.Tell) -> dict[str, Tensor]:
     """Second moments of every adapted module's input; kept in the run folder, named by what decides them."""
     modules = sorted({name for adapter in adapters.values() for name in adapter.pairs})
     base, config = run.base(), run.config

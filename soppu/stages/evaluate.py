@@ -7,8 +7,8 @@ text, and who is not in it is judged by the error of their adapter alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
@@ -17,13 +17,14 @@ from soppu.evaluate.gate import check
 from soppu.evaluate.losses import CURRENT, ExampleLosses, UserLosses
 from soppu.federation.personalise import BASE
 from soppu.module_names import split_layer
+from soppu.progress import telling
+from soppu.progress.telling import Tell
 from soppu.stages import elsewhere
 from soppu.stages.bench import Bench, with_text
 from soppu.stages.federate import RESULT, shared_adapter
 from soppu.stages.run import Run, open_run
 
 HERE = "on the full model, here"
-Tell = Callable[[dict[str, Any]], None]
 
 
 class Measure(Protocol):
@@ -39,12 +40,17 @@ class Measure(Protocol):
 def evaluate(run_folder: str, set_id: str, bundle_id: str, *, on_progress: Tell | None = None) -> str:
     """Measure, judge, and write both down; returns the name of the file in the run folder."""
     run = open_run(run_folder)
+    with telling.stage(run.folder, "evaluate", on_progress=on_progress) as tell:
+        return _evaluate(run, set_id, bundle_id, tell)
+
+
+def _evaluate(run: Run, set_id: str, bundle_id: str, tell: Tell) -> str:
     # named before text is read: were it changed meanwhile, the name would belong to the text before
     name = f"evaluation-{bundle_id[:16]}-{run.inputs('evaluate')}.json"
     registry = run.registry()
     members = registry.get_set(set_id)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
-    losses = source_of(run)(run, members, bundle_id, on_progress=on_progress)
+    losses = source_of(run)(run, members, bundle_id, on_progress=tell)
     verdict = check(losses, bundle.report.relative_error, options=run.config.gate, seed=run.config.seed)
     run.write(
         name,
@@ -89,7 +95,7 @@ def measure(
         }
         losses.append(bench.losses(text, tried, served=what))
         if on_progress:
-            on_progress({"note": f"evaluating {user}", "share": number / len(here)})
+            on_progress({"note": f"evaluated {user}", "share": number / len(here), "user": user})
     return losses
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from soppu.federation import connection, emulator, memory, simulation
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.personalise import BASE, PERSONAL, SHARED
 from soppu.models import BaseModel
+from soppu.progress import telling
 from soppu.registry import Registry
 from soppu.stages import text
 from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
@@ -26,7 +27,7 @@ from soppu.user_ids import is_id
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
 
 
-def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] | None = None) -> str:
+def federate(run_folder: str, *, on_progress: telling.Tell | None = None) -> str:
     """Run the federation, simulated or on a connection, until every user's adapter is in the registry.
 
     An attempt that was interrupted goes on after its last finished round, and adapters that a run with
@@ -39,21 +40,22 @@ def federate(run_folder: str, *, on_progress: Callable[[dict[str, Any]], None] |
         ConfigError: this machine has not the memory or the GPUs for it.
     """
     run = open_run(run_folder)
-    text.check_unchanged(run.config.data, run.read(text.FILE))
-    with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
-        result = run.read(RESULT)
-        if not (result and _enough(result, run.config) and _all_held(run.registry(), result["adapters"])):
-            result = _train(run, on_progress)
-        return _id(result)
+    with telling.stage(run.folder, "federate", on_progress=on_progress) as tell:
+        text.check_unchanged(run.config.data, run.read(text.FILE))
+        with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
+            result = run.read(RESULT)
+            if not (result and _enough(result, run.config) and _all_held(run.registry(), result["adapters"])):
+                result = _train(run, tell)
+            return _id(result)
 
 
-def _train(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+def _train(run: Run, tell: telling.Tell) -> dict[str, Any]:
     """Where the configuration says: in processes of our own, or on the nodes of a connection."""
     app, settings = Path(soppu.__file__).resolve().parents[1], run.config.federation
     config, workdir = run.folder / CONFIG, run.folder / FEDERATION
     if settings.connection:
         remote = connection.Remote(app, settings.connection, config, workdir, timeout_s=settings.timeout_s)
-        return connection.run(remote, on_progress=on_progress)
+        return connection.run(remote, on_progress=tell)
     check_memory(run.config, run.base())
     wanted = simulation.Simulation(
         app=app,
@@ -64,7 +66,7 @@ def _train(run: Run, on_progress: Callable[[dict[str, Any]], None] | None) -> di
         client_gpus=settings.client_gpus,
         timeout_s=settings.timeout_s,
     )
-    return simulation.run(wanted, on_progress=on_progress)
+    return simulation.run(wanted, on_progress=tell)
 
 
 def check_memory(config: Config, base: BaseModel) -> None:
@@ -88,6 +90,11 @@ def collect(run_folder: str, federation_id: str) -> str:
         AdapterError: an adapter does not fit the base model.
     """
     run = open_run(run_folder)
+    with telling.stage(run.folder, "collect"):
+        return _collect(run, federation_id)
+
+
+def _collect(run: Run, federation_id: str) -> str:
     result = run.read(RESULT)
     found = _id(result)
     if found != federation_id:
@@ -146,13 +153,14 @@ def freeze_current(run_folder: str) -> str:
         FederationError: the registry holds no adapter of this base model.
     """
     run = open_run(run_folder)
-    registry, base = run.registry(), run.base()
-    if not registry.current_set(base=base.base):
-        raise FederationError(
-            f"{run.config.registry.root}: no user has an adapter for base model {run.config.base.model!r}"
-            f" ({len(registry.current_set())} for others); run the full pipeline first"
-        )
-    return registry.freeze_current(base.base)
+    with telling.stage(run.folder, "collect"):
+        registry, base = run.registry(), run.base()
+        if not registry.current_set(base=base.base):
+            raise FederationError(
+                f"{run.config.registry.root}: no user has an adapter for base model {run.config.base.model!r}"
+                f" ({len(registry.current_set())} for others); run the full pipeline first"
+            )
+        return registry.freeze_current(base.base)
 
 
 def _id(result: dict[str, Any]) -> str:

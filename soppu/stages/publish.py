@@ -10,10 +10,11 @@ from soppu.compress import Bundle
 from soppu.config import TargetConfig
 from soppu.errors import GateError, TargetError
 from soppu.evaluate.gate import Verdict
+from soppu.progress import telling
 from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.expected import expected_traces
 from soppu.stages.history import kept, refuse_forgotten
-from soppu.stages.published import Published, serving_file
+from soppu.stages.published import Published, serving_file, stage_name
 from soppu.stages.run import Run, open_run
 from soppu.stages.targets import open_target, target_settings
 from soppu.stages.tradeoff.judge import unheard
@@ -35,28 +36,32 @@ def publish(run_folder: str, bundle_id: str, evaluation: str, target: str = "") 
     """
     run = open_run(run_folder)
     settings = target_settings(run, target)
-    try:
-        Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
-        if rules := unheard(run, evaluation):
-            raise GateError(rules)
-        with run.registry().publishing(settings.url):
-            return _publish(run, settings, bundle_id)
-    except GateError:
-        raise
-    except Exception as error:  # of any kind: the report has a row for it
-        _note(run, settings, bundle_id, error=str(error))
-        raise
+    with telling.stage(run.folder, stage_name(settings.label)) as tell:
+        try:
+            Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
+            if rules := unheard(run, evaluation):
+                raise GateError(rules)
+            with run.registry().publishing(settings.url):
+                return _publish(run, settings, bundle_id, tell)
+        except GateError:
+            raise
+        except Exception as error:  # of any kind: the report has a row for it
+            _note(run, settings, bundle_id, error=str(error))
+            raise
 
 
-def _publish(run: Run, settings: TargetConfig, bundle_id: str) -> str:
+def _publish(run: Run, settings: TargetConfig, bundle_id: str, tell: telling.Tell) -> str:
     registry, started = run.registry(), time.monotonic()
     refuse_forgotten(registry, bundle_id)
     path = registry.bundle_path(bundle_id)
+    tell({"note": f"opening {settings.url}", "share": 0.0})
     target = open_target(run, settings, first=path)
     bundle = Bundle.load(path, expected_hash=bundle_id)
+    tell({"note": f"handing over {len(bundle.users)} users", "share": 0.3})
     target.publish(path, bundle_id=bundle_id)
     staged = time.monotonic()
     try:
+        tell({"note": f"asking for every one of {len(bundle.users)} users once", "share": 0.5})
         _ask_canaries(run, settings, target, (bundle_id, bundle))
         refuse_forgotten(registry, bundle_id)
     except TargetError:
@@ -78,6 +83,7 @@ def _publish(run: Run, settings: TargetConfig, bundle_id: str) -> str:
         "asked_as": {user: placements[user] for user in bundle.users[:SAMPLES] if user in placements},
     }
     _note(run, settings, bundle_id, users=len(bundle.users), told=told, **took)
+    tell({"note": f"live; one completion for each of {min(SAMPLES, len(bundle.users))}", "share": 0.8})
     told["completions"] = {
         user: target.complete(
             settings.canary_prompt,

@@ -13,12 +13,23 @@ from soppu.evaluate import summary
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
+from soppu.progress import telling
 from soppu.stages import text
 from soppu.stages.federate import RESULT
 from soppu.stages.published import TOLD, Published, serving_file, stage_name, target_names
 from soppu.stages.run import Run, open_run
 
 BEFORE = ("prepare", "federate", "collect", "compress", "evaluate", "tradeoff")
+
+
+def stage_names(run_folder: str, *, trains: bool) -> tuple[str, ...]:
+    """What a run will do, in order.
+
+    Args:
+        trains: False where it takes the adapters that users have.
+    """
+    before = [name for name in BEFORE if trains or name != "federate"]
+    return (*before, "report", *map(stage_name, target_names(run_folder)))
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,15 @@ def write_report(run_folder: str, evaluation: str) -> Written:
     Called before publication as well as after, so that a refused bundle has a report that says why.
     """
     run = open_run(run_folder)
+    with telling.stage(run.folder, "report"):
+        return _write_report(run, evaluation)
+
+
+def _write_report(run: Run, evaluation: str) -> Written:
     found = run.read(evaluation)
     bundle_id = found["bundle_id"]
     compression = run.read(f"compression-{bundle_id[:16]}.json")
-    names = target_names(run_folder)
+    names = target_names(str(run.folder))
     rows = {name: run.read(serving_file(name)) for name in names}  # perhaps of an earlier bundle
     told = {name: row for name, row in rows.items() if row.get("bundle_id") == bundle_id}
     live = [one for one in told.values() if not one["error"]]

@@ -17,6 +17,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from deploy.stack import ROOT, Stack
+from tests.terminal import Terminal
+
+_SOPPU = Path(sys.executable).parent / "soppu"
 
 
 @dataclass
@@ -49,6 +52,17 @@ class Pipeline:
         return next(
             word for line in out.splitlines() if "UUID" in line for word in line.split() if "-" in word
         )
+
+    def run(self, *options: str) -> Terminal:
+        """Start the pipeline with `soppu run`, as `make demo` does, on a terminal."""
+        given = [f"{name}={json.dumps(value)}" for name, value in self.parameters["overrides"].items()]
+        sets = [word for one in given for word in ("--set", one)]
+        words = ["--api", self.stack.api, "--config", self.parameters["config"], *sets, *options]
+        return Terminal(_SOPPU, "run", *words, size=(40, 160))
+
+    def watch(self, folder: Path) -> Terminal:
+        """`soppu watch` on a terminal."""
+        return Terminal(_SOPPU, "watch", folder, size=(40, 160))
 
     def prefect(self, *arguments: str) -> str:
         """Run the real `prefect` command against this stack."""

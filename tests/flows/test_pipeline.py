@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import requests
 
+from soppu.progress.events import FILE, Reader
 from soppu.registry import Registry
 from tests.flows.driver import Pipeline
 
+SOPPU = Path(sys.executable).parent / "soppu"
 pytestmark = pytest.mark.slow
 
 
 def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
-    flow_run = pipeline.start("soppu/full-pipeline")
-    pipeline.completed(flow_run)
-    folder = pipeline.run_folder()
+    shown = pipeline.run()
+    try:
+        shown.until("federate", timeout=300)  # the folder is known by then
+        folder = pipeline.run_folder()
+        beside = subprocess.Popen([SOPPU, "watch", folder], stdout=subprocess.PIPE, text=True)
+        shown.until("round ", timeout=300)
+        assert shown.ended(timeout=600) == 0, shown.text
+    finally:
+        shown.close()
+    said, _ = beside.communicate(timeout=60)
+    assert beside.returncode == 0
+    logged = pipeline.logs(Reader(folder / FILE).read()[0].of)
+    for stage in ("prepare", "federate", "collect", "compress", "evaluate", "report", "publish embedded"):
+        assert f"{stage}: done in" in said and stage in shown.text
+        assert (
+            stage in ("compress", "evaluate", "report", "publish embedded") or f"{stage}: done in" in logged
+        )
+    assert "user " in shown.text and "run: done in" in shown.text
     report = json.loads((folder / "report.json").read_text())
     users = {row["id"]: row for row in report["users"]}
     assert set(users) == {"email", "tkinter", "xml"}

@@ -20,8 +20,9 @@ from soppu.compress import Bundle
 from soppu.config import METHODS, CompressConfig
 from soppu.errors import ConfigError, RegistryError
 from soppu.federation.personalise import BASE as SERVED_BASE
+from soppu.progress.telling import Tell
 from soppu.registry import Registry
-from soppu.stages.compress import Tell, compressed
+from soppu.stages.compress import compressed
 from soppu.stages.federate import RESULT, shared_adapter
 from soppu.stages.run import FEDERATION, Run
 from soppu.tradeoff_settings import BASE, CENTRALISED, PERSONAL, SHARED, parse_arm

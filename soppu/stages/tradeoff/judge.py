@@ -8,7 +8,7 @@ from pathlib import Path
 
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.tradeoff import rules, schema, table
-from soppu.stages.compress import Tell
+from soppu.progress.telling import Tell
 from soppu.stages.run import Run, open_run
 from soppu.stages.tradeoff.run import compare
 

@@ -14,8 +14,8 @@ from soppu.data.tokens import IGNORE, collate
 from soppu.evaluate.losses import ExampleLosses
 from soppu.federation.attach import attached
 from soppu.module_names import split_layer
+from soppu.progress.telling import Tell
 from soppu.stages.bench import Bench
-from soppu.stages.compress import Tell
 from soppu.stages.run import Run
 from soppu.stages.tradeoff.arms import FOLDER, Arm, Held, digest
 

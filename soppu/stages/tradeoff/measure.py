@@ -13,7 +13,7 @@ from typing import Any
 
 import soppu
 from soppu.errors import SoppuError
-from soppu.stages.compress import Tell
+from soppu.progress.telling import Tell
 from soppu.stages.run import Run
 from soppu.stages.tradeoff.arms import FOLDER, Arm, digest
 from soppu.stages.tradeoff.job import DTYPE, Done, Job

@@ -16,8 +16,8 @@ from soppu.errors import ConfigError, DataError
 from soppu.evaluate.losses import ExampleLosses
 from soppu.evaluate.tradeoff.figures import Measured
 from soppu.evaluate.tradeoff.texts import CODE_ONLY, TEXT_METRICS, Said, missing
+from soppu.progress.telling import Tell
 from soppu.stages.bench import with_text
-from soppu.stages.compress import Tell
 from soppu.stages.run import Run, open_run
 from soppu.stages.tradeoff import arms as arms_of
 from soppu.stages.tradeoff import prompts
