@@ -14,10 +14,11 @@ from soppu.compress import Bundle, CompressOptions, compress
 from soppu.config import CompressConfig
 from soppu.data import load_public, tokenize
 from soppu.progress import telling
+from soppu.progress.telling import Tell
 from soppu.stages.run import Run, open_run
 
 
-def compress_set(run_folder: str, set_id: str, *, on_progress: telling.Tell | None = None) -> str:
+def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = None) -> str:
     """Compress a frozen set into a bundle, store it, and note its sizes; returns the bundle's id.
 
     Adapters are read from the registry in every pass, so memory does not grow with their number.
@@ -27,7 +28,7 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: telling.Tell | No
         return _compress(run, set_id, tell)
 
 
-def _compress(run: Run, set_id: str, tell: telling.Tell) -> str:
+def _compress(run: Run, set_id: str, tell: Tell) -> str:
     registry = run.registry()
     members = registry.get_set(set_id)
     bundle = compressed(run, members, run.config.compress, tell=tell)
@@ -42,9 +43,7 @@ def _compress(run: Run, set_id: str, tell: telling.Tell) -> str:
     return bundle_id
 
 
-def compressed(
-    run: Run, members: Mapping[str, str], settings: CompressConfig, *, tell: telling.Tell
-) -> Bundle:
+def compressed(run: Run, members: Mapping[str, str], settings: CompressConfig, *, tell: Tell) -> Bundle:
     """A bundle of adapters in the registry, user -> adapter id, with the run's seed and its moments."""
     adapters = AdaptersOnDemand(members, run.registry().get_adapter)
     return compress(
@@ -61,7 +60,7 @@ def _said(what: str, things: str, done: int, total: int) -> dict[str, Any]:
     return {"note": f"{what}: {done} of {total} {things}", "share": done / (total + 1)}
 
 
-def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: telling.Tell) -> dict[str, Tensor]:
+def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[str, Tensor]:
     """Second moments of every adapted module's input; kept in the run folder, named by what decides them."""
     modules = sorted({name for adapter in adapters.values() for name in adapter.pairs})
     base, config = run.base(), run.config
