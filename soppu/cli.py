@@ -48,6 +48,7 @@ COMMANDS = {
         "train",
         "Train one LoRA on the text of all users of RUN_DIR: the run's upper bound.",
     ),
+    "export-tasks": ("export_tasks", "Write the held-out text of RUN_DIR as tasks of EleutherAI's lm-eval."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop

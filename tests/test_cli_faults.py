@@ -90,6 +90,8 @@ CALLS = {
     "train for": "train {}",
     "train on": "train folder --device {}",
     "train layers": "train folder --layers {}",
+    "export tasks of": "export-tasks {} out",
+    "export tasks into": "export-tasks folder {}",
     "report of": "report {}",
     "users in": "users --registry {}",
     "users of": "users --registry absent --catalogue {}",
