@@ -58,6 +58,7 @@ COMMANDS = {
         "Start the pipeline on the Prefect server that is up, and show how far it is until it ends.",
     ),
     "watch": ("watch", "Show how far the run in RUN_DIR is, until it ends."),
+    "export-tasks": ("export_tasks", "Write the held-out text of RUN_DIR as tasks of EleutherAI's lm-eval."),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop

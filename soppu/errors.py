@@ -69,6 +69,10 @@ class GateError(SoppuError):
         super().__init__("not published: " + "; ".join(self.reasons))
 
 
+class SandboxError(SoppuError):
+    """This machine cannot run a program apart from everything else; it was not started."""
+
+
 class ReportError(SoppuError, ValueError):
     """A report that cannot be read, or is not whole; the message names each field."""
 

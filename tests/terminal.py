@@ -15,6 +15,11 @@ import time
 from collections.abc import Mapping
 
 
+def _as_a_shell_starts_it() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background are started with it ignored
+
+
 class Terminal:
     """A command on a pseudo-terminal of its own, as a person would have it."""
 
@@ -32,7 +37,7 @@ class Terminal:
             stderr=its,
             env={**clean, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **(env or {})},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_as_a_shell_starts_it,
         )
         os.close(its)
         self._reading = threading.Thread(target=self._read, daemon=True)

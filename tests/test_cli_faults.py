@@ -91,6 +91,8 @@ CALLS = {
     "train on": "train folder --device {}",
     "train layers": "train folder --layers {}",
     "evaluate a run": "evaluate {}",
+    "export tasks of": "export-tasks {} out",
+    "export tasks into": "export-tasks folder {}",
     "report of": "report {}",
     "run by": "run --config {}",
     "run with": "run --config absent --set {}",

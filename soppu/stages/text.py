@@ -101,6 +101,15 @@ def everybody(config: DataConfig) -> Iterator[tuple[str, UserData | DataError]]:
             yield user, error
 
 
+def check_here(config: Config) -> None:
+    """Refuse a run whose users' text is on nodes of its own: ConfigError."""
+    if config.federation.connection:
+        raise ConfigError(
+            f"federation.connection = {config.federation.connection!r}: users' text is on nodes of its own;"
+            " this needs a run that reads it here"
+        )
+
+
 def check_unchanged(config: DataConfig, known: Mapping[str, Any]) -> None:
     """Refuse text that is not what the run was prepared for. O(files) where nothing has changed.
 

@@ -71,7 +71,8 @@ def train(
         AdapterError: the training came to no finite loss.
     """
     run = open_run(run_folder)
-    _check_text(run)
+    text.check_here(run.config)
+    text.check_unchanged(run.config.data, run.read(text.FILE))
     follows = _follows(run, choices, accelerator)
     first = accelerator.is_main_process
     if found := _found(run, follows, again=choices.again):
@@ -112,15 +113,6 @@ def centralised_adapter(run: Run) -> LoraAdapter | None:
             f"{run.folder / told['path']}: holds adapter {found}, {FILE} says {told['adapter_id']}"
         )
     return adapter
-
-
-def _check_text(run: Run) -> None:
-    if run.config.federation.connection:
-        raise ConfigError(
-            f"federation.connection = {run.config.federation.connection!r}: users' text is on nodes of its"
-            " own; a training at one place needs a run that reads it here"
-        )
-    text.check_unchanged(run.config.data, run.read(text.FILE))
 
 
 def _follows(run: Run, choices: Choices, accelerator: Accelerator) -> dict[str, Any]:
