@@ -71,7 +71,8 @@ def _shown() -> Iterator[Callable[[dict[str, Any]], None]]:
         def tell(said: dict[str, Any]) -> None:
             note = str(said["note"])
             bar.update(task, description=note, completed=float(said["share"]))
-            what = note.partition(":")[0]
+            what, colon, _ = note.partition(":")
+            what = what.rstrip(" 0123456789") if colon else what  # passes have numbers, and arms
             if not console.is_terminal and what not in begun:
                 begun.append(what)
                 click.echo(what, err=True)

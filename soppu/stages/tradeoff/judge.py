@@ -6,8 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from soppu import files
 from soppu.evaluate.gate import Verdict
-from soppu.evaluate.tradeoff import rules, schema, table
+from soppu.evaluate.tradeoff import plot, rules, schema, table
+from soppu.evaluate.tradeoff.plot import standalone
 from soppu.stages.compress import Tell
 from soppu.stages.run import Run, open_run
 from soppu.stages.tradeoff.run import compare
@@ -21,6 +23,7 @@ class Judged:
 
     evaluation: str
     path: Path
+    plot: Path
     markdown: str
 
 
@@ -43,7 +46,9 @@ def tradeoff(run_folder: str, evaluation: str, *, on_progress: Tell | None = Non
     verdict = dataclasses.replace(verdict, passed=not reasons, reasons=reasons)
     name = f"{evaluation.removesuffix('.json')}-{path.stem.removeprefix('tradeoff-')}.json"
     run.write(name, {**told, TRADEOFF: path.name, "verdict": verdict.to_dict()})
-    return Judged(name, path, table.markdown_table(found))
+    picture = path.with_suffix(".svg")
+    files.write_text(picture, standalone(plot.svg(found)))
+    return Judged(name, path, picture, table.markdown_table(found))
 
 
 def unheard(run: Run, evaluation: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,6 +29,8 @@ from soppu.stages.tradeoff.prompts import Ask
 from soppu.stages.tradeoff.write import Asked, Found, write
 from soppu.tradeoff_settings import METRICS, EvaluateConfig
 
+Solve = Callable[[Run, Arm], float]
+
 TIMED = 2  # prompts of a user that are also asked alone, for their latency
 TIMED_TOKENS = 16  # new ones in each of those answers
 
@@ -40,6 +42,7 @@ def compare(
     options: EvaluateConfig | None = None,
     tell: Tell | None = None,
     process: Process | None = None,
+    solve: Solve | None = None,
 ) -> Path:
     """Measure every arm of `options`, by default the run's own settings; returns the comparison's path.
 
@@ -48,6 +51,8 @@ def compare(
     Args:
         set_id: the frozen set that is compressed; by default that of the run's newest evaluation.
         process: where text is generated, see `soppu.stages.tradeoff.measure`.
+        solve: the share of another benchmark's problems that an arm solves at its first try, for `pass_at_1`,
+            which is left out without it.
 
     Raises:
         ConfigError: an arm or a metric that there is not; no evaluation, and no set named.
@@ -61,9 +66,13 @@ def compare(
     texts = with_text(run.config, opened.own)
     if not texts:
         raise DataError(f"{run.id}: no user's text is at hand, so nothing can be measured here")
-    asked = _asked(run, texts, options)
+    asked = _asked(run, texts, options, solves=solve is not None)
     losses = Losses(run, chosen, texts, tell=say).measure()
     measured = [_measured(arm, asked.asks, _text(run, arm, asked, (say, process)), losses) for arm in chosen]
+    if solve and "pass_at_1" in asked.metrics:
+        solved = [solve(run, arm) for arm in chosen]
+        pairs = zip(measured, solved, strict=True)
+        measured = [dataclasses.replace(one, pass_at_1=share) for one, share in pairs]
     return write(run, asked, Found(measured, losses, texts, [arm.what for arm in chosen]))
 
 
@@ -81,7 +90,7 @@ def default_arms(run: Run) -> tuple[str, ...]:
     return (*arms_of.known(run), *([f"{own.method}@{own.ratio:g}"] if own.ratio else []))
 
 
-def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig) -> Asked:
+def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig, *, solves: bool) -> Asked:
     tokenizer = models.load_tokenizer(run.base())
     asks = [
         ask
@@ -92,6 +101,8 @@ def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig) -> 
     ]
     functions = prompts.of_functions(list(texts.values()), prompts=options.prompts)
     reasons = {metric: _why_not(metric, options.metrics, functions=functions) for metric in METRICS}
+    if solves and "pass_at_1" in (options.metrics or METRICS):
+        reasons["pass_at_1"] = ""
     return Asked(
         asks,
         [metric for metric, why in reasons.items() if not why],
