@@ -20,7 +20,7 @@ import torch
 
 from soppu import files, models
 from soppu.devices import torch_device
-from soppu.errors import RequestError, SoppuError
+from soppu.errors import SoppuError
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import Finish, GenerationRequest
@@ -174,17 +174,18 @@ def here(job: Job, _: Path, done: Done) -> dict[str, Any]:
 
 def main() -> int:
     """Do the job in the file named; lines of JSON tell how far it is, the last one how it ended."""
-    path = Path(sys.argv[1])
+    path, out = Path(sys.argv[1]), sys.stdout
+    sys.stdout = sys.stderr  # whatever else is printed is no line of ours
     job = Job(**json.loads(path.read_text()))
 
-    def tell(number: int, total: int) -> None:
-        sys.stdout.write(json.dumps({"done": number, "of": total}) + "\n")
-        sys.stdout.flush()
+    def tell(told: dict[str, Any]) -> None:
+        out.write(json.dumps(told) + "\n")
+        out.flush()
 
     try:
-        found = generate(job, done=tell)
-    except (SoppuError, RequestError) as error:
-        sys.stdout.write(json.dumps({"error": str(error)}) + "\n")
+        found = generate(job, done=lambda number, total: tell({"done": number, "of": total}))
+    except SoppuError as error:
+        tell({"error": str(error)})
         return 1
     files.write_text(path.with_suffix(".out.json"), json.dumps(found))
     return 0

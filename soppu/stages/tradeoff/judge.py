@@ -12,7 +12,7 @@ from soppu.evaluate.tradeoff import plot, rules, schema, table
 from soppu.evaluate.tradeoff.plot import standalone
 from soppu.stages.compress import Tell
 from soppu.stages.run import Run, open_run
-from soppu.stages.tradeoff.run import compare
+from soppu.stages.tradeoff.run import Measuring, compare, silence
 
 TRADEOFF = "tradeoff"  # of an evaluation: the file of the comparison that its verdict has heard
 
@@ -39,7 +39,7 @@ def tradeoff(run_folder: str, evaluation: str, *, on_progress: Tell | None = Non
     """
     run = open_run(run_folder)
     told = run.read(evaluation)
-    path = compare(run_folder, told["set_id"], tell=on_progress)
+    path = compare(run_folder, told["set_id"], how=Measuring(on_progress or silence))
     found = schema.read(path)
     verdict = Verdict.from_dict(told["verdict"])
     reasons = (*verdict.reasons, *rules.broken(found, run.config.gate.rules))

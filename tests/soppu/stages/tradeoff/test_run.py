@@ -33,7 +33,7 @@ from soppu.stages.run import Run
 from soppu.stages.tradeoff import judge, losses
 from soppu.stages.tradeoff.generate import here
 from soppu.stages.tradeoff.judge import tradeoff
-from soppu.stages.tradeoff.run import compare
+from soppu.stages.tradeoff.run import Measuring, compare
 from soppu.tradeoff_settings import EvaluateConfig
 from tests.soppu.stages.conftest import USERS, write_result
 
@@ -84,7 +84,7 @@ def test_arms_are_measured_once_and_as_the_gate_and_the_libraries_do(
     monkeypatch.setattr(
         figures, "about_zero", lambda scores: {}
     )  # a tiny model writes nothing like its users
-    path = compare(str(run.folder), options=OPTIONS, process=here)
+    path = compare(str(run.folder), options=OPTIONS, how=Measuring(process=here))
     found = schema.read(path)
     assert [arm.name for arm in found.arms] == ["base", *ARMS]
     assert (run.folder / schema.FILE).resolve() == path.resolve()
@@ -109,9 +109,9 @@ def test_arms_are_measured_once_and_as_the_gate_and_the_libraries_do(
     assert all(arm.tokens_s and arm.memory_bytes and arm.latency_ms_p99 for arm in found.arms)
     monkeypatch.setattr(compress, "compress", refused)
     monkeypatch.setattr(losses, "Bench", refused)
-    assert compare(str(run.folder), options=OPTIONS, process=refused) == path
+    assert compare(str(run.folder), options=OPTIONS, how=Measuring(process=refused)) == path
     fewer = EvaluateConfig(arms=("personal",), metrics=("loss",), prompts=1)
-    assert compare(str(run.folder), options=fewer, process=refused) != path
+    assert compare(str(run.folder), options=fewer, how=Measuring(process=refused)) != path
 
 
 def test_an_arm_or_a_run_that_there_is_not_is_refused(run: Run, trained: dict[str, str]) -> None:
@@ -198,8 +198,10 @@ def test_a_process_of_its_own_says_how_far_it_is_and_what_went_wrong(judged: tup
     run, _, _ = judged
     notes: list[str] = []
     options = EvaluateConfig(arms=("personal",), metrics=("bleu",), prompts=1, max_new_tokens=4)
-    path = compare(str(run.folder), options=options, tell=lambda said: notes.append(str(said["note"])))
-    ours = schema.read(compare(str(run.folder), options=options, process=refused))
+    path = compare(
+        str(run.folder), options=options, how=Measuring(lambda said: notes.append(str(said["note"])))
+    )
+    ours = schema.read(compare(str(run.folder), options=options, how=Measuring(process=refused)))
     assert schema.read(path) == ours and "text of personal" in notes
     assert not list((run.folder / "tradeoff").glob("job-*"))
     run.registry().forget("bob")
