@@ -130,7 +130,7 @@ class Arms:
             raise ConfigError(
                 f"arm {CENTRALISED!r}: {self.run.id} holds no {CENTRALISED_FILE}; see `soppu train`"
             )
-        folder = self.run.folder / CENTRALISED
+        folder = self.run.folder / str(told["path"])
         return self._of_everybody(CENTRALISED, "centralised", folder, adapters.read(folder))
 
     def _of_everybody(self, name: str, kind: Any, folder: Path, adapter: LoraAdapter) -> Arm:
