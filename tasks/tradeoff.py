@@ -28,5 +28,6 @@ def tradeoff(run: str, evaluation: str) -> str:
     with recorded(run, "tradeoff"):
         judged = stage.tradeoff(run, evaluation, on_progress=Progress("soppu-tradeoff-progress"))
     create_markdown_artifact(judged.markdown, key="soppu-tradeoff", description="Arms: quality and cost")
+    create_link_artifact(judged.plot.as_uri(), key="soppu-tradeoff-plot", link_text=judged.plot.name)
     create_link_artifact(judged.path.as_uri(), key="soppu-tradeoff-file", link_text=judged.path.name)
     return judged.evaluation

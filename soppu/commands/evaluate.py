@@ -16,7 +16,7 @@ from soppu import tables
 from soppu.evaluate.tradeoff import schema, table
 from soppu.settings import build
 from soppu.stages.run import open_run
-from soppu.stages.tradeoff.run import compare
+from soppu.stages.tradeoff.run import Measuring, compare
 from soppu.tradeoff_settings import METRICS, EvaluateConfig
 
 
@@ -53,7 +53,7 @@ def evaluate_command(run_dir: Path, users: bool, **given: Any) -> None:
     values = {name: value for name, value in given.items() if value not in (None, ())}
     options = build(EvaluateConfig, dataclasses.asdict(run.config.evaluate) | values, source="soppu evaluate")
     with _shown() as tell:
-        path = compare(str(run_dir), options=options, tell=tell)
+        path = compare(str(run_dir), options=options, how=Measuring(tell))
     found = schema.read(path)
     click.echo(table.text(found, users=users, width=tables.terminal_width()))
     click.echo(f"\nwritten to {path}")
@@ -71,7 +71,8 @@ def _shown() -> Iterator[Callable[[dict[str, Any]], None]]:
         def tell(said: dict[str, Any]) -> None:
             note = str(said["note"])
             bar.update(task, description=note, completed=float(said["share"]))
-            what = note.partition(":")[0]
+            what, colon, _ = note.partition(":")
+            what = what.rstrip(" 0123456789") if colon else what  # passes have numbers, and arms
             if not console.is_terminal and what not in begun:
                 begun.append(what)
                 click.echo(what, err=True)

@@ -13,12 +13,13 @@ from soppu import models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
 from soppu.data import Example, UserData, list_users, load_user, tokenize
+from soppu.data.tokens import Block
 from soppu.devices import torch_device
 from soppu.errors import DataError
 from soppu.evaluate.losses import COLUMNS, ExampleLosses, UserLosses, example_losses
 from soppu.federation import emulator
 from soppu.federation.attach import attached
-from soppu.federation.train import cache_states
+from soppu.federation.train import CachedBlock, cache_states
 from soppu.module_names import split_layer
 from soppu.stages.run import Run
 
@@ -68,36 +69,45 @@ class Bench:
         )
 
     def measure(self, examples: Sequence[Example], tried: Mapping[str, LoraAdapter | None]) -> ExampleLosses:
-        """Every example with each of the adapters, None being the base model. The layers below run once."""
+        """Every example with each of the adapters, None being the base model.
+
+        The layers below the cut run once, and once more for each adapter that reaches below it.
+        """
         data = self.config.data
         blocks = tokenize(
             examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
         )
-        states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
-        found = {
-            name: example_losses(self.top, self.plan, states, adapter=adapter)
-            for name, adapter in tried.items()
-        }
+        states = self._below(blocks, None)
+        found = {}
+        for name, adapter in tried.items():
+            above, below = self._cut(adapter)
+            at = self._below(blocks, below) if below else states
+            found[name] = example_losses(self.top, self.plan, at, adapter=above)
         tokens = tuple(count for _, count in next(iter(found.values())))
         return ExampleLosses(
             tokens, {name: tuple(loss for loss, _ in pairs) for name, pairs in found.items()}
         )
 
-    def with_and_without(self, examples: Sequence[Example], adapter: LoraAdapter) -> ExampleLosses:
-        """Columns "base" and "adapter"; what the adapter has below the cut runs there."""
-        above = {name: pair for name, pair in adapter.pairs.items() if self._is_above(name)}
-        below = {name: pair for name, pair in adapter.pairs.items() if name not in above}
-        own = dataclasses.replace(adapter, pairs=above)
-        if not below:  # the layers below run once for both
-            return self.measure(examples, {"base": None, "adapter": own})
-        base = self.measure(examples, {"base": None})
-        with attached(self.bottom, dataclasses.replace(adapter, pairs=below)):
-            sums = self.measure(examples, {"adapter": own}).sums
-        return ExampleLosses(base.tokens, {**base.sums, **sums})
+    def _below(self, blocks: Sequence[Block], adapter: LoraAdapter | None) -> list[CachedBlock]:
+        """What the layers below the cut make of the blocks."""
+        with attached(self.bottom, adapter):
+            return cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
 
-    def _is_above(self, name: str) -> bool:
-        parts = split_layer(name)
-        return parts is not None and parts[1] in self.plan.adapter
+    def _cut(self, adapter: LoraAdapter | None) -> tuple[LoraAdapter | None, LoraAdapter | None]:
+        """The parts of an adapter above the cut and below it; None where there is nothing."""
+        if adapter is None:
+            return None, None
+        inside = set(self.plan.adapter)
+        above = {
+            name: pair
+            for name, pair in adapter.pairs.items()
+            if (place := split_layer(name)) and place[1] in inside
+        }
+        below = {name: pair for name, pair in adapter.pairs.items() if name not in above}
+        replace = dataclasses.replace
+        return replace(adapter, pairs=above) if above else None, replace(
+            adapter, pairs=below
+        ) if below else None
 
 
 def with_text(config: Config, members: Iterable[str]) -> dict[str, UserData]:

@@ -111,7 +111,7 @@ def heldout_losses(
     here = with_text(run.config, list_users(run.config.data))
     found = {}
     for number, (user, text) in enumerate(here.items(), start=1):
-        found[user] = bench.with_and_without(text.heldout, adapter)
+        found[user] = bench.measure(text.heldout, {"base": None, "adapter": adapter})
         if on_progress:
             on_progress({"note": f"evaluating {user}", "share": number / len(here)})
     return found

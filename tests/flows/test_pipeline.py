@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import requests
 
+from soppu.evaluate.tradeoff import schema
 from soppu.progress.events import FILE, Reader
 from soppu.registry import Registry
 from tests.flows.driver import Pipeline
@@ -19,6 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
+    rule = "loss of personal <= 1.5 of base"
+    compared = {"evaluate.arms": ["personal"], "evaluate.metrics": ["loss"], "gate.rules": [rule]}
+    pipeline = replace(pipeline, overrides={**pipeline.overrides, **compared})
     shown = pipeline.run()
     try:
         shown.until("federate", timeout=300)  # the folder is known by then
@@ -53,9 +58,12 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
         "federate",
         "compress",
         "evaluate",
+        "tradeoff",
         "publish embedded",
     }
-    assert "<svg" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "<h2>Arms</h2>" in page
+    assert [arm.name for arm in schema.read(folder / "tradeoff.json").arms] == ["base", "personal"]
     body = {"inputs": "def close(self):", "parameters": {"adapter_id": "email", "max_new_tokens": 4}}
     answer = requests.post(f"{report['serving']['url']}/generate", json=body, timeout=60)
     assert answer.status_code == 200 and answer.headers["x-adapter-id"] == "email"
@@ -65,6 +73,8 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
         "soppu-compression",
         "soppu-report",
         "soppu-federation",
+        "soppu-tradeoff",
+        "soppu-tradeoff-plot",
     }
 
     nightly = pipeline.start("soppu-recompress/nightly")

@@ -62,6 +62,8 @@ def scores(
             found[metric] = {
                 arm.name: {user: score(metric, said) for user, said in arm.said.items()} for arm in arms
             }
+        elif metric == "pass_at_1":  # of no user: the problems are another benchmark's
+            found[metric] = {arm.name: {"": arm.pass_at_1} for arm in arms if arm.pass_at_1 is not None}
     return found
 
 
@@ -83,7 +85,6 @@ def arms_of(arms: Sequence[Measured], found: Scores, *, seed: int) -> list[dict[
             **arm.about,
             **{metric: _mean(found.get(metric, {}).get(arm.name, {})) for metric in METRICS},
             **_latencies([one for times in arm.latency_ms.values() for one in times]),
-            "pass_at_1": arm.pass_at_1,
             "first_token_ms_p50": _percentile([one for times in arm.first_ms.values() for one in times], 50),
             "tokens_s": arm.tokens_s,
             "memory_bytes": arm.memory_bytes,

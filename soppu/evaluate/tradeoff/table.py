@@ -110,10 +110,10 @@ def _interval(mean: float, low: float | None, high: float | None) -> str:
 def _said(found: Tradeoff) -> Iterator[str]:
     users = len({row.user for row in found.rows})
     how = found.generation
+    yield f"means over {users} users; loss: nats a token of held-out text, what it wins with a 95 % interval"
     yield (
-        f"means over {users} users; loss in nats a token of held-out text, its gain over base with a 95 %"
-        f" interval over users; text: {how.prompts_per_user} prompts a user, greedy, up to"
-        f" {how.max_new_tokens} tokens, {how.batch} together; ms: one prompt alone, {how.timed_tokens} tokens"
+        f"text: up to {how.prompts_per_user} prompts a user, greedy, {how.max_new_tokens} tokens,"
+        f" {how.batch} together; ms: one prompt alone, {how.timed_tokens} tokens"
     )
     for metric, why in found.left_out.items():
         yield f"left out: {metric}: {why}"

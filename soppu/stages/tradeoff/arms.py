@@ -131,7 +131,7 @@ class Arms:
             raise ConfigError(
                 f"arm {CENTRALISED!r}: {self.run.id} holds no {CENTRALISED_FILE}; see `soppu train`"
             )
-        folder = self.run.folder / CENTRALISED
+        folder = self.run.folder / str(told["path"])
         return self._of_everybody(CENTRALISED, "centralised", folder, adapters.read(folder))
 
     def _of_everybody(self, name: str, kind: Any, folder: Path, adapter: LoraAdapter) -> Arm:
@@ -207,10 +207,16 @@ class Held:
     def adapter(self, user: str) -> LoraAdapter | None:
         """What a user is answered with; None is the base model. RegistryError if it is gone."""
         if self.bundle is not None:
-            return None if user in self.arm.without else self.bundle.reconstruct(user)
+            return self.bundle.reconstruct(user) if self.serves(user) else None
         if user in self.arm.adapter_ids:
             return self._registry.get_adapter(self.arm.adapter_ids[user])
         return self._one
+
+    def serves(self, user: str) -> bool:
+        """Whether the arm has anything for a user; others are served the base model."""
+        if self.bundle is not None:
+            return user not in self.arm.without and user in self.bundle.users
+        return bool(self.arm.folder) or user in self.arm.adapter_ids
 
     def modules(self) -> set[str]:
         """Names of what is adapted."""

@@ -20,7 +20,7 @@ import torch
 
 from soppu import files, models
 from soppu.devices import torch_device
-from soppu.errors import RequestError, SoppuError
+from soppu.errors import SoppuError
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import Finish, GenerationRequest
@@ -56,13 +56,14 @@ class Speaker:
     def adapter_id(self, user: str) -> str:
         """The id that a user's requests name; "" where they are served the base model."""
         arm = self._held.arm
+        if not self._held.serves(user):
+            return ""
         if arm.bundle_id:
-            return "" if user in arm.without else f"{user}@{arm.bundle_id}"
+            return f"{user}@{arm.bundle_id}"
         name = user if user in arm.adapter_ids else arm.name
         if name not in self.bank.adapters():
             adapter = self._held.adapter(user)
-            if adapter is None:
-                return ""
+            assert adapter is not None  # it serves the user
             self.bank.add(name, adapter)
         return name
 
@@ -79,10 +80,12 @@ def generate(job: Job, *, done: Done) -> dict[str, Any]:
     run, asks = open_run(job.run), [Ask(**ask) for ask in job.asks]
     tokens = run.config.data.max_tokens + job.new_tokens + 1
     speaker = Speaker(run, Arm(**job.arm), tokens=tokens, batch=job.batch, queue=len(asks))
+    first = [ask for user in dict.fromkeys(ask.user for ask in asks) for ask in _first(asks, user, job.timed)]
+    total = len(first) + len(asks)
     with speaker.engine:
-        alone = _alone(speaker, asks, job, done)
+        alone = _alone(speaker, first, job, lambda number: done(number, total))
         with _peak(speaker.device) as peak:
-            finishes, seconds = _together(speaker, asks, job, done)
+            finishes, seconds = _together(speaker, asks, job, lambda number: done(len(first) + number, total))
     generated = sum(finish.generated_tokens for finish in finishes)
     return {
         "texts": [_text(finish.text, job) for finish in finishes],
@@ -99,26 +102,28 @@ def _request(speaker: Speaker, ask: Ask, **how: Any) -> GenerationRequest:
     return GenerationRequest(ask.inputs, adapter_id=adapter_id, add_special_tokens=False, **how)
 
 
-def _alone(speaker: Speaker, asks: Sequence[Ask], job: Job, done: Done) -> list[dict[str, Any]]:
-    """Milliseconds of prompts that have the engine to themselves, all of the same number of new tokens."""
-    users = dict.fromkeys(ask.user for ask in asks)
-    chosen = [ask for user in users for ask in _first(asks, user, job.timed)]
-    requests = [_request(speaker, ask, max_new_tokens=job.timed_tokens, ignore_eos=True) for ask in chosen]
-    for request in requests[:1]:  # what is made at the first request is no prompt's
-        speaker.engine.submit(request).result()
-    found = []
-    for number, (ask, request) in enumerate(zip(chosen, requests, strict=True), start=1):
-        _, finish = speaker.engine.submit(request).result()
-        found.append({"user": ask.user, "first": 1000 * finish.first, "total": 1000 * finish.total})
-        done(number, len(chosen) + len(asks))
-    return found
-
-
 def _first(asks: Sequence[Ask], user: str, count: int) -> list[Ask]:
     return [ask for ask in asks if ask.user == user][:count]
 
 
-def _together(speaker: Speaker, asks: Sequence[Ask], job: Job, done: Done) -> tuple[list[Finish], float]:
+def _alone(
+    speaker: Speaker, asks: Sequence[Ask], job: Job, done: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Milliseconds of prompts that have the engine to themselves, all of the same number of new tokens."""
+    requests = [_request(speaker, ask, max_new_tokens=job.timed_tokens, ignore_eos=True) for ask in asks]
+    for request in requests[:1]:  # what is made at the first request is no prompt's
+        speaker.engine.submit(request).result()
+    found = []
+    for number, (ask, request) in enumerate(zip(asks, requests, strict=True), start=1):
+        _, finish = speaker.engine.submit(request).result()
+        found.append({"user": ask.user, "first": 1000 * finish.first, "total": 1000 * finish.total})
+        done(number)
+    return found
+
+
+def _together(
+    speaker: Speaker, asks: Sequence[Ask], job: Job, done: Callable[[int], None]
+) -> tuple[list[Finish], float]:
     """Every prompt, in batches that mix users; and the seconds that took."""
     # one prompt of every user, then the next: neighbours in the queue are of different users
     order = sorted(range(len(asks)), key=lambda n: (asks[n].example, n))
@@ -128,7 +133,7 @@ def _together(speaker: Speaker, asks: Sequence[Ask], job: Job, done: Done) -> tu
     finishes = {}
     for number, (n, generation) in enumerate(running.items(), start=1):
         finishes[n] = generation.result()[1]
-        done(len(job.asks) + number, 2 * len(asks))
+        done(number)
     seconds = time.perf_counter() - started
     return [finishes[n] for n in range(len(asks))], seconds
 
@@ -169,17 +174,18 @@ def here(job: Job, _: Path, done: Done) -> dict[str, Any]:
 
 def main() -> int:
     """Do the job in the file named; lines of JSON tell how far it is, the last one how it ended."""
-    path = Path(sys.argv[1])
+    path, out = Path(sys.argv[1]), sys.stdout
+    sys.stdout = sys.stderr  # whatever else is printed is no line of ours
     job = Job(**json.loads(path.read_text()))
 
-    def tell(number: int, total: int) -> None:
-        sys.stdout.write(json.dumps({"done": number, "of": total}) + "\n")
-        sys.stdout.flush()
+    def tell(told: dict[str, Any]) -> None:
+        out.write(json.dumps(told) + "\n")
+        out.flush()
 
     try:
-        found = generate(job, done=tell)
-    except (SoppuError, RequestError) as error:
-        sys.stdout.write(json.dumps({"error": str(error)}) + "\n")
+        found = generate(job, done=lambda number, total: tell({"done": number, "of": total}))
+    except SoppuError as error:
+        tell({"error": str(error)})
         return 1
     files.write_text(path.with_suffix(".out.json"), json.dumps(found))
     return 0

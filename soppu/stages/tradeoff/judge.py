@@ -6,11 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from soppu import files
 from soppu.evaluate.gate import Verdict
-from soppu.evaluate.tradeoff import rules, schema, table
+from soppu.evaluate.tradeoff import plot, rules, schema, table
+from soppu.evaluate.tradeoff.plot import standalone
 from soppu.progress.telling import Tell
 from soppu.stages.run import Run, open_run
-from soppu.stages.tradeoff.run import compare
+from soppu.stages.tradeoff.run import Measuring, compare, silence
 
 TRADEOFF = "tradeoff"  # of an evaluation: the file of the comparison that its verdict has heard
 
@@ -21,6 +23,7 @@ class Judged:
 
     evaluation: str
     path: Path
+    plot: Path
     markdown: str
 
 
@@ -36,14 +39,16 @@ def tradeoff(run_folder: str, evaluation: str, *, on_progress: Tell | None = Non
     """
     run = open_run(run_folder)
     told = run.read(evaluation)
-    path = compare(run_folder, told["set_id"], tell=on_progress)
+    path = compare(run_folder, told["set_id"], how=Measuring(on_progress or silence))
     found = schema.read(path)
     verdict = Verdict.from_dict(told["verdict"])
     reasons = (*verdict.reasons, *rules.broken(found, run.config.gate.rules))
     verdict = dataclasses.replace(verdict, passed=not reasons, reasons=reasons)
     name = f"{evaluation.removesuffix('.json')}-{path.stem.removeprefix('tradeoff-')}.json"
     run.write(name, {**told, TRADEOFF: path.name, "verdict": verdict.to_dict()})
-    return Judged(name, path, table.markdown_table(found))
+    picture = path.with_suffix(".svg")
+    files.write_text(picture, standalone(plot.svg(found)))
+    return Judged(name, path, picture, table.markdown_table(found))
 
 
 def unheard(run: Run, evaluation: str) -> list[str]:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-from torch.nn.functional import cross_entropy
-
-from soppu.adapter import LoraAdapter
-from soppu.data import UserData, tokenize
-from soppu.data.tokens import IGNORE, collate
+from soppu.data import UserData
 from soppu.evaluate.losses import ExampleLosses
-from soppu.federation.attach import attached
 from soppu.module_names import split_layer
 from soppu.progress.telling import Tell
 from soppu.stages.bench import Bench
 from soppu.stages.run import Run
 from soppu.stages.tradeoff.arms import FOLDER, Arm, Held, digest
 
-if TYPE_CHECKING:
-    from soppu.data.tokens import Block
-
-_ROWS = 8
-# the fewest layers that a bench keeps below the adapted ones
-_LEAST = 2
+_LEAST = 2  # layers that a bench keeps below the adapted ones, at least
 
 
 class Losses:
@@ -49,14 +37,11 @@ class Losses:
         if wanted:
             names = {arm.name for arms in wanted.values() for arm in arms}
             held = {arm.name: Held(self._run.registry(), arm) for arm in self._arms if arm.name in names}
-            lowest = {name: _lowest(one) for name, one in held.items()}
-            usual = min((at for at in lowest.values() if at is not None and at >= _LEAST), default=_LEAST)
-            bench = Bench(self._run, layers=usual)
+            bench = Bench(self._run, layers=_lowest(held.values()))
             for number, (user, arms) in enumerate(wanted.items(), start=1):
                 pairs = {arm.name: held[arm.name].adapter(user) for arm in arms}
-                below = {name for name in pairs if (at := lowest[name]) is not None and at < usual}
-                measured = self._of_user(bench, self._texts[user], pairs, below)
-                found[user] |= {arm.what: measured[arm.name] for arm in arms}
+                each = bench.measure(self._texts[user].heldout, pairs)
+                found[user] |= {arm.what: (each.tokens, each.sums[arm.name]) for arm in arms}
                 self._keep(self._texts[user], found[user])
                 self._tell({"note": f"losses: {user}", "share": number / len(wanted)})
         return {
@@ -65,20 +50,6 @@ class Losses:
             )
             for user, kept in found.items()
         }
-
-    def _of_user(
-        self, bench: Bench, text: UserData, tried: Mapping[str, LoraAdapter | None], below: set[str]
-    ) -> dict[str, _Kept]:
-        usual = {name: adapter for name, adapter in tried.items() if name not in below}
-        each = bench.measure(text.heldout, usual) if usual else ExampleLosses((), {})
-        found = {name: (each.tokens, sums) for name, sums in each.sums.items()}
-        for name in below:
-            data = self._run.config.data
-            blocks = tokenize(
-                text.heldout, bench.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
-            )
-            found[name] = whole_losses(bench, blocks, tried[name])
-        return found
 
     def _file(self, text: UserData) -> str:
         config = self._run.config
@@ -98,27 +69,13 @@ class Losses:
 _Kept = tuple[tuple[int, ...], tuple[float, ...]]  # tokens of each block, and its summed loss
 
 
-@torch.no_grad()
-def whole_losses(bench: Bench, blocks: Sequence[Block], adapter: LoraAdapter | None) -> _Kept:
-    """Of an adapter that begins below where a bench can be cut: the whole model, block by block.
-
-    Cost: one forward pass of all layers. Raises AdapterError for an adapter of another model.
-    """
-    tokens: list[int] = []
-    sums: list[float] = []
-    with attached(bench.model, adapter):
-        for start in range(0, len(blocks), _ROWS):
-            ids, mask, labels = collate(blocks[start : start + _ROWS], pad_id=bench.tokenizer.pad_token_id)
-            device = bench.model.device
-            logits = bench.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
-            target = labels[:, 1:].to(device)
-            each = cross_entropy(logits.mT.float(), target, ignore_index=IGNORE, reduction="none").double()
-            sums += each.sum(1).tolist()
-            tokens += (target != IGNORE).sum(1).tolist()
-    return tuple(tokens), tuple(sums)
-
-
-def _lowest(held: Held) -> int | None:
-    """The lowest layer that an arm adapts; None for none."""
-    layers = [parts[1] for name in held.modules() if (parts := split_layer(name))]
-    return min(layers, default=None)
+def _lowest(held: Iterable[Held]) -> int:
+    """The lowest layer that somebody's own adapter is on: where the gate cuts, whatever else is compared."""
+    layers = {
+        parts[1]
+        for one in held
+        if one.arm.kind != "centralised"
+        for name in one.modules()
+        if (parts := split_layer(name))
+    }
+    return max(min(layers, default=_LEAST), _LEAST)

@@ -21,7 +21,7 @@ from soppu.stages.tradeoff.job import DTYPE, Done, Job
 Process = Callable[[Job, Path, Done], dict[str, Any]]
 
 
-def generated(run: Run, arm: Arm, job: Job, *, tell: Tell, process: Process | None = None) -> dict[str, Any]:
+def generated(run: Run, arm: Arm, job: Job, *, tell: Tell, process: Process) -> dict[str, Any]:
     """What `generate` found for an arm, kept in the run folder under all that it follows from.
 
     Raises:
@@ -33,7 +33,7 @@ def generated(run: Run, arm: Arm, job: Job, *, tell: Tell, process: Process | No
     found = run.read(name)
     if not found:
         path = run.folder / FOLDER / f"job-{made_of}.json"
-        found = (process or apart)(job, path, _told(arm.name, tell))
+        found = process(job, path, _told(arm.name, tell))
         run.write(name, {"arm": arm.name, **found})
     return found
 
@@ -42,31 +42,37 @@ def apart(job: Job, path: Path, done: Done) -> dict[str, Any]:
     """In a process of its own, which is ended when this one gives up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(job)))
-    out = path.with_suffix(".out.json")
-    search = [str(Path(soppu.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
-    command = [sys.executable, "-m", "soppu.stages.tradeoff.generate", str(path)]
-    error = ""
-    log = path.with_suffix(".log")
+    out, log = path.with_suffix(".out.json"), path.with_suffix(".log")
     try:
-        with log.open("wb") as said:
-            worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said)
-        try:
-            for line in worker.stdout or ():
-                told = json.loads(line)
-                error = told.get("error", error)
-                if "done" in told:
-                    done(told["done"], told["of"])
-        finally:
-            if sys.exc_info()[0]:
-                worker.kill()
-            code = worker.wait()
+        error, code = _worked(path, log, done)
         if code:
             raise SoppuError(f"arm {job.arm['name']!r}: {error or _end(log, code)}")
         return dict(json.loads(out.read_text()))
     finally:
         for file in (path, out, log):
             file.unlink(missing_ok=True)
+
+
+def _worked(path: Path, log: Path, done: Done) -> tuple[str, int]:
+    """Run the process to its end; what it said was wrong, and its exit code."""
+    search = [str(Path(soppu.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+    command = [sys.executable, "-m", "soppu.stages.tradeoff.generate", str(path)]
+    error = ""
+    with log.open("wb") as said:
+        worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said)
+    try:
+        for line in worker.stdout or ():
+            told = json.loads(line)
+            error = told.get("error", error)
+            if "done" in told:
+                done(told["done"], told["of"])
+    except BaseException:  # an interrupt, too
+        worker.kill()
+        raise
+    finally:
+        code = worker.wait()
+    return error, code
 
 
 def _end(log: Path, code: int) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from soppu import models
+from soppu import files, models
 from soppu.data import UserData
 from soppu.errors import ConfigError, DataError
 from soppu.evaluate.losses import ExampleLosses
@@ -24,13 +24,35 @@ from soppu.stages.tradeoff import prompts
 from soppu.stages.tradeoff.arms import Arm, Arms
 from soppu.stages.tradeoff.job import Job
 from soppu.stages.tradeoff.losses import Losses
-from soppu.stages.tradeoff.measure import Process, generated
+from soppu.stages.tradeoff.measure import Process, apart, generated
 from soppu.stages.tradeoff.prompts import Ask
 from soppu.stages.tradeoff.write import Asked, Found, write
 from soppu.tradeoff_settings import METRICS, EvaluateConfig
 
+Solve = Callable[[Run, Arm], float]
+
 TIMED = 2  # prompts of a user that are also asked alone, for their latency
 TIMED_TOKENS = 16  # new ones in each of those answers
+
+
+def silence(said: Mapping[str, Any]) -> None:
+    """Tells nobody."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """How a comparison goes about it.
+
+    Attributes:
+        tell: hears how far it is.
+        process: where text is generated, see `soppu.stages.tradeoff.measure`.
+        solve: the share of another benchmark's problems that an arm solves at its first try, for `pass_at_1`,
+            which is left out without it.
+    """
+
+    tell: Tell = silence
+    process: Process = apart
+    solve: Solve | None = None
 
 
 def compare(
@@ -38,33 +60,35 @@ def compare(
     set_id: str = "",
     *,
     options: EvaluateConfig | None = None,
-    tell: Tell | None = None,
-    process: Process | None = None,
+    how: Measuring | None = None,
 ) -> Path:
     """Measure every arm of `options`, by default the run's own settings; returns the comparison's path.
 
-    What an earlier call measured of an arm is not measured again, an equal comparison is not written anew.
+    What an earlier call measured of an arm is not measured again, an equal comparison is not written anew. A
+    second call at the same time waits for the first.
 
     Args:
         set_id: the frozen set that is compressed; by default that of the run's newest evaluation.
-        process: where text is generated, see `soppu.stages.tradeoff.measure`.
 
     Raises:
         ConfigError: an arm or a metric that there is not; no evaluation, and no set named.
         DataError: no user's text is at hand.
         MissingExtra: a metric was asked for by name, and its library is not installed.
+        SoppuError: an arm's text could not be generated.
     """
-    run, say = open_run(run_folder), tell or (lambda said: None)
+    run, how = open_run(run_folder), how or Measuring()
     options = options or run.config.evaluate
-    opened = Arms(run, set_id or newest_set(run), tell=say)
-    chosen = opened.open(options.arms or default_arms(run))
-    texts = with_text(run.config, opened.own)
-    if not texts:
-        raise DataError(f"{run.id}: no user's text is at hand, so nothing can be measured here")
-    asked = _asked(run, texts, options)
-    losses = Losses(run, chosen, texts, tell=say).measure()
-    measured = [_measured(arm, asked.asks, _text(run, arm, asked, (say, process)), losses) for arm in chosen]
-    return write(run, asked, Found(measured, losses, texts, [arm.what for arm in chosen]))
+    set_id = set_id or newest_set(run)
+    with files.exclusive(run.folder / arms_of.FOLDER / "lock"):
+        opened = Arms(run, set_id, tell=how.tell)
+        chosen = opened.open(options.arms or default_arms(run))
+        texts = with_text(run.config, opened.own)
+        if not texts:
+            raise DataError(f"{run.id}: no user's text is at hand, so nothing can be measured here")
+        asked = _asked(run, texts, options, solves=how.solve is not None)
+        losses = Losses(run, chosen, texts, tell=how.tell).measure()
+        measured = [_of_arm(run, arm, (asked, losses), how) for arm in chosen]
+        return write(run, asked, Found(measured, losses, texts, [arm.what for arm in chosen]))
 
 
 def newest_set(run: Run) -> str:
@@ -81,7 +105,7 @@ def default_arms(run: Run) -> tuple[str, ...]:
     return (*arms_of.known(run), *([f"{own.method}@{own.ratio:g}"] if own.ratio else []))
 
 
-def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig) -> Asked:
+def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig, *, solves: bool) -> Asked:
     tokenizer = models.load_tokenizer(run.base())
     asks = [
         ask
@@ -92,6 +116,8 @@ def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig) -> 
     ]
     functions = prompts.of_functions(list(texts.values()), prompts=options.prompts)
     reasons = {metric: _why_not(metric, options.metrics, functions=functions) for metric in METRICS}
+    if solves and "pass_at_1" in (options.metrics or METRICS):
+        reasons["pass_at_1"] = ""
     return Asked(
         asks,
         [metric for metric, why in reasons.items() if not why],
@@ -129,13 +155,17 @@ def _job(run: Run, asks: Iterable[Ask], options: EvaluateConfig, *, functions: b
     )
 
 
-def _text(run: Run, arm: Arm, asked: Asked, how: tuple[Tell, Process | None]) -> Mapping[str, Any]:
-    """What an arm generates, and its costs; nothing where no metric asks for text."""
-    if not any(metric in TEXT_METRICS for metric in asked.metrics):
-        return {}
-    tell, process = how
-    job = dataclasses.replace(asked.job, arm=dataclasses.asdict(arm))
-    return generated(run, arm, job, tell=tell, process=process)
+def _of_arm(run: Run, arm: Arm, what: tuple[Asked, Mapping[str, ExampleLosses]], how: Measuring) -> Measured:
+    """An arm's text and its costs; only its bytes where no metric asks for text."""
+    asked, losses = what
+    found: dict[str, Any] = {}
+    if any(metric in TEXT_METRICS for metric in asked.metrics):
+        job = dataclasses.replace(asked.job, arm=dataclasses.asdict(arm))
+        found = generated(run, arm, job, tell=how.tell, process=how.process)
+    measured = _measured(arm, asked.asks, found, losses)
+    if how.solve and "pass_at_1" in asked.metrics:
+        return dataclasses.replace(measured, pass_at_1=how.solve(run, arm))
+    return measured
 
 
 def _measured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,21 @@ from typing import Any
 import codebleu
 import pytest
 import sacrebleu
+import torch
+from click.testing import CliRunner
 
-from soppu.errors import ConfigError, GateError
+from soppu import adapter as adapters
+from soppu import models
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.cli import main
+from soppu.data import load_user, tokenize
+from soppu.data.tokens import IGNORE
+from soppu.errors import ConfigError, GateError, SoppuError
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.tradeoff import figures, schema
+from soppu.federation.attach import attached
 from soppu.federation.personalise import BASE
+from soppu.models import linear_shapes
 from soppu.stages import compress, federate
 from soppu.stages.evaluate import evaluate
 from soppu.stages.publish import publish
@@ -22,7 +33,7 @@ from soppu.stages.run import Run
 from soppu.stages.tradeoff import judge, losses
 from soppu.stages.tradeoff.generate import here
 from soppu.stages.tradeoff.judge import tradeoff
-from soppu.stages.tradeoff.run import compare
+from soppu.stages.tradeoff.run import Measuring, compare
 from soppu.tradeoff_settings import EvaluateConfig
 from tests.soppu.stages.conftest import USERS, write_result
 
@@ -73,7 +84,7 @@ def test_arms_are_measured_once_and_as_the_gate_and_the_libraries_do(
     monkeypatch.setattr(
         figures, "about_zero", lambda scores: {}
     )  # a tiny model writes nothing like its users
-    path = compare(str(run.folder), options=OPTIONS, process=here)
+    path = compare(str(run.folder), options=OPTIONS, how=Measuring(process=here))
     found = schema.read(path)
     assert [arm.name for arm in found.arms] == ["base", *ARMS]
     assert (run.folder / schema.FILE).resolve() == path.resolve()
@@ -98,9 +109,9 @@ def test_arms_are_measured_once_and_as_the_gate_and_the_libraries_do(
     assert all(arm.tokens_s and arm.memory_bytes and arm.latency_ms_p99 for arm in found.arms)
     monkeypatch.setattr(compress, "compress", refused)
     monkeypatch.setattr(losses, "Bench", refused)
-    assert compare(str(run.folder), options=OPTIONS, process=refused) == path
+    assert compare(str(run.folder), options=OPTIONS, how=Measuring(process=refused)) == path
     fewer = EvaluateConfig(arms=("personal",), metrics=("loss",), prompts=1)
-    assert compare(str(run.folder), options=fewer, process=refused) != path
+    assert compare(str(run.folder), options=fewer, how=Measuring(process=refused)) != path
 
 
 def test_an_arm_or_a_run_that_there_is_not_is_refused(run: Run, trained: dict[str, str]) -> None:
@@ -135,3 +146,79 @@ def test_a_rule_that_does_not_hold_stops_a_publication(
         publish(str(run.folder), bundle_id, told.evaluation)
     assert len(broken.value.reasons) == 1
     assert judge.unheard(run, told.evaluation) == []
+
+
+def test_an_adapter_of_all_layers_is_measured_beside_the_others(
+    judged: tuple[Run, str, str], tmp_path: Path
+) -> None:
+    """Its losses are those of the whole model with it, which is run here in one piece."""
+    run, _, _ = judged
+    adapter, plain = everywhere(run), whole_loss(run, "ann", everywhere(run))
+    adapters.write(adapter, run.folder / "centralised")
+    run.write("centralised.json", {"path": "centralised"})
+    options = EvaluateConfig(arms=("personal", "centralised"), metrics=("loss",))
+    path = compare(str(run.folder), options=options)
+    rows = {(row.user, row.arm): row for row in schema.read(path).rows}
+    assert rows["ann", "centralised"].loss == pytest.approx(plain, rel=1e-5)
+    again = schema.read(
+        compare(str(run.folder), options=EvaluateConfig(arms=("personal",), metrics=("loss",)))
+    )
+    assert {row.loss for row in again.rows} <= {row.loss for row in rows.values()}
+
+
+def everywhere(run: Run) -> LoraAdapter:
+    """A LoRA on every layer of the run's model, that does something."""
+    base = run.base()
+    generator = torch.Generator().manual_seed(3)
+    shapes = linear_shapes(models.skeleton(base))
+    chosen = {name: shape for name, shape in shapes.items() if name.endswith(("q_proj", "v_proj"))}
+    pairs = {
+        name: LoraPair(0.3 * torch.randn(2, i, generator=generator), torch.randn(o, 2, generator=generator))
+        for name, (o, i) in chosen.items()
+    }
+    return LoraAdapter(pairs, base.name, base.hash)
+
+
+def whole_loss(run: Run, user: str, adapter: LoraAdapter) -> float:
+    """Nats a token of the user's held-out text, one example at a time."""
+    base = run.base()
+    model, tokenizer = models.load_model(base), models.load_tokenizer(base)
+    text = load_user(run.config.data, user)
+    total, tokens = 0.0, 0
+    with attached(model, adapter):
+        for block in tokenize(text.heldout, tokenizer, max_tokens=run.config.data.max_tokens):
+            count = int((block.labels[1:] != IGNORE).sum())
+            loss = model(input_ids=block.ids[None], labels=block.labels[None]).loss
+            total, tokens = total + count * float(loss), tokens + count
+    return total / tokens
+
+
+@pytest.mark.long
+def test_a_process_of_its_own_says_how_far_it_is_and_what_went_wrong(judged: tuple[Run, str, str]) -> None:
+    run, _, _ = judged
+    notes: list[str] = []
+    options = EvaluateConfig(arms=("personal",), metrics=("bleu",), prompts=1, max_new_tokens=4)
+    path = compare(
+        str(run.folder), options=options, how=Measuring(lambda said: notes.append(str(said["note"])))
+    )
+    ours = schema.read(compare(str(run.folder), options=options, how=Measuring(process=refused)))
+    assert schema.read(path) == ours and "text of personal" in notes
+    assert not list((run.folder / "tradeoff").glob("job-*"))
+    run.registry().forget("bob")
+    longer = EvaluateConfig(arms=("personal",), metrics=("bleu",), prompts=1, max_new_tokens=5)
+    with pytest.raises(SoppuError, match="forgotten"):
+        compare(str(run.folder), options=longer)
+
+
+@pytest.mark.long
+def test_the_command_prints_the_table_and_goes_on_where_it_was(judged: tuple[Run, str, str]) -> None:
+    run, _, _ = judged
+    words = ["evaluate", str(run.folder), "--arm", "personal", "--arm", "residual@3.5", "--users"]
+    words += ["--prompts", "1", "--max-new-tokens", "4"]
+    first = CliRunner().invoke(main, words)
+    assert first.exit_code == 0, first.output
+    assert re.search(r"^residual@3\.5 +\d\.\d{4}", first.stdout, re.M) and "text of personal" in first.stderr
+    again = CliRunner().invoke(main, words)
+    assert again.stdout == first.stdout and "text of" not in again.stderr
+    wrong = CliRunner().invoke(main, [*words, "--prompts", "0", "--metric", "rouge"])
+    assert wrong.exit_code == 1 and "rouge" in wrong.stderr and "prompts = 0" in wrong.stderr
