@@ -156,7 +156,7 @@ class _Screen:
 
     def show(self, found: Picture, lines: list[str]) -> None:
         title = self._title if found.began else f"{self._title}\n{lines[0]}"
-        shown = screen(found, title=title, now=time.time(), width=self._out.width)
+        shown = screen(found, title=title, now=time.time(), size=self._out.size)
         self._live.update(shown, refresh=True)
         if found.ended == DONE:
             self._ended = f"run: done in {duration(found.seconds or 0)}"

@@ -9,30 +9,50 @@ from rich.text import Text
 
 from soppu.progress.events import DONE, FAILED
 from soppu.progress.lines import duration, flat
-from soppu.progress.picture import AT_WORK, KEPT, Picture, Stage
+from soppu.progress.picture import AT_WORK, KEPT, WAITING, Picture, Stage
 
 _STYLES = {AT_WORK: "bold", DONE: "green", KEPT: "green", FAILED: "bold red"}
-_NARROW, _WIDE, _BAR = 44, 72, 24  # columns: without a bar, with a long one, and how long that is
+_NARROW, _BAR = 60, 24  # columns: of a terminal that has no room for bars, and of a long bar
 _QUIET_S = 60.0
+_OTHER_ROWS = 6  # title, what is waited for, where it is, its note, the warning, and the cursor's
 
 
-def screen(found: Picture, *, title: str, now: float, width: int) -> RenderableType:
-    """What is shown at the moment `now` on a terminal of so many columns. No line is ever wrapped."""
+def screen(found: Picture, *, title: str, now: float, size: tuple[int, int]) -> RenderableType:
+    """What is shown at the moment `now` on a terminal of a size (columns, rows). No line is ever wrapped.
+
+    Where there are more stages than rows, those around the one at work are shown.
+    """
+    width, rows = size
     table = Table.grid(padding=(0, 2, 0, 0))
-    bar = min(_BAR, width - _WIDE + _BAR) if width >= _NARROW else 0
-    for _ in range(3 if bar <= 0 else 4):
+    narrow = width < _NARROW
+    for _ in range(2 if narrow else 4):
         table.add_column(no_wrap=True, overflow="crop")
-    for stage in found.stages.values():
+    for stage in _around(found, rows - _OTHER_ROWS):
         style = _STYLES.get(stage.state, "dim")
-        cells: list[RenderableType] = [Text(stage.name, style), Text(stage.state, style)]
-        if bar > 0:
-            colour = "red" if stage.state == FAILED else "green"
-            cells.append(ProgressBar(1.0, _share(stage), bar, complete_style=colour, finished_style=colour))
-        table.add_row(*cells, Text(_beside(stage, now), style))
+        name, state, beside = Text(stage.name, style), stage.state, _beside(stage, now)
+        if narrow:
+            table.add_row(name, Text(beside if state == AT_WORK else f"{state}  {beside}", style))
+            continue
+        colour = "red" if state == FAILED else "green"
+        bar = ProgressBar(
+            1.0, _share(stage), min(_BAR, width - 48), complete_style=colour, finished_style=colour
+        )
+        table.add_row(name, Text(state, style), bar, Text(beside, style))
     below = [Text(line, no_wrap=True, overflow="crop") for line in _below(found, now)]
-    warning = Text(flat(found.warning)[: 4 * width], "yellow", no_wrap=True, overflow="crop")
+    warning = Text(
+        f"last warning: {flat(found.warning)}"[: 4 * width], "yellow", no_wrap=True, overflow="crop"
+    )
     parts: list[RenderableType] = [Text(title, "bold", no_wrap=True, overflow="crop"), table, *below]
     return Group(*parts, *([warning] if found.warning else []))
+
+
+def _around(found: Picture, rows: int) -> list[Stage]:
+    """At most so many stages, at least one: the one at work, or the last that was begun, in the middle."""
+    stages, rows = list(found.stages.values()), max(1, rows)
+    begun = [place for place, stage in enumerate(stages) if stage.state not in (WAITING, KEPT)]
+    middle = stages.index(found.now) if found.now else max(begun, default=0)
+    first = max(0, min(middle - rows // 2, len(stages) - rows))
+    return stages[first : first + rows]
 
 
 def _share(stage: Stage) -> float:

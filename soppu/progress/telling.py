@@ -101,7 +101,8 @@ def _told(teller: _Teller, name: str) -> Iterator[None]:
         yield
         state = DONE
     except BaseException as error:  # a signal's too: whoever watches is told why it is over
-        note = f"{type(error).__name__}: {error}".removesuffix(": ")
+        outside = "" if isinstance(error, Exception) else "stopped from outside: "
+        note = f"{outside}{type(error).__name__}: {error}".removesuffix(": ")
         raise
     finally:
         seconds = time.monotonic() - started

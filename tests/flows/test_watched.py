@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
-import psutil
 import pytest
 
+from deploy.stack import up
 from soppu.progress.events import FILE, RUN, Reader
-from tests.flows.driver import Pipeline, until
+from tests.flows.driver import Pipeline
+from tests.flows.test_killed import kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
-def test_left_by_ctrl_c_attached_again_and_killed(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
+def test_left_by_ctrl_c_attached_again_and_cancelled(tiny_pipeline: Pipeline) -> None:
     pipeline, others = tiny_pipeline, tiny_pipeline.run_folders()
     pipeline.overrides |= {"federation.rounds": 30}
     shown = pipeline.run()
@@ -33,13 +33,30 @@ def test_left_by_ctrl_c_attached_again_and_killed(tiny_pipeline: Pipeline, tmp_p
     again = pipeline.watch(folder)
     try:
         again.until("round ", timeout=60)
-        (began,) = [event for event in Reader(folder / FILE).read() if event.stage == RUN]
-        psutil.Process(began.pid).kill()  # no worker tells Prefect at once, the folder's reader does
-        assert again.ended(timeout=60) == 1
-        assert f"its process {began.pid} has died in stage federate" in re.sub(r"\s+", " ", again.text)
+        pipeline.prefect("flow-run", "cancel", flow_run)
+        assert again.ended(timeout=120) == 1
+        assert "Error: the run has failed: stopped from outside" in again.text
     finally:
         again.close()
-    until(lambda: pipeline.wait(flow_run)["state_type"] == "CRASHED", timeout=120)
+
+
+def test_a_worker_that_is_killed_with_all_it_runs_is_told_while_prefect_still_believes_in_it(
+    tiny_pipeline: Pipeline,
+) -> None:
+    pipeline, others = tiny_pipeline, tiny_pipeline.run_folders()
+    pipeline.overrides |= {"federation.rounds": 31}
+    shown = pipeline.run()
+    try:
+        shown.until("round 2 of 32", timeout=300)
+        kill(pipeline, "worker")
+        assert shown.ended(timeout=60) == 1
+        (folder,) = pipeline.run_folders() - others
+        (began,) = [event for event in Reader(folder / FILE).read() if event.stage == RUN]
+        assert f"its process {began.pid} has died in stage federate" in re.sub(r"\s+", " ", shown.text)
+        assert pipeline.api(f"flow_runs/{began.of}")["state_type"] == "RUNNING"
+    finally:
+        shown.close()
+        assert up(pipeline.stack)["worker"]
 
 
 def test_a_wrong_text_is_told_as_the_error_that_ended_it(tiny_pipeline: Pipeline) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from server import checkpoint as checkpoints
-from server.checkpoint import Checkpoint
+from server.checkpoint import WARM_UP, Checkpoint, RoundShare
+from soppu.config import FederationConfig
 from soppu.errors import StorageError
 
 
@@ -72,3 +73,18 @@ def test_killed_between_tensors_and_json_the_one_before_is_used(tmp_path: Path) 
 def test_progress_is_json_for_whoever_polls(tmp_path: Path) -> None:
     checkpoints.write_progress(tmp_path, {"note": "round 1 of 3", "share": 0.5})
     assert json.loads((tmp_path / "progress.json").read_text()) == {"note": "round 1 of 3", "share": 0.5}
+
+
+@pytest.mark.parametrize("rates", [(0.001,), (0.001, 0.002, 0.004)])
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_rounds_share_what_follows_the_warm_up_by_the_steps_users_may_train(
+    last: int, rates: tuple[float, ...]
+) -> None:
+    settings = FederationConfig(local_steps=10, personal_steps=40, personal_learning_rates=rates)
+    rounds = [RoundShare.of(number, last, settings) for number in range(1, last + 1)]
+    assert rounds[0].share(0.0) == pytest.approx(WARM_UP) and rounds[-1].share(1.0) == pytest.approx(1.0)
+    for one, two in zip(rounds, rounds[1:], strict=False):
+        assert one.share(1.0) == pytest.approx(two.share(0.0))
+        assert one.share(0.0) < one.share(0.5) < one.share(1.0)
+    if last > 1:
+        assert rounds[-1].whole / rounds[0].whole == pytest.approx(4 * len(rates))

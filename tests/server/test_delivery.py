@@ -137,3 +137,11 @@ def test_what_flower_will_not_take_is_an_error_and_not_silence() -> None:
 
     replies = Delivery(Full({1: [FINE]}), grace_s=0.1).send_and_receive(messages(1), timeout=60)
     assert outcome(replies) == {1: False}
+
+
+def test_who_has_answered_is_told_once_each_whatever_the_answer_and_after_how_many_attempts() -> None:
+    grid, heard = Clients({1: [FINE], 2: [CRASH, FINE], 3: [CRASH]}), list[tuple[int, int, int]]()
+    told = Delivery(grid, attempts=2, heard=lambda *said: heard.append(said))
+    told.send_and_receive(messages(1, 2, 3), timeout=60)
+    assert sorted(node for node, _, _ in heard) == [1, 2, 3]
+    assert [(done, total) for _, done, total in heard] == [(1, 3), (2, 3), (3, 3)]

@@ -18,10 +18,12 @@ from tests.soppu.progress.recorded import LINES, RECORDED, at_round, event
 GOING_ON = next(place for place, one in enumerate(RECORDED) if one.round == 2 and one.user) + 1
 
 
-def drawn(events: list[Event], *, width: int = 100, now: float = 1025.0, **console: Any) -> list[str]:
+def drawn(
+    events: list[Event], *, width: int = 100, rows: int = 24, now: float = 1025.0, **console: Any
+) -> list[str]:
     out = io.StringIO()
     shown = Console(file=out, width=width, **console)
-    shown.print(screen(picture(events), title="runs/demo", now=now, width=width))
+    shown.print(screen(picture(events), title="runs/demo", now=now, size=(width, rows)))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
@@ -102,3 +104,12 @@ def test_a_user_may_be_called_anything() -> None:
     shown = "\n".join(drawn([*RECORDED[:GOING_ON], said]))
     assert "[bold]x[/] red" in shown and "user [link=x]é " in shown and "\x1b" not in shown
     assert lines([replace(said, round=9, note="\x1b]0;title\x07a\tb\x9bm")]) == ["federate: a b m"]
+
+
+@pytest.mark.parametrize("rows", [3, 7, 8, 9])
+def test_a_low_terminal_keeps_the_stage_at_work_and_where_it_is(rows: int) -> None:
+    for many in range(GOING_ON, len(RECORDED) + 1):
+        shown, found = drawn(RECORDED[:many], rows=rows, now=1300.0), picture(RECORDED[:many])
+        assert len(shown) <= max(rows, 1 + 1 + 2 + 1)
+        if found.now:
+            assert any(line.startswith(found.now.name) for line in shown)
