@@ -36,6 +36,10 @@ COMMANDS = {
         "bundle",
         "Write the users of BUNDLE as PEFT folders that LoRAX, PEFT and others load: DIR/USER.",
     ),
+    "router": (
+        "router",
+        "Fit, and show, what decides whether the base model or the user's adapter answers a request.",
+    ),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
     "resolve": ("resolve", "Say where USER is served now, and which adapter_id a request has to name there."),
     "verify-target": (
@@ -48,7 +52,8 @@ COMMANDS = {
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
 # Command -> the extra that it needs, and the packages in it.
-EXTRAS = {"serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))}
+_SERVING = ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))
+EXTRAS = {"serve": _SERVING}
 
 
 @contextmanager
