@@ -37,6 +37,10 @@ COMMANDS = {
         "bundle",
         "Write the users of BUNDLE as PEFT folders that LoRAX, PEFT and others load: DIR/USER.",
     ),
+    "router": (
+        "router",
+        "Fit, and show, what decides whether the base model or the user's adapter answers a request.",
+    ),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
     "resolve": ("resolve", "Say where USER is served now, and which adapter_id a request has to name there."),
     "verify-target": (
@@ -58,14 +62,18 @@ COMMANDS = {
         "Start the pipeline on the Prefect server that is up, and show how far it is until it ends.",
     ),
     "watch": ("watch", "Show how far the run in RUN_DIR is, until it ends."),
-    "export-tasks": ("export_tasks", "Write the held-out text of RUN_DIR as tasks of EleutherAI's lm-eval."),
+    "export-tasks": (
+        "export_tasks",
+        "Write the held-out text of RUN_DIR as tasks of EleutherAI's lm-eval, into DIR.",
+    ),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
 LISTENING = ("run", "watch")  # those that show what goes on without them
 # Command -> the extra that it needs, and the packages in it.
+_SERVING = ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))
 EXTRAS = {
-    "serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client")),
+    "serve": _SERVING,
     "evaluate": ("serve", ("llguidance",)),  # the server's engine
 }
 

@@ -77,6 +77,10 @@ class ReportError(SoppuError, ValueError):
     """A report that cannot be read, or is not whole; the message names each field."""
 
 
+class RouterError(SoppuError, ValueError):
+    """A router's file is absent or damaged, or was made for another base model or bundle than is served."""
+
+
 class TargetError(SoppuError):
     """A serving target could not be reached or did not pass its canaries."""
 

@@ -27,6 +27,7 @@ from soppu.errors import (
     DataError,
     GateError,
     MissingExtra,
+    SandboxError,
     UnsupportedModel,
 )
 from soppu.progress import telling
@@ -34,7 +35,16 @@ from soppu.stages.report import stage_names
 from soppu.stages.run import open_run
 
 _log = logging.getLogger(__name__)
-_HOPELESS = (ConfigError, DataError, GateError, UnsupportedModel, AdapterError, BundleError, MissingExtra)
+_HOPELESS = (
+    ConfigError,
+    DataError,
+    GateError,
+    UnsupportedModel,
+    AdapterError,
+    BundleError,
+    MissingExtra,
+    SandboxError,
+)
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from soppu.commands.until_told import log_to_stderr
 from soppu.serve import admin_token as tokens
 from soppu.serve.engine.engine import EngineOptions
 from soppu.serve.names import LOCAL
+from soppu.serve.router.deciding import MODES, SPLITS, RouterOptions
+from soppu.serve.router.policies import FITTED
 from soppu.serve.server import ServeOptions, run
 
 _LIMITS = (
@@ -55,6 +58,12 @@ def _limits(given: dict[str, Any]) -> EngineOptions:
             param_hint="--max-best-of",
         )
     return EngineOptions(**limits)
+
+
+def _router(given: dict[str, Any]) -> RouterOptions:
+    """The router's options, taken out of those of the command."""
+    names = [item.name for item in fields(RouterOptions)]
+    return RouterOptions(**{name: given.pop(f"router_{name}") for name in names})
 
 
 @click.command("serve")
@@ -209,6 +218,41 @@ def _limits(given: dict[str, Any]) -> EngineOptions:
     help="Texts that one request may have generated to get the likeliest.",
 )
 @click.option(
+    "--router",
+    "router_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="What `soppu router fit` wrote for this base model and bundle; read unless the mode is off.",
+)
+@click.option(
+    "--router-mode",
+    type=click.Choice(MODES),
+    default=RouterOptions.mode,
+    show_default=True,
+    help="shadow logs and counts what it would do, ab routes a share, on routes whatever names a user.",
+)
+@click.option(
+    "--router-policy",
+    default="",
+    help=f"Of {', '.join(FITTED)}.  [default: the file's own]",
+)
+@click.option(
+    "--router-share",
+    type=click.FloatRange(0, 1),
+    default=RouterOptions.share,
+    show_default=True,
+    help="With ab, the share that is routed.",
+)
+@click.option(
+    "--router-split",
+    type=click.Choice(SPLITS),
+    default=RouterOptions.split,
+    show_default=True,
+    help="With ab, what is drawn by hash: whole users, or requests.",
+)
+@click.option(
+    "--router-seed", type=int, default=RouterOptions.seed, show_default=True, help="With ab, of the draw."
+)
+@click.option(
     "--grace",
     type=click.FloatRange(0),
     default=10.0,
@@ -226,5 +270,5 @@ def serve_command(**given: Any) -> None:
     makes at its first start and keeps in the file admin-token of its state folder.
     """
     log_to_stderr()
-    limits = _limits(given)
-    run(ServeOptions(**given, engine=limits, admin_token=os.environ.get(tokens.VARIABLE, "")))
+    limits, router = _limits(given), _router(given)
+    run(ServeOptions(**given, engine=limits, router=router, admin_token=os.environ.get(tokens.VARIABLE, "")))

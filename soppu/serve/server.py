@@ -20,6 +20,8 @@ from soppu.serve.bank.resident import DEFAULT_RESIDENT
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype
+from soppu.serve.router import deciding
+from soppu.serve.router.deciding import RouterOptions
 from soppu.serve.stopping import DrainingServer
 
 _LOG = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class ServeOptions:
     max_active_adapters: int = Mount.max_active
     resident_mib: int = DEFAULT_RESIDENT >> 20  # MiB of bundles' users that stay in memory
     read_ahead: bool = True  # so many of them before they ask
+    router: RouterOptions = field(default_factory=RouterOptions)
     admin_token: str = field(default="", repr=False)  # "" takes the one kept in the state folder
 
 
@@ -58,6 +61,7 @@ def run(options: ServeOptions) -> None:
         TargetError: the state folder is in use, or belongs to another base model.
         BundleError: a bundle is damaged or does not fit.
         AdapterError: an adapter is damaged or does not fit.
+        RouterError: the router is of another base model or bundle.
     """
     with claim_port(options.host, options.port) as listener:
         if options.threads:
@@ -79,7 +83,8 @@ def run(options: ServeOptions) -> None:
             engine = Engine(model, load_tokenizer(base), bank, options.engine)
             token = options.admin_token or tokens.ensure(tokens.token_file(options.state))
             info = ServerInfo(base.name, base.hash, dtype=dtype, device=device, admin_token=token)
-            app = create_app(engine, info=info, state=state)
+            router = deciding.opened(options.router, engine=engine, model=model)
+            app = create_app(engine, info=info, state=state, router=router)
             server = DrainingServer(app, engine, grace=options.grace)
             gc.collect()
             gc.freeze()  # what is here stays: no answer waits while garbage is looked for in it

@@ -55,10 +55,21 @@ class BestOfSequence(_Ending):
     tokens: list[Token]
 
 
+class Routed(BaseModel):
+    """Which arm answered, and which one the router's policy would take; `why` where it is not the same."""
+
+    mode: str
+    arm: str
+    policy: str | None = None
+    choice: str | None = None
+    why: str | None = None
+
+
 class StreamDetails(_Ending):
-    """How a stream ended."""
+    """How a stream ended; `router` where the server has one."""
 
     prompt_tokens: int
+    router: Routed | None = None
 
 
 class Details(StreamDetails):

@@ -30,16 +30,21 @@ from soppu.serve.api.operations import OperationsApi, ServerInfo
 from soppu.serve.api.requests import ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.api.routes import ADMIN, GENERATING
+from soppu.serve.api.routing import Routing, told
 from soppu.serve.api.streams import SIGN_OF_LIFE, data, measures, next_event, server_sent, submit, watch
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
 from soppu.serve.names import header_value
+from soppu.serve.router.deciding import RequestRouter
+from soppu.serve.router.figures import RouterFigures
 
 __all__ = ["ServerInfo", "create_app"]
 
 
-def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starlette:
+def create_app(
+    engine: Engine, *, info: ServerInfo, state: ServerState, router: RequestRouter | None = None
+) -> Starlette:
     """The ASGI application. It starts the engine when it starts, and closes it when it ends."""
 
     @asynccontextmanager
@@ -49,6 +54,8 @@ def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starl
         await run_in_threadpool(engine.close)
 
     metrics = Metrics(engine)
+    if router is not None:
+        router.figures = RouterFigures(metrics.registry)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
@@ -57,8 +64,11 @@ def create_app(engine: Engine, *, info: ServerInfo, state: ServerState) -> Starl
         return await on_request_error(request, error)
 
     metered = cast(Engine, MeteredEngine(engine, metrics))
-    api = GenerateApi(metered, info)
-    openai = OpenAiApi(metered, model_id=info.model_id, base_hash=info.base_hash, headers=api.headers)
+    front = Routing(router)
+    api = GenerateApi(metered, info, front)
+    openai = OpenAiApi(
+        metered, model_id=info.model_id, base_hash=info.base_hash, headers=api.headers, routing=front
+    )
     parts = (
         api,
         openai,
@@ -94,9 +104,10 @@ class CrossOrigin(CORSMiddleware):
 class GenerateApi:
     """LoRAX's routes. One instance belongs to one application."""
 
-    def __init__(self, engine: Engine, info: ServerInfo) -> None:
+    def __init__(self, engine: Engine, info: ServerInfo, routing: Routing) -> None:
         self._engine = engine
         self._info = info
+        self._routing = routing
 
     def routes(self) -> list[Route]:
         """The route table."""
@@ -123,7 +134,7 @@ class GenerateApi:
         return await self._stream(parse_request(await read_json(request), stream=True))
 
     async def _answer(self, request: Request, parsed: ParsedRequest, *, wrap: bool) -> Response:
-        generation, events = await self._submit(parsed)
+        parsed, generation, events = await self._submit(parsed)
         watcher = asyncio.ensure_future(watch(request, events.put_nowait))
         try:
             tokens, finish = await _collect(events)
@@ -135,13 +146,14 @@ class GenerateApi:
         return JSONResponse([body] if wrap else body, headers=headers)
 
     async def _stream(self, parsed: ParsedRequest) -> Response:
-        generation, events = await self._submit(parsed)
+        parsed, generation, events = await self._submit(parsed)
         return server_sent(_events(parsed, generation, events), self.headers(parsed, generation))
 
-    async def _submit(self, parsed: ParsedRequest) -> tuple[Generation, asyncio.Queue[Event]]:
-        """Queue the request; its events come into the queue."""
+    async def _submit(self, parsed: ParsedRequest) -> tuple[ParsedRequest, Generation, asyncio.Queue[Event]]:
+        """Queue the request, as the router has it; its events come into the queue."""
         events: asyncio.Queue[Event] = asyncio.Queue()
-        return await submit(self._engine, parsed, events.put_nowait), events
+        parsed = await self._routing.route(parsed)
+        return parsed, await submit(self._engine, parsed, events.put_nowait), events
 
     def headers(self, parsed: ParsedRequest, generation: Generation) -> dict[str, str]:
         resolved = generation.job.resolved
@@ -154,7 +166,7 @@ class GenerateApi:
             headers["x-adapter-id"] = header_value(resolved.adapter_id)
             headers["x-adapter-source"] = parsed.parameters.adapter_source or "local"
             headers["x-adapter-version"] = resolved.version
-        return headers
+        return headers | told(parsed)
 
 
 async def _collect(events: asyncio.Queue[Event]) -> tuple[list[TokenEvent], Finish]:

@@ -80,6 +80,11 @@ class Metrics:
             "soppu_adapter_resident", "1 while the adapter is in memory", ["adapter"], registry=registry
         )
 
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Where others of this application put their figures."""
+        return self._registry
+
     def text(self) -> str:
         """All figures as Prometheus reads them."""
         return _TYPE_LINES.sub(r"\1 ", generate_latest(self).decode())

@@ -22,6 +22,7 @@ from soppu.serve.engine.generation import GenerationRequest
 from soppu.serve.engine.sampling import Sampling
 from soppu.serve.names import check_name, check_source
 from soppu.serve.refusals import invalid
+from soppu.serve.router.deciding import Decision
 
 Json = dict[str, Any]
 MAX_STOP_SEQUENCES = 4
@@ -144,6 +145,7 @@ class ParsedRequest:
     generation: GenerationRequest
     parameters: Parameters
     stream: bool
+    decision: Decision | None = None  # of the server's router, where it has one
 
     @property
     def details(self) -> bool:
@@ -194,10 +196,13 @@ def parse_request(body: Json, *, stream: bool | None = None) -> ParsedRequest:
     Args:
         stream: what the route decides; None reads the body's `stream`, as `POST /` does.
 
+    `prompt` is another name of `inputs`.
+
     Raises:
         RequestError: 422 `validation`, naming the parameter, the limit and the value; 424 for an
             `adapter_source` other than local.
     """
+    body = _with_inputs(body)
     try:
         read = _Body.model_validate(body if stream is None else {**body, "stream": stream})
     except ValidationError as error:
@@ -224,6 +229,15 @@ def parse_request(body: Json, *, stream: bool | None = None) -> ParsedRequest:
     if read.stream and generation.prefill_details:
         raise invalid("`decoder_input_details` == true is not supported when streaming tokens")
     return ParsedRequest(generation, parameters, read.stream)
+
+
+def _with_inputs(body: Json) -> Json:
+    """The body with its `prompt` as `inputs`. RequestError 422 where it has both: which is meant?"""
+    if "prompt" not in body:
+        return body
+    if "inputs" in body:
+        raise invalid("at most one of `inputs` or `prompt`, which is another name of it, may be provided")
+    return {"inputs" if name == "prompt" else name: value for name, value in body.items()}
 
 
 def _refusal(error: ValidationError, body: Json) -> RequestError:

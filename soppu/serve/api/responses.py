@@ -34,6 +34,7 @@ def answer_body(parsed: ParsedRequest, tokens: Sequence[TokenEvent], finish: Fin
             **_sequence(tokens, finish),
             "skipped_tokens": 0,
             "prefill": _scored(finish.prefill),
+            **_routed(parsed),
         }
         if finish.others:
             body["details"]["best_of_sequences"] = [_other(parsed, told, finish) for told in finish.others]
@@ -46,7 +47,7 @@ def stream_body(parsed: ParsedRequest, token: TokenEvent) -> Json:
     return {
         "token": token_body(token),
         "generated_text": _shown(parsed, finish) if finish else None,
-        "details": _details(finish) if finish and parsed.details else None,
+        "details": _details(finish) | _routed(parsed) if finish and parsed.details else None,
     }
 
 
@@ -90,6 +91,11 @@ def _details(finish: Finish) -> Json:
         "generated_tokens": finish.generated_tokens,
         "seed": finish.seed,
     }
+
+
+def _routed(parsed: ParsedRequest) -> Json:
+    """What the server's router made of the request; nothing where there is none."""
+    return {"router": parsed.decision.told} if parsed.decision else {}
 
 
 def _shown(parsed: ParsedRequest, finish: Finish) -> str:

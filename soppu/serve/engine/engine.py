@@ -152,6 +152,10 @@ class Engine:
     def _busy(self) -> bool:
         return bool(self._waiting) or len(self._batch) > 0
 
+    def read(self, request: GenerationRequest) -> tuple[int, ...]:
+        """The ids of a request's prompt, as it would be read. RequestError as `submit`."""
+        return self._prompts.read(request)[0]
+
     def submit(self, request: GenerationRequest, *, sink: Sink | None = None) -> Generation:
         """Queue a request; its adapter is resolved now.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 
 from starlette.concurrency import run_in_threadpool
@@ -21,6 +22,7 @@ from soppu.serve.api.openai.candidates import Candidates
 from soppu.serve.api.openai.models import ModelsApi
 from soppu.serve.api.requests import ParsedRequest, read_json
 from soppu.serve.api.responses import error_body
+from soppu.serve.api.routing import Routing, told
 from soppu.serve.api.streams import SIGN_OF_LIFE, data, measures, server_sent, watch
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Generation
@@ -32,8 +34,11 @@ Headers = Callable[[ParsedRequest, Generation], dict[str, str]]
 class OpenAiApi:
     """OpenAI's routes. `headers` are those of `/generate`'s answers."""
 
-    def __init__(self, engine: Engine, *, model_id: str, base_hash: str, headers: Headers) -> None:
+    def __init__(
+        self, engine: Engine, *, model_id: str, base_hash: str, headers: Headers, routing: Routing
+    ) -> None:
         self._engine = engine
+        self._routing = routing
         self._headers = headers
         self._base_hash = base_hash
         self._limits = Limits(model_id, engine.options.max_batch)
@@ -70,11 +75,14 @@ class OpenAiApi:
     async def _respond(self, request: Request, body: Body, form: Form, ask: Callable[[], Asked]) -> Response:
         try:
             asked = ask()
+            routed = await self._routing.route_all(asked.candidates, each=asked.best_of)
+            asked = replace(asked, candidates=routed)
             candidates = await Candidates.submit(self._engine, asked.candidates)
         except RequestError as error:
             raise in_words_of(body, error) from None
         answer = self._answer(form, candidates, asked, body)
         headers = self._headers(asked.candidates[0], candidates.generations[0])
+        headers |= told(*asked.candidates[:: asked.best_of])
         if body.stream:
             return server_sent(_events(answer, asked, candidates), headers)
         await _collect(request, candidates)
