@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -32,6 +31,10 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+_OF_A_RUN = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:;"
+    " sandbox allow-scripts"
+)
 View = Callable[[House, Request], str]
 
 
@@ -76,7 +79,7 @@ def application(house: House, *, hosts: Sequence[str] = ()) -> Starlette:
     allowed = ["127.0.0.1", "localhost", "[::1]", *hosts]
     middleware = [Middleware(Guarded), Middleware(TrustedHostMiddleware, allowed_hosts=allowed)]
     handlers = {HTTPException: _problem(house), SoppuError: _problem(house)}
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
 def _answer(house: House, view: View) -> Callable[[Request], Awaitable[Response]]:
@@ -88,7 +91,7 @@ def _answer(house: House, view: View) -> Callable[[Request], Awaitable[Response]
 
 
 def _page(house: House) -> Callable[[Request], Awaitable[Response]]:
-    """The run's own pages, which have style and script of their own in them: nothing is let in from elsewhere."""
+    """The run's own pages, with style and script of their own: nothing is let in from elsewhere."""
 
     async def endpoint(request: Request) -> Response:
         line = house.runs.line(request.path_params["run"])
@@ -96,9 +99,7 @@ def _page(house: House) -> Callable[[Request], Awaitable[Response]]:
         if line is None or name not in ("report.html", "tradeoff.html") or not (line.folder / name).is_file():
             raise HTTPException(404, f"there is no {name!r} of this run")
         body = await run_in_threadpool((line.folder / name).read_bytes)
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; sandbox"
-        policy += " allow-scripts"
-        return Response(body, media_type="text/html", headers={"content-security-policy": policy})
+        return Response(body, media_type="text/html", headers={"content-security-policy": _OF_A_RUN})
 
     return endpoint
 
@@ -117,8 +118,3 @@ def _problem(house: House) -> Callable[[Request, Exception], Awaitable[Response]
         return Response(views.problem(house, status, what), status, media_type="text/html")
 
     return handler
-
-
-def link(*parts: str) -> str:
-    """A path of these parts, each escaped."""
-    return "/" + "/".join(quote(part, safe="") for part in parts)

@@ -55,7 +55,7 @@ class Runs:
         self._flights: dict[str, Picture] = {}
 
     def refresh(self) -> None:
-        """Read the reports that changed, and how far runs are. For one thread; cost: the files that changed."""
+        """Read the reports that changed, and how far runs are. For one thread. O(what changed)."""
         folders = [one for one in _folders(self._root) if not one.is_symlink()]
         held = {}
         for folder in folders:
@@ -90,7 +90,7 @@ class Runs:
         return sorted(found, key=lambda pair: pair[0].at, reverse=True)
 
     def texts(self, run: str, user: str) -> list[Mapping[str, Any]]:
-        """Examples of one user from a run's comparison: prompt, reference, and each arm's text; [] for none."""
+        """Examples of one user from a run's comparison: prompt, reference, each arm's text; [] for none."""
         held = self._held.get(run)
         if held is None:
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -60,7 +60,8 @@ def users(house: House, request: Request) -> str:
     asked = request.query_params.get("q", "").strip()[:_LONGEST]
     after = request.query_params.get("after", "")[:_LONGEST]
     page = house.registry.user_page(holding=_searched(asked), after=after, limit=_PAGE)
-    measured = {line.user: (house.runs.of_user(line.user) or [(None, None)])[0][1] for line in page.rows}
+    found = {line.user: house.runs.of_user(line.user) for line in page.rows}
+    measured = {who: runs[0][1] if runs else None for who, runs in found.items()}
     return _render(
         "users.html", house, here="users", asked=asked, after=after, page=page, measured=measured,
         total=house.registry.user_count(),
@@ -174,8 +175,3 @@ def _environment() -> Environment:
 def link(*parts: str) -> str:
     """A path of these parts, each escaped."""
     return "/" + "/".join(quote(part, safe="") for part in parts)
-
-
-def rows(values: Sequence[Any]) -> int:
-    """How many there are, for a template."""
-    return len(values)

@@ -52,8 +52,9 @@ class Watcher:
         self._every_s = every_s
         self._stop = threading.Event()
         jobs = [("runs", runs.refresh), *((one.name, lambda one=one: look(one)) for one in self.servers)]
-        self._threads = [
-            threading.Thread(target=self._loop, args=job, name=f"dashboard {job[0]}", daemon=True) for job in jobs
+        self._threads = [  # daemons: one that waits for a server does not keep the process
+            threading.Thread(target=self._loop, args=job, name=f"dashboard {job[0]}", daemon=True)
+            for job in jobs
         ]
 
     def start(self) -> None:

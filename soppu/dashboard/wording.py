@@ -74,9 +74,7 @@ def named(user: str) -> str:
 
 def visible(text: object) -> str:
     """A text whose control characters can be seen."""
-    return "".join(
-        one if one.isprintable() or one in "\n\t" else f"\\x{ord(one):02x}" for one in str(text)
-    )
+    return "".join(one if one.isprintable() or one in "\n\t" else f"\\x{ord(one):02x}" for one in str(text))
 
 
 def sparkline(values: Sequence[float], label: str) -> Markup:
@@ -85,7 +83,9 @@ def sparkline(values: Sequence[float], label: str) -> Markup:
         return Markup("")
     top = max(*values, 1e-9)
     step = _WIDTH / (len(values) - 1)
-    points = " ".join(f"{n * step:.1f},{_HEIGHT - 2 - (_HEIGHT - 4) * v / top:.1f}" for n, v in enumerate(values))
+    points = " ".join(
+        f"{n * step:.1f},{_HEIGHT - 2 - (_HEIGHT - 4) * v / top:.1f}" for n, v in enumerate(values)
+    )
     return Markup(
         '<svg class="spark" role="img" viewBox="0 0 {w} {h}" width="{w}" height="{h}" aria-label="{label}">'
         '<polyline points="{points}"/></svg>'

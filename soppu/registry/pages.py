@@ -1,4 +1,4 @@
-"""Looks at a registry of any size: counts, a page of users, what is in force. Nothing here reads everybody."""
+"""Looks at a registry of any size: counts, a page of users, what is in force. Nobody reads everybody."""
 
 from __future__ import annotations
 
