@@ -13,6 +13,8 @@ from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.publish import publish, target_names
 from tasks.report import report
+from tasks.tradeoff import tradeoff
+from tasks.tradeoff import wanted as comparison_wanted
 
 
 @flow(name="soppu-recompress", log_prints=True)
@@ -34,6 +36,8 @@ def recompress(
     set_id = set_id or freeze_current(run)
     bundle_id = compress(run, set_id)
     evaluation = evaluate(run, set_id, bundle_id)
+    if comparison_wanted(run):
+        evaluation = tradeoff(run, evaluation)
     report(run, evaluation)
     names = target_names(run)
     fixed = map(unmapped, (run, bundle_id, evaluation))

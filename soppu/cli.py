@@ -49,11 +49,18 @@ COMMANDS = {
         "Train one LoRA on the text of all users of RUN_DIR: the run's upper bound.",
     ),
     "export-tasks": ("export_tasks", "Write the held-out text of RUN_DIR as tasks of EleutherAI's lm-eval."),
+    "evaluate": (
+        "evaluate",
+        "Compare ways to serve the users of RUN_DIR: held-out loss, text, latency, memory, bytes.",
+    ),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
 # Command -> the extra that it needs, and the packages in it.
-EXTRAS = {"serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))}
+EXTRAS = {
+    "serve": ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client")),
+    "evaluate": ("serve", ("llguidance",)),  # the server's engine
+}
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from soppu.settings import (
     toml,
 )
 from soppu.sharing import OPERATIONAL, SharingSettings
+from soppu.tradeoff_settings import EvaluateConfig, check_rules
 
 
 @settings("base")
@@ -197,7 +198,10 @@ class GateConfig:
     min_improved_users: Annotated[Real, Field(ge=0.0, le=1.0)] = 1.0
     min_mean_gain_over_shared: Annotated[Real, Field(ge=-10.0, le=10.0)] = -0.01
     max_loss_over_shared: Amount = 0.1
+    rules: Texts = ()
     device: Device = "auto"
+
+    _rules = field_validator("rules")(check_rules)
 
 
 @settings("serve")
@@ -305,6 +309,7 @@ class Config:
     federation: FederationConfig = FederationConfig()
     compress: CompressConfig = CompressConfig()
     gate: GateConfig = GateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     registry: RegistryConfig = RegistryConfig()
 
@@ -321,6 +326,7 @@ class Config:
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         self.federation.own_rank(self.lora.rank)
+        self.evaluate.check(METHODS, self.gate.rules)
         return self
 
     def training_digest(self) -> str:

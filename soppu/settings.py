@@ -97,6 +97,8 @@ def faults(error: ValidationError, *, of: Any, prefix: str = "") -> Iterator[str
             yield _unknown(of, steps, prefix)
         elif kind == "missing":
             yield f"{key}: missing"
+        elif kind == "extra_forbidden":
+            yield f"{key}: unknown, and nothing else is allowed there"
         elif kind == "value_error":  # ours, of values that do not go together
             yield str(context["error"])
         else:

@@ -92,6 +92,7 @@ CALLS = {
     "train layers": "train folder --layers {}",
     "export tasks of": "export-tasks {} out",
     "export tasks into": "export-tasks folder {}",
+    "evaluate a run": "evaluate {}",
     "report of": "report {}",
     "users in": "users --registry {}",
     "users of": "users --registry absent --catalogue {}",

@@ -110,7 +110,7 @@ def check(
         worst_error_user=worst_error,
         **_beside_shared(over_shared, mean),
         unmeasured=tuple(user for user in relative_error if user not in measured),
-        limits={name: value for name, value in vars(options).items() if not isinstance(value, str)},
+        limits={name: value for name, value in vars(options).items() if isinstance(value, float)},
     )
     found = (
         _not_measured(losses, relative_error),

@@ -12,24 +12,29 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from soppu.evaluate import plots, wording
+from soppu.evaluate.tradeoff import plot, table
+from soppu.evaluate.tradeoff.schema import FILE, Tradeoff
 
 Row = Mapping[str, Any]
 
 _FOLDED = 24  # rows above which a table starts folded
 
 
-def page(report: Row) -> str:
-    """The whole page. The same report gives the same text."""
+def page(report: Row, *, arms: Tradeoff | None = None) -> str:
+    """The whole page, with the run's arms if they were compared. The same report gives the same text."""
     return _template().render(
         report,
+        arms_table=table.text(arms) if arms else "",
+        arms_texts=arms.texts if arms else "",
         folded=_FOLDED,
-        figures=plots.figures(report),
+        figures=plots.figures(report) | ({"arms": plot.svg(arms)} if arms else {}),
         modules=list(_modules(report["compression"])),
         served=wording.served(report),
         gain_sentences=wording.gains(report),
         lost=wording.lost(report),
         measured_on=wording.measured_on(report),
         curl=wording.curl(report),
+        arms_file=FILE,
         NONE=wording.NONE,
     )
 

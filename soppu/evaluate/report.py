@@ -24,6 +24,7 @@ from soppu.evaluate import gains, html, schema
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.intervals import Interval
 from soppu.evaluate.losses import CURRENT, UserLosses
+from soppu.evaluate.tradeoff import schema as tradeoff
 from soppu.federation.personalise import PERSONAL
 
 JSON_FILE = "report.json"
@@ -119,9 +120,14 @@ def write(folder: Path, report: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def render(folder: Path, report: Mapping[str, Any]) -> Path:
-    """Write report.html alone, from a report that `build` or `read` gave. Raises StorageError."""
-    path = folder / HTML_FILE
-    files.write_text(path, html.page(report))
+    """Write report.html alone, from a report that `build` or `read` gave, with the arms compared so far.
+
+    Raises:
+        ReportError: the folder's newest comparison of arms is not whole.
+        StorageError: the disk refused.
+    """
+    path, compared = folder / HTML_FILE, folder / tradeoff.FILE
+    files.write_text(path, html.page(report, arms=tradeoff.read(compared) if compared.exists() else None))
     return path
 
 

@@ -92,7 +92,7 @@ def compression_line(made: Row) -> str:
 
 def markdown_users(report: Row) -> str:
     """The table of all users in Markdown, and in sentences what was won."""
-    table = _markdown(_HEADS, map(_cells, report["users"]), right=_NUMBERS)
+    table = markdown(_HEADS, map(_cells, report["users"]), right=_NUMBERS)
     said = [f"Served: {served(report)}.", *gains(report), *filter(None, [lost(report)])]
     return "\n\n".join([table, *map(_mark, said)])
 
@@ -107,7 +107,7 @@ def markdown_compression(report: Row) -> str:
     facts = f"{made_by(made)}: {smaller(made)}; relative error {errors(made)}."
     verdict = f"Gate: **{'passed' if gate['passed'] else 'refused'}**"
     reasons = [f"- {_mark(reason)}" for reason in gate["reasons"]]
-    table = _markdown(("", "adapters", "bundle"), rows, right=(1, 2))
+    table = markdown(("", "adapters", "bundle"), rows, right=(1, 2))
     return "\n\n".join([table, _mark(facts), _mark(certificate(made)), "\n".join([verdict, "", *reasons])])
 
 
@@ -123,7 +123,8 @@ def _cells(user: Row) -> tuple[str, ...]:
     )
 
 
-def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
+    """A table in Markdown, with nothing in its cells that would be read as markup."""
     numeric = set(right)
     rule = ["--:" if column in numeric else "---" for column in range(len(heads))]
     lines = [heads, rule, *([_mark(cell) for cell in row] for row in rows)]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from soppu import calibrate, models
 from soppu.adapter import AdaptersOnDemand, LoraAdapter
-from soppu.compress import CompressOptions, compress
+from soppu.compress import Bundle, CompressOptions, compress
+from soppu.config import CompressConfig
 from soppu.data import load_public, tokenize
 from soppu.stages.run import Run, open_run
 
@@ -25,15 +26,8 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
     run = open_run(run_folder)
     registry = run.registry()
     members = registry.get_set(set_id)
-    adapters = AdaptersOnDemand(members, registry.get_adapter)
     tell = on_progress or (lambda said: None)
-    bundle = compress(
-        adapters,
-        CompressOptions.of(run.config.compress, seed=run.config.seed),
-        adapter_ids=members,
-        moments=_moments(run, adapters, tell) if run.config.compress.whiten else None,
-        progress=lambda what, done, total: tell(_said(what, "users", done, total)),
-    )
+    bundle = compressed(run, members, run.config.compress, tell=tell)
     bundle_id = registry.put_bundle(bundle.to_bytes(), set_id=set_id, run=run.id)
     report = bundle.report.to_dict()
     report["bytes_before"] = sum(registry.adapter_bytes(adapter_id) for adapter_id in members.values())
@@ -43,6 +37,18 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
     said = f", nothing is left of {', '.join(lost)}" if lost else ""
     tell({"note": f"compressed {len(members)} users{said}", "share": 1.0})
     return bundle_id
+
+
+def compressed(run: Run, members: Mapping[str, str], settings: CompressConfig, *, tell: Tell) -> Bundle:
+    """A bundle of adapters in the registry, user -> adapter id, with the run's seed and its moments."""
+    adapters = AdaptersOnDemand(members, run.registry().get_adapter)
+    return compress(
+        adapters,
+        CompressOptions.of(settings, seed=run.config.seed),
+        adapter_ids=members,
+        moments=_moments(run, adapters, tell) if settings.whiten else None,
+        progress=lambda what, done, total: tell(_said(what, "users", done, total)),
+    )
 
 
 def _said(what: str, things: str, done: int, total: int) -> dict[str, Any]:

@@ -7,32 +7,21 @@ text, and who is not in it is judged by the error of their adapter alone.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from soppu import models
-from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
-from soppu.config import Config
-from soppu.data import Example, UserData, list_users, load_user, tokenize
-from soppu.devices import torch_device
-from soppu.errors import DataError
 from soppu.evaluate.gate import check
-from soppu.evaluate.losses import COLUMNS, CURRENT, ExampleLosses, UserLosses, example_losses
-from soppu.federation import emulator
-from soppu.federation.attach import attached
+from soppu.evaluate.losses import CURRENT, UserLosses
 from soppu.federation.personalise import BASE
-from soppu.federation.train import cache_states
 from soppu.module_names import split_layer
 from soppu.stages import elsewhere
+from soppu.stages.bench import Bench, with_text
 from soppu.stages.federate import RESULT, shared_adapter
 from soppu.stages.run import Run, open_run
 
 HERE = "on the full model, here"
 Tell = Callable[[dict[str, Any]], None]
-_log = logging.getLogger(__name__)
 
 
 class Measure(Protocol):
@@ -85,10 +74,10 @@ def measure(
     registry, result, shared = run.registry(), run.read(RESULT), shared_adapter(run)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
     lowest = min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))
-    bench = _Bench(run, layers=lowest)
+    bench = Bench(run, layers=lowest)
     own, served = {**members, **result.get("adapters", {})}, result.get("served", {})
     losses = []
-    here = _with_text(run.config, own)
+    here = with_text(run.config, own)
     for number, (user, text) in enumerate(here.items(), start=1):
         what = served.get(user, CURRENT)
         tried = {
@@ -100,108 +89,3 @@ def measure(
         if on_progress:
             on_progress({"note": f"evaluating {user}", "share": number / len(here)})
     return losses
-
-
-def heldout_losses(
-    run: Run, adapter: LoraAdapter, *, on_progress: Tell | None = None
-) -> dict[str, ExampleLosses]:
-    """User -> the losses of their held-out text, columns "base" and "adapter", of one adapter for everybody.
-
-    Measured as `measure` does: the figures stand beside each other. Cost: a forward pass of that text.
-    """
-    lowest = min(parts[1] for name in adapter.pairs if (parts := split_layer(name)))
-    bench = _Bench(run, layers=max(lowest, 2))  # no cut is lower
-    here = _with_text(run.config, list_users(run.config.data))
-    found = {}
-    for number, (user, text) in enumerate(here.items(), start=1):
-        found[user] = bench.with_and_without(text.heldout, adapter)
-        if on_progress:
-            on_progress({"note": f"evaluating {user}", "share": number / len(here)})
-    return found
-
-
-class _Bench:
-    """The full model, split where the lowest adapted layer begins."""
-
-    def __init__(self, run: Run, *, layers: int) -> None:
-        base = run.base()
-        self.config = run.config
-        device = torch_device(run.config.gate.device, key="gate.device")
-        self.model = models.load_model(base, dtype=run.config.frozen_dtype, device=device)
-        self.tokenizer = models.load_tokenizer(base)
-        total = len(emulator.decoder_layers(self.model))
-        self.plan = emulator.make_plan(
-            self.model,
-            base_hash=base.hash,
-            adapter_layers=total - layers,
-            drop_ratio=0.0,
-            target_modules=run.config.lora.target_modules,
-        )
-        self.top = emulator.TopModel(self.model, self.plan)
-        self.bottom = emulator.with_layers(self.model, self.plan.bottom)
-
-    def losses(self, text: UserData, tried: Mapping[str, LoraAdapter | None], *, served: str) -> UserLosses:
-        """Losses with the base model and with what is tried, by column; None there is the base model."""
-        columns = [name for name in COLUMNS if name != "shared" or tried[name]]
-        each = self._measure(text.heldout, {name: tried.get(name) for name in columns})
-        again = {name: tried[name] for name in ("shared", "compressed")}
-        # where there is little text what was trained on doubles as validation text: nothing is learnt from it
-        apart = text.validation and text.validation != text.train and all(again.values())
-        # no more of it than is held out: it says only which of two is better
-        by = self._measure(text.validation[: len(text.heldout)], again) if apart else None
-        return UserLosses(
-            text.user_id,
-            len(text.heldout),
-            base=each.mean("base"),
-            personal=each.mean("personal"),
-            compressed=each.mean("compressed"),
-            shared=each.mean("shared") if tried["shared"] else None,
-            served=served,
-            validation_shared=by.mean("shared") if by else None,
-            validation_compressed=by.mean("compressed") if by else None,
-            each=each,
-        )
-
-    def with_and_without(self, examples: Sequence[Example], adapter: LoraAdapter) -> ExampleLosses:
-        """Columns "base" and "adapter"; what the adapter has below the cut runs there."""
-        above = {name: pair for name, pair in adapter.pairs.items() if self._is_above(name)}
-        below = {name: pair for name, pair in adapter.pairs.items() if name not in above}
-        own = dataclasses.replace(adapter, pairs=above)
-        if not below:  # the layers below run once for both
-            return self._measure(examples, {"base": None, "adapter": own})
-        base = self._measure(examples, {"base": None})
-        with attached(self.bottom, dataclasses.replace(adapter, pairs=below)):
-            sums = self._measure(examples, {"adapter": own}).sums
-        return ExampleLosses(base.tokens, {**base.sums, **sums})
-
-    def _is_above(self, name: str) -> bool:
-        parts = split_layer(name)
-        return parts is not None and parts[1] in self.plan.adapter
-
-    def _measure(self, examples: Sequence[Example], tried: Mapping[str, LoraAdapter | None]) -> ExampleLosses:
-        """Every example with each of the adapters. The layers below them run once."""
-        data = self.config.data
-        blocks = tokenize(
-            examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
-        )
-        states = cache_states(self.bottom, blocks, pad_id=self.tokenizer.pad_token_id)
-        found = {
-            name: example_losses(self.top, self.plan, states, adapter=adapter)
-            for name, adapter in tried.items()
-        }
-        tokens = tuple(count for _, count in next(iter(found.values())))
-        return ExampleLosses(
-            tokens, {name: tuple(loss for loss, _ in pairs) for name, pairs in found.items()}
-        )
-
-
-def _with_text(config: Config, members: Iterable[str]) -> dict[str, UserData]:
-    """Text of the members who have enough of it here; the gate lists the others as unmeasured."""
-    found = {}
-    data = dataclasses.replace(config.data, on_small_user="leave-out")  # one user's fault is not the others'
-    for user in sorted(set(data.users or list_users(data)).intersection(members)):
-        try:
-            found[user] = load_user(data, user)
-        except DataError as error:
-            _log.warning("not measured: %s", error)
-    return found

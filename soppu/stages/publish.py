@@ -16,6 +16,7 @@ from soppu.stages.history import kept, refuse_forgotten
 from soppu.stages.published import Published, serving_file
 from soppu.stages.run import Run, open_run
 from soppu.stages.targets import open_target, target_settings
+from soppu.stages.tradeoff.judge import unheard
 from soppu.targets.http import HttpTarget
 
 SAMPLES = 64  # users whose sample completion goes into the report
@@ -36,6 +37,8 @@ def publish(run_folder: str, bundle_id: str, evaluation: str, target: str = "") 
     settings = target_settings(run, target)
     try:
         Verdict.from_dict(run.read(evaluation)["verdict"]).raise_if_refused()
+        if rules := unheard(run, evaluation):
+            raise GateError(rules)
         with run.registry().publishing(settings.url):
             return _publish(run, settings, bundle_id)
     except GateError:

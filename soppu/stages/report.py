@@ -18,7 +18,7 @@ from soppu.stages.federate import RESULT
 from soppu.stages.published import TOLD, Published, serving_file, stage_name, target_names
 from soppu.stages.run import Run, open_run
 
-BEFORE = ("prepare", "federate", "collect", "compress", "evaluate")
+BEFORE = ("prepare", "federate", "collect", "compress", "evaluate", "tradeoff")
 
 
 @dataclass(frozen=True)

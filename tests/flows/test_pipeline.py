@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import requests
 
+from soppu.evaluate.tradeoff import schema
 from soppu.registry import Registry
 from tests.flows.driver import Pipeline
 
@@ -14,7 +16,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
-    flow_run = pipeline.start("soppu/full-pipeline")
+    rule = "loss of personal <= 1.5 of base"
+    compared = {"evaluate.arms": ["personal"], "evaluate.metrics": ["loss"], "gate.rules": [rule]}
+    flow_run = replace(pipeline, overrides={**pipeline.overrides, **compared}).start("soppu/full-pipeline")
     pipeline.completed(flow_run)
     folder = pipeline.run_folder()
     report = json.loads((folder / "report.json").read_text())
@@ -33,9 +37,12 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
         "federate",
         "compress",
         "evaluate",
+        "tradeoff",
         "publish embedded",
     }
-    assert "<svg" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "<h2>Arms</h2>" in page
+    assert [arm.name for arm in schema.read(folder / "tradeoff.json").arms] == ["base", "personal"]
     body = {"inputs": "def close(self):", "parameters": {"adapter_id": "email", "max_new_tokens": 4}}
     answer = requests.post(f"{report['serving']['url']}/generate", json=body, timeout=60)
     assert answer.status_code == 200 and answer.headers["x-adapter-id"] == "email"
@@ -45,6 +52,8 @@ def test_from_text_to_served_tokens(pipeline: Pipeline) -> None:
         "soppu-compression",
         "soppu-report",
         "soppu-federation",
+        "soppu-tradeoff",
+        "soppu-tradeoff-plot",
     }
 
     nightly = pipeline.start("soppu-recompress/nightly")

@@ -50,6 +50,7 @@ def test_there_is_a_task_for_every_stage() -> None:
         "freeze-current",
         "compress",
         "evaluate",
+        "tradeoff",
         "publish",
         "report",
     }

@@ -256,7 +256,8 @@ def _stacked(factors: Mapping[str, ModuleFactors]) -> dict[str, ModuleFactors]:
 def _stack(factors: Mapping[str, ModuleFactors], members: list[tuple[str, int]]) -> None:
     parts = [factors[name].shared[cluster] for name, cluster in members]
     Q = [part.Q for part in parts if part.Q is not None]
-    stack = Stack(torch.stack([part.P for part in parts]), torch.stack(Q) if Q else None)
+    P = torch.stack([part.P for part in parts])
+    stack = Stack(P, torch.stack(Q) if Q else None, kernel=_kernel(P))
     for number, ((name, cluster), part) in enumerate(zip(members, parts, strict=True)):
         view = None if stack.Q is None else stack.Q[number]
         shared = factors[name].shared

@@ -55,6 +55,23 @@ class SharedChange:
 
 
 @dataclass(frozen=True, eq=False)
+class CoreChange:
+    """What rows of one cluster add at M modules of one input, by the kernel: `SharedChange` in one pass."""
+
+    rows: Tensor  # (b,) int64 every row's place in the cores; -1 where it has none
+    cores: Tensor  # (m + 1, M k_in k_out) cores (k_in, k_out) module by module; the last row is zero
+    basis: Basis
+    kernel: Kernel
+    spread: dict[int, Tensor]  # `rows` by tokens of a row; one for all layers of a routing, filled here
+
+    def add(self, x: Tensor, y: Tensor, tokens: int) -> None:
+        """Add to the layers' outputs y; arguments and cost as in `SharedChange.add`."""
+        if tokens not in self.spread:
+            self.spread[tokens] = self.rows.repeat_interleave(tokens)
+        self.kernel(x, y, self.basis, Tokens(self.cores, self.spread[tokens], None))
+
+
+@dataclass(frozen=True, eq=False)
 class PairChange:
     """What m rows of LoRA pairs add at one module: A (m, R, i), B (m, o, R), padded with zeros to rank R.
 
@@ -92,7 +109,7 @@ class OwnChange:
         self.kernel(x, y, self.basis, self.spread[tokens])
 
 
-Change = SharedChange | PairChange | OwnChange
+Change = SharedChange | CoreChange | PairChange | OwnChange
 
 
 def _times(cores: Tensor, t: Tensor) -> Tensor:

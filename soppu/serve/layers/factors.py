@@ -29,6 +29,8 @@ class Stack:
     Q: Tensor | None  # (M, m, c, k_in)
     # of modules of this stack that share an input; filled by `Routing`
     bases: dict[tuple[object, ...], Bases] = field(default_factory=dict)
+    together: dict[tuple[object, ...], Basis] = field(default_factory=dict)  # as the kernel reads them
+    kernel: Kernel | None = None  # what adds full cores; None where torch's own products do
 
 
 @dataclass(frozen=True, eq=False)

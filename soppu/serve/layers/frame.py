@@ -22,6 +22,7 @@ from soppu.serve.layers.factors import (
     Stack,
 )
 from soppu.serve.layers.joined import Joined
+from soppu.serve.layers.kernels import Kernel
 from soppu.serve.layers.records import Records
 
 Members = list[tuple[int, BundleSlot]]  # (row of the batch, its slot)
@@ -33,8 +34,9 @@ class Kind:
 
     modules: tuple[str, ...]
     like: Tensor  # (k_out, k_in, 0) of their type, on their device
-    # cluster -> `Stack.bases`, which outlive the batch
-    bases: dict[int, dict[tuple[object, ...], Any]] = field(default_factory=dict)
+    kernel: Kernel | None  # `Stack.kernel`
+    # cluster -> `Stack.bases` and `Stack.together`, which outlive the batch
+    bases: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = field(default_factory=dict)
 
 
 class Frame(Mapping[str, ModuleFactors]):
@@ -49,10 +51,7 @@ class Frame(Mapping[str, ModuleFactors]):
             U, V = next(iter(module.bases.values()))
             if U is not None and V is not None:
                 kinds.setdefault((U.shape[1], V.shape[1], U.dtype, U.device), []).append(name)
-        self.kinds = tuple(
-            Kind(tuple(names), torch.zeros(k_out, k_in, 0, dtype=dtype, device=device))  # type: ignore[call-overload]
-            for (k_out, k_in, dtype, device), names in kinds.items()
-        )
+        self.kinds = tuple(_kind(key, names, modules) for key, names in kinds.items())
 
     def __getitem__(self, name: str) -> ModuleFactors:
         return self._modules[name]
@@ -103,6 +102,13 @@ class Frame(Mapping[str, ModuleFactors]):
         return replace(module, shared={}, place=nobody, own=own)
 
 
+def _kind(key: tuple[Any, ...], names: Sequence[str], modules: Mapping[str, ModuleFactors]) -> Kind:
+    k_out, k_in, dtype, device = key
+    own = modules[names[0]].own
+    like = torch.zeros(k_out, k_in, 0, dtype=dtype, device=device)
+    return Kind(tuple(names), like, own.kernel if own else None)
+
+
 def _numbers(slot: BundleSlot) -> Numbers:
     assert slot.numbers is not None  # slots of a frame have them
     return slot.numbers
@@ -123,7 +129,9 @@ def _stacked(
             place[at] = len(here)
             here.append(core)
     stacks = {
-        cluster: Stack(torch.stack(held, dim=1), None, kind.bases.setdefault(cluster, {}))
+        cluster: Stack(
+            torch.stack(held, dim=1), None, *kind.bases.setdefault(cluster, ({}, {})), kernel=kind.kernel
+        )
         for cluster, held in members.items()
     }
     made = {}

@@ -243,102 +243,135 @@ struct Job {
   const int64_t *rows, *tokens, *users;  // tokens: nullptr = all, in order; users: nullptr = none
   const uint32_t* data;
   const int64_t* starts;
-  int64_t n, i, m, ki, ko, ldx, ldy, ldc;
+  int64_t n, i, m, ki, ko, w, ldx, ldy, ldc;  // w: numbers in a row of t, whole panels of them
 };
 
 struct Space {  // of one thread
   std::vector<float> x, t, s, sum, from, to, weight;
+  std::vector<uint32_t> pairs;
 };
 
-// sum[b][0 .. N*LANES) += sum over `depth` of a[b][d] * B[d][..]; added in one order, whatever T and N
+// A basis lies in panels of LANES columns, in each one unit of 64 bytes after the other: a row of floats, or two
+// rows of bfloat16, number beside number. Zeros fill the last panel and the last unit.
+template <class S> constexpr int64_t DEEP = 4 / sizeof(S);  // rows in a unit
+
+#ifdef __AVX512BF16__  // what a unit is multiplied with: a float, or two bfloat16 where there is a product of pairs
+template <class S> using Factor = std::conditional_t<DEEP<S> == 2, uint32_t, float>;
+#else
+template <class S> using Factor = float;
+#endif
+template <class S> constexpr bool PAIRS = std::is_same_v<Factor<S>, uint32_t>;
+
+inline int64_t up_to(int64_t number, int64_t step) { return (number + step - 1) / step; }
+
+template <class S> int64_t panel(int64_t depth) { return up_to(depth, DEEP<S>) * DEEP<S> * LANES; }  // numbers
+
+// `depth` numbers as pairs; the last one may have a zero beside it
+inline void paired(const float* from, int64_t depth, uint32_t* to) {
+  for (int64_t d = 0; d < depth; d += 2) {
+    at::BFloat16 two[2] = {static_cast<at::BFloat16>(from[d]), static_cast<at::BFloat16>(d + 1 < depth ? from[d + 1] : 0.f)};
+    std::memcpy(to + d / 2, two, sizeof two);
+  }
+}
+inline void paired(const at::BFloat16* from, int64_t depth, uint32_t* to) {
+  to[(depth - 1) / 2] = 0;
+  std::memcpy(to, from, depth * sizeof *from);
+}
+
+// sum[b][..] += sum over `depth` of a[b][d] * B[d][..] for N panels; added in one order, whatever T and N
 template <int T, int N, class S>
-inline void product(const float* a, int64_t lda, int64_t depth, const S* B, int64_t ldb, Floats (&sum)[T][N]) {
-  for (int64_t d = 0; d < depth; ++d) {
-    Floats b[N];
+inline void product(const Factor<S>* a, int64_t lda, int64_t depth, const S* B, Floats (&sum)[T][N]) {
+  const int64_t ldb = panel<S>(depth);
+  for (int64_t u = 0; u < up_to(depth, DEEP<S>); ++u) {
+    Words b[N];
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) b[j] = load(B + d * ldb + j * LANES);
+    for (int j = 0; j < N; ++j) std::memcpy(&b[j], B + j * ldb + u * DEEP<S> * LANES, sizeof b[j]);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const float v = a[t * lda + d];
 #pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) sum[t][j] += v * b[j];
+      for (int j = 0; j < N; ++j) {
+        if constexpr (DEEP<S> == 1) {
+          Floats row; std::memcpy(&row, &b[j], sizeof row);
+          sum[t][j] += a[t * lda + u] * row;
+        } else if constexpr (PAIRS<S>) {
+#ifdef __AVX512BF16__
+          sum[t][j] = (Floats)_mm512_dpbf16_ps((__m512)sum[t][j], (__m512bh)b[j], (__m512bh)_mm512_set1_epi32(a[t * lda + u]));
+#endif
+        } else {
+          const Words even = b[j] << 16, odd = b[j] & 0xffff0000u;
+          Floats row; std::memcpy(&row, &even, sizeof row);
+          sum[t][j] += a[t * lda + 2 * u] * row;
+          std::memcpy(&row, &odd, sizeof row);
+          sum[t][j] += a[t * lda + 2 * u + 1] * row;
+        }
+      }
     }
   }
 }
 
-// call(N, column) for panels of N vectors, as wide as they fit; the first column that none covers
+// call(N, panel) for groups of N panels, as many as registers hold, then of half as many
 template <int N, class Call>
-int64_t panels(int64_t column, int64_t end, const Call& call) {
-  for (; column + N * LANES <= end; column += N * LANES) call(std::integral_constant<int, N>{}, column);
-  if constexpr (N > 1) return panels<N / 2>(column, end, call);
-  return column;
+void panels(int64_t at, int64_t end, const Call& call) {
+  for (; at + N <= end; at += N) call(std::integral_constant<int, N>{}, at);
+  if constexpr (N > 1) panels<N / 2>(at, end, call);
 }
 
 // t (T, w) = x V
 template <int T, class S>
-void down(const Job<S>& job, const float* x, int64_t ldx, int64_t live, float* t) {
-  const int64_t w = job.m * job.ki;
-  int64_t c = panels<SUMS / T>(0, w, [&](auto n, int64_t column) {
+void down(const Job<S>& job, const Factor<S>* x, int64_t ldx, float* t) {
+  panels<SUMS / T>(0, job.w / LANES, [&](auto n, int64_t at) {
     Floats sum[T][n()] = {};
-    product<T, n()>(x, ldx, job.i, job.V + column, w, sum);
+    product<T, n(), S>(x, ldx, job.i, job.V + at * panel<S>(job.i), sum);
     for (int b = 0; b < T; ++b)
-      for (int j = 0; j < n(); ++j) store(t + b * w + column + j * LANES, sum[b][j]);
+      for (int j = 0; j < n(); ++j) store(t + b * job.w + (at + j) * LANES, sum[b][j]);
   });
-  for (; c < w; ++c)
-    for (int64_t b = 0; b < live; ++b) {
-      float sum = 0;
-      for (int64_t i = 0; i < job.i; ++i) sum += x[b * ldx + i] * one(job.V + i * w + c);
-      t[b * w + c] = sum;
-    }
 }
 
-// s (m k_out) = the core of one row, part by part
+// s (m k_out) = the core of one row, part by part. The last load of a core's row may go beyond it, at most into the
+// table's last row, which is nobody's.
 template <class S>
 void apply_cores(const Job<S>& job, const float* t, float* s, const S* core) {
   for (int64_t p = 0; p < job.m; ++p, core += job.ki * job.ko) {
     const float* from = t + p * job.ki;
     float* to = s + p * job.ko;
-    int64_t o = 0;
-    for (; o + LANES <= job.ko; o += LANES) {
+    for (int64_t o = 0; o < job.ko; o += LANES) {
       Floats sum = {};
       for (int64_t i = 0; i < job.ki; ++i) sum += from[i] * load(core + i * job.ko + o);
-      store(to + o, sum);
-    }
-    for (; o < job.ko; ++o) {
-      float sum = 0;
-      for (int64_t i = 0; i < job.ki; ++i) sum += from[i] * one(core + i * job.ko + o);
-      to[o] = sum;
+      if (o + LANES <= job.ko) { store(to + o, sum); continue; }
+      float made[LANES]; store(made, sum);
+      std::copy_n(made, job.ko - o, to + o);
     }
   }
 }
 
+// y += sum for up to LANES numbers
+template <class S>
+inline void plus(Floats sum, int64_t many, S* y) {
+  if (many == LANES) return store(y, load(y) + sum);
+  float numbers[LANES]; store(numbers, sum);
+  for (int64_t o = 0; o < many; ++o) put(y + o, one(y + o) + numbers[o]);
+}
+
 // y += s U + sum for one part; `sum` may be nullptr
 template <int T, class S>
-void up(const Job<S>& job, const float* s, const S* U, int64_t size, S* const* y, int64_t live, const float* sum) {
-  const int64_t lds = job.m * job.ko, ld = size + PAD;
-  int64_t o = panels<SUMS / T>(0, size, [&](auto n, int64_t column) {
+void up(const Job<S>& job, const Factor<S>* s, int64_t lds, const S* U, int64_t size, S* const* y, int64_t live,
+        const float* sum) {
+  const int64_t ld = size + PAD;
+  panels<SUMS / T>(0, up_to(size, LANES), [&](auto n, int64_t at) {
     Floats made[T][n()] = {};
-    product<T, n()>(s, lds, job.ko, U + column, size, made);
+    product<T, n(), S>(s, lds, job.ko, U + at * panel<S>(job.ko), made);
     for (int b = 0; b < live; ++b)
       for (int j = 0; j < n(); ++j) {
-        S* at = y[b] + column + j * LANES;
-        if (sum) made[b][j] += load(sum + b * ld + column + j * LANES);
-        store(at, load(at) + made[b][j]);
+        const int64_t column = (at + j) * LANES;
+        if (sum) made[b][j] += load(sum + b * ld + column);
+        plus(made[b][j], std::min(LANES, size - column), y[b] + column);
       }
   });
-  for (; o < size; ++o)
-    for (int64_t b = 0; b < live; ++b) {
-      float made = sum ? sum[b * ld + o] : 0;
-      for (int64_t i = 0; i < job.ko; ++i) made += s[b * lds + i] * one(U + i * size + o);
-      put(y[b] + o, one(y[b] + o) + made);
-    }
 }
 
 template <class S>
 void plus(const float* sum, int64_t size, S* y) {
-  int64_t o = 0;
-  for (; o + LANES <= size; o += LANES) store(y + o, load(y + o) + load(sum + o));
-  for (; o < size; ++o) put(y + o, one(y + o) + sum[o]);
+  for (int64_t o = 0; o < size; o += LANES) plus(load(sum + o), std::min(LANES, size - o), y + o);
 }
 
 // One user's tokens, T or fewer: what the record adds to s and to the sum of outputs of one part.
@@ -351,7 +384,7 @@ void own(const Job<S>& job, const Record& r, int64_t first, int64_t part, int64_
     const int64_t ld = ki + PAD;
     space.from.assign(T * ld, 0);
     for (int64_t b = 0; b < live; ++b)
-      std::copy_n(&space.t[(first + b) * job.m * job.ki + part * job.ki], ki, &space.from[b * ld]);
+      std::copy_n(&space.t[(first + b) * job.w + part * job.ki], ki, &space.from[b * ld]);
     read_rows<T>(r, true, {space.from.data(), ld, ki}, space.weight.data());
   }
   read_rows<T>(r, false, {&space.x[first * ldx], ldx, job.i}, space.weight.data());
@@ -400,26 +433,58 @@ void own_part(const Job<S>& job, int64_t first, int64_t live, int64_t part, Spac
   }
 }
 
+// What V is multiplied with, T rows: x as it is, or its pairs
+template <int T, class S>
+void into_basis(const Job<S>& job, const S* const* rows, int64_t live, Space& space) {
+  if constexpr (PAIRS<S>) {
+    const int64_t ld = up_to(job.i, 2);
+    space.pairs.resize(T * ld);
+    for (int64_t b = 0; b < live; ++b) paired(rows[b], job.i, &space.pairs[b * ld]);
+    down<T>(job, space.pairs.data(), ld, space.t.data());
+  } else {
+    down<T>(job, space.x.data(), job.i + PAD, space.t.data());
+  }
+}
+
+// What U is multiplied with: one part of s
+template <int T, class S>
+void out_of_basis(const Job<S>& job, const S* U, int64_t part, S* const* y, int64_t live, const float* sum, Space& space) {
+  const int64_t size = job.spans[part].size, lds = job.m * job.ko;
+  const float* s = space.s.data() + part * job.ko;
+  if constexpr (PAIRS<S>) {
+    const int64_t ld = up_to(job.ko, 2);
+    space.pairs.resize(T * ld);
+    for (int64_t b = 0; b < live; ++b) paired(s + b * lds, job.ko, &space.pairs[b * ld]);
+    up<T>(job, space.pairs.data(), ld, U, size, y, live, sum);
+  } else {
+    const int64_t ld = up_to(job.ko, DEEP<S>) * DEEP<S>;
+    space.from.assign(T * ld, 0);
+    for (int64_t b = 0; b < live; ++b) std::copy_n(s + b * lds, job.ko, &space.from[b * ld]);
+    up<T>(job, space.from.data(), ld, U, size, y, live, sum);
+  }
+}
+
 template <int T, class S>
 void tile(const Job<S>& job, int64_t first, int64_t live, Space& space) {
   const Needs<S> needs(job, first, live);
   if (!needs.in && !needs.own) return;
   const int64_t ldx = job.i + PAD;
-  space.x.resize((live + SPARE) * ldx), space.t.resize(T * job.m * job.ki);
+  space.x.resize((live + SPARE) * ldx), space.t.resize(T * job.w);
   space.s.assign(T * job.m * job.ko, 0);
   S* y[T];
+  const S* x[T];
   for (int64_t b = 0; b < live; ++b) {  // rows beyond these hold any numbers: nothing of them is kept
     const int64_t token = job.tokens ? job.tokens[first + b] : first + b;
-    y[b] = job.y + token * job.ldy;
-    const S* from = job.x + token * job.ldx;
+    y[b] = job.y + token * job.ldy, x[b] = job.x + token * job.ldx;
+    if (PAIRS<S> && !needs.own) continue;
     float* to = &space.x[b * ldx];
-    for (int64_t i = 0; i < job.i; ++i) to[i] = one(from + i);
+    for (int64_t i = 0; i < job.i; ++i) to[i] = one(x[b] + i);
     std::fill_n(to + job.i, PAD, 0.f);
   }
-  if (needs.in) down<T>(job, space.x.data(), ldx, live, space.t.data());
+  if (needs.in) into_basis<T>(job, x, live, space);
   for (int64_t b = 0; b < live; ++b)
     if (const int64_t row = job.rows[first + b]; row >= 0 && job.ki && job.ko)
-      apply_cores(job, &space.t[b * job.m * job.ki], &space.s[b * job.m * job.ko], job.cores + row * job.ldc);
+      apply_cores(job, &space.t[b * job.w], &space.s[b * job.m * job.ko], job.cores + row * job.ldc);
   const S* U = job.U;
   for (int64_t p = 0; p < job.m; ++p) {
     const int64_t at = job.spans[p].at, size = job.spans[p].size;
@@ -430,10 +495,10 @@ void tile(const Job<S>& job, int64_t first, int64_t live, Space& space) {
       own_part(job, first, live, p, space);
     }
     const float* sum = needs.own ? space.sum.data() : nullptr;
-    if (needs.out) up<T>(job, space.s.data() + p * job.ko, U, size, to, live, sum);
+    if (needs.out) out_of_basis<T>(job, U, p, to, live, sum, space);
     else if (sum)
       for (int64_t b = 0; b < live; ++b) plus(sum + b * (size + PAD), size, to[b]);
-    U += job.ko * size;
+    U += up_to(size, LANES) * panel<S>(job.ko);
   }
 }
 
@@ -468,6 +533,7 @@ Job<S> job_of(const at::Tensor& x, at::Tensor& y, const at::Tensor& cores, const
   Job<S> job = {};
   job.spans = reinterpret_cast<const Span*>(spans.const_data_ptr<int64_t>()), job.rows = rows.const_data_ptr<int64_t>();
   job.n = rows.size(0), job.i = x.size(1), job.m = spans.size(0), job.ko = k[0], job.ki = k[1];
+  job.w = up_to(job.m * job.ki, LANES) * LANES;
   job.ldx = x.stride(0), job.ldy = y.stride(0), job.ldc = cores.stride(0);
   return job;
 }
@@ -477,7 +543,6 @@ void apply(const at::Tensor& x, at::Tensor y, const at::Tensor& V, const at::Ten
            const Given& data, const Given& starts, at::IntArrayRef k, int64_t offset) {
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.stride(1) == 1 && y.stride(1) == 1, "rows must be contiguous");
   TORCH_CHECK(spans.size(1) == sizeof(Span) / sizeof(int64_t) && spans.is_contiguous(), "spans: rows of 5 numbers");
-  TORCH_CHECK(V.size(0) == x.size(1), "x has ", x.size(1), " features, V has ", V.size(0), " rows");
   TORCH_CHECK(tokens ? tokens->size(0) == rows.size(0) : rows.size(0) <= x.size(0), "more rows than tokens");
   TORCH_CHECK(!users || (users->size(0) == rows.size(0) && data && starts), "a user a token, and their records");
   TORCH_CHECK(x.scalar_type() == y.scalar_type() && V.scalar_type() == x.scalar_type() &&

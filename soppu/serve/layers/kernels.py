@@ -6,6 +6,7 @@ by `routing`, and in vLLM by `step`.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from soppu.serve.layers.records import Records
 _LOG = logging.getLogger(__name__)
 Ranks = tuple[int, int]  # k_out, k_in
 Sides = tuple[Tensor | None, Tensor | None]  # U, V; None where nobody refers to it
+_LANES = 16  # columns of a panel
 CHUNK = 512  # tokens whose cores are gathered at a time: bounds what a long prompt needs
 
 
@@ -74,11 +76,30 @@ class Basis:
         """Whether there is nothing that anybody could use."""
         return not self.V.numel() and not self.U.numel() and bool((self.spans[:, 2] < 0).all())
 
+    @functools.cached_property
+    def panels(self) -> tuple[Tensor, Tensor]:
+        """V and U as the compiled kernel reads them, part after part. A copy, made when first asked for."""
+        return panels(self.V), torch.cat([panels(U) for _, U in self.outputs()])
+
     def outputs(self) -> list[tuple[int, Tensor]]:
         """(first column, U (k_out, size)) of every part; views."""
         starts, sizes, *_ = self.spans.T.tolist()
         views = self.U.split([self.k[0] * size for size in sizes])
         return [(at, view.view(self.k[0], size)) for at, size, view in zip(starts, sizes, views, strict=True)]
+
+
+def panels(matrix: Tensor) -> Tensor:
+    """A matrix (d, w) as the compiled kernel reads it: flat, 64 bytes after 64 bytes.
+
+    Panels of 16 columns, in each row after row; two rows of bfloat16 lie number beside number, as processors
+    multiply pairs of them. Zeros fill the last panel and the last pair.
+    """
+    d, w = matrix.shape
+    deep = 4 // matrix.element_size()
+    units, columns = -(-d // deep), -(-w // _LANES)
+    padded = matrix.new_zeros(units * deep, columns * _LANES)
+    padded[:d, :w] = matrix
+    return padded.view(units, deep, columns, _LANES).permute(2, 0, 3, 1).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +177,7 @@ def native(x: Tensor, y: Tensor, basis: Basis, tokens: Tokens) -> None:
     held = tokens.records
     table = (tokens.cores, basis.spans, tokens.rows, tokens.places)
     own = (None, None, None) if held is None else (tokens.users, held.data, held.starts)
-    torch.ops.soppu_native.apply(x, y, basis.V, basis.U, *table, *own, basis.k, basis.offset)
+    torch.ops.soppu_native.apply(x, y, *basis.panels, *table, *own, basis.k, basis.offset)
 
 
 def choose(kind: str, *, device: torch.device, dtype: torch.dtype) -> Kernel:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from soppu.adapter import LoraPair
-from soppu.serve.layers.deltas import Change, Layers, OwnChange, PairChange, SharedChange
+from soppu.serve.layers.deltas import Change, CoreChange, Layers, OwnChange, PairChange, SharedChange
 from soppu.serve.layers.factors import (
     Bases,
     BundleSlot,
@@ -61,6 +61,7 @@ class Routing:
         self._cores: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._numbers: dict[int, Tensor | None] = {}
         self._recorded: dict[tuple[int, int], dict[int, Recorded]] = {}
+        self._spread: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}  # `CoreChange.rows` and its `spread`
 
     def changes(self, layers: Layers) -> tuple[Change, ...]:
         """The changes of layers that share an input: by module or stack and cluster, and one of all pairs."""
@@ -124,7 +125,7 @@ class Routing:
 
     def _shared(
         self, layers: Layers, factors: dict[int, ModuleFactors], members: Members
-    ) -> Iterator[SharedChange]:
+    ) -> Iterator[SharedChange | CoreChange]:
         """One change for the parts of a stack, one for each factor that is in none."""
         parts: dict[int, tuple[Places, list[tuple[int, SharedFactors]]]] = {}
         for number, module in factors.items():
@@ -132,7 +133,11 @@ class Routing:
                 shared = module.shared[cluster]
                 parts.setdefault(id(shared.stack or shared), (here, []))[1].append((number, shared))
         for here, numbered in parts.values():
-            yield self._shared_change(layers, here, numbered)
+            stack = numbered[0][1].stack
+            if stack is not None and stack.kernel is not None and stack.Q is None:
+                yield self._core_change(layers, stack, here, numbered)
+            else:
+                yield self._shared_change(layers, here, numbered)
 
     def _clusters(self, factors: ModuleFactors, members: Members) -> dict[int, Places]:
         """Cluster -> rows of the members served in shared form here; once for modules of the same places."""
@@ -160,6 +165,23 @@ class Routing:
         cores = [None if side is None else _part(side, shared) for side in self._stacked(stack, here)]
         assert cores[0] is not None
         return SharedChange(self._rows(here, first.P), stack.bases[key], P=cores[0], Q=cores[1])
+
+    def _core_change(
+        self, layers: Layers, stack: Stack, here: Places, numbered: list[tuple[int, SharedFactors]]
+    ) -> CoreChange:
+        key = layers, *(number for number, _ in numbered)
+        if key not in stack.together:
+            stack.together[key] = _core_basis(layers, numbered)
+        if id(here) not in self._spread:
+            rows = torch.full((self.rows,), -1)
+            rows[[row for row, _ in here]] = torch.arange(len(here))
+            self._spread[id(here)] = rows, {}
+        P = _part(self._stacked(stack, here)[0], [factors for _, factors in numbered])
+        table = P.new_zeros(len(here) + 1, P[0].numel())
+        table[:-1].view_as(P.mT).copy_(P.mT)
+        rows, spread = self._spread[id(here)]
+        assert stack.kernel is not None
+        return CoreChange(rows, table, stack.together[key], stack.kernel, spread)
 
     def _stacked(self, stack: Stack, here: Places) -> tuple[Tensor, Tensor | None]:
         """The rows' cores at all modules of a stack, gathered once."""
@@ -211,6 +233,14 @@ def _basis(layers: Layers, owned: dict[int, OwnNumbers], cluster: int) -> Basis:
     first = next(iter(owned.values()))
     like = first.like.new_zeros(first.records.shapes[first.module][1], 0)
     return Basis.of(sides, spans, like=like)
+
+
+def _core_basis(layers: Layers, numbered: Sequence[tuple[int, SharedFactors]]) -> Basis:
+    """The bases of some modules of one input as the kernel reads them."""
+    columns = [layers.columns(number) for number, _ in numbered]
+    sides = [(factors.U, factors.V) for _, factors in numbered]
+    spans = [(at.start, at.stop - at.start, -1) for at in columns]
+    return Basis.of(sides, spans, like=sides[0][1][:, :0])
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:

@@ -14,6 +14,7 @@ from jinja2 import UndefinedError
 from soppu.config import Config
 from soppu.evaluate import html, plots, wording
 from soppu.evaluate.gate import check
+from soppu.evaluate.tradeoff import schema as tradeoff
 from tests.soppu.evaluate.example import (
     HOSTILE,
     make_compression,
@@ -21,6 +22,7 @@ from tests.soppu.evaluate.example import (
     make_losses,
     make_report,
 )
+from tests.soppu.evaluate.tradeoff.example import comparison
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
 
@@ -296,3 +298,14 @@ def test_what_compression_lost_is_said() -> None:
     page = Page(html.page(make_report(users=["alice", "bob"], losses=losses)))
     assert "the shared adapter is better than the compressed one of bob." in page.text
     assert page.text.count("(compression lost)") == 1
+
+
+def test_arms_that_were_compared_have_a_section_that_needs_only_the_folder() -> None:
+    found = tradeoff.check(comparison(), source="x")
+    assert "<h2>Arms</h2>" not in text_for(1)
+    text = html.page(make_report(1), arms=found)
+    links = {value for _, name, value in Page(text).attributes if name == "href" and value[0] != "#"}
+    assert links == {"tradeoff.json", found.texts}
+    assert "residual@16" in Page(text).text and "left out: codebleu: not asked for" in Page(text).text
+    assert text.count("<svg") == text_for(1).count("<svg") + 1
+    assert text == html.page(make_report(1), arms=found)

@@ -90,7 +90,7 @@ def test_the_best_of_several_texts_has_the_highest_mean_logprob(house: House) ->
     assert len({tuple(token.id for token in text) for text in texts}) > 1
     means = [fmean(token.logprob for token in text) for text in texts]
     assert means[0] == max(means)
-    # a text may end inside a character, or in a special token behind one: the whole has it, no token's own text
+    # a special token may end a text inside a character: the whole tells of it, no token's own text
     assert finish.text == tiny.tokenizer().decode([token.id for token in tokens], skip_special_tokens=True)
     again = GenerationRequest(
         PROMPT, "alice", max_new_tokens=5, sampling=replace(HOT, seed=finish.seed)

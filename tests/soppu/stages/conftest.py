@@ -150,11 +150,11 @@ def reconfigured(run: Run) -> Callable[..., Run]:
         from soppu import config as configuration
         from soppu.files import write_text
 
-        config = run.config
-        for name, values in sections.items():
-            config = dataclasses.replace(
-                config, **{name: dataclasses.replace(getattr(config, name), **values)}
-            )
+        replaced = {
+            name: dataclasses.replace(getattr(run.config, name), **values)
+            for name, values in sections.items()
+        }
+        config = dataclasses.replace(run.config, **replaced)
         write_text(run.folder / "config.toml", configuration.dump(config))
         return open_run(str(run.folder))
 

@@ -15,7 +15,7 @@ from soppu import models
 from soppu.errors import ConfigError, DataError
 from soppu.federation import emulator
 from soppu.stages import report
-from soppu.stages.evaluate import _with_text
+from soppu.stages.bench import with_text
 from soppu.stages.federate import RESULT, collect, federate
 from soppu.stages.run import Run, open_run, prepare
 
@@ -120,10 +120,10 @@ def test_one_users_text_that_cannot_be_read_leaves_the_others_measured(
 ) -> None:
     folder = Path(run.config.data.source)
     (folder / "bob.jsonl").write_text("{")
-    assert list(_with_text(run.config, ["ann", "bob", "cleo", "dan"])) == ["ann", "cleo"]
+    assert list(with_text(run.config, ["ann", "bob", "cleo", "dan"])) == ["ann", "cleo"]
     assert "not measured" in caplog.text and "bob.jsonl:1: not JSON" in caplog.text
     (folder / "bob.jsonl").unlink()
-    assert list(_with_text(run.config, ["ann", "bob", "cleo"])) == ["ann", "cleo"]
+    assert list(with_text(run.config, ["ann", "bob", "cleo"])) == ["ann", "cleo"]
 
 
 @pytest.mark.parametrize("served", ["personal", "shared", "base"])

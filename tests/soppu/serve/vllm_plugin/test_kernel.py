@@ -27,7 +27,9 @@ def _basis(k: int, size: int) -> tuple[Basis, Tensor]:
     """A basis of two parts with a gap between them, and the table of cores."""
     spans = torch.tensor([[2, SIZES[0], -1, k, k], [SIZES[0] + 7, SIZES[1], -1, k, k]])
     basis = Basis(torch.randn(size, 2 * k), torch.randn(k * sum(SIZES)), k=(k, k), offset=5, spans=spans)
-    return basis, torch.randn(USERS, 5 + 2 * k * k)
+    cores = torch.randn(USERS + 1, 5 + 2 * k * k)
+    cores[-1] = torch.nan  # the row behind all users' is nobody's
+    return basis, cores
 
 
 def _expected(x: Tensor, y: Tensor, basis: Basis, tokens: kernels.Tokens) -> Tensor:
@@ -55,6 +57,39 @@ def test_every_number_of_tokens(k: int, picked: bool) -> None:
         wanted = _expected(x, y, basis, tokens)
         kernels.native(x, y, basis, tokens)
         assert float((y - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("k", [3, 16, 39])
+def test_bfloat16_reads_nothing_beside_its_own_numbers(k: int) -> None:
+    """Rows of odd length, whose last number has no other beside it, between rows of not-numbers."""
+    torch.manual_seed(k)
+    basis, cores = _basis(k, size=37)
+    half = dataclasses.replace(basis, V=basis.V.bfloat16(), U=basis.U.bfloat16())
+    for count in range(1, 18):
+        places = 2 * torch.arange(count)
+        tokens = kernels.Tokens(cores.bfloat16() / k, torch.randint(-1, USERS, (count,)), places)
+        x, y = torch.full((36, 37), torch.nan), torch.full((36, SIZES[0] + 7 + SIZES[1] + 1), torch.nan)
+        x[places], y[places] = torch.randn(count, 37), torch.randn(count, y.shape[1])
+        x, y = x.bfloat16(), y.bfloat16()
+        wanted = _expected(x, y, half, tokens)[places]
+        kernels.native(x, y, half, tokens)
+        assert float((y[places] - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
+        assert y[places + 1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_hold_every_number_once_and_zeros_beside(dtype: torch.dtype) -> None:
+    matrix = torch.arange(1, 5 * 19 + 1).view(5, 19).to(dtype)
+    flat = kernels.panels(matrix)
+    deep = 1 if dtype == torch.float32 else 2
+    assert len(flat) * flat.element_size() % 64 == 0
+    units = -(-5 // deep)
+    read = [
+        [flat[((c // 16 * units + d // deep) * 16 + c % 16) * deep + d % deep] for c in range(19)]
+        for d in range(5)
+    ]
+    assert torch.tensor(read).equal(matrix.float())
+    assert flat.float().sum() == matrix.float().sum()
 
 
 FORMS = {  # widths of coordinates and own numbers, output side then input side
