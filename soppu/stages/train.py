@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from transformers.integrations import unset_hf_deepspeed_config
 
 from soppu import adapter as adapters
 from soppu import files, models
@@ -163,6 +164,7 @@ def _train(
     on_progress: Tell | None = None,
 ) -> tuple[LoraAdapter, State]:
     """The adapter, and how it was made; alike on every process."""
+    unset_hf_deepspeed_config()  # else transformers cuts weights as it reads them, whose shapes we look at
     bench = _bench(run, layers=follows["layers"], cached=follows["cached"])
     training = CentralTraining(
         accelerator, bench.pooled, _samples(run, bench, accelerator), schedule=choices.schedule
