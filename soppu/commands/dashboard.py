@@ -29,6 +29,15 @@ def _targets(context: click.Context, option: click.Parameter, values: tuple[str,
     return found
 
 
+def _published(registry: Registry) -> dict[str, str]:
+    """The targets that were published to; told apart by their address where they have one name."""
+    places = [one for one in registry.in_force() if one.url]
+    names = [one.target for one in places]
+    return {
+        one.target if names.count(one.target) == 1 else f"{one.target} {one.url}": one.url for one in places
+    }
+
+
 @click.command("dashboard")
 @registry_options("The registry that is looked at; nothing in it is changed.")
 @click.option(
@@ -78,7 +87,7 @@ def dashboard_command(
     reach it sees users' names and losses, so it listens on this machine alone unless --host says otherwise.
     """
     registry = Registry.open(root, catalogue=catalogue, create=False)
-    known = targets or {f"{one.target} {one.url}": one.url for one in registry.in_force() if one.url}
+    known = targets or _published(registry)
     runs = Runs(folder)
     watcher = Watcher(runs, known)
     house = House(registry, runs, watcher, name=catalogue or root)
