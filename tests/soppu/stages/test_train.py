@@ -108,6 +108,7 @@ def test_two_processes_come_to_the_adapter_of_one(run: Run) -> None:
     assert run.read(FILE)["losses"] == pytest.approx(run.read(f"one-{FILE}")["losses"], abs=1e-4)
 
 
+@pytest.mark.long
 def test_the_layers_below_give_the_same_whether_they_are_kept_or_run_again(run: Run) -> None:
     kept = trained(run)
     again = trained(run, Choices(SHORT, cache=False, again=True))
@@ -119,6 +120,7 @@ def test_the_layers_below_give_the_same_whether_they_are_kept_or_run_again(run: 
     )
 
 
+@pytest.mark.long
 def test_all_layers_are_judged_by_the_same_measure(run: Run) -> None:
     told = train(run, Choices(SHORT, layers=-1))
     found = centralised_adapter(run)
@@ -144,6 +146,7 @@ def test_what_was_stopped_goes_on_to_the_same_adapter(run: Run) -> None:
     assert not (run.folder / stage.CHECKPOINT).exists()
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_other_choices_is_not_gone_on_with(run: Run) -> None:
     whole = trained(run)
     (run.folder / FILE).unlink()
@@ -158,6 +161,7 @@ def test_a_checkpoint_of_other_choices_is_not_gone_on_with(run: Run) -> None:
     assert trained(run).content_hash() == whole.content_hash()
 
 
+@pytest.mark.long
 def test_it_ends_when_validation_stops_falling_and_keeps_the_best(run: Run) -> None:
     wild = Schedule(replace(SHORT.train, steps=40, learning_rate=0.3), check_every=1, patience=2)
     told = train(run, Choices(wild))

@@ -68,6 +68,7 @@ def test_a_program_that_does_not_end_is_ended_with_all_it_started() -> None:
     assert gone()
 
 
+@pytest.mark.long
 def test_a_fork_bomb_is_limited_and_leaves_nothing() -> None:
     bomb = """
 import os
@@ -202,6 +203,7 @@ def some(count: int) -> dict[str, human_eval.Problem]:
     return dict(list(human_eval.problems().items())[:count])
 
 
+@pytest.mark.long
 def test_solutions_pass_whatever_follows_them_and_nothing_else_does() -> None:
     asked = some(3)
     right = [f"{one['canonical_solution']}\ndef other():\n    return undefined(" for one in asked.values()]
