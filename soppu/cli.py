@@ -66,6 +66,10 @@ COMMANDS = {
         "export_tasks",
         "Write the held-out text of RUN_DIR as tasks of EleutherAI's lm-eval, into DIR.",
     ),
+    "dashboard": (
+        "dashboard",
+        "Show users, versions, what is published where, traffic and runs, live in a browser.",
+    ),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
 UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
@@ -75,6 +79,7 @@ _SERVING = ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client")
 EXTRAS = {
     "serve": _SERVING,
     "evaluate": ("serve", ("llguidance",)),  # the server's engine
+    "dashboard": ("serve", ("starlette", "uvicorn", "prometheus_client")),
 }
 
 

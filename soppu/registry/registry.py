@@ -25,7 +25,7 @@ from soppu.base_identity import Base
 from soppu.blobs import Blobs, LocalBlobs, open_blobs
 from soppu.errors import AdapterError, RegistryError, StorageError
 from soppu.published import bundle_key, check_bundle
-from soppu.registry import ledger
+from soppu.registry import ledger, pages
 from soppu.registry.catalogue import (
     Adapter,
     AdapterSet,
@@ -230,6 +230,10 @@ class Registry:
     resolve = _asked(ledger.resolve)
     live = _asked(ledger.live)
     placements = _asked(ledger.placements)
+    user_count = _asked(pages.user_count)
+    user_page = _asked(pages.user_page)
+    in_force = _asked(pages.in_force)
+    holders = _asked(pages.holders)
 
     def record_publication(
         self, *, target: str, url: str, bundle_id: str, placements: Mapping[str, str] | None = None

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from soppu.errors import ConfigError, PortTaken
 from soppu.models import load_model, load_tokenizer, resolve
 from soppu.serve import admin_token as tokens
 from soppu.serve.api.http import ServerInfo, create_app
@@ -20,12 +19,12 @@ from soppu.serve.bank.resident import DEFAULT_RESIDENT
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.layers.packed_linear import fastest_dtype
+from soppu.serve.port import claim_port
 from soppu.serve.router import deciding
 from soppu.serve.router.deciding import RouterOptions
 from soppu.serve.stopping import DrainingServer
 
 _LOG = logging.getLogger(__name__)
-_BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -96,23 +95,6 @@ def run(options: ServeOptions) -> None:
                 os._exit(0)
         finally:
             state.close()
-
-
-def claim_port(host: str, port: int) -> socket.socket:
-    """A socket that listens at `host:port`. PortTaken if somebody else has it.
-
-    It listens at once, because two sockets that are only bound may share a port. Clients wait while the
-    model loads.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"host {host!r}: {error}") from None
-    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    try:
-        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
-    except OSError as error:
-        raise PortTaken(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
 
 
 def _preload(state: ServerState, options: ServeOptions) -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
-from soppu.data import list_users
 from soppu.evaluate.gate import check
-from soppu.evaluate.losses import CURRENT, ExampleLosses, UserLosses
+from soppu.evaluate.losses import CURRENT, UserLosses
 from soppu.federation.personalise import BASE
 from soppu.module_names import split_layer
 from soppu.progress import telling
@@ -97,21 +95,3 @@ def measure(
         if on_progress:
             on_progress({"note": f"evaluated {user}", "share": number / len(here), "user": user})
     return losses
-
-
-def heldout_losses(
-    run: Run, adapter: LoraAdapter, *, on_progress: Tell | None = None
-) -> dict[str, ExampleLosses]:
-    """User -> the losses of their held-out text, columns "base" and "adapter", of one adapter for everybody.
-
-    Measured as `measure` does: the figures stand beside each other. Cost: a forward pass of that text.
-    """
-    lowest = min(parts[1] for name in adapter.pairs if (parts := split_layer(name)))
-    bench = Bench(run, layers=max(lowest, 2))  # no cut is lower
-    here = with_text(run.config, list_users(run.config.data))
-    found = {}
-    for number, (user, text) in enumerate(here.items(), start=1):
-        found[user] = bench.measure(text.heldout, {"base": None, "adapter": adapter})
-        if on_progress:
-            on_progress({"note": f"evaluating {user}", "share": number / len(here)})
-    return found

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from transformers.integrations import unset_hf_deepspeed_config
 
 from soppu import adapter as adapters
 from soppu import files, models
@@ -24,14 +25,15 @@ from soppu.central.bench import LEAST_BELOW, Bench, Place
 from soppu.central.pooled import Sample
 from soppu.central.training import CentralTraining, Schedule, State, Tell
 from soppu.data import list_users, load_user, tokenize
-from soppu.errors import AdapterError, ConfigError
+from soppu.errors import ConfigError
 from soppu.evaluate.losses import ExampleLosses
+from soppu.module_names import split_layer
 from soppu.stages import text
-from soppu.stages.evaluate import heldout_losses
+from soppu.stages.bench import Bench as Gauge
+from soppu.stages.bench import with_text
+from soppu.stages.centralised import FILE, FOLDER, identify
 from soppu.stages.run import Run, open_run
 
-FILE = "centralised.json"
-FOLDER = "centralised"  # the PEFT folder
 CHECKPOINT = ".centralised.pt"
 LOCK = ".centralised.lock"
 FORMAT = 1
@@ -85,7 +87,7 @@ def train(
         started = time.perf_counter()
         adapter, state = _train(run, choices, accelerator, follows=follows, on_progress=on_progress)
         seconds = time.perf_counter() - started
-        losses = heldout_losses(run, adapter, on_progress=on_progress)
+        losses = _judged(run, adapter, on_progress)
         adapters.write(adapter, run.folder / FOLDER)
         told = {
             **_told(adapter, state, losses),
@@ -96,23 +98,6 @@ def train(
         run.write(FILE, told)
         (run.folder / CHECKPOINT).unlink(missing_ok=True)
     return told
-
-
-def centralised_adapter(run: Run) -> LoraAdapter | None:
-    """The adapter of a run's centralised training; None where none has ended.
-
-    Raises:
-        AdapterError: the folder is damaged, or not the one that `FILE` speaks of.
-    """
-    told = run.read(FILE)
-    if not told:
-        return None
-    adapter = adapters.read(run.folder / str(told["path"]))
-    if (found := _id(adapter)) != told["adapter_id"]:
-        raise AdapterError(
-            f"{run.folder / told['path']}: holds adapter {found}, {FILE} says {told['adapter_id']}"
-        )
-    return adapter
 
 
 def _follows(run: Run, choices: Choices, accelerator: Accelerator) -> dict[str, Any]:
@@ -179,6 +164,7 @@ def _train(
     on_progress: Tell | None = None,
 ) -> tuple[LoraAdapter, State]:
     """The adapter, and how it was made; alike on every process."""
+    unset_hf_deepspeed_config()  # else transformers cuts weights as it reads them, whose shapes we look at
     bench = _bench(run, layers=follows["layers"], cached=follows["cached"])
     training = CentralTraining(
         accelerator, bench.pooled, _samples(run, bench, accelerator), schedule=choices.schedule
@@ -213,11 +199,24 @@ def _samples(run: Run, bench: Bench, accelerator: Accelerator) -> tuple[list[Sam
     return parts[0], parts[1]
 
 
+def _judged(run: Run, adapter: LoraAdapter, on_progress: Tell | None) -> dict[str, ExampleLosses]:
+    """User -> the losses of their held-out text, columns "base" and "adapter", as the gate measures them."""
+    lowest = min(parts[1] for name in adapter.pairs if (parts := split_layer(name)))
+    gauge = Gauge(run, layers=max(lowest, LEAST_BELOW))  # no cut is lower
+    here = with_text(run.config, list_users(run.config.data))
+    found = {}
+    for number, (user, own) in enumerate(here.items(), start=1):
+        found[user] = gauge.measure(own.heldout, {"base": None, "adapter": adapter})
+        if on_progress:
+            on_progress({"note": f"evaluating {user}", "share": number / len(here)})
+    return found
+
+
 def _told(adapter: LoraAdapter, state: State, losses: Mapping[str, ExampleLosses]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "path": FOLDER,
-        "adapter_id": _id(adapter),
+        "adapter_id": identify(adapter),
         "steps": state.best_step,
         "steps_taken": state.step,
         "validation": [list(look) for look in state.looks],  # step, loss
@@ -225,10 +224,6 @@ def _told(adapter: LoraAdapter, state: State, losses: Mapping[str, ExampleLosses
         "base_losses": {user: each.mean("base") for user, each in losses.items()},
         "tokens": {user: sum(each.tokens) for user, each in losses.items()},
     }
-
-
-def _id(adapter: LoraAdapter) -> str:
-    return f"a-{adapter.content_hash()[:16]}"
 
 
 def _environment(accelerator: Accelerator, *, seconds: float) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from soppu.errors import ConfigError, RegistryError
 from soppu.federation.personalise import BASE as SERVED_BASE
 from soppu.progress.telling import Tell
 from soppu.registry import Registry
+from soppu.stages.centralised import FILE as CENTRALISED_FILE
+from soppu.stages.centralised import centralised_adapter
 from soppu.stages.compress import compressed
 from soppu.stages.federate import RESULT, shared_adapter
 from soppu.stages.run import FEDERATION, Run
 from soppu.tradeoff_settings import BASE, CENTRALISED, PERSONAL, SHARED, parse_arm
 
 FOLDER = "tradeoff"  # of a run: what was measured so far
-CENTRALISED_FILE = "centralised.json"
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,13 @@ class Arms:
         return self._of_everybody(SHARED, "adapter", folder, adapter)
 
     def _centralised(self) -> Arm:
-        told = self.run.read(CENTRALISED_FILE)
-        if not told:
+        adapter = centralised_adapter(self.run)
+        if adapter is None:
             raise ConfigError(
                 f"arm {CENTRALISED!r}: {self.run.id} holds no {CENTRALISED_FILE}; see `soppu train`"
             )
-        folder = self.run.folder / str(told["path"])
-        return self._of_everybody(CENTRALISED, "centralised", folder, adapters.read(folder))
+        folder = self.run.folder / str(self.run.read(CENTRALISED_FILE)["path"])
+        return self._of_everybody(CENTRALISED, "centralised", folder, adapter)
 
     def _of_everybody(self, name: str, kind: Any, folder: Path, adapter: LoraAdapter) -> Arm:
         size = (folder / adapters.WEIGHTS_FILE).stat().st_size

@@ -76,7 +76,7 @@ def compare(
         MissingExtra: a metric was asked for by name, and its library is not installed.
         SoppuError: an arm's text could not be generated.
     """
-    run, how = open_run(run_folder), how or Measuring()
+    run, how = open_run(str(Path(run_folder).resolve())), how or Measuring()  # latest is a link
     options = options or run.config.evaluate
     set_id = set_id or newest_set(run)
     with files.exclusive(run.folder / arms_of.FOLDER / "lock"):

@@ -28,7 +28,7 @@ from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.serve.server import claim_port
+from soppu.serve.port import claim_port
 from soppu.serve.stopping import DrainingServer
 from tests.soppu.serve import tiny
 

@@ -24,8 +24,9 @@ from soppu.data import load_user, tokenize
 from soppu.errors import AdapterError, ConfigError, DataError, UnsupportedModel
 from soppu.federation.train import TrainOptions
 from soppu.stages import train as stage
+from soppu.stages.centralised import FILE, FOLDER, centralised_adapter
 from soppu.stages.run import Run
-from soppu.stages.train import Choices, centralised_adapter
+from soppu.stages.train import Choices
 
 ROOT = Path(__file__).parents[3]
 SHORT = Schedule(TrainOptions(steps=8, batch_size=5, learning_rate=1e-2, b_ratio=2.0), check_every=2)
@@ -59,7 +60,7 @@ def distance(left: LoraAdapter, right: LoraAdapter) -> float:
 
 def loss_by_peft(run: Run, user: str) -> float:
     """Nats a token of a user's held-out text: transformers and peft by themselves, an example at a time."""
-    model = PeftModel.from_pretrained(models.load_model(run.base()), str(run.folder / stage.FOLDER))
+    model = PeftModel.from_pretrained(models.load_model(run.base()), str(run.folder / FOLDER))
     summed, tokens = 0.0, 0
     for block in tokenize(
         load_user(run.config.data, user).heldout, models.load_tokenizer(run.base()), max_tokens=48
@@ -73,7 +74,7 @@ def loss_by_peft(run: Run, user: str) -> float:
 
 def test_it_learns_on_everybodys_text_and_peft_finds_the_same_losses(run: Run) -> None:
     told = train(run)
-    assert told == run.read(stage.FILE) == train(run, on_progress=lambda _: pytest.fail("trained again"))
+    assert told == run.read(FILE) == train(run, on_progress=lambda _: pytest.fail("trained again"))
     assert told["losses"].keys() == {"ann", "bob", "cleo"}
     assert all(told["losses"][user] < told["base_losses"][user] for user in told["losses"])
     for user, loss in told["losses"].items():
@@ -85,7 +86,7 @@ def test_it_learns_on_everybodys_text_and_peft_finds_the_same_losses(run: Run) -
     assert {name.split(".")[2] for name in found.pairs} == {"6", "7"}  # the run's adapter layers
     with pytest.raises(ConfigError, match=r"learning_rate = 0.01 \(asked for: 0.02\).*--again"):
         train(run, Choices(replace(SHORT, train=replace(SHORT.train, learning_rate=0.02))))
-    run.write(stage.FILE, {**told, "adapter_id": "a-0"})
+    run.write(FILE, {**told, "adapter_id": "a-0"})
     with pytest.raises(AdapterError, match="holds adapter a-.*says a-0"):
         centralised_adapter(run)
 
@@ -96,15 +97,15 @@ def in_two_processes(run: Run) -> None:
 
 def test_two_processes_come_to_the_adapter_of_one(run: Run) -> None:
     alone = trained(run)
-    for name in (stage.FOLDER, stage.FILE):
+    for name in (FOLDER, FILE):
         (run.folder / name).rename(run.folder / f"one-{name}")
     AcceleratorState._reset_state(True)
     torch.set_num_threads(1)
     debug_launcher(in_two_processes, (run,), num_processes=2)  # forked, over gloo
-    assert run.read(stage.FILE)["processes"] == 2
+    assert run.read(FILE)["processes"] == 2
     both = centralised_adapter(run)
     assert both is not None and distance(alone, both) < 1e-3
-    assert run.read(stage.FILE)["losses"] == pytest.approx(run.read(f"one-{stage.FILE}")["losses"], abs=1e-4)
+    assert run.read(FILE)["losses"] == pytest.approx(run.read(f"one-{FILE}")["losses"], abs=1e-4)
 
 
 def test_the_layers_below_give_the_same_whether_they_are_kept_or_run_again(run: Run) -> None:
@@ -132,7 +133,7 @@ def test_what_was_stopped_goes_on_to_the_same_adapter(run: Run) -> None:
             raise KeyboardInterrupt
 
     whole = trained(run)
-    (run.folder / stage.FILE).unlink()
+    (run.folder / FILE).unlink()
     with pytest.raises(KeyboardInterrupt):
         train(run, on_progress=stop)
     assert centralised_adapter(run) is None and (run.folder / stage.CHECKPOINT).exists()
@@ -145,7 +146,7 @@ def test_what_was_stopped_goes_on_to_the_same_adapter(run: Run) -> None:
 
 def test_a_checkpoint_of_other_choices_is_not_gone_on_with(run: Run) -> None:
     whole = trained(run)
-    (run.folder / stage.FILE).unlink()
+    (run.folder / FILE).unlink()
     longer = Choices(replace(SHORT, train=replace(SHORT.train, seed=9)))
 
     def stop(event: dict[str, Any]) -> None:
@@ -197,8 +198,8 @@ def test_accelerate_launch_comes_to_the_adapter_of_a_plain_call(run: Run, proces
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean         base") == 1 and "100% |" in done.stderr  # by the first alone
-    assert run.read(stage.FILE)["processes"] == processes
+    assert run.read(FILE)["processes"] == processes
     launched = centralised_adapter(run)
-    for name in (stage.FOLDER, stage.FILE):
+    for name in (FOLDER, FILE):
         (run.folder / name).rename(run.folder / f"launched-{name}")
     assert launched is not None and distance(trained(run), launched) < 1e-3

@@ -41,7 +41,7 @@ from starlette.routing import Route
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from soppu.serve.server import claim_port
+from soppu.serve.port import claim_port
 
 _TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 _KERNELS = (8, 16, 32, 64, 128)

@@ -26,7 +26,7 @@ from soppu.federation.simulation import free_port
 from soppu.models import resolve
 from soppu.serve.admin_token import token_file
 from soppu.serve.api.http import ServerInfo
-from soppu.serve.server import claim_port
+from soppu.serve.port import claim_port
 from soppu.targets import http, process
 from soppu.targets.canary import Answered, Due, fault, is_close
 from soppu.targets.embedded import EmbeddedTarget, ServerLaunch

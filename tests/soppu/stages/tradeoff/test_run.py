@@ -109,7 +109,10 @@ def test_arms_are_measured_once_and_as_the_gate_and_the_libraries_do(
     assert all(arm.tokens_s and arm.memory_bytes and arm.latency_ms_p99 for arm in found.arms)
     monkeypatch.setattr(compress, "compress", refused)
     monkeypatch.setattr(losses, "Bench", refused)
-    assert compare(str(run.folder), options=OPTIONS, how=Measuring(process=refused)) == path
+    latest = run.folder.parent / "latest"
+    latest.symlink_to(run.folder.name)  # as a report leaves it
+    assert compare(str(latest), options=OPTIONS, how=Measuring(process=refused)) == path
+    assert found.run == run.id
     fewer = EvaluateConfig(arms=("personal",), metrics=("loss",), prompts=1)
     assert compare(str(run.folder), options=fewer, how=Measuring(process=refused)) != path
 

@@ -1,0 +1,93 @@
+"""Looks at a registry of any size: counts, a page of users, what is in force. Nobody reads everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from soppu.registry.catalogue import Bundle, Holding, Publication, SetMember, User
+
+MOST = 500  # rows of a page
+
+
+@dataclass(frozen=True)
+class UserLine:
+    """One user who is not forgotten, and their current adapter."""
+
+    user: str
+    adapter_id: str
+    at: str
+    run: str
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class UserPage:
+    """Users in the order of their ids; `more` where others come after them."""
+
+    rows: tuple[UserLine, ...]
+    more: bool
+
+
+@dataclass(frozen=True)
+class InForce:
+    """The newest publication of one target, and how many users its bundle has."""
+
+    target: str
+    url: str
+    bundle_id: str
+    at: str
+    run: str
+    users: int
+
+
+def user_count(session: Session) -> int:
+    """How many users hold an adapter."""
+    return session.scalar(sa.select(sa.func.count(User.holding_id))) or 0
+
+
+def user_page(session: Session, *, holding: str = "", after: str = "", limit: int = 50) -> UserPage:
+    """The users behind `after` whose id has `holding` in it, at most `limit` (of `MOST`) of them.
+
+    O(limit) where everybody is asked for; with `holding` as many ids are looked at as it takes.
+    """
+    limit = max(1, min(limit, MOST))
+    query = (
+        sa.select(Holding)
+        .join(User, User.holding_id == Holding.id)
+        .where(User.id > after)
+        .order_by(User.id)
+        .limit(limit + 1)
+    )
+    if holding:
+        query = query.where(User.id.contains(holding, autoescape=True))
+    rows = [
+        UserLine(row.user_id, row.adapter_id, row.at, row.run, dict(row.metrics))
+        for row in session.scalars(query)
+    ]
+    return UserPage(tuple(rows[:limit]), more=len(rows) > limit)
+
+
+def in_force(session: Session) -> tuple[InForce, ...]:
+    """What every target serves now, by target and URL. Sets are counted in the database."""
+    newest = sa.select(sa.func.max(Publication.id)).group_by(Publication.target, Publication.url)
+    members = sa.select(sa.func.count()).where(SetMember.set_id == Bundle.set_id).scalar_subquery()
+    query = (
+        sa.select(Publication, Bundle.run, members)
+        .join(Bundle, Bundle.id == Publication.bundle_id)
+        .where(Publication.id.in_(newest))
+        .order_by(Publication.target, Publication.url)
+    )
+    return tuple(
+        InForce(one.target, one.url, one.bundle_id, one.at, run, users)
+        for one, run, users in session.execute(query)
+    )
+
+
+def holders(session: Session, adapter_id: str, *, limit: int = 50) -> tuple[str, ...]:
+    """Who has ever held an adapter, the first `limit` of them."""
+    query = sa.select(Holding.user_id).where(Holding.adapter_id == adapter_id).distinct()
+    return tuple(session.scalars(query.order_by(Holding.user_id).limit(limit)))

@@ -1,0 +1,175 @@
+"""The live page over a real registry, real run folders and a server that comes and goes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from soppu import user_ids
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.dashboard import figures, watcher
+from soppu.dashboard.app import application
+from soppu.dashboard.runs import Runs
+from soppu.dashboard.views import House
+from soppu.dashboard.watcher import Server, Watcher
+from soppu.progress import events
+from soppu.progress.events import Event
+from soppu.registry import Registry
+
+HOSTILE = user_ids.to_id("<script>alert(1)")
+METRICS = """# TYPE soppu_adapter_requests counter
+soppu_adapter_requests_total{adapter="ann@0f",outcome="success"} 3
+soppu_adapter_requests_total{adapter="ann",outcome="failure"} 1
+soppu_adapter_requests_total{adapter="",outcome="success"} 5
+# TYPE soppu_adapter_request_duration_seconds histogram
+soppu_adapter_request_duration_seconds_bucket{adapter="ann",le="0.1"} 2
+soppu_adapter_request_duration_seconds_bucket{adapter="ann",le="0.2"} 4
+soppu_adapter_request_duration_seconds_bucket{adapter="ann",le="+Inf"} 4
+# TYPE lorax_queue_length gauge
+lorax_queue_length 7
+"""
+
+
+def _adapter(seed: int) -> LoraAdapter:
+    g = torch.Generator().manual_seed(seed)
+    pair = LoraPair(A=torch.randn(2, 4, generator=g), B=torch.randn(3, 2, generator=g))
+    return LoraAdapter({"model.layers.0.self_attn.q_proj": pair}, base_model="tiny", base_hash="b" * 64)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    made = Registry.open(str(tmp_path_factory.mktemp("registry")))
+    for number in range(60):
+        made.put_adapter(_adapter(number), user=f"user-{number:03}", run="r")
+    made.put_adapter(_adapter(200), user="ann", run="first")
+    made.put_adapter(_adapter(201), user="ann", run="second")
+    made.put_adapter(_adapter(203), user="gone", run="r")
+    made.put_adapter(_adapter(202), user=HOSTILE, run="r")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def house(registry: Registry, tmp_path: Path) -> House:
+    runs = Runs(tmp_path / "runs")
+    return House(registry, runs, Watcher(runs, {"embedded": "http://127.0.0.1:9"}), name="here")
+
+
+@pytest.fixture
+def client(house: House) -> TestClient:
+    return TestClient(application(house), base_url="http://localhost")
+
+
+def test_users_are_paged_and_searched_by_the_server(client: TestClient) -> None:
+    first = client.get("/users").text
+    assert "user-000" in first and "user-059" not in first and "Next" in first
+    second = client.get("/users", params={"after": "user-049"}).text
+    assert "user-050" in second and "user-049</a>" not in second
+    assert "user-059" in client.get("/users", params={"q": "059"}).text
+    assert "Nobody has" in client.get("/users", params={"q": "%_"}).text  # no wildcards of the database's
+    assert "ann" in client.get("/users", params={"q": "an"}).text
+
+
+def test_a_user_has_every_version_and_leads_to_it(client: TestClient, registry: Registry) -> None:
+    page = client.get("/users/ann").text
+    versions = [row.adapter_id for row in registry.history("ann")]
+    assert len(versions) == 2 and all(f"/adapters/{one}" in page for one in versions)
+    assert page.index(versions[1]) < page.index(versions[0])  # the newest first
+    assert "ann" in client.get(f"/adapters/{versions[0]}").text
+
+
+def test_names_are_text_and_never_markup(client: TestClient) -> None:
+    for path in ("/users", f"/users/{HOSTILE.replace('%', '%25')}"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "<script>alert" not in answer.text and "&lt;script&gt;alert" in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/users/nobody", "/users/..%2F..%2Fetc", "/users/%00", "/adapters/a-0", "/bundles/00", "/runs/absent",
+     "/runs/..%2Fregistry", "/runs/r/config.toml", "/static/../app.py", "/none"],
+)  # fmt: skip
+def test_what_is_not_there_is_said_in_words(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert "Traceback" not in answer.text
+
+
+def test_it_changes_nothing_and_is_read_from_here_alone(client: TestClient) -> None:
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert client.request(method, "/users/ann").status_code == 405
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    policy = client.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert client.get("/static/htmx.min.js").status_code == 200
+
+
+def test_a_run_in_flight_one_that_is_unreadable_and_a_forgotten_user(
+    client: TestClient, house: House, tmp_path: Path
+) -> None:
+    flying, broken = tmp_path / "runs" / "demo-1", tmp_path / "runs" / "demo-2"
+    for folder in (flying, broken):
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text("")
+    (broken / "report.json").write_text(json.dumps({"format": 1}))
+    began = Event(1.0, "run", "began", stages=("federate", "compress"), **events.this_process())
+    for event in (began, Event(2.0, "federate", "began", pid=began.pid)):
+        events.append(flying, event)
+    events.append(flying, Event(3.0, "federate", note="user <b>ann</b>", share=0.25, pid=began.pid))
+    house.runs.refresh()
+    page = client.get("/").text
+    assert "user &lt;b&gt;ann&lt;/b&gt;" in page and "25.0 %" in page and "unreadable" in page
+    assert "25.0 %" in client.get("/runs/demo-1").text
+    events.append(flying, Event(4.0, "run", "done", seconds=3.0, pid=began.pid))
+    house.runs.refresh()
+    assert "25.0 %" not in client.get("/").text
+    house.registry.forget("gone")
+    assert "forgotten" in client.get("/users/gone").text
+
+
+class _Metrics(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(METRICS.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_traffic_of_a_server_that_is_there_and_then_is_not(client: TestClient, house: House) -> None:
+    assert "away" in client.get("/").text
+    with HTTPServer(("127.0.0.1", 0), _Metrics) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        one = house.watcher.servers[0]
+        one.url = f"http://127.0.0.1:{server.server_port}"
+        watcher.look(one)
+        server.shutdown()
+    assert not one.fault and "away" not in client.get("/").text
+    page = client.get("/users/ann").text
+    assert "Traffic" in page and "100 ms" in page
+    watcher.look(one)
+    assert "does not answer" in client.get("/").text
+
+
+def test_figures_of_versions_are_of_one_user_and_quantiles_lie_in_their_buckets() -> None:
+    found = figures.read(METRICS)
+    ann = found.users["ann"]
+    assert (ann.requests, ann.failures, found.total.requests, found.waiting) == (3, 1, 8, 7)
+    assert ann.quantile(0.5) == pytest.approx(0.1) and ann.quantile(1.0) == pytest.approx(0.2)
+    assert figures.quantile([], 0.5) is None
+    assert figures.quantile([(0.5, 0.0), (float("inf"), 4.0)], 0.9) == 0.5
+
+
+def test_a_server_that_began_anew_has_no_negative_rate() -> None:
+    server = Server("a", "http://x")
+    server.history.extend([(0.0, 10.0), (2.0, 14.0), (4.0, 1.0)])
+    assert server.rates == [2.0, 0.0]
