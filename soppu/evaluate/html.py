@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from soppu.evaluate import plots, wording
 from soppu.evaluate.tradeoff import plot, table
-from soppu.evaluate.tradeoff.schema import FILE, Tradeoff
+from soppu.evaluate.tradeoff.schema import FILE, PAGE, Tradeoff
 
 Row = Mapping[str, Any]
 
@@ -22,7 +22,7 @@ _FOLDED = 24  # rows above which a table starts folded
 
 def page(report: Row, *, arms: Tradeoff | None = None) -> str:
     """The whole page, with the run's arms if they were compared. The same report gives the same text."""
-    return _template().render(
+    return template("report.html.jinja").render(
         report,
         arms_table=table.text(arms) if arms else "",
         arms_texts=arms.texts if arms else "",
@@ -35,12 +35,14 @@ def page(report: Row, *, arms: Tradeoff | None = None) -> str:
         measured_on=wording.measured_on(report),
         curl=wording.curl(report),
         arms_file=FILE,
+        arms_page=PAGE,
         NONE=wording.NONE,
     )
 
 
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of this folder: texts are escaped and made printable on their way out."""
     environment = Environment(
         loader=PackageLoader("soppu", "evaluate"),
         autoescape=True,
@@ -51,7 +53,7 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {**dict(inspect.getmembers(wording, inspect.isfunction)), "grouped": "{:,}".format}
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _visible(value: object) -> object:

@@ -24,6 +24,7 @@ from soppu.evaluate import gains, html, schema
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.intervals import Interval
 from soppu.evaluate.losses import CURRENT, UserLosses
+from soppu.evaluate.tradeoff import page
 from soppu.evaluate.tradeoff import schema as tradeoff
 from soppu.federation.personalise import PERSONAL
 
@@ -120,14 +121,17 @@ def write(folder: Path, report: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def render(folder: Path, report: Mapping[str, Any]) -> Path:
-    """Write report.html alone, from a report that `build` or `read` gave, with the arms compared so far.
+    """Write report.html, from a report that `build` or `read` gave, with the arms compared so far, and their page.
 
     Raises:
         ReportError: the folder's newest comparison of arms is not whole.
         StorageError: the disk refused.
     """
     path, compared = folder / HTML_FILE, folder / tradeoff.FILE
-    files.write_text(path, html.page(report, arms=tradeoff.read(compared) if compared.exists() else None))
+    arms = tradeoff.read(compared) if compared.exists() else None
+    if arms:
+        page.write_page(folder)
+    files.write_text(path, html.page(report, arms=arms))
     return path
 
 

@@ -14,6 +14,7 @@ from soppu.settings import Amount, Count, Flag, Natural, Real, faults
 from soppu.tradeoff_settings import Metric
 
 FILE = "tradeoff.json"  # the newest; each is also kept as tradeoff-<key>.json
+PAGE = "tradeoff.html"  # beside it, for people
 LOWER_IS_BETTER = frozenset({"loss"})
 _SHOWN = 20  # faults spelt out; of more, the number is told
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from soppu import tables
 from soppu.evaluate.summary import markdown
-from soppu.evaluate.tradeoff.schema import Arm, Row, Tradeoff
+from soppu.evaluate.tradeoff.schema import Arm, Difference, Row, Tradeoff
 from soppu.evaluate.wording import printable, shortened, size, who
 from soppu.tradeoff_settings import METRICS
 
@@ -22,14 +22,30 @@ def text(found: Tradeoff, *, users: bool = False, width: int = 0) -> str:
     parts = [_render(found.arms, _of_arms(found), width)]
     if users:
         parts.append(_render(found.rows, _of_rows(found), width))
-    return "\n\n".join([*parts, "\n".join(_said(found))])
+    return "\n\n".join([*parts, "\n".join(said(found))])
 
 
 def markdown_table(found: Tradeoff) -> str:
     """The arms in Markdown, for an orchestrator's artifacts."""
     columns = _filled(found.arms, _of_arms(found))
     table = markdown([head for head, _, _ in columns], _cells(found.arms, columns), right=_right(columns))
-    return "\n\n".join([table, *map(printable, _said(found))])
+    return "\n\n".join([table, *map(printable, said(found))])
+
+
+def arm_cells(found: Tradeoff) -> tuple[list[str], list[list[str]]]:
+    """Heads, and a line of cells an arm, the name first."""
+    columns = _filled(found.arms, _of_arms(found))
+    return [head for head, _, _ in columns], list(_cells(found.arms, columns))
+
+
+def told(metric: str, value: float | None) -> str:
+    """A score as the table tells it."""
+    return _NONE if value is None else next(tell for _, name, tell in _scores() if name == metric)(value)
+
+
+def gain(won: Difference) -> str:
+    """What is won, with its interval where there is one."""
+    return _interval(won.mean, won.low, won.high)
 
 
 def _of_arms(found: Tradeoff) -> list[_Column]:
@@ -59,12 +75,12 @@ def _of_rows(found: Tradeoff) -> list[_Column]:
 
 
 def _scores() -> list[_Column]:
-    def told(metric: str) -> Callable[[float], str]:
+    def teller(metric: str) -> Callable[[float], str]:
         if metric == "loss":
             return "{:.4f}".format
         return "{:.0%}".format if metric in _SHARES else "{:.1f}".format
 
-    return [(metric.replace("_", " "), metric, told(metric)) for metric in METRICS]
+    return [(metric.replace("_", " "), metric, teller(metric)) for metric in METRICS]
 
 
 def _times() -> list[_Column]:
@@ -107,7 +123,8 @@ def _interval(mean: float, low: float | None, high: float | None) -> str:
     return f"{mean:+.3f}" if low is None or high is None else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def _said(found: Tradeoff) -> Iterator[str]:
+def said(found: Tradeoff) -> Iterator[str]:
+    """Over what the means are, how text was made, and what was left out and why."""
     users = len({row.user for row in found.rows})
     how = found.generation
     yield f"means over {users} users; loss: nats a token of held-out text, what it wins with a 95 % interval"
