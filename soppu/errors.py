@@ -73,6 +73,10 @@ class SandboxError(SoppuError):
     """This machine cannot run a program apart from everything else; it was not started."""
 
 
+class NotThere(SoppuError):
+    """There is no such user, adapter, bundle or run to be looked at."""
+
+
 class ReportError(SoppuError, ValueError):
     """A report that cannot be read, or is not whole; the message names each field."""
 

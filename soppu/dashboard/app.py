@@ -18,8 +18,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from soppu.dashboard import views
-from soppu.dashboard.views import House, NotThere
-from soppu.errors import RegistryError, SoppuError
+from soppu.dashboard.views import House
+from soppu.errors import NotThere, RegistryError, SoppuError
 
 _HERE = Path(__file__).parent
 _HEADERS = {

@@ -16,16 +16,12 @@ from soppu import user_ids
 from soppu.dashboard import wording
 from soppu.dashboard.runs import Runs
 from soppu.dashboard.watcher import Watcher
-from soppu.errors import RegistryError, SoppuError
+from soppu.errors import NotThere, RegistryError, SoppuError
 from soppu.registry import Registry
 
 _PAGE = 50  # users of a page
 _LONGEST = 200  # characters of what is searched for
 _RUNS = 30
-
-
-class NotThere(SoppuError):
-    """There is no such user, adapter, bundle or run."""
 
 
 @dataclass(frozen=True)

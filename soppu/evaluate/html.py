@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-
 from soppu.evaluate import plots, wording
+from soppu.evaluate.templates import template
 from soppu.evaluate.tradeoff import plot, table
 from soppu.evaluate.tradeoff.schema import FILE, PAGE, Tradeoff
 
@@ -38,27 +35,6 @@ def page(report: Row, *, arms: Tradeoff | None = None) -> str:
         arms_page=PAGE,
         NONE=wording.NONE,
     )
-
-
-@functools.cache
-def template(name: str) -> Template:
-    """A page of this folder: texts are escaped and made printable on their way out."""
-    environment = Environment(
-        loader=PackageLoader("soppu", "evaluate"),
-        autoescape=True,
-        finalize=_visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {**dict(inspect.getmembers(wording, inspect.isfunction)), "grouped": "{:,}".format}
-    return environment.get_template(name)
-
-
-def _visible(value: object) -> object:
-    """Control characters of a text made visible, before it is escaped; markup stays as it is."""
-    return wording.printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _modules(made: Row) -> Iterator[tuple[str, Any, Any, tuple[float | None, ...]]]:

@@ -121,7 +121,7 @@ def write(folder: Path, report: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def render(folder: Path, report: Mapping[str, Any]) -> Path:
-    """Write report.html, from a report that `build` or `read` gave, with the arms compared so far, and their page.
+    """Write report.html from what `build` or `read` gave, with the arms compared so far, and their page.
 
     Raises:
         ReportError: the folder's newest comparison of arms is not whole.

@@ -25,9 +25,9 @@ def centralised_adapter(run: Run) -> LoraAdapter | None:
     told = run.read(FILE)
     if not told:
         return None
-    adapter = adapters.read(run.folder / str(told["path"]))
-    if (found := identify(adapter)) != told["adapter_id"]:
+    adapter = adapters.read(run.folder / str(told.get("path", FOLDER)))
+    if (found := identify(adapter)) != told.get("adapter_id"):
         raise AdapterError(
-            f"{run.folder / told['path']}: holds adapter {found}, {FILE} says {told['adapter_id']}"
+            f"{run.folder / FOLDER}: holds adapter {found}, {FILE} says {told.get('adapter_id')}"
         )
     return adapter

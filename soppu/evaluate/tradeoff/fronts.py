@@ -121,7 +121,9 @@ def _across(values: Sequence[float]) -> tuple[Callable[[float], float], list[flo
     return at, [0.0, *inside] if 0 in values else inside
 
 
-def _linear(values: Sequence[float], start: float, end: float) -> tuple[Callable[[float], float], list[float]]:
+def _linear(
+    values: Sequence[float], start: float, end: float
+) -> tuple[Callable[[float], float], list[float]]:
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - margin, high + margin

@@ -1,7 +1,7 @@
 """tradeoff.html: a comparison of arms as one page that needs nothing but itself.
 
-It holds what tradeoff.json, its file of texts and report.json hold. Of many users not everything is on it, and
-it says what is not.
+It holds what tradeoff.json, its file of texts and report.json hold. Of many users not
+everything is on it, and it says what is not.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from soppu import files
 from soppu.errors import ReportError
-from soppu.evaluate import html
 from soppu.evaluate import schema as reports
+from soppu.evaluate.templates import template
 from soppu.evaluate.tradeoff import fronts, schema, table
 from soppu.evaluate.tradeoff.schema import Row, TextLine, Tradeoff
 from soppu.evaluate.wording import who
-from soppu.tradeoff_settings import PERSONAL
+from soppu.tradeoff_settings import METRICS, PERSONAL
 
 USERS = 1000  # on the page, those first whom compression cost most
 READ = 100  # of these, how many with texts
@@ -67,14 +67,14 @@ def page(found: Tradeoff, users: Sequence[User]) -> str:
     script = resources("soppu.evaluate.tradeoff").joinpath("page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     heads, cells = table.arm_cells(found)
-    return html.template("tradeoff/page.html.jinja").render(
+    return template("tradeoff/page.html.jinja").render(
         found=found,
         box=fronts,
         panels=fronts.panels(found),
         heads=heads,
         cells=cells,
         said=list(table.said(found)),
-        metrics=[name for name in fronts.METRICS if any(name in arm.intervals for arm in found.arms)],
+        metrics=[name for name in METRICS if any(name in arm.intervals for arm in found.arms)],
         users=users[:USERS],
         everybody=len(users),
         read=READ,

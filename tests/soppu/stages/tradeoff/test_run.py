@@ -27,6 +27,7 @@ from soppu.federation.attach import attached
 from soppu.federation.personalise import BASE
 from soppu.models import linear_shapes
 from soppu.stages import compress, federate
+from soppu.stages.centralised import identify
 from soppu.stages.evaluate import evaluate
 from soppu.stages.publish import publish
 from soppu.stages.run import Run
@@ -158,7 +159,8 @@ def test_an_adapter_of_all_layers_is_measured_beside_the_others(
     run, _, _ = judged
     adapter, plain = everywhere(run), whole_loss(run, "ann", everywhere(run))
     adapters.write(adapter, run.folder / "centralised")
-    run.write("centralised.json", {"path": "centralised"})
+    named = identify(adapters.read(run.folder / "centralised"))
+    run.write("centralised.json", {"path": "centralised", "adapter_id": named})
     options = EvaluateConfig(arms=("personal", "centralised"), metrics=("loss",))
     path = compare(str(run.folder), options=options)
     rows = {(row.user, row.arm): row for row in schema.read(path).rows}
