@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from soppu import tables
 from soppu.evaluate.tradeoff import schema, table
+from soppu.evaluate.tradeoff.page import write_page
 from soppu.settings import build
 from soppu.stages.run import open_run
 from soppu.stages.tradeoff.run import Measuring, compare
@@ -56,7 +57,7 @@ def evaluate_command(run_dir: Path, users: bool, **given: Any) -> None:
         path = compare(str(run_dir), options=options, how=Measuring(tell))
     found = schema.read(path)
     click.echo(table.text(found, users=users, width=tables.terminal_width()))
-    click.echo(f"\nwritten to {path}")
+    click.echo(f"\nwritten to {path}; to look at: {write_page(run_dir)}")
 
 
 @contextmanager

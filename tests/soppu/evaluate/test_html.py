@@ -305,7 +305,7 @@ def test_arms_that_were_compared_have_a_section_that_needs_only_the_folder() -> 
     assert "<h2>Arms</h2>" not in text_for(1)
     text = html.page(make_report(1), arms=found)
     links = {value for _, name, value in Page(text).attributes if name == "href" and value[0] != "#"}
-    assert links == {"tradeoff.json", found.texts}
+    assert links == {"tradeoff.html", "tradeoff.json", found.texts}
     assert "residual@16" in Page(text).text and "left out: codebleu: not asked for" in Page(text).text
     assert text.count("<svg") == text_for(1).count("<svg") + 1
     assert text == html.page(make_report(1), arms=found)
