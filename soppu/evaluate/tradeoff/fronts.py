@@ -17,7 +17,8 @@ from soppu.tradeoff_settings import METRICS
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 300, 14, 206  # of the plot; names of arms reach to the right of it
 _WIDE = 20  # times from the least to the most, above which a cost is drawn in logarithms
-_APART = 12.0  # between two names
+_APART, _NAME = 12.0, 90.0  # height and width of a name, about
+_UNITS = ((1e6, "MB"), (1e3, "kB"), (1, "B"))
 _COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bytes_per_user", "bytes a user on disk", size),
     ("latency_ms_p50", "latency, p50 of one prompt alone", "{:,.0f} ms".format),
@@ -67,7 +68,8 @@ def _panel(arms: Sequence[Arm], metric: str, cost: tuple[str, str, Callable[[flo
     scores = [float(getattr(arm, metric)) for arm in arms]
     sign = 1 if metric in LOWER_IS_BETTER else -1
     best = front([(price, sign * score) for price, score in zip(costs, scores, strict=True)])
-    across, x_ticks = _across(costs)
+    log = _spans(costs)
+    across, x_ticks = _logarithmic(costs) if log else _linear(costs, LEFT, RIGHT)
     up, y_ticks = _linear(scores, BOTTOM, TOP)
     places = [(across(price), up(score)) for price, score in zip(costs, scores, strict=True)]
     points = [
@@ -80,8 +82,8 @@ def _panel(arms: Sequence[Arm], metric: str, cost: tuple[str, str, Callable[[flo
         "lower" if sign > 0 else "higher",
         points,
         _steps([places[at] for at in best]),
-        [(across(tick), tell(tick)) for tick in x_ticks],
-        [(up(tick), table.told(metric, tick)) for tick in y_ticks],
+        [(across(tick), tell(tick) if log else _plain(field, tick, max(costs))) for tick in x_ticks],
+        [(up(tick), f"{round(tick, 9):g}") for tick in y_ticks],
     )
 
 
@@ -105,11 +107,22 @@ def _figures(arm: Arm) -> Iterator[str]:
         yield f"bundle: {arm.bundle_id}"
 
 
-def _across(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
-    """The scale of a cost. Logarithmic where it spans much; nothing at all then stands at the left end."""
+def _spans(costs: Sequence[float]) -> bool:
+    known = [value for value in costs if value > 0]
+    return bool(known) and max(known) >= _WIDE * min(known)
+
+
+def _plain(field: str, tick: float, most: float) -> str:
+    """A tick with all its digits: memory may differ in the fourth."""
+    if not field.endswith("ms_p50"):
+        unit, name = next(one for one in _UNITS if most >= one[0] or one[0] == 1)
+        return f"{round(tick / unit, 6):g} {name}"
+    return f"{round(tick, 6):g} ms"
+
+
+def _logarithmic(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
+    """Nothing at all, as the base model has on disk, stands at the left end."""
     known = [value for value in values if value > 0]
-    if not known or max(known) < _WIDE * min(known):
-        return _linear(values, LEFT, RIGHT)
     start = LEFT + 30 if 0 in values else LEFT
     low, high = math.log10(min(known)) - 0.1, math.log10(max(known)) + 0.1
 
@@ -134,13 +147,16 @@ def _linear(
 
 
 def _names(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of the names beside points, pushed down where one would stand on another."""
+    """Heights of the names beside points, off the nearer edge where one would stand on another."""
     heights = [y for _, y in places]
-    order = sorted(range(len(places)), key=lambda at: heights[at])
-    for after, place in enumerate(order):
-        for other in order[:after]:
-            if abs(places[place][0] - places[other][0]) < 90:  # a name is about as wide
-                heights[place] = max(heights[place], heights[other] + _APART)
+    up = [y > (TOP + BOTTOM) / 2 for y in heights]
+    set_down: list[int] = []
+    for place in sorted(range(len(places)), key=lambda at: -heights[at] if up[at] else heights[at]):
+        step = -_APART if up[place] else _APART
+        near = [at for at in set_down if abs(places[place][0] - places[at][0]) < _NAME]
+        while any(abs(heights[place] - heights[at]) < _APART for at in near):
+            heights[place] += step
+        set_down.append(place)
     return heights
 
 
