@@ -66,6 +66,14 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     write_bytes(path, text.encode(), mode=mode)
 
 
+def point(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to the file or folder of this name beside it, whatever it was before."""
+    temporary = link.with_name(f".{link.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(link)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex. O(size), constant memory."""
     with path.open("rb") as stream:

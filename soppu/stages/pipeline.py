@@ -26,6 +26,7 @@ from soppu.stages.evaluate import evaluate
 from soppu.stages.published import stage_name, target_names
 from soppu.stages.report import stage_names, write_report
 from soppu.stages.run import open_run, prepare
+from soppu.stages.tradeoff import judge
 
 
 def full_pipeline(config: str, overrides: Mapping[str, Any] | None = None, *, of: str = "") -> str:
@@ -56,6 +57,9 @@ def _recompress(run: str, set_id: str) -> None:
         bundle_id = compress_set(run, set_id)
     with _noted(run, "evaluate"):
         evaluation = evaluate(run, set_id, bundle_id)
+    if judge.wanted(run):
+        with _noted(run, "tradeoff"):
+            evaluation = judge.tradeoff(run, evaluation).evaluation
     write_report(run, evaluation)
     failed: dict[str, SoppuError] = {}
     for name in (names := target_names(run)):  # one that fails does not keep the others from it

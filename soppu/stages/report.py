@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from soppu import files
 from soppu.compress.bundle.report import CompressionReport
 from soppu.evaluate import report as reports
 from soppu.evaluate import summary
@@ -28,7 +28,9 @@ def stage_names(run_folder: str, *, trains: bool) -> tuple[str, ...]:
     Args:
         trains: False where it takes the adapters that users have.
     """
-    before = [name for name in BEFORE if trains or name != "federate"]
+    compares = bool(open_run(run_folder).config.evaluate.arms)
+    left_out = {"federate": not trains, "tradeoff": not compares}
+    before = [name for name in BEFORE if not left_out.get(name)]
     return (*before, "report", *map(stage_name, target_names(run_folder)))
 
 
@@ -80,7 +82,7 @@ def _write_report(run: Run, evaluation: str) -> Written:
     )
     report = reports.build(inputs)
     _, html = reports.write(run.folder, report)
-    _point_latest(run.folder)
+    files.point(run.folder.parent / "latest", run.folder.name)
     return Written(html, summary.markdown_users(report), summary.markdown_compression(report))
 
 
@@ -89,10 +91,3 @@ def _federation(run: Run) -> dict[str, Any] | None:
     told = run.read(RESULT)
     left_out = run.read(text.FILE).get("left_out", {})
     return {**told, "refused": {**left_out, **told["refused"]}} if told else None
-
-
-def _point_latest(folder: Path) -> None:
-    temporary = folder.parent / f".latest-{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    temporary.replace(folder.parent / "latest")

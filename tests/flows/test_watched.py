@@ -82,7 +82,9 @@ def test_a_deployment_that_is_not_there_is_named(tiny_pipeline: Pipeline) -> Non
 
 def test_without_prefect_the_same_stages_run_and_the_same_is_shown(tiny_pipeline: Pipeline) -> None:
     pipeline, others = tiny_pipeline, tiny_pipeline.run_folders()
-    pipeline.overrides |= {"compress.ratio": 3.5}
+    compared = {"evaluate.arms": ["personal"], "evaluate.metrics": ["loss"]}
+    rule = {"gate.rules": ["loss of personal <= 1.5 of base"]}  # nothing is published that has not heard it
+    pipeline.overrides |= {"compress.ratio": 3.5, **compared, **rule}
     shown = pipeline.run("--here")
     try:
         shown.until("publish embedded", timeout=300)
@@ -92,6 +94,12 @@ def test_without_prefect_the_same_stages_run_and_the_same_is_shown(tiny_pipeline
     (folder,) = pipeline.run_folders() - others
     report = json.loads((folder / "report.json").read_text())
     assert report["serving"]["canaries_ok"] is True
-    assert {stage["name"] for stage in report["stages"]} >= {"prepare", "federate", "publish embedded"}
+    assert {stage["name"] for stage in report["stages"]} >= {
+        "prepare",
+        "federate",
+        "tradeoff",
+        "publish embedded",
+    }
     events = Reader(folder / FILE).read()
     assert [event.state for event in events if event.stage == RUN] == ["began", "done"]
+    assert events[0].stages.count("tradeoff") == 1 and any(event.stage == "tradeoff" for event in events)

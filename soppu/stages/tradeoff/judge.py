@@ -10,9 +10,10 @@ from soppu import files
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.tradeoff import plot, rules, schema, table
 from soppu.evaluate.tradeoff.plot import standalone
+from soppu.progress import telling
 from soppu.progress.telling import Tell
 from soppu.stages.run import Run, open_run
-from soppu.stages.tradeoff.run import Measuring, compare, silence
+from soppu.stages.tradeoff.run import Measuring, compare
 
 TRADEOFF = "tradeoff"  # of an evaluation: the file of the comparison that its verdict has heard
 
@@ -38,8 +39,13 @@ def tradeoff(run_folder: str, evaluation: str, *, on_progress: Tell | None = Non
     The evaluation that was there stays; publishing asks the new one. Raises as `compare`.
     """
     run = open_run(run_folder)
+    with telling.stage(run.folder, "tradeoff", on_progress=on_progress) as tell:
+        return _tradeoff(run, evaluation, tell)
+
+
+def _tradeoff(run: Run, evaluation: str, tell: Tell) -> Judged:
     told = run.read(evaluation)
-    path = compare(run_folder, told["set_id"], how=Measuring(on_progress or silence))
+    path = compare(str(run.folder), told["set_id"], how=Measuring(tell))
     found = schema.read(path)
     verdict = Verdict.from_dict(told["verdict"])
     reasons = (*verdict.reasons, *rules.broken(found, run.config.gate.rules))

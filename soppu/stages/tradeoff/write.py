@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ def write(run: Run, asked: Asked, found: Found) -> Path:
             run.folder / texts, "".join(json.dumps(line) + "\n" for line in _lines(asked, found))
         )
         run.write(path.name, values)
-    _point(run.folder / schema.FILE, path)
+    files.point(run.folder / schema.FILE, path.name)
     return path
 
 
@@ -156,10 +155,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _point(link: Path, path: Path) -> None:
-    temporary = link.with_name(f".{link.name}-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(path.name)
-    temporary.replace(link)
