@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,9 @@ from soppu.adapter import LoraPair
 from soppu.central.pooled import Pooled, Sample, counted, padded
 from soppu.errors import AdapterError, ConfigError
 from soppu.federation.train import TrainOptions, batches
+from soppu.progress.telling import Tell
 
 Pairs = Mapping[str, LoraPair]
-Tell = Callable[[dict[str, Any]], None]
 _LOOK = 8  # examples of a validation batch
 
 

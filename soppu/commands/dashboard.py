@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import uvicorn
 
-from soppu.commands.options import registry_options
+from soppu.commands.options import HOST, registry_options
 from soppu.dashboard.app import application
 from soppu.dashboard.runs import Runs
 from soppu.dashboard.views import House
@@ -56,7 +56,7 @@ def _published(registry: Registry) -> dict[str, str]:
     callback=_targets,
     help="A server whose /metrics are shown; repeatable. Default: those that were published to.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@HOST
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -12,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 import click
 import requests
 
-from soppu.commands.following import Followed
 from soppu.progress.events import DONE, FAILED
+from soppu.progress.followed import Followed
 
 RUN_ARTIFACT = "soppu-run"  # a link to the run's folder, which the first task makes
 _ASK_S, _TIMEOUT_S = 1.0, 10.0
@@ -95,14 +96,9 @@ class FlowRun:
 
     def _ask_on(self) -> None:
         while not self.over()[0]:
-            try:
+            # the server is away for a while: the next question may hear more
+            with suppress(requests.RequestException, ValueError, KeyError):
                 self._ask()
-            except (
-                requests.RequestException,
-                ValueError,
-                KeyError,
-            ):  # away for a while: the next may hear more
-                pass
             time.sleep(_ASK_S)
 
     def _ask(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Protocol
 
 import click
@@ -12,46 +11,13 @@ from rich.console import Console
 from rich.live import Live
 
 from soppu.commands.listening import Told
-from soppu.progress.events import BEGAN, DONE, FAILED, FILE, RUN, Event, Reader, is_gone
-from soppu.progress.lines import Lines, duration
+from soppu.progress.events import DONE
+from soppu.progress.followed import Followed
+from soppu.progress.lines import duration
 from soppu.progress.picture import Picture
 from soppu.progress.screen import screen
 
 _LOOK_S = 0.2
-
-
-class Followed:
-    """The run of a folder, looked at again and again.
-
-    Args:
-        folder: the run's folder.
-        of: who asked for the run that is meant; lines of another are not shown. "" takes the last run there.
-    """
-
-    def __init__(self, folder: Path, *, of: str = "") -> None:
-        self.folder, self._of = folder, of
-        self._reader = Reader(folder / FILE)
-        self._begin(None)
-
-    def look(self) -> Picture:
-        """The run as it is now."""
-        began = self.picture.began
-        gone = began is not None and is_gone(began)  # first: what it wrote before it went is read after
-        for event in self._reader.read():
-            if (event.stage, event.state) == (RUN, BEGAN):
-                self._begin(event)
-            began = self.picture.began
-            if not self._other and (began is None or event.pid == began.pid):
-                self.picture.add(event)
-                self.lines += self._made.of(event)
-        if gone and self.picture.began == began and not self.picture.ended:
-            self.picture.ended, self.picture.error = FAILED, _died(self.picture)
-        return self.picture
-
-    def _begin(self, began: Event | None) -> None:
-        self.picture, self._made = Picture(), Lines()
-        self.lines: list[str] = []
-        self._other = bool(self._of) and (began is None or began.of != self._of)
 
 
 class Source(Protocol):
@@ -85,16 +51,6 @@ def show(source: Source, told: Told, *, title: str) -> Picture:
             if found.ended or told.number:
                 return found
             time.sleep(_LOOK_S)
-
-
-def _died(found: Picture) -> str:
-    began, stage = found.began, found.now
-    assert began is not None
-    where = f" in stage {stage.name}, {stage.share:.0%} of it done" if stage else ""
-    return (
-        f"its process {began.pid} has died{where}; what it has finished is kept:"
-        " started again, the same run goes on from there"
-    )
 
 
 def finish(found: Picture, told: Told, *, left: str) -> None:

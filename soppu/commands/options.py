@@ -18,6 +18,7 @@ _CACHE = Path(".soppu/models")
 
 BUNDLE = click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
 USER = click.argument("user", callback=lambda context, option, value: user_ids.to_id(value))  # or their name
+HOST = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 OUT = click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Bundle to write."
 )

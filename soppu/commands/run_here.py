@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from soppu.commands.following import Followed
 from soppu.progress.events import DONE, FAILED, FILE, Reader
+from soppu.progress.followed import Followed
 
 
 class HereRun:

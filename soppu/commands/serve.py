@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from soppu.commands.options import CACHE
+from soppu.commands.options import CACHE, HOST
 from soppu.commands.until_told import log_to_stderr
 from soppu.serve import admin_token as tokens
 from soppu.serve.engine.engine import EngineOptions
@@ -75,7 +75,7 @@ def _router(given: dict[str, Any]) -> RouterOptions:
     help="Alias, folder or hub id of the base.",
 )
 @CACHE
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@HOST
 @click.option(
     "--port",
     envvar="PORT",

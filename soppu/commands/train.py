@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from soppu import tables
-from soppu.central.training import Schedule, Tell
+from soppu.central.training import Schedule
 from soppu.config import Config
 from soppu.devices import torch_device
 from soppu.federation.train import TrainOptions
+from soppu.progress.telling import Tell
 from soppu.stages import train as stage
 from soppu.stages.run import open_run
 

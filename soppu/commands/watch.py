@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from soppu.commands.following import Followed, finish, show
+from soppu.commands.following import finish, show
 from soppu.commands.listening import Told
 from soppu.progress.events import FILE
+from soppu.progress.followed import Followed
 
 
 @click.command("watch")

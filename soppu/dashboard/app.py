@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from soppu.dashboard import views
+from soppu.dashboard.runs import PAGES
 from soppu.dashboard.views import House
 from soppu.errors import NotThere, RegistryError, SoppuError
 
@@ -96,7 +97,7 @@ def _page(house: House) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         line = house.runs.line(request.path_params["run"])
         name = request.path_params["page"]
-        if line is None or name not in ("report.html", "tradeoff.html") or not (line.folder / name).is_file():
+        if line is None or name not in PAGES or not (line.folder / name).is_file():
             raise HTTPException(404, f"there is no {name!r} of this run")
         body = await run_in_threadpool((line.folder / name).read_bytes)
         return Response(body, media_type="text/html", headers={"content-security-policy": _OF_A_RUN})

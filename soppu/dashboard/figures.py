@@ -19,7 +19,6 @@ _LATENCY = (
     "vllm:e2e_request_latency_seconds_bucket",
 )
 _WAITING = ("lorax_queue_length", "vllm:num_requests_waiting")
-_RUNNING = ("lorax_batch_current_size", "vllm:num_requests_running")
 Sample = tuple[dict[str, str], float]  # labels, value
 Buckets = dict[float, float]  # upper edge in seconds -> how many took at most that
 
@@ -45,7 +44,6 @@ class Figures:
     total: Traffic
     users: dict[str, Traffic]  # as far as the server tells them apart
     waiting: float | None
-    running: float | None
 
 
 def read(text: str) -> Figures:
@@ -68,7 +66,7 @@ def read(text: str) -> Figures:
         edge = float(labels["le"])
         for one in (total, _of(users, labels)):
             one.buckets[edge] = one.buckets.get(edge, 0.0) + value
-    return Figures(total, users, _gauge(samples, _WAITING), _gauge(samples, _RUNNING))
+    return Figures(total, users, _gauge(samples, _WAITING))
 
 
 def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from soppu.errors import ReportError
 from soppu.evaluate import report as reports
-from soppu.progress import events, picture
+from soppu.evaluate.tradeoff import schema
+from soppu.progress.followed import Followed
 from soppu.progress.picture import Picture
 
+PAGES = (reports.HTML_FILE, schema.PAGE)  # of a run, for people
 _KEPT = 8  # runs whose users are held in memory
 _TEXTS = 3  # examples of one user
-_TAIL = 1 << 16  # bytes of a progress file that are read
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Runs:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._held: dict[str, _Held] = {}
+        self._followed: dict[str, Followed] = {}
         self._flights: dict[str, Picture] = {}
 
     def refresh(self) -> None:
@@ -69,7 +71,9 @@ class Runs:
         for name in newest[_KEPT:]:
             held[name].users = {}
         self._held = held  # one assignment: who reads sees all of it or nothing
-        self._flights = {one.name: found for one in folders if (found := _flight(one))}
+        self._followed = {one.name: self._followed.get(one.name) or _followed(one) for one in folders}
+        looked = {name: one.look() for name, one in self._followed.items()}
+        self._flights = {name: found for name, found in looked.items() if found.stages and not found.ended}
 
     def lines(self) -> list[RunLine]:
         """All runs, newest first."""
@@ -95,13 +99,19 @@ class Runs:
         if held is None:
             return []
         try:
-            told = json.loads((held.line.folder / "tradeoff.json").read_text())
+            told = json.loads((held.line.folder / schema.FILE).read_text())
             path = held.line.folder / Path(told["texts"]).name
             with path.open() as lines:
                 mine = (one for one in map(json.loads, lines) if one.get("user") == user)
                 return [one for one, _ in zip(mine, range(_TEXTS), strict=False)]
         except (OSError, ValueError, KeyError, TypeError):
             return []  # there is none, or it is being written
+
+
+def _followed(folder: Path) -> Followed:
+    found = Followed(folder)
+    found.look()  # that a process is gone is seen from the second look on
+    return found
 
 
 def _folders(root: Path) -> list[Path]:
@@ -148,18 +158,3 @@ def _read(folder: Path, stamp: tuple[int, int]) -> _Held:
         seconds=sum(stage["seconds"] for stage in told["stages"]),
     )
     return _Held(stamp, line, {one["id"]: one for one in told["users"]})
-
-
-def _flight(folder: Path) -> Picture | None:
-    """How far a run is; None where nothing is under way."""
-    try:
-        with (folder / events.FILE).open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - _TAIL))
-            lines = stream.read().splitlines()
-    except OSError:
-        return None
-    found = picture.picture([event for line in lines if (event := events.parse(line)) is not None])
-    if found.ended or not found.stages or (found.began is not None and events.is_gone(found.began)):
-        return None
-    return found

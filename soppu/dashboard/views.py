@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from starlette.requests import Request
 
 from soppu import user_ids
 from soppu.dashboard import wording
-from soppu.dashboard.runs import Runs
+from soppu.dashboard.runs import PAGES, Runs
 from soppu.dashboard.watcher import Watcher
 from soppu.errors import NotThere, RegistryError, SoppuError
+from soppu.evaluate.templates import environment
 from soppu.registry import Registry
 
 _PAGE = 50  # users of a page
@@ -47,7 +46,6 @@ def fleet(house: House, request: Request) -> str:
         flights=house.runs.flights(),
         runs=house.runs.lines()[:_RUNS],
         gains=[line.gain["mean"] for line in reversed(house.runs.lines()[:_RUNS]) if line.gain],
-        now=time.time(),
     )
 
 
@@ -122,7 +120,7 @@ def run(house: House, request: Request) -> str:
     line = house.runs.line(asked)
     if line is None:
         raise NotThere(f"there is no run {_short(asked)!r} here")
-    pages = [name for name in ("report.html", "tradeoff.html") if (line.folder / name).is_file()]
+    pages = [name for name in PAGES if (line.folder / name).is_file()]
     return _render(
         "run.html", house, here="fleet", line=line, flight=house.runs.flights().get(asked), pages=pages
     )
@@ -155,17 +153,10 @@ def _render(template: str, house: House, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("soppu", "dashboard/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    words: Mapping[str, Any] = vars(wording)
-    environment.filters |= {name: words[name] for name in wording.FILTERS}
-    environment.globals |= {"link": link, "sparkline": wording.sparkline}
-    return environment
+    pages = environment("dashboard/templates")
+    pages.filters |= wording.FILTERS
+    pages.globals |= {"link": link, "sparkline": wording.sparkline}
+    return pages
 
 
 def link(*parts: str) -> str:

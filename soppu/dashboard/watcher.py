@@ -30,7 +30,6 @@ class Server:
     url: str
     figures: Figures | None = None
     fault: str = "not asked yet"
-    at: float = 0.0  # when it last answered
     history: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))  # time, requests
 
     @property
@@ -97,8 +96,8 @@ def look(server: Server) -> None:
     except (requests.RequestException, ValueError) as error:
         server.fault = _short(error)
         return
-    server.figures, server.fault, server.at = found, "", time.time()
-    server.history.append((server.at, found.total.requests))
+    server.figures, server.fault = found, ""
+    server.history.append((time.time(), found.total.requests))
 
 
 def _short(error: Exception) -> str:

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from soppu import user_ids
+from soppu.evaluate import wording as report
+from soppu.evaluate.wording import NONE
 
-NONE = "–"
-FILTERS = ("nats", "share", "size", "when", "ms", "count", "rate", "short", "named", "visible", "took")
 _WIDTH, _HEIGHT = 120, 28  # of a sparkline
-
-
-def nats(value: float | None) -> str:
-    """Nats a token."""
-    return NONE if value is None else f"{value:.3f}"
-
-
-def share(value: float | None) -> str:
-    """A share as per cent."""
-    return NONE if value is None else f"{100 * value:.1f} %"
-
-
-def size(value: float | None) -> str:
-    """Bytes."""
-    if value is None:
-        return NONE
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
 
 
 def when(at: str) -> str:
@@ -39,42 +17,34 @@ def when(at: str) -> str:
     return f"{at[:10]} {at[11:16]}"
 
 
-def ms(seconds: float | None) -> str:
-    """Milliseconds."""
-    return NONE if seconds is None else f"{1000 * seconds:,.0f} ms"
-
-
-def count(value: float | None) -> str:
-    """A whole number."""
-    return NONE if value is None else f"{value:,.0f}"
-
-
 def rate(values: Sequence[float]) -> str:
     """The last of some rates."""
     return f"{values[-1]:.1f} /s" if values else NONE
 
 
-def took(seconds: float | None) -> str:
-    """A duration."""
-    if seconds is None:
-        return NONE
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02} min" if minutes else f"{rest} s"
-
-
-def short(text: str) -> str:
-    """The beginning of a hash."""
-    return text[:12]
-
-
-def named(user: str) -> str:
-    """A user's name for people: what the id stands for."""
-    return user_ids.name_of(user)
-
-
 def visible(text: object) -> str:
     """A text whose control characters can be seen."""
     return "".join(one if one.isprintable() or one in "\n\t" else f"\\x{ord(one):02x}" for one in str(text))
+
+
+def _known(say: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: NONE if value is None else say(value)
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "nats": report.loss,
+    "share": report.percent,
+    "named": report.who,
+    "size": _known(report.size),
+    "took": _known(report.duration),
+    "ms": _known(lambda seconds: f"{1000 * seconds:,.0f} ms"),
+    "count": _known("{:,.0f}".format),
+    "rate": rate,
+    "short": lambda text: text[:12],
+    "when": when,
+    "visible": visible,
+}
+"""What templates call; losses, shares, sizes and names are worded as in the report."""
 
 
 def sparkline(values: Sequence[float], label: str) -> Markup:

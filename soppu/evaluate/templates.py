@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from soppu.evaluate import wording
 
 
-@functools.cache
-def template(name: str) -> Template:
-    """A page of this folder: texts are escaped and made printable on their way out."""
-    environment = Environment(
-        loader=PackageLoader("soppu", "evaluate"),
+def environment(folder: str, **options: Any) -> Environment:
+    """The templates in a folder of the package: autoescaped, and an unknown name in one is an error."""
+    return Environment(
+        loader=PackageLoader("soppu", folder),
         autoescape=True,
-        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
+        **options,
     )
-    environment.filters |= {**dict(inspect.getmembers(wording, inspect.isfunction)), "grouped": "{:,}".format}
-    return environment.get_template(name)
+
+
+@functools.cache
+def template(name: str) -> Template:
+    """A page of this folder: texts are escaped and made printable on their way out."""
+    pages = environment("evaluate", finalize=_visible, keep_trailing_newline=True)
+    pages.filters |= {**dict(inspect.getmembers(wording, inspect.isfunction)), "grouped": "{:,}".format}
+    return pages.get_template(name)
 
 
 def _visible(value: object) -> object:

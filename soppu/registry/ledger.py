@@ -260,14 +260,18 @@ def _placed(session: Session, publication: Publication) -> dict[str, str]:
     return dict(session.execute(asked.where(Placement.publication_id == publication.id)).tuples().all())
 
 
+def newest_of_each() -> sa.Select[tuple[int]]:
+    """A query for the publications in force: the ids of the newest of every target and URL."""
+    return sa.select(sa.func.max(Publication.id)).group_by(Publication.target, Publication.url)
+
+
 def serving(session: Session, user: str | None = None) -> list[tuple[Publication, str, str]]:
     """(publication in force, user, adapter served there) of every user or of one. O(users x targets)."""
-    newest = sa.select(sa.func.max(Publication.id)).group_by(Publication.target, Publication.url)
     query = (
         sa.select(Publication, SetMember.user_id, SetMember.adapter_id)
         .join(Bundle, Bundle.id == Publication.bundle_id)
         .join(SetMember, SetMember.set_id == Bundle.set_id)
-        .where(Publication.id.in_(newest))
+        .where(Publication.id.in_(newest_of_each()))
         .order_by(Publication.target, Publication.url)
     )
     if user is not None:
@@ -339,7 +343,7 @@ def user_rows(session: Session) -> list[UserRow]:
         .join(counts, counts.c.user_id == Holding.user_id)
     )
     rows = [
-        UserRow(row.user_id, *_facts(row), versions=n, published=published.get(row.user_id, {}))
+        UserRow(row.user_id, *facts(row), versions=n, published=published.get(row.user_id, {}))
         for row, n in session.execute(query)
     ]
     return sorted(rows, key=lambda row: row.user)
@@ -357,7 +361,7 @@ def history_rows(session: Session, user: str) -> list[HistoryRow]:
     )
     return [
         HistoryRow(
-            *_facts(row),
+            *facts(row),
             current=row.id == newest,
             published=tuple(place for place, adapter_id in places if adapter_id == row.adapter_id),
         )
@@ -365,5 +369,6 @@ def history_rows(session: Session, user: str) -> list[HistoryRow]:
     ]
 
 
-def _facts(row: Holding) -> tuple[str, str, str, dict[str, float]]:
+def facts(row: Holding) -> tuple[str, str, str, dict[str, float]]:
+    """What a row of the history says: adapter, since when, run, metrics."""
     return row.adapter_id, row.at, row.run, dict(row.metrics)

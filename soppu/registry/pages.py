@@ -1,4 +1,4 @@
-"""Looks at a registry of any size: counts, a page of users, what is in force. Nobody reads everybody."""
+"""Looks at a registry of any size: counts, a page of users, what is in force. None reads everybody."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from soppu.registry.catalogue import Bundle, Holding, Publication, SetMember, User
+from soppu.registry.ledger import facts, newest_of_each
 
 MOST = 500  # rows of a page
 
@@ -64,21 +65,17 @@ def user_page(session: Session, *, holding: str = "", after: str = "", limit: in
     )
     if holding:
         query = query.where(User.id.contains(holding, autoescape=True))
-    rows = [
-        UserLine(row.user_id, row.adapter_id, row.at, row.run, dict(row.metrics))
-        for row in session.scalars(query)
-    ]
+    rows = [UserLine(row.user_id, *facts(row)) for row in session.scalars(query)]
     return UserPage(tuple(rows[:limit]), more=len(rows) > limit)
 
 
 def in_force(session: Session) -> tuple[InForce, ...]:
     """What every target serves now, by target and URL. Sets are counted in the database."""
-    newest = sa.select(sa.func.max(Publication.id)).group_by(Publication.target, Publication.url)
     members = sa.select(sa.func.count()).where(SetMember.set_id == Bundle.set_id).scalar_subquery()
     query = (
         sa.select(Publication, Bundle.run, members)
         .join(Bundle, Bundle.id == Publication.bundle_id)
-        .where(Publication.id.in_(newest))
+        .where(Publication.id.in_(newest_of_each()))
         .order_by(Publication.target, Publication.url)
     )
     return tuple(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from soppu.evaluate.losses import UserLosses, example_losses
 from soppu.federation.personalise import BASE as SERVED_BASE
 from soppu.federation.train import CachedBlock, cache_states
 from soppu.module_names import split_layer
+from soppu.progress.telling import Tell
 from soppu.serve.router import crossed, states
 from soppu.serve.router import file as files
 from soppu.serve.router.file import RouterFile
@@ -35,7 +35,6 @@ from soppu.stages.run import Run, open_run
 
 FILE = "router.json"
 CHEAPER = "cheaper"
-Tell = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,15 @@ def fit(
 
 def newest_evaluation(run: Run) -> dict[str, Any]:
     """The evaluation that a run wrote last, with its `name`. RouterError where there is none."""
-    there = sorted(run.folder.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime)
-    if not there:
+    name = run.newest_evaluation()
+    if not name:
         raise RouterError(
             f"{run.folder}: holds no evaluation-*.json; a router is fitted on a run whose bundle was judged"
         )
     try:
-        return {**json.loads(there[-1].read_text()), "name": there[-1].name}
+        return {**run.read(name), "name": name}
     except ValueError as error:
-        raise RouterError(f"{there[-1]}: not JSON: {error}; evaluate the run again") from None
+        raise RouterError(f"{run.folder / name}: not JSON: {error}; evaluate the run again") from None
 
 
 def _known(policy: str) -> str:

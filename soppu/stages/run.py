@@ -85,6 +85,11 @@ class Run:
         """The base model of this run."""
         return models.resolve(self.config.base.model, cache=Path(self.config.base.cache))
 
+    def newest_evaluation(self) -> str:
+        """The file of the evaluation that was written last; "" where there is none."""
+        found = sorted(self.folder.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime)
+        return found[-1].name if found else ""
+
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file into the folder, atomically. Raises StorageError."""
         files.write_text(self.folder / name, json.dumps(dict(values), indent=2))

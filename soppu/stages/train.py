@@ -23,11 +23,12 @@ from soppu import files, models
 from soppu.adapter import LoraAdapter
 from soppu.central.bench import LEAST_BELOW, Bench, Place
 from soppu.central.pooled import Sample
-from soppu.central.training import CentralTraining, Schedule, State, Tell
+from soppu.central.training import CentralTraining, Schedule, State
 from soppu.data import list_users, load_user, tokenize
 from soppu.errors import ConfigError
 from soppu.evaluate.losses import ExampleLosses
 from soppu.module_names import split_layer
+from soppu.progress.telling import Tell
 from soppu.stages import text
 from soppu.stages.bench import Bench as Gauge
 from soppu.stages.bench import with_text

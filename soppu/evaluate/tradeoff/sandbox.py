@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -100,10 +101,8 @@ def _told(child: subprocess.Popen[bytes], asked: bytes, word: str, *, until: flo
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End the starter; what it started is told by the kernel to die with it."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
     for stream in (child.stdout, child.stderr):
         if stream:

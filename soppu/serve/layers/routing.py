@@ -27,7 +27,7 @@ from soppu.serve.layers.factors import (
     Stack,
 )
 from soppu.serve.layers.frame import Frame, Members
-from soppu.serve.layers.kernels import Basis, Kernel, Tokens
+from soppu.serve.layers.kernels import Basis, Kernel, Sides, Tokens
 from soppu.serve.layers.packed_linear import PackedLinear
 from soppu.serve.layers.records import Records
 
@@ -107,7 +107,10 @@ class Routing:
         for cluster, (users, spread) in self._users(first.records, members).items():
             key = layers, cluster, *owned
             if key not in first.together:
-                first.together[key] = _basis(layers, owned, cluster)
+                none: Sides = None, None
+                parts = [(n, own.bases.get(cluster, none), own.module) for n, own in owned.items()]
+                like = first.like.new_zeros(first.records.shapes[first.module][1], 0)
+                first.together[key] = _basis(layers, parts, like)
             yield OwnChange(users, first.records, first.together[key], kernel, spread)
 
     def _users(self, records: Records, members: Members) -> dict[int, Recorded]:
@@ -171,7 +174,8 @@ class Routing:
     ) -> CoreChange:
         key = layers, *(number for number, _ in numbered)
         if key not in stack.together:
-            stack.together[key] = _core_basis(layers, numbered)
+            parts = [(number, (factors.U, factors.V), -1) for number, factors in numbered]
+            stack.together[key] = _basis(layers, parts, numbered[0][1].V[:, :0])
         if id(here) not in self._spread:
             rows = torch.full((self.rows,), -1)
             rows[[row for row, _ in here]] = torch.arange(len(here))
@@ -223,24 +227,16 @@ def _bases(layers: Layers, numbered: Sequence[tuple[int, SharedFactors]]) -> Bas
     return Bases(V=PackedLinear(V.mT.contiguous()), U=PackedLinear(U))
 
 
-def _basis(layers: Layers, owned: dict[int, OwnNumbers], cluster: int) -> Basis:
-    """The bases that records of a cluster refer to, beside each other."""
-    sides = [own.bases.get(cluster, (None, None)) for own in owned.values()]
-    columns = [layers.columns(number) for number in owned]
+def _basis(layers: Layers, parts: Sequence[tuple[int, Sides, int]], like: Tensor) -> Basis:
+    """The bases of some modules of one input as the kernel reads them, beside each other.
+
+    A part is the layer's number, its sides, and the module's number in the records, -1 where it is in none.
+    """
+    columns = [layers.columns(number) for number, _, _ in parts]
     spans = [
-        (at.start, at.stop - at.start, own.module) for at, own in zip(columns, owned.values(), strict=True)
+        (at.start, at.stop - at.start, module) for at, (_, _, module) in zip(columns, parts, strict=True)
     ]
-    first = next(iter(owned.values()))
-    like = first.like.new_zeros(first.records.shapes[first.module][1], 0)
-    return Basis.of(sides, spans, like=like)
-
-
-def _core_basis(layers: Layers, numbered: Sequence[tuple[int, SharedFactors]]) -> Basis:
-    """The bases of some modules of one input as the kernel reads them."""
-    columns = [layers.columns(number) for number, _ in numbered]
-    sides = [(factors.U, factors.V) for _, factors in numbered]
-    spans = [(at.start, at.stop - at.start, -1) for at in columns]
-    return Basis.of(sides, spans, like=sides[0][1][:, :0])
+    return Basis.of([sides for _, sides, _ in parts], spans, like=like)
 
 
 def _part(cores: Tensor, shared: Sequence[SharedFactors]) -> Tensor:

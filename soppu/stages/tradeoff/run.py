@@ -93,10 +93,10 @@ def compare(
 
 def newest_set(run: Run) -> str:
     """The set of the run's newest evaluation. ConfigError where there is none."""
-    found = sorted(run.folder.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    name = run.newest_evaluation()
+    if not name:
         raise ConfigError(f"{run.folder}: holds no evaluation, so no set to compare; run the pipeline first")
-    return str(run.read(found[-1].name)["set_id"])
+    return str(run.read(name)["set_id"])
 
 
 def default_arms(run: Run) -> tuple[str, ...]:

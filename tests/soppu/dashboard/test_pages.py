@@ -135,6 +135,21 @@ def test_a_run_in_flight_one_that_is_unreadable_and_a_forgotten_user(
     assert "forgotten" in client.get("/users/gone").text
 
 
+def test_a_run_that_began_long_ago_is_in_flight_as_long_as_its_process_is_there(tmp_path: Path) -> None:
+    here = events.this_process()
+    processes = {"there": here, "gone": {**here, "since": 1.0}}  # the same number, of an earlier process
+    for name, process in processes.items():
+        (tmp_path / name).mkdir()
+        events.append(tmp_path / name, Event(1.0, "run", "began", stages=("federate",), **process))
+        for number in range(2000):
+            told = Event(2.0 + number, "federate", note=f"step {number}", share=0.1, pid=here["pid"])
+            events.append(tmp_path / name, told)
+    runs = Runs(tmp_path)
+    for _ in range(2):
+        runs.refresh()
+        assert list(runs.flights()) == ["there"]
+
+
 class _Metrics(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
