@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import final
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class CoreAdapter:
         return sum(tensor.numel() for tensor in self.tensors().values())
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class CoreInBasis:
     """A core beside the basis it names: what can be trained, measured and stored.
@@ -118,8 +120,8 @@ def _check(core: CoreAdapter, basis: CoreBasis, who: str) -> None:
         there = "the basis has it" if odd in basis.sides else "the basis lacks it"
         raise AdapterError(f"{who}: {odd}: {there}, needed: a core for every module of the basis, no other")
     for name, shape in basis.core_shapes().items():
-        if (found := tuple(core.cores[name].shape)) != shape:
-            raise AdapterError(f"{who}: {name}: the core is {found}, the basis has room for {shape}")
+        if (held := tuple(core.cores[name].shape)) != shape:
+            raise AdapterError(f"{who}: {name}: the core is {held}, the basis has room for {shape}")
     shapes = basis.module_shapes()
     for name, pair in core.own.items():
         o, i = shapes.get(name, (0, 0))

@@ -209,7 +209,7 @@ class Together(Generic[Kind]):
     ) -> None:
         self.losses: list[list[float]] = []  # a step: of every user
         self._top, self._blocks, self._options = top, blocks, options
-        self._trained = Trained(starts, plan, top.device)
+        self._trained: Trained[Kind] = Trained(starts, plan, top.device)
         users = range(len(starts)) if options.prox_weight else ()
         with torch.no_grad():
             self._origins = {user: _copied(self._trained.pairs(user)) for user in users}
@@ -253,7 +253,7 @@ class Training(Generic[Kind]):
         start: Kind,
         options: TrainOptions,
     ) -> None:
-        self._alone = Together(top, plan, [blocks], starts=[start], options=options)
+        self._alone: Together[Kind] = Together(top, plan, [blocks], starts=[start], options=options)
 
     @property
     def losses(self) -> list[float]:

@@ -91,12 +91,8 @@ class Trained(Generic[Kind]):
     """
 
     def __init__(self, starts: Sequence[Kind], plan: emulator.LayerPlan, device: torch.device) -> None:
-        self._starts = starts
-        stacks = (
-            _lora_stacks(starts, device)
-            if isinstance(starts[0], LoraAdapter)
-            else _core_stacks(starts, device)
-        )
+        self._starts: Sequence[Kind] = starts
+        stacks = _stacks(starts, device)
         own = emulator.renumbered(stacks, plan.path, {n: at for at, n in enumerate(plan.adapter)})
         self._stacks, self._own_names = stacks, own
 
@@ -142,11 +138,20 @@ def _own(stack: Stack, user: int) -> LoraPair:
     return LoraPair(_here(stack.A, user), _here(stack.B, user))
 
 
+def _stacks(starts: Sequence[LoraAdapter | CoreInBasis], device: torch.device) -> dict[str, Stack]:
+    _one_and_the_same("a", [type(start).__name__ for start in starts])
+    placed = [start for start in starts if isinstance(start, CoreInBasis)]
+    return (
+        _core_stacks(placed, device)
+        if placed
+        else _lora_stacks([start for start in starts if isinstance(start, LoraAdapter)], device)
+    )
+
+
 def _lora_stacks(starts: Sequence[LoraAdapter], device: torch.device) -> dict[str, Stack]:
     names = _one_and_the_same("modules", [tuple(start.pairs) for start in starts])
-    return {
-        name: Stack(**_stacked_own([start.pairs[name] for start in starts], name, device)) for name in names
-    }
+    each = {name: [start.pairs[name] for start in starts] for name in names}
+    return {name: _stacked(pairs, name, device) for name, pairs in each.items()}
 
 
 def _core_stacks(starts: Sequence[CoreInBasis], device: torch.device) -> dict[str, Stack]:
@@ -154,18 +159,22 @@ def _core_stacks(starts: Sequence[CoreInBasis], device: torch.device) -> dict[st
     _one_and_the_same("modules with ranks of their own", [tuple(sorted(start.core.own)) for start in starts])
     basis, own, stacks = starts[0].basis, starts[0].core.own, {}
     for name, (u, v) in basis.sides.items():
-        beside = _stacked_own([start.core.own[name] for start in starts], name, device) if name in own else {}
-        stacks[name] = Stack(
+        pairs = [start.core.own[name] for start in starts] if name in own else []
+        stacks[name] = replace(
+            _stacked(pairs, name, device),
             basis=(u.to(device, torch.float32), v.to(device, torch.float32)),
             core=_parameter([start.core.cores[name] for start in starts], device),
-            **beside,
         )
     return stacks
 
 
-def _stacked_own(pairs: Sequence[LoraPair], name: str, device: torch.device) -> dict[str, Tensor]:
+def _stacked(pairs: Sequence[LoraPair], name: str, device: torch.device) -> Stack:
+    """Pairs of one module; nothing where there are none."""
+    if not pairs:
+        return Stack()
     _one_and_the_same(f"{name}: the rank", [pair.rank for pair in pairs])
-    return {side: _parameter([getattr(pair, side) for pair in pairs], device) for side in "AB"}
+    A, B = ([getattr(pair, side) for pair in pairs] for side in "AB")
+    return Stack(A=_parameter(A, device), B=_parameter(B, device))
 
 
 def _parameter(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

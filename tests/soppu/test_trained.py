@@ -184,14 +184,13 @@ def alone(
     return found
 
 
-@pytest.mark.parametrize("own", [0, 2])
 def test_users_trained_together_have_the_losses_and_cores_they_have_alone(
-    tiny_model: PreTrainedModel, own: int
+    tiny_model: PreTrainedModel,
 ) -> None:
     texts = [make_blocks(5, 9, 7, seed=1), make_blocks(14, seed=2), make_blocks(6, 6, 11, 4, 8, seed=3)]
     plan, top = bench(tiny_model)
     basis = basis_of(tiny_model, plan, 4)
-    starts = [a_start(basis, own=own, seed=seed) for seed in range(3)]
+    starts = [a_start(basis, own=2, seed=seed) for seed in range(3)]
     options = TrainOptions(steps=5, batch_size=2, learning_rate=1e-3, prox_weight=0.01)
     together = Together(
         top, plan, [states(tiny_model, plan, blocks) for blocks in texts], starts=starts, options=options
