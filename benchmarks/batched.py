@@ -141,9 +141,12 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
 @click.command()
 @click.option("--users", type=click.IntRange(2), default=200, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of the tiny model.")
-def main(users: int, rounds: int) -> None:
+@click.option("--smollm2/--no-smollm2", default=True, help="Whether the larger model is measured too.")
+def main(users: int, rounds: int, smollm2: bool) -> None:
     torch.set_num_threads(THREADS)
-    sizes = {"tiny": measured(tiny_case(users), rounds), "smollm2": measured(smollm2_case(users // 4), 1)}
+    sizes = {"tiny": measured(tiny_case(users), rounds)}
+    if smollm2:
+        sizes["smollm2"] = measured(smollm2_case(users // 4), 1)
     for name, found in sizes.items():
         print(name, found)
     path = store(
