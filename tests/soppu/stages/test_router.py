@@ -68,7 +68,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Fitted:
     folder = tmp_path_factory.mktemp("run")
     run = open_run(prepare(str(three_users(folder, tiny_base))))
     registry = run.registry()
-    adapters = {user: train(run, user) for user in USERS}
+    adapters = {user: train(run, user, steps=5) for user in USERS}
     for user, adapter in adapters.items():
         registry.put_adapter(adapter, user=user, run=run.id)
     set_id = freeze_current(str(run.folder))
