@@ -73,6 +73,16 @@ def make(folder: Path, users: int, *, url: str = "http://127.0.0.1:9") -> Crowd:
     return Crowd(folder / "registry", folder / "runs", names, bundles[-1])
 
 
+def kept(folder: Path, users: int) -> Crowd:
+    """The crowd of a folder, made if it is not there; the run under way is one of this process."""
+    if not (folder / "whole").exists():
+        made = make(folder, users)
+        (folder / "whole").write_text("\n".join([made.bundle_id, *made.users]))
+    fly(folder / "runs" / "demo-3")
+    bundle_id, *names = (folder / "whole").read_text().split("\n")
+    return Crowd(folder / "registry", folder / "runs", tuple(names), bundle_id)
+
+
 def adapter(seed: int) -> LoraAdapter:
     """A small random one."""
     g = torch.Generator().manual_seed(seed)
@@ -113,8 +123,12 @@ def _runs(root: Path, held: dict[str, str], bundles: list[str]) -> None:
         report.write(folder, built)
         files.write_text(folder / report.JSON_FILE, json.dumps(_of_everybody(built, held), indent=2))
     _compared(root / "demo-2", list(held))
-    flying = root / "demo-3"
-    flying.mkdir()
+    fly(root / "demo-3")
+
+
+def fly(flying: Path) -> None:
+    """A run of this process, which is in its second stage."""
+    flying.mkdir(exist_ok=True)
     (flying / "config.toml").write_text("")
     began = Event(1.0, "run", "began", stages=("prepare", "federate", "compress"), **events.this_process())
     for event in (
