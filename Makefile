@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE =
 # LAPACK on two threads that share busy cores is many times slower than on one
 test test-fast test-long bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status docker-up image vllm test test-fast test-long lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
+.PHONY: help setup demo up down status docker-up image vllm browser test test-fast test-long lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -72,6 +72,9 @@ test: $(VENV)/.compiled .venv-lorax/.installed   ## the tests, real servers and 
 
 test-long: $(VENV)/.compiled .venv-lorax/.installed   ## what takes minutes: hosts in network namespaces, connections, more kills
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+
+browser:         ## Chromium, where there is none: Debian's (root); `make test-long` looks at the live page with it
+	sh tests/browser.sh
 
 test-fast: $(VENV)/.compiled .venv-lorax/.installed  ## without the tests that start Ray or Prefect
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
