@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PREFECT_PORT ?= 4200
 CONFIG ?= configs/demo.toml
+# of `make image`: server | evaluator | worker
+IMAGE ?= server
 # of `make test`; one of them mostly waits for servers
 WORKERS ?= 3
 # `make lint test` does both at once: much of the tests' time is waiting
@@ -50,8 +52,8 @@ status: setup    ## what is up
 docker-up:       ## a docker engine, where none answers: Debian's docker.io (root)
 	deploy/engine.sh up
 
-image: setup docker-up  ## the embedded server as a container image, soppu-server
-	VENV=$(VENV) deploy/image.sh
+image: setup docker-up  ## a container image: the embedded server, soppu-server; soppu-evaluator with IMAGE=evaluator
+	VENV=$(VENV) deploy/image.sh soppu-$(IMAGE):latest $(IMAGE)
 
 # once, before workers that start at the same time each compile it for themselves; in two halves
 $(VENV)/.compiled: $(VENV)/.installed
