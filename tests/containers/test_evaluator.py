@@ -106,5 +106,10 @@ def test_programs_are_run_where_the_engine_lets_them_be_kept_apart_and_nowhere_e
     words = ("--arm", "base", "--metric", "loss", "--metric", "pass_at_1", "--problems", "1")
     with pytest.raises(ContainerError, match="a program cannot be kept apart on this machine"):
         said(docker_engine, run, *words)
-    table = said(docker_engine, run, *words, security_opt=["seccomp=unconfined", "systempaths=unconfined"])
-    assert "left out: pass_at_1: about zero for every arm" in table
+    folder, user = run.folder.parents[1], f"{os.getuid() or _OWN}:{os.getgid() or _OWN}"
+    # by the command line: it alone knows what `systempaths` stands for
+    options = ["--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", f"--user={user}"]
+    options += ["--security-opt=seccomp=unconfined", "--security-opt=systempaths=unconfined"]
+    command = ["docker", "run", "--rm", *options, f"--volume={folder}:{folder}", evaluator, "evaluate"]
+    done = subprocess.run([*command, str(run.folder), *words], capture_output=True, text=True)
+    assert "left out: pass_at_1: about zero for every arm" in done.stdout, done.stderr

@@ -320,3 +320,22 @@ def test_the_command_prints_the_table_and_goes_on_where_it_was(judged: tuple[Run
     assert again.stdout == first.stdout and "text of" not in again.stderr
     wrong = CliRunner().invoke(main, [*words, "--prompts", "0", "--metric", "rouge"])
     assert wrong.exit_code == 1 and "rouge" in wrong.stderr and "prompts = 0" in wrong.stderr
+
+
+@pytest.mark.long
+def test_smollm2_completes_problems_and_its_programs_are_run(
+    config_path: Path, overrides: dict[str, object]
+) -> None:
+    cache = Path(__file__).parents[4] / ".soppu" / "models"
+    named = {"base.model": "smollm2-135m", "base.cache": str(cache), "data.max_tokens": 96}
+    run = open_run(prepare(str(config_path), {**overrides, **named}))
+    job = solve.asked(run, ["ann"], EvaluateConfig(problems=3))
+    try:
+        found = solve.solved(run, Arm("base", "base", "base"), job, tell=lambda said: None, process=here)
+    except SandboxError as error:
+        pytest.skip(str(error))
+    assert list(found) == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
+    (kept,) = (run.folder / "tradeoff").glob("texts-*.json")
+    texts = json.loads(kept.read_text())["texts"]
+    assert len(texts) == 3 and any(text.strip() for text in texts)  # it may stop at once
+    assert not [text for text in texts for stop in human_eval.STOPS if stop in text]
