@@ -101,11 +101,11 @@ def user(house: House, request: Request) -> str:
 def adapter(house: House, request: Request) -> str:
     """One adapter: whose it is and was, where it is served."""
     asked = request.path_params["adapter"]
-    found = house.registry.holders(asked, limit=_HOLDERS + 1)
+    found = house.registry.held(asked, limit=_HOLDERS + 1)
     if not found:
         raise NotThere(f"nobody holds an adapter {_short(asked)!r}")
-    holders = found[:_HOLDERS]
-    rows = [(who, row) for who in holders for row in house.registry.history(who) if row.adapter_id == asked]
+    rows = found[:_HOLDERS]
+    holders = list(dict.fromkeys(who for who, _ in rows))
     measured = [
         (who, line, facts)
         for who, told in house.runs.of_users(holders).items()
@@ -115,7 +115,7 @@ def adapter(house: House, request: Request) -> str:
     size = _size(house, asked)
     return _render(
         "adapter.html", house, here="users", adapter=asked, rows=rows, measured=measured, size=size,
-        holders=_HOLDERS, more=len(found) > _HOLDERS,
+        more=len(found) > _HOLDERS,
     )  # fmt: skip
 
 

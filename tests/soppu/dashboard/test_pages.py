@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from soppu import user_ids
+from soppu.base_identity import Base
 from soppu.dashboard import figures, watcher
 from soppu.dashboard.app import application
 from soppu.dashboard.runs import Runs
@@ -156,6 +157,21 @@ def test_an_adapter_has_its_users_and_what_was_measured_of_it(
     page = client.get(f"/adapters/{adapter}").text
     assert "demo-9" in page and f"{told['users'][0]['loss_base']:.3f}" in page and "current" in page
     assert "demo-9" in client.get("/users/ann").text
+
+
+def test_an_adapter_that_many_hold_says_of_each_what_their_own_history_says(registry: Registry) -> None:
+    shared, own = registry.current("user-000"), registry.current("ann")
+    members = registry.freeze_current(Base("tiny", crowd.HASH))
+    bundle = registry.put_bundle(b"shared", set_id=members)
+    registry.record_publication(target="one", url="http://127.0.0.1:7", bundle_id=bundle)
+    registry.put_adapter(crowd.adapter(300), user="user-003", run="later")
+    rows = registry.held(shared, limit=99)
+    assert [who for who, _ in rows] == [f"user-{number:03}" for number in range(60)]
+    told = {who: [row for row in registry.history(who) if row.adapter_id == shared] for who, _ in rows}
+    assert all(told[who] == [row] for who, row in rows)
+    assert [row.current for _, row in rows].count(False) == 1
+    assert registry.held(shared, limit=5) == rows[:5] and registry.held("a-0") == ()
+    assert registry.held(own)[0][1].published == ("one http://127.0.0.1:7",)
 
 
 def test_a_run_in_flight_one_that_is_unreadable_and_a_forgotten_user(
