@@ -34,7 +34,7 @@ from soppu.data import Block, collate, load_user, tokenize
 from soppu.federation import emulator
 from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.client_part import ClientPart
-from soppu.federation.head_loss import summed_loss
+from soppu.federation.head_loss import row_losses
 from soppu.federation.simulation import LEAN
 from soppu.federation.train import backward, cache_states, proximal
 from soppu.models import BaseModel
@@ -136,7 +136,7 @@ def full(base: BaseModel, *, dtype: str) -> Step:
             hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             target = labels[:, 1:]
             counted = target != -100
-            loss = summed_loss(head, hidden[:, :-1][counted], target[counted]) / counted.sum()
+            loss = row_losses(head, hidden[:, :-1][counted], target[counted]).sum() / counted.sum()
             advance(loss, optimizer)
 
     return step

@@ -187,7 +187,7 @@ def _personal(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _T
         shares=(*((0.0,) if turn.sharing.remembers else ()), *federation.personal_shares),
     )
 
-    def begin(rate: float) -> Training:
+    def begin(rate: float) -> Training[LoraAdapter]:
         options = dataclasses.replace(_options(bench.config, learning_rate=rate, seed=seed), held=turn.held)
         return Training(bench.top, bench.plan, states.train, start=turn.start, options=options)
 

@@ -81,6 +81,12 @@ class LoraPair:
         """The factors elsewhere, or in another dtype; the same tensors where that is so already."""
         return LoraPair(self.A.to(device, dtype, copy=copy), self.B.to(device, dtype, copy=copy))
 
+    def change(self, x: Tensor) -> Tensor:
+        """B A x of inputs (..., i), in their dtype: a float32 copy would be the largest thing kept."""
+        return torch.nn.functional.linear(
+            torch.nn.functional.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
@@ -103,10 +109,7 @@ class LoraAdapter:
             digest = hashlib.sha256(f"soppu-lora-1\n{self.base_hash}\n{self.fan_in_fan_out}\n".encode())
             for name in sorted(self.pairs):
                 for side in ("A", "B"):
-                    tensor = getattr(self.pairs[name], side).detach().cpu().contiguous()
-                    digest.update(f"{name}.{side} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                    # flat first: a single row or column may keep any stride and still be contiguous
-                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(told(f"{name}.{side}", getattr(self.pairs[name], side)))
             object.__setattr__(self, "_hash", digest.hexdigest())
         return self._hash
 
@@ -144,6 +147,14 @@ class AdaptersOnDemand(Mapping[str, LoraAdapter], Generic[Place]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def told(name: str, tensor: Tensor) -> bytes:
+    """What a content hash takes of a tensor: name, dtype, shape, and every byte of it."""
+    here = tensor.detach().cpu().contiguous()
+    # flat first: a single row or column may keep any stride and still be contiguous
+    numbers = here.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{name} {here.dtype} {tuple(here.shape)}\n".encode() + numbers
 
 
 def validate(adapter: LoraAdapter, *, who: str) -> None:

@@ -41,6 +41,7 @@ COMMANDS = {
         "router",
         "Fit, and show, what decides whether the base model or the user's adapter answers a request.",
     ),
+    "join": ("join", "Train USER inside the basis of a fleet that is served, and serve them."),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
     "resolve": ("resolve", "Say where USER is served now, and which adapter_id a request has to name there."),
     "verify-target": (
@@ -78,6 +79,7 @@ LISTENING = ("run", "watch")  # those that show what goes on without them
 _SERVING = ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))
 EXTRAS = {
     "serve": _SERVING,
+    "join": _SERVING,  # it publishes
     "evaluate": ("serve", ("llguidance",)),  # the server's engine
     "dashboard": ("serve", ("starlette", "uvicorn", "prometheus_client")),
 }

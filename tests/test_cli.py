@@ -44,15 +44,23 @@ def test_what_a_command_loads_is_never_searched_for_garbage_and_the_rest_is() ->
     assert int(frozen) > 100_000 and searching == "True"
 
 
+SERVING = {"soppu.commands.serve", "soppu.commands.join"}  # which serve, or try what is to be served
+
+
 def test_what_holds_no_model_waits_for_no_model_code() -> None:
     """The code of models takes seconds and 110 MB; they would count as memory of a compression."""
     modules = [
-        *sorted({f"soppu.commands.{module}" for module, _ in COMMANDS.values() if module != "serve"}),
+        *sorted({f"soppu.commands.{module}" for module, _ in COMMANDS.values()} - SERVING),
         *(
             f"soppu.stages.{path.stem}"
             for path in sorted((ROOT / "soppu" / "stages").glob("[a-z]*.py"))
             if path.stem
-            not in ("expected", "publish", "pipeline")  # which hold a server's answers against a model's
+            not in (
+                "expected",
+                "publish",
+                "pipeline",
+                "join",
+            )  # which hold a server's answers against a model's
         ),
         *("server.app", "clients.app"),
         "benchmarks.streaming",

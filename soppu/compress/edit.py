@@ -72,10 +72,10 @@ def project(
         raise ConfigError(f"max_error = {max_error}, allowed: above 0 and below 1")
     if user in bundle.users:
         raise BundleError(f"user {user!r} is in the bundle already; remove the user first")
-    newcomer = _newcomer(bundle, user, adapter, adapter_id)
+    newcomer = newcomer_of(bundle, user, adapter, adapter_id)
     allowed = max_bytes or 2 * newcomer.parameters
     clusters = range(len(next(iter(bundle.bases.values()))))
-    tries: list[tuple[str, _Coded]] = []
+    tries: list[tuple[str, Coded]] = []
     if all(out.k and inn.k for pairs in bundle.bases.values() for out, inn in pairs):
         inside = (_Bench(bundle, newcomer, cluster, shared_only=True).code(_FREE) for cluster in clusters)
         tries.append((BASIS, min(inside, key=lambda coded: coded.error)))
@@ -86,19 +86,21 @@ def project(
     data = page.encode(coded.parts, users=1)
     if coded.error > max_error or len(data) > allowed:
         return Projection(QUEUED, bundle, min(one.error for _, one in tries), len(data))
-    return Projection(outcome, _extended(bundle, newcomer, coded, data), coded.error, len(data))
+    return Projection(outcome, extended(bundle, newcomer, coded, data), coded.error, len(data))
 
 
 @dataclass(frozen=True, eq=False)
-class _Coded:
-    parts: list[Components]
-    squared: Tensor
-    error: float
+class Coded:
+    """A newcomer as stored."""
+
+    parts: list[Components]  # one entry a module, the user numbered 0
+    squared: Tensor  # (modules, 1) squared Frobenius errors
+    error: float  # relative, of the whole adapter
     cluster: int
 
 
-def _newcomer(bundle: Bundle, user: str, adapter: LoraAdapter, adapter_id: str) -> Fleet:
-    """The user as a fleet of one that has the bundle's modules."""
+def newcomer_of(bundle: Bundle, user: str, adapter: LoraAdapter, adapter_id: str) -> Fleet:
+    """The user as a fleet of one that has the bundle's modules. Raises AdapterError as `project` does."""
     ids = {user: adapter_id} if adapter_id else None
     alone = fleets.survey({user: adapter}, adapter_ids=ids, device=torch.device("cpu"))
     base_identity.check(adapter.base, bundle.base, who=user, whose="the bundle is for")
@@ -146,7 +148,7 @@ class _Bench:
         found = (choose(self._sides[name], *coder.menus, price) for name, coder in self.coders.items())
         return sum(float(choice.error.double().sum()) for choice in found)
 
-    def code(self, price: float) -> _Coded:
+    def code(self, price: float) -> Coded:
         """The user as it would be stored."""
         prices = torch.full((1,), price, dtype=torch.float64)
         coded = [coder.code(self.factors[name], self.norm, prices) for name, coder in self.coders.items()]
@@ -158,10 +160,10 @@ class _Bench:
             ]
         )
         error = float(relative_errors(squared.sum(0), self.norm)[0])
-        return _Coded(parts, squared, error, self.cluster)
+        return Coded(parts, squared, error, self.cluster)
 
 
-def _with_own(bench: _Bench, max_error: float) -> _Coded:
+def _with_own(bench: _Bench, max_error: float) -> Coded:
     """The user with own numbers where the basis falls short, at a price the coding corrects."""
     aim = max_error**2
     for _ in range(_TRIES):
@@ -176,7 +178,8 @@ def _with_own(bench: _Bench, max_error: float) -> _Coded:
     return coded
 
 
-def _extended(bundle: Bundle, newcomer: Fleet, coded: _Coded, data: bytes) -> Bundle:
+def extended(bundle: Bundle, newcomer: Fleet, coded: Coded, data: bytes) -> Bundle:
+    """The bundle with one page more, whose bytes are `data`; bases and other pages are the same objects."""
     (user,), report = newcomer.users, bundle.report
     errors = relative_errors(coded.squared, newcomer.norms)[:, 0].tolist()
     modules = {

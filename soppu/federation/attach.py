@@ -8,18 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from soppu.adapter import LoraAdapter, LoraPair
+from soppu.adapter import LoraPair
 from soppu.errors import AdapterError
 
 
+class Change(Protocol):
+    """What is added to a module's output."""
+
+    def to(self, device: torch.device, /) -> Change:
+        """The same on a device; itself where it is there."""
+
+    def change(self, x: Tensor, /) -> Tensor:
+        """What inputs (b, t, i) add to the outputs (b, t, o)."""
+
+
+class Changes(Protocol):
+    """Changes of some modules: a LoRA adapter, or rows of several users."""
+
+    @property
+    def pairs(self) -> Mapping[str, Change]:
+        """By module name, numbered as the model is."""
+
+
 @contextmanager
-def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
-    """Add B A x to the output of every module the adapter names; None attaches nothing.
+def attached(model: nn.Module, adapter: Changes | None) -> Iterator[None]:
+    """Add B A x, or what else there is, to the output of every module named; None attaches nothing.
 
     `adapter` is numbered as `model` is, and may be elsewhere. Cost: O(r (i + o)) per token and module.
 
@@ -32,16 +50,15 @@ def attached(model: nn.Module, adapter: LoraAdapter | None) -> Iterator[None]:
                 module = model.get_submodule(name)
             except AttributeError:
                 raise AdapterError(f"{name}: the model has no such module") from None
-            device = getattr(module, "weight", pair.A).device
-            stack.enter_context(module.register_forward_hook(_hook(pair.to(device))))
+            weight = getattr(module, "weight", None)
+            here = pair if weight is None else pair.to(weight.device)
+            stack.enter_context(module.register_forward_hook(_hook(here)))
         yield
 
 
-def _hook(pair: LoraPair) -> Any:
+def _hook(pair: Change) -> Any:
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]  # in its dtype: a copy of every input in float32 would be the largest thing kept
-        change = nn.functional.linear(nn.functional.linear(x, pair.A.to(x.dtype)), pair.B.to(x.dtype))
-        return output + change.to(output.dtype)
+        return output + pair.change(args[0]).to(output.dtype)
 
     return add
 

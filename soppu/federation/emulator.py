@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from soppu.adapter import LoraAdapter, LoraPair
+from soppu.adapter import LoraAdapter
 from soppu.errors import AdapterError, UnsupportedModel
 from soppu.module_names import split_layer
 
@@ -213,13 +213,22 @@ def renumber(
         AdapterError: a module is not under `path`, or its number is not in `mapping`. This is how keys
             with an emulator's numbers fail loudly at the full model instead of landing on a wrong layer.
     """
-    pairs: dict[str, LoraPair] = {}
-    for name, pair in adapter.pairs.items():
+    named = renumbered(adapter.pairs, path, mapping, who=who)
+    pairs = {named[name]: pair for name, pair in adapter.pairs.items()}
+    return LoraAdapter(pairs, adapter.base_model, adapter.base_hash, adapter.fan_in_fan_out)
+
+
+def renumbered(
+    names: Iterable[str], path: str, mapping: Mapping[int, int], *, who: str = "adapter"
+) -> dict[str, str]:
+    """Module name -> the same with its layer's number translated. Raises as `renumber` does."""
+    found = {}
+    for name in names:
         parts = split_layer(name)
         if parts is None or parts[0] != f"{path}." or parts[1] not in mapping:
             raise AdapterError(f"{who}: {name}: not one of {path}.{{{', '.join(map(str, mapping))}}}")
-        pairs[f"{path}.{mapping[parts[1]]}{parts[2]}"] = pair
-    return LoraAdapter(pairs, adapter.base_model, adapter.base_hash, adapter.fan_in_fan_out)
+        found[name] = f"{path}.{mapping[parts[1]]}{parts[2]}"
+    return found
 
 
 def to_own(

@@ -7,14 +7,17 @@ the shared adapter as far as validation asks for. What is served follows from th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Generic
+
+import torch
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.federation.train import Training
+from soppu.federation.trained import Kind
 
 PERSONAL, SHARED, BASE = "personal", "shared", "base"
-Measure = Callable[[LoraAdapter | None], float]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class SearchOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Personal:
+class Personal(Generic[Kind]):
     """What came out for a user.
 
     Attributes:
@@ -40,7 +43,7 @@ class Personal:
         first_loss, last_loss: training losses of the training it comes from, at its first and last step.
     """
 
-    adapter: LoraAdapter
+    adapter: Kind
     base: float
     shared: float
     personal: float
@@ -52,10 +55,10 @@ class Personal:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stop:
+class _Stop(Generic[Kind]):
     """Where one training was best."""
 
-    adapter: LoraAdapter
+    adapter: Kind
     loss: float
     learning_rate: float
     steps: int
@@ -71,9 +74,13 @@ def served(*, base: float, shared: float, personal: float) -> str:
 
 
 def personalise(
-    begin: Callable[[float], Training], measure: Measure, *, start: LoraAdapter, search: SearchOptions
-) -> Personal:
-    """Train for one user and choose among what was tried.
+    begin: Callable[[float], Training[Kind]],
+    measure: Callable[[Kind | None], float],
+    *,
+    start: Kind,
+    search: SearchOptions,
+) -> Personal[Kind]:
+    """Train for one user, a LoRA or a core, and choose among what was tried.
 
     Args:
         begin: step size -> a training from `start` that has taken no step.
@@ -100,20 +107,31 @@ def personalise(
     )
 
 
-def between(start: LoraAdapter, end: LoraAdapter, share: float) -> LoraAdapter:
-    """The adapter a share of the way from one to the other, factor by factor: of the same rank."""
-    pairs = {
-        name: LoraPair(
-            old.A + share * (end.pairs[name].A - old.A), old.B + share * (end.pairs[name].B - old.B)
-        )
-        for name, old in start.pairs.items()
+def between(start: Kind, end: Kind, share: float) -> Kind:
+    """What lies a share of the way from one to the other, factor by factor: of the same rank."""
+    if isinstance(start, LoraAdapter):
+        return replace(end, pairs=_drawn(start.pairs, end.pairs, share))
+    old, new = start.core, end.core
+    cores = {name: torch.lerp(core, new.cores[name], share) for name, core in old.cores.items()}
+    return replace(end, core=replace(new, cores=cores, own=_drawn(old.own, new.own, share)))
+
+
+def _drawn(old: Mapping[str, LoraPair], new: Mapping[str, LoraPair], share: float) -> dict[str, LoraPair]:
+    return {
+        name: LoraPair(pair.A + share * (new[name].A - pair.A), pair.B + share * (new[name].B - pair.B))
+        for name, pair in old.items()
     }
-    return replace(end, pairs=pairs)
 
 
-def _train(training: Training, measure: Measure, *, rate: float, search: SearchOptions) -> _Stop:
+def _train(
+    training: Training[Kind],
+    measure: Callable[[Kind | None], float],
+    *,
+    rate: float,
+    search: SearchOptions,
+) -> _Stop[Kind]:
     """Train until validation says stop; what it was best at."""
-    best: _Stop | None = None
+    best: _Stop[Kind] | None = None
     worse = 0
     while (left := search.steps - len(training.losses)) > 0 and worse < search.patience:
         training.advance(min(search.check_every, left))

@@ -1,4 +1,4 @@
-"""The one training loop: a LoRA on the top layers, fed with cached states of the frozen part.
+"""The one training loop: adapters of one user or of many, fed with cached states of the frozen part.
 
 Nothing runs backward through the emulator: its output is computed once per example, without gradients,
 and the adapter layers start from there.
@@ -6,10 +6,10 @@ and the adapter layers start from there.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,15 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.data import IGNORE, Block, collate
 from soppu.federation import emulator
 from soppu.federation.attach import attached
-from soppu.federation.head_loss import summed_loss
+from soppu.federation.head_loss import row_losses
+from soppu.federation.trained import Kind, Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 _TOKENS = {"cpu": 2**8, "cuda": 2**14}  # that gradients are worked out for at a time, padding included
+_MOST_TIMES = 8  # as many of many users
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TrainOptions:
 
     steps: int = 0  # of the optimiser
     batch_size: int = 4  # examples a step
-    learning_rate: float = 1e-3  # AdamW step size of A; B's is `b_ratio` times as large
+    learning_rate: float = 1e-3  # AdamW step size of A; that of B, and of cores, is `b_ratio` times as large
     # alpha / r. Under Adam the LoRA scale is a step size for B, and this is where it enters
     b_ratio: float = 2.0
     prox_weight: float = 0.0  # of the squared product-space distance to the start
@@ -49,11 +51,14 @@ class CachedBlock:
     labels: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class TrainResult:
-    """What `fit` gives back: the adapter (full-model names), and the loss at its first and last steps."""
+_Placed = tuple[CachedBlock, int]  # and whose it is
 
-    adapter: LoraAdapter
+
+@dataclass(frozen=True, eq=False)
+class TrainResult(Generic[Kind]):
+    """What `fit` gives back: what was trained (full-model names), the loss at its first and last steps."""
+
+    adapter: Kind
     first_loss: float
     last_loss: float
     steps: int
@@ -82,7 +87,7 @@ def batch_loss(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[T
     The head runs only where a label counts: O(labels x v) instead of O(tokens x v).
     """
     hidden, target, counts = before_head(top, blocks)
-    return summed_loss(top.logits, hidden, target), sum(counts)
+    return row_losses(top.logits, hidden, target).sum(), sum(counts)
 
 
 def before_head(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[Tensor, Tensor, list[int]]:
@@ -103,13 +108,33 @@ def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:
 
     Blocks of about one length go together, a few tokens at a time: less padding, and the activations of some.
     """
-    counted = max(1, sum(map(_counted, blocks)))
-    total = 0.0
-    for group in _groups(blocks, _TOKENS.get(top.device.type, _TOKENS["cpu"])):
-        loss = batch_loss(top, group)[0] / counted
-        loss.backward()
-        total += float(loss.detach())
-    return total
+    return backward_each(top, [blocks], lambda row: nullcontext())[0]
+
+
+def backward_each(
+    top: emulator.TopModel,
+    blocks: Sequence[Sequence[CachedBlock]],
+    answering: Callable[[Tensor], AbstractContextManager[None]],
+) -> list[float]:
+    """As `backward` for each of some users: their losses; the gradient added is that of the sum of these.
+
+    Args:
+        blocks: of every user.
+        answering: users' numbers (b,) -> has the model answer example b of a batch for user `row[b]`.
+    """
+    counted = torch.tensor([max(1, sum(map(_counted, own))) for own in blocks], device=top.device)
+    total = torch.zeros(len(blocks), device=top.device)
+    placed = [(block, user) for user, own in enumerate(blocks) for block in own]
+    tokens = _TOKENS.get(top.device.type, _TOKENS["cpu"]) * min(len(blocks), _MOST_TIMES)
+    for group in _groups(placed, tokens):
+        row = torch.tensor([user for _, user in group], device=top.device)
+        with answering(row):
+            hidden, target, counts = before_head(top, [block for block, _ in group])
+            whose = row.repeat_interleave(torch.tensor(counts, device=top.device))
+            losses = row_losses(top.logits, hidden, target) / counted[whose]
+            losses.sum().backward()
+        total.index_add_(0, whose, losses.detach())
+    return total.tolist()
 
 
 def _counted(block: CachedBlock) -> int:
@@ -117,13 +142,13 @@ def _counted(block: CachedBlock) -> int:
     return int((block.labels[1:] != IGNORE).sum())
 
 
-def _groups(blocks: Sequence[CachedBlock], tokens: int) -> Iterator[list[CachedBlock]]:
-    group: list[CachedBlock] = []
-    for block in sorted(blocks, key=lambda block: len(block.labels)):
-        if group and (len(group) + 1) * len(block.labels) > tokens:
+def _groups(placed: Sequence[_Placed], tokens: int) -> Iterator[list[_Placed]]:
+    group: list[_Placed] = []
+    for one in sorted(placed, key=lambda one: len(one[0].labels)):
+        if group and (len(group) + 1) * len(one[0].labels) > tokens:
             yield group
             group = []
-        group.append(block)
+        group.append(one)
     yield group
 
 
@@ -164,13 +189,60 @@ def proximal(pairs: Mapping[str, LoraPair], start: Mapping[str, LoraPair]) -> Te
     return torch.stack(terms).sum()
 
 
-class Training:
-    """A LoRA under training: it can be carried on, looked at, and carried on again.
+class Together(Generic[Kind]):
+    """Users under training, all in one forward and one backward pass a step; each as they would be alone.
 
     Args:
-        start: full-model names; its factors are copied, not changed.
-        options: `steps` is not read here.
+        blocks: of every user, to train on.
+        starts: where every user begins, full-model names; copied, not changed. See `Trained`.
+        options: `steps` is not read here; the order of a user's examples follows from how many there are.
     """
+
+    def __init__(
+        self,
+        top: emulator.TopModel,
+        plan: emulator.LayerPlan,
+        blocks: Sequence[Sequence[CachedBlock]],
+        *,
+        starts: Sequence[Kind],
+        options: TrainOptions,
+    ) -> None:
+        self.losses: list[list[float]] = []  # a step: of every user
+        self._top, self._blocks, self._options = top, blocks, options
+        self._trained: Trained[Kind] = Trained(starts, plan, top.device)
+        users = range(len(starts)) if options.prox_weight else ()
+        with torch.no_grad():
+            self._origins = {user: _copied(self._trained.pairs(user)) for user in users}
+        slow, fast = options.learning_rate, options.learning_rate * options.b_ratio
+        groups = [{"params": self._trained.parameters("A"), "lr": slow}]
+        groups += [{"params": self._trained.parameters("B", "core"), "lr": fast}]
+        self._optimizer = torch.optim.AdamW([one for one in groups if one["params"]], weight_decay=0.0)
+        self._batches = [batches(len(own), options) for own in blocks]
+
+    def advance(self, steps: int) -> None:
+        """Take optimiser steps. Cost: one forward and one backward pass of the top a step, of every user."""
+        for _ in range(steps):
+            chosen = [
+                [own[index] for index in next(order)]
+                for own, order in zip(self._blocks, self._batches, strict=True)
+            ]
+            self._optimizer.zero_grad(set_to_none=True)
+            self.losses.append(backward_each(self._top, chosen, self._answering))
+            for user, origin in self._origins.items():
+                (self._options.prox_weight * proximal(self._trained.pairs(user), origin)).backward()
+            self._trained.hold(*self._options.held)
+            self._optimizer.step()
+
+    def adapter(self, user: int) -> Kind:
+        """A copy of what a user has now: full-model names, float32, on the CPU."""
+        return self._trained.adapter(user)
+
+    def _answering(self, row: Tensor) -> AbstractContextManager[None]:
+        return self._trained.attached(self._top.model, row)
+
+
+class Training(Generic[Kind]):
+    """One user under training: it can be carried on, looked at, and carried on again. See `Together`."""
 
     def __init__(
         self,
@@ -178,49 +250,23 @@ class Training:
         plan: emulator.LayerPlan,
         blocks: Sequence[CachedBlock],
         *,
-        start: LoraAdapter,
+        start: Kind,
         options: TrainOptions,
     ) -> None:
-        self.losses: list[float] = []
-        self._top, self._plan, self._blocks, self._options = top, plan, blocks, options
-        own = emulator.to_own(start, plan, plan.adapter)
-        self._origin = {name: pair.to(top.device, torch.float32) for name, pair in own.pairs.items()}
-        pairs = {
-            name: LoraPair(pair.A.clone().requires_grad_(), pair.B.clone().requires_grad_())
-            for name, pair in self._origin.items()
-        }
-        self._own = replace(start, pairs=pairs)
-        rate = options.learning_rate
-        sides = {"A": rate, "B": rate * options.b_ratio}
-        self._optimizer = torch.optim.AdamW(
-            [{"params": [getattr(p, side) for p in pairs.values()], "lr": lr} for side, lr in sides.items()],
-            weight_decay=0.0,
-        )
-        self._batches = batches(len(blocks), options)
+        self._alone: Together[Kind] = Together(top, plan, [blocks], starts=[start], options=options)
+
+    @property
+    def losses(self) -> list[float]:
+        """The training loss of every step so far, nats a token."""
+        return [loss for (loss,) in self._alone.losses]
 
     def advance(self, steps: int) -> None:
         """Take optimiser steps. Cost: one forward and one backward pass of the top a step."""
-        with attached(self._top.model, self._own):
-            for chosen in itertools.islice(self._batches, steps):
-                self._optimizer.zero_grad(set_to_none=True)
-                self.losses.append(backward(self._top, [self._blocks[index] for index in chosen]))
-                if self._options.prox_weight:
-                    (self._options.prox_weight * proximal(self._own.pairs, self._origin)).backward()
-                self._hold(*self._options.held)
-                self._optimizer.step()
+        self._alone.advance(steps)
 
-    def _hold(self, rows: int, columns: int) -> None:
-        """No gradient for the first rows of A and columns of B: Adam without decay then leaves them alone."""
-        for pair in self._own.pairs.values():
-            assert pair.A.grad is not None and pair.B.grad is not None
-            pair.A.grad[:rows] = 0
-            pair.B.grad[:, :columns] = 0
-
-    def adapter(self) -> LoraAdapter:
-        """A copy of the adapter as it is now: full-model names, float32, on the CPU."""
-        own = {name: LoraPair(pair.A.detach(), pair.B.detach()) for name, pair in self._own.pairs.items()}
-        pairs = {name: pair.to("cpu", copy=True) for name, pair in own.items()}
-        return emulator.to_full(replace(self._own, pairs=pairs), self._plan, self._plan.adapter)
+    def adapter(self) -> Kind:
+        """A copy of what is trained as it is now: full-model names, float32, on the CPU."""
+        return self._alone.adapter(0)
 
 
 def fit(
@@ -228,14 +274,18 @@ def fit(
     plan: emulator.LayerPlan,
     blocks: Sequence[CachedBlock],
     *,
-    start: LoraAdapter,
+    start: Kind,
     options: TrainOptions,
-) -> TrainResult:
-    """Train an adapter from `start` on cached blocks, for `options.steps`. See `Training`."""
+) -> TrainResult[Kind]:
+    """Train from `start` on cached blocks, for `options.steps`. See `Training`."""
     training = Training(top, plan, blocks, start=start, options=options)
     training.advance(options.steps)
     losses = training.losses
     return TrainResult(training.adapter(), losses[0], losses[-1], len(losses))
+
+
+def _copied(pairs: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+    return {name: LoraPair(pair.A.clone(), pair.B.clone()) for name, pair in pairs.items()}
 
 
 def _inner(left: LoraPair, right: LoraPair) -> Tensor:

@@ -183,9 +183,7 @@ def freeze_current(
     Raises:
         RegistryError: nobody is in the set, or one in `chosen` does not hold the adapter named.
     """
-    # every user, in the order of ids: nobody's adapter changes before the transaction ends
-    session.execute(sa.select(User.id).order_by(User.id).with_for_update())
-    check_held(session, sorted(chosen.items()))
+    hold_still(session, chosen)
     before = current_set(session)
     for user, adapter_id in chosen.items():
         if before.get(user) != adapter_id:  # an earlier configuration's run, again; or one overtaken
@@ -206,6 +204,18 @@ def freeze_current(
         )
     if not members:
         raise RegistryError("a set needs at least one user, got none")
+    return freeze(session, members)
+
+
+def hold_still(session: Session, members: Mapping[str, str]) -> None:
+    """Nobody's adapter changes before the transaction ends. RegistryError: one does not hold theirs."""
+    # every user, in the order of ids
+    session.execute(sa.select(User.id).order_by(User.id).with_for_update())
+    check_held(session, sorted(members.items()))
+
+
+def freeze(session: Session, members: Mapping[str, str]) -> str:
+    """Fix who holds which adapter, which `hold_still` has made sure of; the set's id."""
     pairs = sorted(members.items())
     set_id = f"s-{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]}"
     if insert_if_absent(session, AdapterSet, id=set_id, contains_forgotten=False, created_at=now()):

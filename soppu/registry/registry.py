@@ -167,6 +167,18 @@ class Registry:
         with self._catalogue.write() as session:
             return ledger.freeze_current(session, base, chosen=chosen or {}, without=without, run=run)
 
+    def freeze(self, members: Mapping[str, str]) -> str:
+        """Fix these users (user -> adapter id) as a set, whatever is current. Idempotent. Returns its id.
+
+        Raises:
+            RegistryError: nobody, or one who does not hold the adapter beside them.
+        """
+        if not members:
+            raise RegistryError("a set needs at least one user, got none")
+        with self._catalogue.write() as session:
+            ledger.hold_still(session, members)
+            return ledger.freeze(session, members)
+
     def get_set(self, set_id: str) -> dict[str, str]:
         """User -> adapter id of a frozen set, sorted; forgotten users too. RegistryError if it is unknown."""
         query = sa.select(SetMember.user_id, SetMember.adapter_id).where(SetMember.set_id == set_id)

@@ -73,10 +73,7 @@ class Bench:
 
         The layers below the cut run once, and once more for each adapter that reaches below it.
         """
-        data = self.config.data
-        blocks = tokenize(
-            examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
-        )
+        blocks = self._blocks(examples)
         states = self._below(blocks, None)
         found = {}
         for name, adapter in tried.items():
@@ -86,6 +83,16 @@ class Bench:
         tokens = tuple(count for _, count in next(iter(found.values())))
         return ExampleLosses(
             tokens, {name: tuple(loss for loss, _ in pairs) for name, pairs in found.items()}
+        )
+
+    def states(self, examples: Sequence[Example]) -> list[CachedBlock]:
+        """What the layers below the cut make of some text: what can be trained on, again and again."""
+        return self._below(self._blocks(examples), None)
+
+    def _blocks(self, examples: Sequence[Example]) -> list[Block]:
+        data = self.config.data
+        return tokenize(
+            examples, self.tokenizer, max_tokens=data.max_tokens, chat_template=data.chat_template
         )
 
     def _below(self, blocks: Sequence[Block], adapter: LoraAdapter | None) -> list[CachedBlock]:

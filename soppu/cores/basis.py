@@ -1,0 +1,47 @@
+"""CoreBasis: the directions of every module that users share, and the id that tells bases apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from soppu.adapter import told
+from soppu.base_identity import Base
+
+
+@dataclass(frozen=True, eq=False)
+class CoreBasis:
+    """U (o, k_out) and V (i, k_in) of every module that has both; they need not be orthonormal."""
+
+    sides: Mapping[str, tuple[Tensor, Tensor]]  # by full-model module name
+    base_model: str = ""
+    base_hash: str = ""
+    fan_in_fan_out: bool = False
+    _id: str = field(default="", init=False, repr=False)
+
+    @property
+    def base(self) -> Base:
+        """The base model, as far as the basis knows it."""
+        return Base(self.base_model, self.base_hash)
+
+    @property
+    def id(self) -> str:
+        """u- and 16 hex digits of the SHA-256 over base hash, weight layout, and every number. O(size)."""
+        if not self._id:
+            digest = hashlib.sha256(f"soppu-basis-1\n{self.base_hash}\n{self.fan_in_fan_out}\n".encode())
+            for name in sorted(self.sides):
+                for side, tensor in zip("UV", self.sides[name], strict=True):
+                    digest.update(told(f"{name}.{side}", tensor))
+            object.__setattr__(self, "_id", f"u-{digest.hexdigest()[:16]}")
+        return self._id
+
+    def core_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (k_out, k_in)."""
+        return {name: (int(u.shape[1]), int(v.shape[1])) for name, (u, v) in self.sides.items()}
+
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (o, i)."""
+        return {name: (int(u.shape[0]), int(v.shape[0])) for name, (u, v) in self.sides.items()}

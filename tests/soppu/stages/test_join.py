@@ -1,0 +1,152 @@
+"""A new user joins a fleet that is served: one row more, nobody else touched, and a token at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from soppu import models
+from soppu.cli import main
+from soppu.compress import Bundle
+from soppu.compress.joining import basis_of
+from soppu.cores import folder as core_folder
+from soppu.cores.core import CoreInBasis
+from soppu.errors import BundleError, ConfigError, DataError, GateError, SoppuError
+from soppu.serve import admin_token as tokens
+from soppu.serve.api.http import ServerInfo, create_app
+from soppu.serve.bank.bank import AdapterBank
+from soppu.serve.bank.store import ServerState
+from soppu.serve.engine.engine import Engine, EngineOptions
+from soppu.stages import federate
+from soppu.stages.compress import compress_set
+from soppu.stages.evaluate import evaluate
+from soppu.stages.join import Newcomer, join
+from soppu.stages.publish import publish
+from soppu.stages.run import Run
+from soppu.stages.targets import open_target
+from tests.soppu.serve import tiny
+from tests.soppu.stages.conftest import train, write_result
+
+LENIENT = {"gate.max_loss_over_shared": 10.0, "gate.min_mean_gain_over_shared": -10.0}
+
+
+@pytest.fixture
+def overrides(tmp_path: Path, tiny_base: Path) -> Iterator[dict[str, object]]:
+    """A server of the tiny model in this process, which the run's target is."""
+    state, base = tmp_path / "serve", models.resolve(str(tiny_base), cache=tmp_path)
+    token = tokens.ensure(tokens.token_file(state))
+    model = models.load_model(base)
+    bank = AdapterBank(model, base_hash=base.hash)
+    held = ServerState.open(state, bank)
+    engine = Engine(model, models.load_tokenizer(base), bank, EngineOptions())
+    app = create_app(engine, info=ServerInfo("tiny", base.hash, admin_token=token), state=held)
+    with tiny.listening(app) as url:
+        yield {"serve.url": url, "federation.personal_learning_rates": [0.05], **LENIENT}
+    held.close()
+
+
+@pytest.fixture
+def fleet(run: Run, trained: dict[str, str]) -> str:
+    """A bundle of three users, published; its id."""
+    write_result(run, trained, shared=train(run, "bob", steps=4))
+    folder = str(run.folder)
+    set_id = federate.collect(folder, federate.federate(folder))
+    bundle_id = compress_set(folder, set_id)
+    publish(folder, bundle_id, evaluate(folder, set_id, bundle_id))
+    return bundle_id
+
+
+def text_of(user: str, folder: Path) -> Path:
+    """A file of one user's, which does not say whose it is."""
+    lines = [{"prompt": f"say {n}: ", "completion": f"{user} sings {n} " * 3} for n in range(20)]
+    path = folder / f"{user}.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def text_that_turns(folder: Path) -> Path:
+    """Its newest quarter, which is held out, has letters that the rest never has."""
+    lines = [
+        {"text": f"{n:06b}".translate({48: old, 49: new}) * 4, "date": f"2024-01-{n:02}"}
+        for n in range(1, 29)
+        for old, new in [("ab" if n < 22 else "zq")]
+    ]
+    path = folder / "turning.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def bundle_of(run: Run, bundle_id: str) -> Bundle:
+    return Bundle.load(run.registry().bundle_path(bundle_id), expected_hash=bundle_id)
+
+
+def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
+    run: Run, fleet: str, tmp_path: Path
+) -> None:
+    refused: list[tuple[Path, type[SoppuError], str]] = [
+        (tmp_path / "short.jsonl", DataError, "'dora' has .* examples to train on")
+    ]
+    refused[0][0].write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    worse = r"join: dora's core has .* nats a token on held-out text, the base model .* allowed: 0.01 more"
+    refused.append((text_that_turns(tmp_path), GateError, worse))
+    members = run.registry().current_set()
+    for path, error, message in refused:
+        with pytest.raises(error, match=message):
+            join(str(run.folder), Newcomer("dora", str(path)))
+    assert run.registry().live(run.config.serve.url) == fleet and run.registry().current_set() == members
+    assert not (run.folder / "cores").exists()
+
+    notes: list[float] = []
+    first = join(
+        str(run.folder),
+        Newcomer("dora", str(text_of("dora", tmp_path))),
+        on_progress=lambda told: notes.append(told["share"]),
+    )
+    said = CliRunner().invoke(
+        main,
+        ["join", "eve", "--data", str(text_of("eve", tmp_path)), "--run", str(run.folder), "--own-rank", "1"],
+    )
+    assert said.exit_code == 0, said.output
+    assert "publication" in said.output and "eve at http://127.0.0.1" in said.output
+    registry, before = run.registry(), bundle_of(run, fleet)
+    live = registry.live(run.config.serve.url)
+    after = bundle_of(run, live)
+    assert after.users == ("ann", "bob", "cleo", "dora", "eve") == tuple(registry.current_set())
+    assert [one.data for one in after.pages[: len(before.pages)]] == [one.data for one in before.pages]
+    assert basis_of(after).id == basis_of(before).id == first.basis_id
+    assert notes == sorted(notes) and notes[-1] == 1.0
+    assert list(first.seconds) == [
+        "text and bundle",
+        "base model",
+        "training",
+        "check",
+        "store",
+        "publication",
+        "first token",
+    ]
+    assert first.losses["compressed"] == pytest.approx(first.losses["personal"], abs=1e-4)
+    assert first.losses["compressed"] < min(first.losses["base"], first.losses["shared"])
+    # what is served is the core that was trained, which lies in the run's folder
+    core = core_folder.read(run.folder / "cores" / first.core_id)
+    lora = CoreInBasis(core, basis_of(after)).to_lora()
+    for name, pair in after.reconstruct("dora").pairs.items():
+        torch.testing.assert_close(pair.delta(), lora.pairs[name].delta(), rtol=1e-4, atol=1e-5)
+    target = open_target(run)
+    assert target.active() == live
+    told = {user: target.complete("say 3: ", user=user, max_new_tokens=6) for user in ("", *after.users)}
+    assert told["dora"] != told[""] and told["eve"] != told["dora"]
+    with pytest.raises(BundleError, match=f"user 'dora' is in bundle {live[:12]} already"):
+        join(str(run.folder), Newcomer("dora", str(text_of("dora", tmp_path))))
+
+
+def test_what_is_missing_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
+    text = str(text_of("dora", tmp_path))
+    with pytest.raises(ConfigError, match="the run has no bundle yet"):
+        join(str(run.folder), Newcomer("dora", text))
+    with pytest.raises(ConfigError, match="own_rank = 5, allowed: 0 to 4"):
+        join(str(run.folder), Newcomer("dora", text, own_rank=5))
