@@ -107,7 +107,7 @@ def paths(made: Crowd, registry: Registry, draw: random.Random) -> dict[str, str
         "a version": f"/adapters/{registry.current(user)}",
         "a bundle": f"/bundles/{made.bundle_id}",
         "runs": "/runs",
-        "a run": "/runs/demo-2",
+        "a run": f"/runs/{crowd.run(2)}",
     }
 
 

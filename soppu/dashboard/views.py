@@ -95,6 +95,7 @@ def user(house: House, request: Request) -> str:
     return _render(
         "user.html", house, here="users", user=who, history=history[::-1], addresses=addresses,
         measured=measured, traffic=house.watcher.of_user(who), run=run, texts=texts,
+        waits=[line.name for line in house.runs.lines() if line.waits],
     )  # fmt: skip
 
 

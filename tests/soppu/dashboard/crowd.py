@@ -46,6 +46,11 @@ class Crowd:
     bundle_id: str
 
 
+def run(number: int) -> str:
+    """What a run is called, as long as such names are."""
+    return f"demo-a410dfbc843{number}"
+
+
 def name(number: int) -> str:
     """The id of the user of a number; the last of the alphabet is hostile."""
     return user_ids.to_id(f"{_GIVEN[number % len(_GIVEN)]}.{number:06}@example.com")
@@ -57,14 +62,14 @@ def make(folder: Path, users: int, *, url: str = "http://127.0.0.1:9") -> Crowd:
     registry = Registry.open(folder / "registry")
     try:
         for number, user in enumerate(names[:DISTINCT]):
-            registry.put_adapter(adapter(number), user=user, run="demo-1")
+            registry.put_adapter(adapter(number), user=user, run=run(1))
         hold(folder / "registry" / "catalogue.db", names[DISTINCT:], registry.current_set())
         bundles = []
         for number in (1, 2):
-            registry.put_adapter(adapter(1000 + number), user=names[0], run=f"demo-{number}")
-            members = registry.freeze_current(Base("tiny", HASH), run=f"demo-{number}")
+            registry.put_adapter(adapter(1000 + number), user=names[0], run=run(number))
+            members = registry.freeze_current(Base("tiny", HASH), run=run(number))
             data = f"bundle {number} of {users} users".encode()
-            bundles.append(registry.put_bundle(data, set_id=members, run=f"demo-{number}"))
+            bundles.append(registry.put_bundle(data, set_id=members, run=run(number)))
             registry.record_publication(target="embedded", url=url, bundle_id=bundles[-1])
         held = registry.current_set()
     finally:
@@ -78,7 +83,7 @@ def kept(folder: Path, users: int) -> Crowd:
     if not (folder / "whole").exists():
         made = make(folder, users)
         (folder / "whole").write_text("\n".join([made.bundle_id, *made.users]))
-    fly(folder / "runs" / "demo-3")
+    fly(folder / "runs" / run(3))
     bundle_id, *names = (folder / "whole").read_text().split("\n")
     return Crowd(folder / "registry", folder / "runs", tuple(names), bundle_id)
 
@@ -94,7 +99,7 @@ def hold(catalogue: Path, users: tuple[str, ...], held: dict[str, str]) -> None:
     """Rows of users and of what they hold, many in a statement."""
     adapters, at = list(held.values()), now()
     opened = Catalogue.open(f"sqlite:///{catalogue}", create=False)
-    common = {"run": "demo-1", "metrics": {}, "at": at}
+    common = {"run": run(1), "metrics": {}, "at": at}
     for start in range(0, len(users), _CHUNK):
         chunk = users[start : start + _CHUNK]
         with opened.write() as session:
@@ -112,7 +117,7 @@ def hold(catalogue: Path, users: tuple[str, ...], held: dict[str, str]) -> None:
 
 def _runs(root: Path, held: dict[str, str], bundles: list[str]) -> None:
     for number, bundle_id in enumerate(bundles, 1):
-        folder = root / f"demo-{number}"
+        folder = root / run(number)
         folder.mkdir(parents=True)
         day = f"2026-01-0{number}T03:04:05+00:00"
         inputs = make_inputs(
@@ -122,8 +127,8 @@ def _runs(root: Path, held: dict[str, str], bundles: list[str]) -> None:
         built = report.build(inputs)
         report.write(folder, built)
         files.write_text(folder / report.JSON_FILE, json.dumps(_of_everybody(built, held), indent=2))
-    _compared(root / "demo-2", list(held))
-    fly(root / "demo-3")
+    _compared(root / run(2), list(held))
+    fly(root / run(3))
 
 
 def fly(flying: Path) -> None:

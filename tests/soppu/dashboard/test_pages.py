@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from soppu import user_ids
 from soppu.base_identity import Base
-from soppu.dashboard import figures, watcher
+from soppu.dashboard import figures, runs, watcher
 from soppu.dashboard.app import application
 from soppu.dashboard.runs import Runs
 from soppu.dashboard.views import House
@@ -56,8 +56,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 @pytest.fixture
 def house(registry: Registry, tmp_path: Path) -> House:
-    runs = Runs(tmp_path / "runs")
-    return House(registry, runs, Watcher(runs, {"embedded": "http://127.0.0.1:9"}), name="here")
+    there = Runs(tmp_path / "runs")
+    return House(registry, there, Watcher(there, {"embedded": "http://127.0.0.1:9"}), name="here")
 
 
 @pytest.fixture
@@ -134,9 +134,9 @@ def test_runs_are_paged_newest_first_and_lead_to_their_own_pages(
 
 
 def test_a_registry_that_cannot_be_read_is_said_on_the_page(tmp_path: Path) -> None:
-    registry, runs = Registry.open(tmp_path), Runs(tmp_path / "runs")
+    registry, there = Registry.open(tmp_path), Runs(tmp_path / "runs")
     registry.close()
-    client = TestClient(application(House(registry, runs, Watcher(runs, {}), name="here")))
+    client = TestClient(application(House(registry, there, Watcher(there, {}), name="here")))
     client.base_url = "http://localhost"
     assert "Nobody has an adapter yet" in client.get("/users").text
     registry.close()
@@ -157,6 +157,18 @@ def test_an_adapter_has_its_users_and_what_was_measured_of_it(
     page = client.get(f"/adapters/{adapter}").text
     assert "demo-9" in page and f"{told['users'][0]['loss_base']:.3f}" in page and "current" in page
     assert "demo-9" in client.get("/users/ann").text
+
+
+def test_a_user_is_not_said_to_be_unmeasured_while_a_report_is_being_read(
+    client: TestClient, house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_LARGE", 10)
+    (tmp_path / "runs" / "demo-8").mkdir(parents=True)
+    (tmp_path / "runs" / "demo-8" / "report.json").write_text(json.dumps(make_report(users=["ann"])))
+    assert "No run that is here" in client.get("/users/ann").text
+    house.runs.refresh()
+    page = client.get("/users/ann").text
+    assert "No run that is here" not in page and "Being read" in page and "demo-8" in page
 
 
 def test_an_adapter_that_many_hold_says_of_each_what_their_own_history_says(registry: Registry) -> None:
@@ -206,10 +218,10 @@ def test_a_run_that_began_long_ago_is_in_flight_as_long_as_its_process_is_there(
         for number in range(2000):
             told = Event(2.0 + number, "federate", note=f"step {number}", share=0.1, pid=here["pid"])
             events.append(tmp_path / name, told)
-    runs = Runs(tmp_path)
+    seen = Runs(tmp_path)
     for _ in range(2):
-        runs.refresh()
-        assert list(runs.flights()) == ["there"]
+        seen.refresh()
+        assert list(seen.flights()) == ["there"]
 
 
 class _Metrics(BaseHTTPRequestHandler):
