@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PREFECT_PORT ?= 4200
 CONFIG ?= configs/demo.toml
+# of `make image`: server | evaluator | worker
+IMAGE ?= server
 # of `make test`; one of them mostly waits for servers
 WORKERS ?= 3
 # `make lint test` does both at once: much of the tests' time is waiting
@@ -19,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE =
 # LAPACK on two threads that share busy cores is many times slower than on one
 test test-fast test-long bench-compression: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo up down status docker-up image vllm test test-fast test-long lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
+.PHONY: help setup demo up down status docker-up image vllm browser test test-fast test-long lint lint-types lint-style lint-imports lint-packages format docs bench bench-compression bench-serve clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,8 +52,8 @@ status: setup    ## what is up
 docker-up:       ## a docker engine, where none answers: Debian's docker.io (root)
 	deploy/engine.sh up
 
-image: setup docker-up  ## the embedded server as a container image, soppu-server
-	VENV=$(VENV) deploy/image.sh
+image: setup docker-up  ## a container image: the embedded server, soppu-server; soppu-evaluator with IMAGE=evaluator
+	VENV=$(VENV) deploy/image.sh soppu-$(IMAGE):latest $(IMAGE)
 
 # once, before workers that start at the same time each compile it for themselves; in two halves
 $(VENV)/.compiled: $(VENV)/.installed
@@ -72,6 +74,9 @@ test: $(VENV)/.compiled .venv-lorax/.installed   ## the tests, real servers and 
 
 test-long: $(VENV)/.compiled .venv-lorax/.installed   ## what takes minutes: hosts in network namespaces, connections, more kills
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+
+browser:         ## Chromium, where there is none: Debian's (root); `make test-long` looks at the live page with it
+	sh tests/browser.sh
 
 test-fast: $(VENV)/.compiled .venv-lorax/.installed  ## without the tests that start Ray or Prefect
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"

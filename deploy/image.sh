@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# deploy/image.sh [NAME [server|worker]]: an image out of this tree. `make image` runs it.
-#   server   the embedded server, by deploy/Dockerfile (soppu-server:latest)
-#   worker   Prefect's server, worker and the pipeline, by deploy/worker.Dockerfile (soppu-worker:latest) on top of the
-#            server's image: SERVER names one that is there, else soppu-server:latest is built first
+# deploy/image.sh [NAME [server|evaluator|worker]]: an image out of this tree. `make image` runs it.
+#   server      the embedded server, by deploy/Dockerfile (soppu-server:latest)
+#   evaluator   `soppu` with what scores text, by the same file (soppu-evaluator:latest)
+#   worker      Prefect's server, worker and the pipeline, by deploy/worker.Dockerfile (soppu-worker:latest) on top of the
+#               server's image: SERVER names one that is there, else soppu-server:latest is built first
 # BASE names the base image; else it is the official python if that can be pulled, else what base-image.sh makes.
 # Wheels are gathered here, in the versions of constraints.txt, so the build itself needs no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 kind=${2:-server}
-[ "$kind" = server ] || [ "$kind" = worker ] || { echo "$kind: allowed are server and worker" >&2; exit 2; }
+case "$kind" in
+    server | evaluator | worker) ;;
+    *) echo "$kind: allowed are server, evaluator and worker" >&2; exit 2 ;;
+esac
 name=${1:-soppu-$kind:latest}
 python=${VENV:-.venv}/bin/python
 uv=${VENV:-.venv}/bin/uv
@@ -25,13 +29,13 @@ gather() {
     mkdir -p "$1/wheels"
     # torch as `make setup` gets it: the build for the CPU, where pip is told where that is
     "$python" -m pip download --quiet --only-binary :all: --python-version 3.11 --constraint constraints.txt \
-        --dest "$1/wheels" --find-links "$context/library" "soppu[$2]" "${@:3}" \
+        --dest "$1/wheels" --find-links "$context/library" --find-links "$context/wheels" "soppu[$2]" "${@:3}" \
         2> >(grep -v 'is ignored: it is neither' >&2)
     rm -f "$1"/wheels/soppu-*.whl
     echo "$asked" >"$1/asked"
 }
 
-# build FOLDER ARGUMENT: a folder's Dockerfile
+# build FOLDER ARGUMENT [TARGET]: a folder's Dockerfile, as far as its target
 build() {
     # BuildKit is in buildx, or in a command line of before 23; without either it is the builder of old, which is slower
     local cli=docker version
@@ -44,7 +48,7 @@ build() {
     fi
     version=$("$python" -c 'import soppu; print(soppu.__version__)')
     cp "$uv" "$1/uv"   # runs in the build, without a library of its own
-    "$cli" build --build-arg "$2" --build-arg VERSION="$version" --tag "$name" "$1" >"$1/log" 2>&1 ||
+    "$cli" build --build-arg "$2" --build-arg VERSION="$version" ${3:+--target "$3"} --tag "$name" "$1" >"$1/log" 2>&1 ||
         { tail -n 20 "$1/log" >&2; exit 1; }
     echo "$name: $(($(docker image inspect --format '{{.Size}}' "$name") / 1000000)) MB on ${2#*=}"
 }
@@ -84,5 +88,13 @@ if [ -z "${BASE:-}" ]; then
 fi
 library "$context/library"
 gather "$context" serve
+if [ "$kind" = evaluator ]; then
+    gather "$context-scores" evaluate,humaneval
+    rm -rf "$context/evaluator"
+    mkdir "$context/evaluator"
+    for wheel in "$context-scores"/wheels/*; do   # but what the server has
+        [ -e "$context/wheels/${wheel##*/}" ] || cp --link "$wheel" "$context/evaluator"
+    done
+fi
 cp deploy/Dockerfile "$context/Dockerfile"
-build "$context" "BASE=$BASE"
+build "$context" "BASE=$BASE" "$kind"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import compression_page, demo, federation_page, personal_page, serve_page
+from benchmarks import compression_page, dashboard_page, demo, federation_page, personal_page, serve_page
 from docs import generate_lorax
 from docs.generate_cli import PAGE
 from soppu import __version__
@@ -139,6 +139,12 @@ def test_the_figures_on_compression_are_the_measured_ones() -> None:
         marks = set(re.findall(r"<!-- ([\w-]+):begin -->", text)) - {"demo", *serve_page.MARKS}
         assert marks and marks <= set(compression_page.MARKS), page
         assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.compression page`"
+
+
+def test_the_figures_on_the_live_page_are_the_measured_ones() -> None:
+    text, made = dashboard_page.PAGE.read_text(), dashboard_page.blocks()
+    assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(dashboard_page.MARKS)
+    assert dashboard_page.with_blocks(text, made) == text, "run `python -m benchmarks.dashboard_page`"
 
 
 def test_the_figures_on_users_trained_together_are_the_measured_ones() -> None:

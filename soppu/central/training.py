@@ -208,5 +208,5 @@ def _pairs(values: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str,
 
 
 def _note(state: State) -> str:
-    told = f"step {state.step}, training {state.losses[-1]:.3f}"
+    told = f"training: step {state.step}, loss {state.losses[-1]:.3f}"
     return f"{told}, validation {state.looks[-1][1]:.3f}" if state.looks else told

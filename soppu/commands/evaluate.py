@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from soppu import tables
 from soppu.evaluate.tradeoff import schema, table
 from soppu.evaluate.tradeoff.page import write_page
+from soppu.progress.bar import bar
 from soppu.settings import build
 from soppu.stages.run import open_run
 from soppu.stages.tradeoff.run import Measuring, compare
@@ -31,11 +28,16 @@ from soppu.tradeoff_settings import METRICS, EvaluateConfig
     help="base, shared, personal, centralised or METHOD@RATIO; repeatable. Default: all that the run has.",
 )
 @click.option(
-    "--metric", "metrics", multiple=True, metavar="METRIC", help=f"{', '.join(METRICS)}; repeatable."
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="METRIC",
+    help=f"{', '.join(METRICS)}; repeatable. Default: all but pass_at_1, which runs what a model wrote.",
 )
 @click.option("--prompts", type=int, help="Prompts of every user, at most.")
 @click.option("--max-new-tokens", type=int, help="Of one answer.")
 @click.option("--batch", type=int, help="Prompts answered together.")
+@click.option("--problems", type=int, help="Of HumanEval, the first ones, for pass_at_1. Default: all 164.")
 @click.option("--users", is_flag=True, help="Also print every user with every arm.")
 def evaluate_command(run_dir: Path, users: bool, **given: Any) -> None:
     """Compare ways to serve the users of RUN_DIR: held-out loss, text, latency, memory, bytes.
@@ -53,29 +55,8 @@ def evaluate_command(run_dir: Path, users: bool, **given: Any) -> None:
     run = open_run(str(run_dir))
     values = {name: value for name, value in given.items() if value not in (None, ())}
     options = build(EvaluateConfig, dataclasses.asdict(run.config.evaluate) | values, source="soppu evaluate")
-    with _shown() as tell:
+    with bar() as tell:
         path = compare(str(run_dir), options=options, how=Measuring(tell))
     found = schema.read(path)
     click.echo(table.text(found, users=users, width=tables.terminal_width()))
     click.echo(f"\nwritten to {path}; to look at: {write_page(run_dir)}")
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar of what is going on, on a terminal; elsewhere a line for each thing begun."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    begun: list[str] = []
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-
-        def tell(said: dict[str, Any]) -> None:
-            note = str(said["note"])
-            bar.update(task, description=note, completed=float(said["share"]))
-            what, colon, _ = note.partition(":")
-            what = what.rstrip(" 0123456789") if colon else what  # passes have numbers, and arms
-            if not console.is_terminal and what not in begun:
-                begun.append(what)
-                click.echo(what, err=True)
-
-        yield tell

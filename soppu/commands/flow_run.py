@@ -44,7 +44,7 @@ def submit(api: str, deployment: str, parameters: Mapping[str, Any]) -> FlowRun:
             f"{api}: no Prefect server answers; `make up` starts one, PREFECT_API_URL names it;"
             " with --here the run does without"
         ) from None
-    except (requests.RequestException, ValueError, KeyError) as error:
+    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
         raise click.ClickException(f"{api}: answers, but not as a Prefect server: {error}") from None
 
 
@@ -97,7 +97,7 @@ class FlowRun:
     def _ask_on(self) -> None:
         while not self.over()[0]:
             # the server is away for a while: the next question may hear more
-            with suppress(requests.RequestException, ValueError, KeyError):
+            with suppress(requests.RequestException, ValueError, KeyError, TypeError):
                 self._ask()
             time.sleep(_ASK_S)
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from soppu import tables
 from soppu.central.training import Schedule
 from soppu.config import Config
 from soppu.devices import torch_device
 from soppu.federation.train import TrainOptions
-from soppu.progress.telling import Tell
+from soppu.progress.bar import bar
 from soppu.stages import train as stage
 from soppu.stages.run import open_run
 
@@ -89,7 +86,7 @@ def train_command(run_dir: Path, layers: int, device: str, cache: bool, again: b
     schedule = _schedule(run.config, **how)
     accelerator = _accelerator(device)
     choices = stage.Choices(schedule, layers=layers, cache=cache, again=again)
-    with _bar(shown=accelerator.is_main_process) as tell:
+    with bar(shown=accelerator.is_main_process) as tell:
         told = stage.train(str(run_dir), choices, accelerator=accelerator, on_progress=tell)
     if told:
         _print(run_dir, told)
@@ -113,17 +110,6 @@ def _accelerator(device: str) -> Accelerator:
     """As `accelerate launch` says in variables; DeepSpeed finds its own device, also where that is no GPU."""
     on_cpu = torch_device(device, key="--device").type == "cpu"
     return Accelerator(cpu=on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true")
-
-
-@contextmanager
-def _bar(*, shown: bool) -> Iterator[Tell]:
-    with tqdm(total=100, disable=not shown, bar_format="{percentage:3.0f}% |{bar}| {desc} {elapsed}") as bar:
-
-        def tell(event: dict[str, Any]) -> None:
-            bar.set_description_str(event["note"], refresh=False)
-            bar.update(100 * event["share"] - bar.n)  # the second part, the judging, begins at 0 again
-
-        yield tell
 
 
 def _print(run_dir: Path, told: dict[str, Any]) -> None:

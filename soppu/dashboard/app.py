@@ -72,6 +72,7 @@ def application(house: House, *, hosts: Sequence[str] = ()) -> Starlette:
         Route("/users/{user}", _answer(house, views.user)),
         Route("/adapters/{adapter}", _answer(house, views.adapter)),
         Route("/bundles/{bundle}", _answer(house, views.bundle)),
+        Route("/runs", _answer(house, views.runs)),
         Route("/runs/{run}", _answer(house, views.run)),
         Route("/runs/{run}/{page}", _page(house)),
         Route("/health", _health),
@@ -97,9 +98,9 @@ def _page(house: House) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         line = house.runs.line(request.path_params["run"])
         name = request.path_params["page"]
-        if line is None or name not in PAGES or not (line.folder / name).is_file():
+        if line is None or name not in PAGES or not (line.path / name).is_file():
             raise HTTPException(404, f"there is no {name!r} of this run")
-        body = await run_in_threadpool((line.folder / name).read_bytes)
+        body = await run_in_threadpool((line.path / name).read_bytes)
         return Response(body, media_type="text/html", headers={"content-security-policy": _OF_A_RUN})
 
     return endpoint

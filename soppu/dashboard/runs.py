@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from soppu.errors import ReportError
+from soppu.dashboard import reading
+from soppu.dashboard.measured import Facts, Measured
+from soppu.dashboard.reading import RunLine
 from soppu.evaluate import report as reports
 from soppu.evaluate.tradeoff import schema
+from soppu.progress.events import FAILED
 from soppu.progress.followed import Followed
 from soppu.progress.picture import Picture
 
-PAGES = (reports.HTML_FILE, schema.PAGE)  # of a run, for people
-_KEPT = 8  # runs whose users are held in memory
+PAGES = {reports.HTML_FILE: "the report", schema.PAGE: "arms compared"}  # of a run, for people
+_KEPT = 8  # runs whose users are at hand
 _TEXTS = 3  # examples of one user
-
-
-@dataclass(frozen=True)
-class RunLine:
-    """One run folder. What its report would say is None before there is one."""
-
-    name: str
-    folder: Path
-    at: str
-    users: int | None = None
-    passed: bool | None = None
-    reasons: tuple[str, ...] = ()
-    gain: Mapping[str, Any] | None = None  # over the base model: mean, low, high
-    kept: float | None = None
-    ratio: float | None = None
-    bytes: int | None = None
-    bundle_id: str = ""
-    method: str = ""
-    seconds: float | None = None
-    fault: str = ""  # why its report cannot be read
+_LARGE = 4 << 20  # bytes that are read by another process
+Stamp = tuple[int, ...]
 
 
 @dataclass
 class _Held:
-    stamp: tuple[int, int]
+    stamp: Stamp
     line: RunLine
-    users: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run is, in a word, of which kind the word is, and why."""
+
+    word: str
+    kind: str  # "good", "bad", "busy" or "quiet"
+    why: str = ""
 
 
 class Runs:
@@ -54,26 +47,32 @@ class Runs:
         self._root = root
         self._held: dict[str, _Held] = {}
         self._followed: dict[str, Followed] = {}
-        self._flights: dict[str, Picture] = {}
+        self._pictures: dict[str, Picture] = {}
+        self._place = tempfile.TemporaryDirectory(prefix="soppu-dashboard-", ignore_cleanup_errors=True)
 
     def refresh(self) -> None:
-        """Read the reports that changed, and how far runs are. For one thread. O(what changed)."""
+        """Read what changed, but for large reports, and how far runs are. For one thread. O(what changed)."""
         folders = [one for one in _folders(self._root) if not one.is_symlink()]
         held = {}
         for folder in folders:
-            path = folder / reports.JSON_FILE
-            stamp = _stamp(path) or _stamp(folder / "config.toml")
+            stamp = _stamp(folder)
             if stamp is None:
                 continue
             before = self._held.get(folder.name)
-            held[folder.name] = before if before and before.stamp == stamp else _read(folder, stamp)
-        newest = sorted(held, key=lambda name: held[name].line.at, reverse=True)
-        for name in newest[_KEPT:]:
-            held[name].users = {}
+            held[folder.name] = before if before and before.stamp == stamp else self._read(folder, stamp)
+        gone = [one for name, one in self._held.items() if held.get(name) is not one]
         self._held = held  # one assignment: who reads sees all of it or nothing
+        newest = sorted(held.values(), key=lambda one: one.line.at, reverse=True)
+        for one in (*gone, *newest[_KEPT:]):
+            _let_go(one)
         self._followed = {one.name: self._followed.get(one.name) or _followed(one) for one in folders}
-        looked = {name: one.look() for name, one in self._followed.items()}
-        self._flights = {name: found for name, found in looked.items() if found.stages and not found.ended}
+        self._pictures = {name: one.look() for name, one in self._followed.items()}
+
+    def read_large(self) -> None:
+        """Read the large reports that `refresh` found, by another process. For one thread."""
+        for one in list(self._held.values()):
+            if one.line.waits:
+                self._take(one, reading.read_apart)
 
     def lines(self) -> list[RunLine]:
         """All runs, newest first."""
@@ -86,26 +85,63 @@ class Runs:
 
     def flights(self) -> dict[str, Picture]:
         """Runs that have begun and not ended, and whose process is not known to be gone."""
-        return dict(self._flights)
+        found = self._pictures.items()
+        return {name: seen for name, seen in found if seen.stages and not seen.ended}
 
-    def of_user(self, user: str) -> list[tuple[RunLine, Mapping[str, Any]]]:
-        """What the newest runs measured of one user."""
-        found = [(one.line, one.users[user]) for one in self._held.values() if user in one.users]
-        return sorted(found, key=lambda pair: pair[0].at, reverse=True)
+    def standing(self, line: RunLine) -> Standing:
+        """How a run is: what its gate said, how far it is, or what ended it before there was a verdict."""
+        seen = self._pictures.get(line.name, Picture())
+        if seen.stages and not seen.ended:
+            return Standing("in flight", "busy", seen.now.name if seen.now else "")
+        if line.fault:
+            return Standing("unreadable", "bad", line.fault)
+        if line.waits:
+            return Standing("being read", "busy", "a large report")
+        if line.passed is not None:
+            why = "; ".join(line.reasons)
+            return Standing("passed", "good") if line.passed else Standing("refused", "bad", why)
+        if seen.ended == FAILED:
+            return Standing("failed", "bad", seen.error)
+        return Standing("no report", "quiet")
 
-    def texts(self, run: str, user: str) -> list[Mapping[str, Any]]:
+    def of_users(self, users: Sequence[str]) -> dict[str, list[tuple[RunLine, Facts]]]:
+        """What the newest runs measured of each of these users, the newest first. O(users asked for)."""
+        found: dict[str, list[tuple[RunLine, Facts]]] = {user: [] for user in users}
+        for one in sorted(self._held.values(), key=lambda one: one.line.at, reverse=True):
+            for user, facts in (one.measured.of(users) if one.measured else {}).items():
+                found[user].append((one.line, facts))
+        return found
+
+    def texts(self, run: str, user: str) -> list[Mapping[str, object]]:
         """Examples of one user from a run's comparison: prompt, reference, each arm's text; [] for none."""
         held = self._held.get(run)
-        if held is None:
+        if held is None or held.measured is None:
             return []
-        try:
-            told = json.loads((held.line.folder / schema.FILE).read_text())
-            path = held.line.folder / Path(told["texts"]).name
-            with path.open() as lines:
-                mine = (one for one in map(json.loads, lines) if one.get("user") == user)
-                return [one for one, _ in zip(mine, range(_TEXTS), strict=False)]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []  # there is none, or it is being written
+        path = held.line.path / held.line.texts
+        found = (reading.example(path, place) for place in held.measured.places(user, limit=_TEXTS))
+        return [one for one in found if one and one.get("user") == user]  # not if it was written anew since
+
+    def _read(self, folder: Path, stamp: Stamp) -> _Held:
+        found = _Held(stamp, RunLine(folder.name, str(folder), _at(stamp)))
+        if (folder / reports.JSON_FILE).exists():
+            if max(stamp[1], stamp[3]) > _LARGE:
+                found.line = RunLine(folder.name, str(folder), _at(stamp), waits=True)
+            else:
+                self._take(found, reading.read)
+        return found
+
+    def _take(self, held: _Held, read: reading.Read) -> None:
+        into = Path(self._place.name) / held.line.name
+        into.unlink(missing_ok=True)
+        line = read(RunLine(held.line.name, held.line.folder, held.line.at), into)
+        held.measured = Measured(into) if into.exists() and not line.fault else None
+        held.line = line
+
+
+def _let_go(held: _Held) -> None:
+    if held.measured is not None:
+        held.measured.close()
+        held.measured = None
 
 
 def _followed(folder: Path) -> Followed:
@@ -121,7 +157,13 @@ def _folders(root: Path) -> list[Path]:
         return []
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(folder: Path) -> Stamp | None:
+    """Time and size of the report, or of the settings before there is one, and of the comparison."""
+    first = _of_file(folder / reports.JSON_FILE) or _of_file(folder / "config.toml")
+    return None if first is None else (*first, *(_of_file(folder / schema.FILE) or (0, 0)))
+
+
+def _of_file(path: Path) -> Stamp | None:
     try:
         found = path.stat()
     except OSError:
@@ -129,32 +171,5 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def _at(stamp: tuple[int, int]) -> str:
+def _at(stamp: Stamp) -> str:
     return datetime.fromtimestamp(stamp[0] / 1e9, UTC).isoformat(timespec="seconds")
-
-
-def _read(folder: Path, stamp: tuple[int, int]) -> _Held:
-    path = folder / reports.JSON_FILE
-    if not path.exists():
-        return _Held(stamp, RunLine(folder.name, folder, _at(stamp)))
-    try:
-        told = reports.read(path)
-    except (ReportError, OSError) as error:
-        return _Held(stamp, RunLine(folder.name, folder, _at(stamp), fault=str(error)))
-    gate, made = told["gate"], told["compression"]
-    line = RunLine(
-        folder.name,
-        folder,
-        told["created"],
-        users=len(told["users"]),
-        passed=gate["passed"],
-        reasons=tuple(gate["reasons"]),
-        gain=told["gains"]["over_base"],
-        kept=gate["mean_gain_kept"],
-        ratio=made["ratio"],
-        bytes=made["bytes_after"],
-        bundle_id=made["bundle_id"],
-        method=made["method"],
-        seconds=sum(stage["seconds"] for stage in told["stages"]),
-    )
-    return _Held(stamp, line, {one["id"]: one for one in told["users"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -12,15 +13,18 @@ from starlette.requests import Request
 
 from soppu import user_ids
 from soppu.dashboard import wording
-from soppu.dashboard.runs import PAGES, Runs
+from soppu.dashboard.reading import RunLine
+from soppu.dashboard.runs import PAGES, Runs, Standing
 from soppu.dashboard.watcher import Watcher
 from soppu.errors import NotThere, RegistryError, SoppuError
 from soppu.evaluate.templates import environment
 from soppu.registry import Registry
 
-_PAGE = 50  # users of a page
+_PAGE = 50  # users or runs of a page
 _LONGEST = 200  # characters of what is searched for
-_RUNS = 30
+_HOLDERS = 20  # users beside an adapter
+_NEWEST = 10  # runs beside the fleet
+_DRAWN = 30  # runs of a sparkline
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class House:
 def fleet(house: House, request: Request) -> str:
     """All of it at a glance."""
     del request
+    lines = house.runs.lines()
     return _render(
         "fleet.html",
         house,
@@ -44,9 +49,22 @@ def fleet(house: House, request: Request) -> str:
         places=house.registry.in_force(),
         servers=house.watcher.servers,
         flights=house.runs.flights(),
-        runs=house.runs.lines()[:_RUNS],
-        gains=[line.gain["mean"] for line in reversed(house.runs.lines()[:_RUNS]) if line.gain],
+        runs=_standing(house, lines[:_NEWEST]),
+        count=len(lines),
+        last=next((line for line in lines if line.gain), None),
+        gains=[line.gain["mean"] for line in reversed(lines[:_DRAWN]) if line.gain],
     )
+
+
+def runs(house: House, request: Request) -> str:
+    """Every run, newest first, a page at a time."""
+    asked = request.query_params.get("after", "")
+    after = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 10 else 0
+    lines = house.runs.lines()
+    return _render(
+        "runs.html", house, here="runs", runs=_standing(house, lines[after : after + _PAGE]), after=after,
+        count=len(lines), more=len(lines) > after + _PAGE, page=_PAGE,
+    )  # fmt: skip
 
 
 def users(house: House, request: Request) -> str:
@@ -54,7 +72,7 @@ def users(house: House, request: Request) -> str:
     asked = request.query_params.get("q", "").strip()[:_LONGEST]
     after = request.query_params.get("after", "")[:_LONGEST]
     page = house.registry.user_page(holding=_searched(asked), after=after, limit=_PAGE)
-    found = {line.user: house.runs.of_user(line.user) for line in page.rows}
+    found = house.runs.of_users([line.user for line in page.rows])
     measured = {who: runs[0][1] if runs else None for who, runs in found.items()}
     return _render(
         "users.html", house, here="users", asked=asked, after=after, page=page, measured=measured,
@@ -71,32 +89,35 @@ def user(house: House, request: Request) -> str:
     except SoppuError as error:
         raise NotThere(f"there is no user {_short(asked)!r}: {_short(str(error))}") from error
     addresses = house.registry.resolve(who) if history else []
-    measured = house.runs.of_user(who)
+    measured = house.runs.of_users([who])[who]
     found = ((line, house.runs.texts(line.name, who)) for line, _ in measured)
     run, texts = next(((line, some) for line, some in found if some), (None, []))
     return _render(
         "user.html", house, here="users", user=who, history=history[::-1], addresses=addresses,
         measured=measured, traffic=house.watcher.of_user(who), run=run, texts=texts,
+        waits=[line.name for line in house.runs.lines() if line.waits],
     )  # fmt: skip
 
 
 def adapter(house: House, request: Request) -> str:
     """One adapter: whose it is and was, where it is served."""
     asked = request.path_params["adapter"]
-    holders = house.registry.holders(asked)
-    if not holders:
+    found = house.registry.held(asked, limit=_HOLDERS + 1)
+    if not found:
         raise NotThere(f"nobody holds an adapter {_short(asked)!r}")
-    rows = [(who, row) for who in holders for row in house.registry.history(who) if row.adapter_id == asked]
+    rows = found[:_HOLDERS]
+    holders = list(dict.fromkeys(who for who, _ in rows))
     measured = [
         (who, line, facts)
-        for who in holders
-        for line, facts in house.runs.of_user(who)
+        for who, told in house.runs.of_users(holders).items()
+        for line, facts in told
         if facts.get("adapter_id") == asked
     ]
     size = _size(house, asked)
     return _render(
-        "adapter.html", house, here="users", adapter=asked, rows=rows, measured=measured, size=size
-    )
+        "adapter.html", house, here="users", adapter=asked, rows=rows, measured=measured, size=size,
+        more=len(found) > _HOLDERS,
+    )  # fmt: skip
 
 
 def bundle(house: House, request: Request) -> str:
@@ -120,15 +141,20 @@ def run(house: House, request: Request) -> str:
     line = house.runs.line(asked)
     if line is None:
         raise NotThere(f"there is no run {_short(asked)!r} here")
-    pages = [name for name in PAGES if (line.folder / name).is_file()]
+    pages = {name: said for name, said in PAGES.items() if (line.path / name).is_file()}
     return _render(
-        "run.html", house, here="fleet", line=line, flight=house.runs.flights().get(asked), pages=pages
-    )
+        "run.html", house, here="runs", line=line, flight=house.runs.flights().get(asked), pages=pages,
+        standing=house.runs.standing(line),
+    )  # fmt: skip
 
 
 def problem(house: House, status: int, what: str) -> str:
     """A page that says what is wrong."""
     return _render("problem.html", house, here="", status=status, what=what)
+
+
+def _standing(house: House, lines: Sequence[RunLine]) -> list[tuple[RunLine, Standing]]:
+    return [(line, house.runs.standing(line)) for line in lines]
 
 
 def _searched(asked: str) -> str:

@@ -43,14 +43,15 @@ class Server:
 
 
 class Watcher:
-    """A thread for the run folders, and one for each server: one that hangs keeps nothing else waiting."""
+    """Threads for run folders, large reports and each server: one that hangs keeps nothing else waiting."""
 
     def __init__(self, runs: Runs, targets: Mapping[str, str], *, every_s: float = EVERY_S) -> None:
         self.runs = runs
         self.servers = tuple(Server(name, url.rstrip("/")) for name, url in targets.items())
         self._every_s = every_s
         self._stop = threading.Event()
-        jobs = [("runs", runs.refresh), *((one.name, lambda one=one: look(one)) for one in self.servers)]
+        reading = [("runs", runs.refresh), ("large reports", runs.read_large)]
+        jobs = [*reading, *((one.name, lambda one=one: look(one)) for one in self.servers)]
         self._threads = [  # daemons: one that waits for a server does not keep the process
             threading.Thread(target=self._loop, args=job, name=f"dashboard {job[0]}", daemon=True)
             for job in jobs

@@ -39,6 +39,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "took": _known(report.duration),
     "ms": _known(lambda seconds: f"{1000 * seconds:,.0f} ms"),
     "count": _known("{:,.0f}".format),
+    "times": _known("{:.1f}×".format),
     "rate": rate,
     "short": lambda text: text[:12],
     "when": when,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from soppu.registry.catalogue import Bundle, Holding, Publication, SetMember, User
-from soppu.registry.ledger import facts, newest_of_each
+from soppu.registry.ledger import HistoryRow, facts, newest_of_each
 
 MOST = 500  # rows of a page
 
@@ -84,7 +84,34 @@ def in_force(session: Session) -> tuple[InForce, ...]:
     )
 
 
-def holders(session: Session, adapter_id: str, *, limit: int = 50) -> tuple[str, ...]:
-    """Who has ever held an adapter, the first `limit` of them."""
-    query = sa.select(Holding.user_id).where(Holding.adapter_id == adapter_id).distinct()
-    return tuple(session.scalars(query.order_by(Holding.user_id).limit(limit)))
+def held(session: Session, adapter_id: str, *, limit: int = 50) -> tuple[tuple[str, HistoryRow], ...]:
+    """Every time somebody came to hold an adapter, by user and time, the first `limit` of them. O(limit)."""
+    query = (
+        sa.select(Holding, User.holding_id)
+        .join(User, User.id == Holding.user_id)
+        .where(Holding.adapter_id == adapter_id)
+        .order_by(Holding.user_id, Holding.id)
+        .limit(limit)
+    )
+    rows = session.execute(query).tuples().all()
+    served = _served(session, adapter_id, {row.user_id for row, _ in rows})
+    return tuple(
+        (row.user_id, HistoryRow(*facts(row), row.id == newest, tuple(served.get(row.user_id, ()))))
+        for row, newest in rows
+    )
+
+
+def _served(session: Session, adapter_id: str, users: Collection[str]) -> dict[str, list[str]]:
+    """User -> the places that serve this adapter to them now."""
+    query = (
+        sa.select(SetMember.user_id, Publication)
+        .join(Bundle, Bundle.set_id == SetMember.set_id)
+        .join(Publication, Publication.bundle_id == Bundle.id)
+        .where(SetMember.adapter_id == adapter_id, SetMember.user_id.in_(users))
+        .where(Publication.id.in_(newest_of_each()))
+        .order_by(Publication.target, Publication.url)
+    )
+    found: dict[str, list[str]] = {}
+    for user, one in session.execute(query):
+        found.setdefault(user, []).append(one.place)
+    return found

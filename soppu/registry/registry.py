@@ -245,7 +245,7 @@ class Registry:
     user_count = _asked(pages.user_count)
     user_page = _asked(pages.user_page)
     in_force = _asked(pages.in_force)
-    holders = _asked(pages.holders)
+    held = _asked(pages.held)
 
     def record_publication(
         self, *, target: str, url: str, bundle_id: str, placements: Mapping[str, str] | None = None

@@ -209,7 +209,7 @@ def _judged(run: Run, adapter: LoraAdapter, on_progress: Tell | None) -> dict[st
     for number, (user, own) in enumerate(here.items(), start=1):
         found[user] = gauge.measure(own.heldout, {"base": None, "adapter": adapter})
         if on_progress:
-            on_progress({"note": f"evaluating {user}", "share": number / len(here)})
+            on_progress({"note": f"evaluating: {user}", "share": number / len(here)})
     return found
 
 

@@ -155,6 +155,7 @@ def test_the_report_has_a_row_for_each_and_publishing_again_changes_nothing(serv
     assert len(shared) == len(USERS) and len({path.stat().st_ino for path in shared}) == 1
 
 
+@pytest.mark.long
 def test_a_container_that_is_killed_comes_back_with_everybody(
     served: Served, docker_engine: docker.DockerClient
 ) -> None:

@@ -28,6 +28,7 @@ from deploy.stack import POOL
 from soppu import config as configuration
 from soppu.cli import main as soppu
 from soppu.config import Config, TargetConfig
+from soppu.evaluate.tradeoff.texts import EXTRA, NEEDS
 from soppu.serve.api.routes import OPERATIONS
 from soppu.serve.stopping import _FLUSH_SECONDS
 from tests.deploy.manifests import (
@@ -276,17 +277,43 @@ def test_every_variable_of_compose_is_told_and_those_without_a_default_are_empty
 
 def test_images_are_those_that_are_built_here_or_pulled_by_their_official_names() -> None:
     script = (DEPLOY / "image.sh").read_text()
-    assert (
-        "name=${1:-soppu-$kind:latest}" in script
-        and '"$kind" = server' in script
-        and '"$kind" = worker' in script
-    )
+    assert "name=${1:-soppu-$kind:latest}" in script and "server | evaluator | worker) ;;" in script
     built = {"soppu-server:latest", "soppu-worker:latest"}
     postgres = {each.image for each in CONTAINERS.values() if each.image.startswith("postgres")}
     assert len(postgres) == 1
     assert {each.image for each in CONTAINERS.values()} == built | postgres | {TargetConfig().lorax_image}
     for name in built:
         assert name in (DEPLOY / "worker.Dockerfile").read_text() + PAGE
+
+
+def targets() -> dict[str, dict[str, str]]:
+    """Target of deploy/Dockerfile -> its USER, ENTRYPOINT and so on, or its base's; "" is the default."""
+    text = re.sub(r"\\\n", " ", (DEPLOY / "Dockerfile").read_text())
+    found: dict[str, dict[str, str]] = {}
+    name = ""
+    for word, rest in re.findall(r"^([A-Z]+) +(.*)$", text, re.M):
+        if word == "FROM":
+            base, _, name = rest.partition(" AS ")
+            found[name] = dict(found.get(base, {}))
+        elif name in found:
+            found[name][word] = rest
+    return found
+
+
+def test_the_default_image_is_the_server_and_no_image_runs_as_root() -> None:
+    found = targets()
+    assert found[""] == found["server"]
+    assert {name: found[name]["USER"] for name in ("server", "evaluator")} == dict.fromkeys(
+        ("server", "evaluator"), "1000:1000"
+    )
+    command = [*json.loads(found["evaluator"]["ENTRYPOINT"]), *json.loads(found["evaluator"]["CMD"])]
+    with pytest.raises(click.exceptions.Exit):  # after its help
+        parse(command)
+
+
+def test_the_evaluator_holds_what_scores_text_and_programs() -> None:
+    assert f'gather "$context-scores" {EXTRA},humaneval\n' in (DEPLOY / "image.sh").read_text()
+    assert set(NEEDS.values()) <= set(re.findall(r"\w+", (DEPLOY / "Dockerfile").read_text()))
 
 
 # --- command lines ---------------------------------------------------------------------------------------
@@ -296,8 +323,7 @@ def lines_of(each: Container) -> Iterator[list[str]]:
     """The command lines that a container's own comes down to."""
     words = list(each.words)
     if each.image.startswith("soppu-server"):
-        (entry,) = re.findall(r"^ENTRYPOINT (.*)$", (DEPLOY / "Dockerfile").read_text(), re.M)
-        words = [*json.loads(entry), *words]
+        words = [*json.loads(targets()[""]["ENTRYPOINT"]), *words]
     if words != ["deploy/worker.sh"] and words:
         yield words
     elif each.image.startswith("soppu-worker"):
@@ -472,7 +498,7 @@ def test_the_server_is_given_the_time_its_drain_takes(where: str) -> None:
 
 
 def test_pods_of_ours_run_as_nobody_in_particular(stack: list[Document]) -> None:
-    (user,) = re.findall(r"^USER (\d+):\d+$", (DEPLOY / "Dockerfile").read_text(), re.M)
+    user = targets()[""]["USER"].partition(":")[0]
     for name, workload in workloads(stack).items():
         assert pod(workload)["automountServiceAccountToken"] is False
         ours = [each for each in containers_of(workload) if each["image"].startswith("soppu")]

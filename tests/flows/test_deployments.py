@@ -46,6 +46,7 @@ def test_prefect_in_this_folder_talks_to_the_local_stack() -> None:
     assert f"PREFECT_API_URL='{Stack().api}'" in shown
 
 
+@pytest.mark.long
 def test_up_a_second_time_starts_nothing(stack: Stack) -> None:
     assert workers(stack)
     assert up(stack) == {"prefect server": False, "worker": False}

@@ -18,7 +18,9 @@ from soppu.evaluate.tradeoff.schema import LOWER_IS_BETTER
 from soppu.evaluate.tradeoff.texts import ABOUT_ZERO, TEXT_METRICS, Said, score
 from soppu.tradeoff_settings import BASE, METRICS
 
-Scores = dict[str, dict[str, dict[str, float]]]  # metric -> arm -> user -> value
+Scores = dict[
+    str, dict[str, dict[str, float]]
+]  # metric -> arm -> user -> value; of pass_at_1 problem -> value
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Measured:
         sizes: user -> bytes of theirs.
         said: user -> their texts; empty where no text was generated.
         latency_ms, first_ms: user -> milliseconds of each prompt asked alone.
-        pass_at_1: share of another benchmark's problems solved, where that was measured.
+        solved: problem of HumanEval -> whether the arm solved it; empty where none was asked.
     """
 
     about: Mapping[str, Any]
@@ -40,7 +42,7 @@ class Measured:
     first_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     tokens_s: float | None = None
     memory_bytes: int | None = None
-    pass_at_1: float | None = None
+    solved: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -62,8 +64,10 @@ def scores(
             found[metric] = {
                 arm.name: {user: score(metric, said) for user, said in arm.said.items()} for arm in arms
             }
-        elif metric == "pass_at_1":  # of no user: the problems are another benchmark's
-            found[metric] = {arm.name: {"": arm.pass_at_1} for arm in arms if arm.pass_at_1 is not None}
+        elif metric == "pass_at_1":
+            found[metric] = {
+                arm.name: {problem: float(one) for problem, one in arm.solved.items()} for arm in arms
+            }
     return found
 
 
@@ -128,7 +132,7 @@ def _percentile(values: Sequence[float], share: int) -> float | None:
 
 
 def _over_users(found: Scores, name: str, *, seed: int) -> dict[str, Any]:
-    """Metric -> what the arm wins over the base model, above 0 is better, drawing users."""
+    """Metric -> what the arm wins over the base model, above 0 is better, drawing users; or problems."""
     won = {}
     for metric, arms in found.items():
         base, own = arms.get(BASE, {}), arms.get(name, {})

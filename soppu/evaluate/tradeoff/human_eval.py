@@ -15,8 +15,6 @@ from soppu.evaluate.tradeoff.sandbox import USUAL, Limits, Outcome
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What begins behind the function asked for: a completion ends before it, as in the paper."""
-NEGLIGIBLE = 0.02
-"""Scores below this tell no two arms apart: 164 problems give steps of 0.006."""
 Problem = Mapping[str, str]
 
 
@@ -30,14 +28,6 @@ class Score:
     def pass_at_1(self) -> float:
         """The share that passed, with one greedy completion each."""
         return sum(one == "passed" for one in self.outcomes.values()) / len(self.outcomes)
-
-    @property
-    def left_out(self) -> str:
-        """Why this belongs in no table; "" where it belongs there."""
-        if self.pass_at_1 >= NEGLIGIBLE:
-            return ""
-        passed = sum(one == "passed" for one in self.outcomes.values())
-        return f"pass@1 on HumanEval is about zero: {passed} of {len(self.outcomes)} problems pass"
 
 
 def problems() -> dict[str, Problem]:

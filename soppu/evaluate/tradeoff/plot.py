@@ -1,54 +1,24 @@
-"""The arms of a comparison as points: quality over bytes, over latency and over memory, as SVG text."""
+"""The arms of a comparison in one picture: quality over each cost, drawn as on tradeoff.html."""
 
 from __future__ import annotations
 
-from functools import partial
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from soppu.evaluate.plots import BASE, COMPRESSED, PERSONAL, SHARED, draw
-from soppu.evaluate.tradeoff.schema import Arm, Tradeoff
-
-_COLOURS = {"base": BASE, "adapter": PERSONAL, "bundle": COMPRESSED, "centralised": SHARED}
-_COSTS = (
-    ("bytes_per_user", "kB a user on disk", 1e3),
-    ("latency_ms_p50", "ms, one prompt alone (p50)", 1.0),
-    ("memory_bytes", "MB of memory, peak", 1e6),
-)
+from soppu.evaluate.templates import template
+from soppu.evaluate.tradeoff import fronts
+from soppu.evaluate.tradeoff.schema import Tradeoff
 
 
-def svg(found: Tradeoff) -> str:
-    """The figure for a page; "" where no arm has a loss. The same comparison gives the same text."""
-    arms = [arm for arm in found.arms if arm.loss is not None]
-    if not arms:
+def svg(found: Tradeoff, *, alone: bool = False) -> str:
+    """SVG text of the loss, or the first score there is, over the costs; "" where nothing was measured.
+
+    The same comparison gives the same text.
+
+    Args:
+        alone: whether it is a file of its own: no page around it says what its colours are.
+    """
+    metric, panels = next(iter(fronts.panels(found).items()), ("", []))
+    if not panels:
         return ""
-    return draw(partial(_figure, arms), name="arms", label="Loss of every arm over what it costs")
-
-
-def _figure(arms: list[Arm]) -> Figure:
-    costs = [cost for cost in _COSTS if any(getattr(arm, cost[0]) is not None for arm in arms)]
-    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    for axes, (field, label, unit) in zip(panels, costs, strict=True):
-        _panel(axes, arms, field, unit)
-        axes.set_xlabel(label)
-    panels[0].set_ylabel("loss, nats a token")
-    panels[0].set_title("Held-out loss over cost (lower left is better)")
-    return figure
-
-
-def _panel(axes: Axes, arms: list[Arm], field: str, unit: float) -> None:
-    for arm in arms:
-        value = getattr(arm, field)
-        if value is None or arm.loss is None:
-            continue
-        axes.plot(value / unit, arm.loss, "o", color=_COLOURS[arm.kind], markersize=5)
-        at = (value / unit, arm.loss)
-        axes.annotate(arm.name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.margins(x=0.25, y=0.15)
-
-
-def standalone(svg: str) -> str:
-    """The figure as a file of its own, which has no page around it to give it a background."""
-    return svg.replace("<svg", '<svg style="background: #ffffff"', 1)
+    unit = ", nats a token" if metric == "loss" else ""
+    label = f"{metric.replace('_', ' ')}{unit}, of every arm over what it costs"
+    picture = template("tradeoff/arms.svg.jinja")
+    return picture.render(panels=panels, box=fronts, label=label, alone=alone).strip()

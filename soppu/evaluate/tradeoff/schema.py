@@ -71,6 +71,7 @@ class Generation(_Part):
     prompts_per_user: Count
     timed_prompts: Count  # of those, how many of a user are asked alone, for the latency
     timed_tokens: Count  # new tokens in each of those answers
+    problems: Natural = 0  # of HumanEval, that every arm completed; not in a file of before it could be asked
 
 
 class _Scores(_Part):

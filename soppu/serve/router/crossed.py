@@ -8,30 +8,37 @@ from dataclasses import replace
 
 import numpy as np
 
+from soppu.errors import RouterError
 from soppu.serve.router.measured import Ints, Measured
-from soppu.serve.router.policies import FITTED, ORACLE, Options, choose, fit
+from soppu.serve.router.policies import ORACLE, Options, choose, fit, names
 
 FOLDS = 5
 
 
 def folds(digests: Sequence[str], *, count: int, seed: int) -> Ints:
-    """(n,) the fold of every prompt, by content: equal prompts are in one fold, whoever asked."""
-    told = [hashlib.sha256(f"{seed} {digest}".encode()).digest() for digest in digests]
-    return np.array([int.from_bytes(one[:8], "big") % count for one in told], dtype=np.int64)
+    """(n,) the fold of every prompt: equal prompts are in one fold, whoever asked.
+
+    Different prompts are dealt out in the order of hashes, so folds are of one size, and of two none has all.
+    """
+    order = sorted(set(digests), key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
+    fold = {digest: place % count for place, digest in enumerate(order)}
+    return np.array([fold[digest] for digest in digests], dtype=np.int64)
 
 
 def choices(measured: Measured, options: Options, *, count: int = FOLDS, seed: int = 0) -> dict[str, Ints]:
     """Policy -> (n,) arms chosen, each prompt judged by policies fitted on the other folds; and the oracle's.
 
-    A prior of `options` is left out: it was measured on prompts that are judged here.
+    A prior of `options` is left out: it was measured on prompts that are judged here. RouterError where all
+    prompts are one: nothing else is left to fit on.
     """
+    if len(set(measured.digests)) < 2:
+        raise RouterError(f"{len(measured)} prompts, of them different: 1, needed: 2 and more")
     blind = replace(options, prior={})
-    found = {name: np.zeros(len(measured), dtype=np.int64) for name in FITTED}
+    there = names([arm.name for arm in options.arms])
+    found = {name: np.zeros(len(measured), dtype=np.int64) for name in there}
     fold = folds(measured.digests, count=count, seed=seed)
     for number in np.unique(fold):
         judged, seen = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-        if not len(seen):  # one fold alone has all prompts, which are one prompt then
-            raise ValueError("cross-validation needs two different prompts or more")
         for name, chosen in found.items():
             policy = fit(name, measured.at(seen), blind)
             chosen[judged] = choose(policy.expect(measured.asked.at(judged)), blind)

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from soppu import files
 from soppu.errors import RouterError
+from soppu.serve.router import policies
 from soppu.serve.router.measured import BASE, PERSONAL, Arm, Floats, Measured, Questions
-from soppu.serve.router.policies import FITTED, Options, Policy, fit
+from soppu.serve.router.policies import Options, Policy
 
 FORMAT = 1
 _CURE = "fit it again with `soppu router fit`"
@@ -72,8 +73,8 @@ class _File(_Part):
         names = [arm.name for arm in self.arms]
         if names[:2] != [BASE, PERSONAL] or len(set(names)) < len(names):
             raise ValueError(f"arms are {', '.join(names)}, allowed: base, personal, and others, each once")
-        if self.policy not in FITTED:
-            raise ValueError(f"policy {self.policy!r}, allowed: {', '.join(FITTED)}")
+        if self.policy not in (allowed := policies.names(names)):
+            raise ValueError(f"policy {self.policy!r}, allowed: {', '.join(allowed)}")
         lists = [
             *self.prior.values(),
             *(one.losses for one in self.prompts),
@@ -104,10 +105,7 @@ class RouterFile:
 
     def fitted(self, name: str = "") -> Policy:
         """A policy, the file's own for "". RouterError for a name that there is not."""
-        name = name or self.policy
-        if name not in FITTED:
-            raise RouterError(f"router policy {name!r}, allowed: {', '.join(FITTED)}")
-        return fit(name, self.measured, self.options)
+        return policies.fit(name or self.policy, self.measured, self.options)
 
 
 def write(path: Path, router: RouterFile) -> str:

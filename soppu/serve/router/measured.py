@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-BASE, PERSONAL = "base", "personal"
+BASE, PERSONAL, CHEAPER = "base", "personal", "cheaper"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from soppu.serve.router.measured import BASE, PERSONAL, Arm, Floats, Ints, Measured, Questions
+from soppu.errors import RouterError
+from soppu.serve.router.measured import BASE, CHEAPER, PERSONAL, Arm, Floats, Ints, Measured, Questions
 
 TOLERANCE = 0.01  # nats a token: what the gate does not tell from noise either
 NEIGHBOURS = 16
@@ -139,12 +140,8 @@ class Likelihood:
         return asked.reading
 
 
-def _personal(measured: Measured, options: Options) -> Policy:
-    return Always(_place(options.arms, PERSONAL), len(options.arms))
-
-
-def _base(measured: Measured, options: Options) -> Policy:
-    return Always(_place(options.arms, BASE), len(options.arms))
+def _always(arm: str) -> Callable[[Measured, Options], Policy]:
+    return lambda _, options: Always([one.name for one in options.arms].index(arm), len(options.arms))
 
 
 def _gain(measured: Measured, options: Options) -> Policy:
@@ -165,8 +162,9 @@ def _likelihood(measured: Measured, options: Options) -> Policy:
 
 
 FITTED: Mapping[str, Callable[[Measured, Options], Policy]] = {
-    PERSONAL: _personal,
-    BASE: _base,
+    PERSONAL: _always(PERSONAL),
+    BASE: _always(BASE),
+    CHEAPER: _always(CHEAPER),
     "gain": _gain,
     "neighbours": _neighbours,
     "length": _length,
@@ -174,9 +172,22 @@ FITTED: Mapping[str, Callable[[Measured, Options], Policy]] = {
 }
 
 
+def names(arms: Sequence[str]) -> tuple[str, ...]:
+    """The policies there are where these arms are: one that is always an arm needs that arm."""
+    return tuple(name for name in FITTED if name != CHEAPER or CHEAPER in arms)
+
+
+def known(name: str, arms: Sequence[str]) -> str:
+    """The name itself. RouterError where no policy has it, or its arm is not there."""
+    allowed = names(arms)
+    if name not in allowed:
+        raise RouterError(f"router policy {name!r}, allowed: {', '.join(allowed)}")
+    return name
+
+
 def fit(name: str, measured: Measured, options: Options) -> Policy:
-    """The policy of this name, from what was measured. KeyError for another name."""
-    return FITTED[name](measured, options)
+    """The policy of this name, from what was measured. RouterError for another name."""
+    return FITTED[known(name, [arm.name for arm in options.arms])](measured, options)
 
 
 def choose(expected: Floats, options: Options) -> Ints:
@@ -192,7 +203,3 @@ def _only(chosen: Ints, arms: int) -> Floats:
 
 def _unit(rows: Floats) -> Floats:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def _place(arms: Sequence[Arm], name: str) -> int:
-    return [arm.name for arm in arms].index(name)

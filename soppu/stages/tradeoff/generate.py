@@ -78,7 +78,7 @@ def generate(job: Job, *, done: Done) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     run, asks = open_run(job.run), [Ask(**ask) for ask in job.asks]
-    tokens = run.config.data.max_tokens + job.new_tokens + 1
+    tokens = max(run.config.data.max_tokens, _longest(run, asks)) + job.new_tokens + 1
     speaker = Speaker(run, Arm(**job.arm), tokens=tokens, batch=job.batch, queue=len(asks))
     first = [ask for user in dict.fromkeys(ask.user for ask in asks) for ask in _first(asks, user, job.timed)]
     total = len(first) + len(asks)
@@ -94,6 +94,13 @@ def generate(job: Job, *, done: Done) -> dict[str, Any]:
         "tokens_s": generated / seconds,
         "memory_bytes": peak(),
     }
+
+
+def _longest(run: Run, asks: Sequence[Ask]) -> int:
+    """Tokens of the longest prompt: problems know nothing of a run's blocks."""
+    tokenizer = models.load_tokenizer(run.base())
+    ids = tokenizer([ask.inputs for ask in asks], add_special_tokens=False)["input_ids"]
+    return max(map(len, ids))
 
 
 def _request(speaker: Speaker, ask: Ask, **how: Any) -> GenerationRequest:

@@ -9,7 +9,6 @@ from pathlib import Path
 from soppu import files
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.tradeoff import plot, rules, schema, table
-from soppu.evaluate.tradeoff.plot import standalone
 from soppu.progress import telling
 from soppu.progress.telling import Tell
 from soppu.stages.run import Run, open_run
@@ -53,7 +52,7 @@ def _tradeoff(run: Run, evaluation: str, tell: Tell) -> Judged:
     name = f"{evaluation.removesuffix('.json')}-{path.stem.removeprefix('tradeoff-')}.json"
     run.write(name, {**told, TRADEOFF: path.name, "verdict": verdict.to_dict()})
     picture = path.with_suffix(".svg")
-    files.write_text(picture, standalone(plot.svg(found)))
+    files.write_text(picture, plot.svg(found, alone=True))
     return Judged(name, path, picture, table.markdown_table(found))
 
 

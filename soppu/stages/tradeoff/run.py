@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,16 +20,14 @@ from soppu.progress.telling import Tell
 from soppu.stages.bench import with_text
 from soppu.stages.run import Run, open_run
 from soppu.stages.tradeoff import arms as arms_of
-from soppu.stages.tradeoff import prompts
+from soppu.stages.tradeoff import prompts, solve
 from soppu.stages.tradeoff.arms import Arm, Arms
 from soppu.stages.tradeoff.job import Job
 from soppu.stages.tradeoff.losses import Losses
 from soppu.stages.tradeoff.measure import Process, apart, generated
 from soppu.stages.tradeoff.prompts import Ask
 from soppu.stages.tradeoff.write import Asked, Found, write
-from soppu.tradeoff_settings import METRICS, EvaluateConfig
-
-Solve = Callable[[Run, Arm], float]
+from soppu.tradeoff_settings import METRICS, USUAL, EvaluateConfig
 
 TIMED = 2  # prompts of a user that are also asked alone, for their latency
 TIMED_TOKENS = 16  # new ones in each of those answers
@@ -46,13 +44,10 @@ class Measuring:
     Attributes:
         tell: hears how far it is.
         process: where text is generated, see `soppu.stages.tradeoff.measure`.
-        solve: the share of another benchmark's problems that an arm solves at its first try, for `pass_at_1`,
-            which is left out without it.
     """
 
     tell: Tell = silence
     process: Process = apart
-    solve: Solve | None = None
 
 
 def compare(
@@ -74,7 +69,7 @@ def compare(
         ConfigError: an arm or a metric that there is not; no evaluation, and no set named.
         DataError: no user's text is at hand.
         MissingExtra: a metric was asked for by name, and its library is not installed.
-        SoppuError: an arm's text could not be generated.
+        SoppuError: an arm's text could not be generated, or its programs not be kept apart.
     """
     run, how = open_run(str(Path(run_folder).resolve())), how or Measuring()  # latest is a link
     options = options or run.config.evaluate
@@ -85,7 +80,7 @@ def compare(
         texts = with_text(run.config, opened.own)
         if not texts:
             raise DataError(f"{run.id}: no user's text is at hand, so nothing can be measured here")
-        asked = _asked(run, texts, options, solves=how.solve is not None)
+        asked = _asked(run, texts, options)
         losses = Losses(run, chosen, texts, tell=how.tell).measure()
         measured = [_of_arm(run, arm, (asked, losses), how) for arm in chosen]
         return write(run, asked, Found(measured, losses, texts, [arm.what for arm in chosen]))
@@ -105,7 +100,7 @@ def default_arms(run: Run) -> tuple[str, ...]:
     return (*arms_of.known(run), *([f"{own.method}@{own.ratio:g}"] if own.ratio else []))
 
 
-def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig, *, solves: bool) -> Asked:
+def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig) -> Asked:
     tokenizer = models.load_tokenizer(run.base())
     asks = [
         ask
@@ -116,22 +111,19 @@ def _asked(run: Run, texts: Mapping[str, UserData], options: EvaluateConfig, *, 
     ]
     functions = prompts.of_functions(list(texts.values()), prompts=options.prompts)
     reasons = {metric: _why_not(metric, options.metrics, functions=functions) for metric in METRICS}
-    if solves and "pass_at_1" in (options.metrics or METRICS):
-        reasons["pass_at_1"] = ""
     return Asked(
         asks,
         [metric for metric, why in reasons.items() if not why],
         {metric: why for metric, why in reasons.items() if why},
         options.prompts,
         _job(run, asks, options, functions=functions),
+        None if reasons["pass_at_1"] else solve.asked(run, list(texts), options),
     )
 
 
 def _why_not(metric: str, wanted: Sequence[str], *, functions: bool) -> str:
-    if wanted and metric not in wanted:
+    if metric not in (wanted or USUAL):
         return "not asked for"
-    if metric == "pass_at_1":
-        return "not measured here"
     if metric in CODE_ONLY and not functions:
         return "the examples are not Python functions, a prompt the head and a completion the body"
     why = missing(metric)
@@ -163,8 +155,9 @@ def _of_arm(run: Run, arm: Arm, what: tuple[Asked, Mapping[str, ExampleLosses]],
         job = dataclasses.replace(asked.job, arm=dataclasses.asdict(arm))
         found = generated(run, arm, job, tell=how.tell, process=how.process)
     measured = _measured(arm, asked.asks, found, losses)
-    if how.solve and "pass_at_1" in asked.metrics:
-        return dataclasses.replace(measured, pass_at_1=how.solve(run, arm))
+    if asked.problems:
+        solved = solve.solved(run, arm, asked.problems, tell=how.tell, process=how.process)
+        return dataclasses.replace(measured, solved=solved)
     return measured
 
 

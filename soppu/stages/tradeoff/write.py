@@ -41,6 +41,7 @@ class Asked:
     left_out: Mapping[str, str]  # metric -> why it is not among them
     prompts: int  # a user, at most
     job: Job
+    problems: Job | None = None  # HumanEval's, where they are asked
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def _key(run: Run, asked: Asked, found: Found, environment: Mapping[str, Any]) -
     names = [arm.name for arm in found.arms]
     texts = {user: text.digest() for user, text in found.texts.items()}
     how = [dataclasses.asdict(asked.job), list(asked.metrics), dict(asked.left_out), environment]
+    how += [dataclasses.asdict(asked.problems)] if asked.problems else []
     follows = json.dumps([run.id, soppu.__version__, names, list(found.whats), texts, how], sort_keys=True)
     return hashlib.sha256(follows.encode()).hexdigest()[:12]
 
@@ -98,6 +100,7 @@ def _generation(asked: Asked) -> dict[str, Any]:
         "prompts_per_user": asked.prompts,
         "timed_prompts": job.timed,
         "timed_tokens": job.timed_tokens,
+        "problems": len(asked.problems.asks) if asked.problems else 0,
     }
 
 

@@ -1,64 +1,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from soppu.compress.linalg import bounds, whitening
+from soppu.compress.linalg import whitening
 from soppu.compress.linalg.canonical import Canonical, canonical
 from soppu.compress.linalg.cores import Cores
-from soppu.compress.linalg.range_finder import Sizes, grow
-from soppu.compress.linalg.sketch import CorePass, GrowthPass, PowerPass, RangePass, Ranges, rows
+from soppu.compress.linalg.sketch import CorePass, GrowthPass, PowerPass, Ranges, rows
 from soppu.errors import AdapterError
-from tests.soppu.compress import dense_joint as joint
-from tests.soppu.compress.large_fit import LargeFit, Search, alone, fit_batches, fit_large, outside
+from tests.soppu.compress.fleets import covariances, cut, dense, draw, fleet, sketched, units
+from tests.soppu.compress.large_fit import outside
 
 pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def fleet(
-    n: int, o: int, i: int, r: int, *, own: float = 0.5, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """A share `own` of the users has an A of its own, the rest began with one; outputs share directions."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    first = normal(r, i) / math.sqrt(i)
-    mine = (torch.rand(n, generator=generator) < own)[:, None, None]
-    ins = torch.where(mine, normal(n, r, i) / math.sqrt(i), first) + 0.25 * normal(n, r, i) / math.sqrt(i)
-    shared = torch.linalg.qr(normal(o, min(o, 40)))[0] * torch.arange(1, min(o, 40) + 1) ** -0.6
-    outs = shared @ normal(n, shared.shape[1], r) + 0.02 * normal(n, o, r)
-    outs = outs * torch.arange(1, r + 1) ** -0.75 * normal(n, 1, 1).exp()
-    return outs.to(dtype), ins.to(dtype)
-
-
-def flat(n: int, o: int, i: int, r: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return draw(n, o, r, seed=seed), draw(n, r, i, seed=seed + 1)
-
-
-def dense(outs: Tensor, ins: Tensor) -> Tensor:
-    return outs.double() @ ins.double()
-
-
-def units(outs: Tensor, ins: Tensor) -> Tensor:
-    deltas = dense(outs, ins)
-    norm = torch.linalg.matrix_norm(deltas)
-    return torch.where(norm[:, None, None] > 0, deltas / norm.clamp(min=1e-300)[:, None, None], 0.0)
-
-
-def covariances(outs: Tensor, ins: Tensor) -> tuple[Tensor, Tensor]:
-    made = units(outs, ins)
-    return (made @ made.mT).sum(0), (made.mT @ made).sum(0)
 
 
 def assert_canonical(found: Canonical, outs: Tensor, ins: Tensor, *, relative: float = 1e-6) -> None:
@@ -179,17 +135,6 @@ def test_canonical_refuses_what_is_not_finite(bad):
 def test_canonical_refuses_shapes_that_do_not_belong_together():
     with pytest.raises(AdapterError, match=r"\(2, 8, 2\) and \(2, 3, 8\)"):
         canonical(draw(2, 8, 2), draw(2, 3, 8))
-
-
-def sketched(batches: list[Canonical], width: int, *, users: list[list[int]] | None = None) -> Ranges:
-    made = RangePass(batches[0].X.shape[1], batches[0].Y.shape[1], width=width, seed=3)
-    for index, batch in enumerate(batches):
-        made.add(batch, None if users is None else users[index])
-    return made.finish()
-
-
-def cut(outs: Tensor, ins: Tensor, size: int) -> list[Canonical]:
-    return [canonical(b, a) for b, a in zip(outs.split(size), ins.split(size), strict=True)]
 
 
 def projector(columns: Tensor) -> Tensor:
@@ -317,269 +262,7 @@ def test_growth_is_a_step_of_the_alternation_and_orthogonal_to_what_is_there():
     assert float(left.norm()) < 1e-4 * float((step - projector(cores.basis_out) @ step).norm())
 
 
-def test_ranges_that_began_with_a_sample_end_where_the_others_do_in_fewer_numbers():
-    outs, ins = fleet(512, 300, 260, 4)
-    whole = fit_large(outs, ins, rank=6, search=Search(tolerance=1e-5))
-    sampled = fit_large(outs, ins, rank=6, search=Search(tolerance=1e-5, every=4))
-    assert sampled.objective[0] > 1.5 * whole.objective[0] and sampled.passes < whole.passes
-    assert sampled.objective[-1] == pytest.approx(whole.objective[-1], rel=1e-4)
-
-
-def test_narrowed_ranges_hold_what_smaller_bases_need():
-    outs, ins = fleet(200, 120, 100, 3)
-    batches = cut(outs, ins, 64)
-    grown = alone(grow(Sizes(200, 120, 100, 3), 6, Search(tolerance=1e-6)), lambda: batches)
-    narrow = grown.narrowed(20)
-    assert narrow.cores.left.shape[2] == narrow.cores.right.shape[2] == 20 < grown.cores.left.shape[2]
-    at_found = narrow.cores.fit(6, max_steps=0, least=0.0, start=narrow.found)
-    assert at_found.objective[0] == pytest.approx(grown.found.objective[-1], rel=1e-6)
-    for k in (2, 4, 6):
-        whole, kept = (one.cores.fit(k, max_steps=20, least=1e-6) for one in (grown, narrow))
-        assert kept.objective[-1] == pytest.approx(whole.objective[-1], rel=1e-3)
-
-
-def test_a_sample_of_zero_adapters_is_no_worse_than_nothing():
-    outs, ins = fleet(192, 120, 100, 3)
-    outs[:64], outs[128:] = 0, 0
-    fit = fit_large(outs, ins, rank=4, search=Search(every=2, tolerance=1e-6))
-    assert fit.objective[-1] == pytest.approx(exact(outs[64:128], ins[64:128], 4).objective[-1], rel=1e-3)
-
-
-def rebuilt(fit: joint.JointFit) -> Tensor:
-    return fit.norm[:, None, None] * (fit.U @ fit.left @ fit.right @ fit.V.mT)
-
-
-def exact(outs: Tensor, ins: Tensor, k: int, tolerance: float = 1e-7) -> joint.JointFit:
-    return joint.fit(list(outs), list(ins), rank=k, max_steps=100, tolerance=tolerance)
-
-
-@pytest.mark.parametrize("k", [1, 3, 7])
-@pytest.mark.parametrize(("o", "i"), [(20, 17), (60, 9), (60, 50)])
-def test_ranges_that_span_everything_give_the_exact_method(o, i, k):
-    outs, ins = fleet(6, o, i, 2, dtype=torch.float64)
-    search = Search(width=60, tolerance=1e-13, max_steps=200)
-    fit = fit_large(outs, ins, rank=k, search=search)
-    expected = exact(outs, ins, k, 1e-13)
-    assert fit.objective[-1] == pytest.approx(expected.objective[-1], rel=1e-9)
-    assert fit.lower_bound == pytest.approx(expected.lower_bound, abs=1e-9)
-    assert not fit.outside.any() or float(fit.outside.max()) < 1e-12
-    assert fit.confidence == 1
-
-
-@pytest.mark.parametrize("own", [0.0, 0.5, 1.0])
-def test_objective_is_that_of_the_exact_method_where_the_ranges_are_small(own):
-    outs, ins = fleet(120, 300, 260, 4, own=own)
-    fit = fit_large(outs, ins, rank=6, search=Search(width=12, tolerance=1e-5))
-    expected = exact(outs, ins, 6)
-    assert max(fit.width) < 0.5 * 260
-    assert fit.objective[-1] == pytest.approx(expected.objective[-1], rel=1e-4)
-    assert fit.total == expected.total == 120
-    assert fit.lower_bound <= expected.achieved * (1 + 1e-6) and fit.achieved <= fit.upper_bound
-
-
-@pytest.mark.parametrize("make", [fleet, flat])
-def test_the_objective_never_falls_and_is_what_the_basis_captures(make):
-    outs, ins = make(50, 90, 80, 3)
-    fit = fit_large(outs, ins, rank=5, search=Search(width=10))
-    steps = zip(fit.objective, fit.objective[1:], strict=False)
-    assert len(fit.objective) > 3 and all(after >= before - 1e-9 for before, after in steps)
-    cores = fit.U.mT @ units(outs, ins) @ fit.V
-    assert float(cores.square().sum()) == pytest.approx(fit.objective[-1], rel=1e-6)
-    torch.testing.assert_close(fit.left @ fit.right, cores, rtol=0, atol=1e-6)
-    torch.testing.assert_close(fit.U.mT @ fit.U, torch.eye(5).double(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(fit.V.mT @ fit.V, torch.eye(5).double(), rtol=0, atol=1e-9)
-    errors = (units(outs, ins) - fit.U @ cores @ fit.V.mT).square().sum((1, 2))
-    assert bool((fit.outside <= errors + 1e-6).all())
-
-
-@pytest.mark.parametrize("size", [1, 7, 40])
-def test_batches_of_any_size_give_what_memory_gives(size):
-    outs, ins = fleet(40, 70, 60, 3)
-    search = Search(width=12, bound=bounds.Effort(powers=2))
-    whole = fit_large(outs, ins, rank=4, search=search)
-    batches = cut(outs, ins, size)
-    streamed = fit_batches(lambda: iter(batches), (70, 60), rank=4, search=search)
-    assert streamed.objective[-1] == pytest.approx(whole.objective[-1], rel=1e-5)
-    assert streamed.lower_bound == pytest.approx(whole.lower_bound, rel=1e-4)
-    torch.testing.assert_close(rebuilt(streamed), rebuilt(whole), rtol=0, atol=1e-3 * float(whole.norm.max()))
-
-
-def test_the_order_of_users_does_not_matter():
-    outs, ins = fleet(60, 100, 90, 3)
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(4))
-    search = Search(tolerance=1e-8, max_steps=50, width=20)
-    plain = fit_large(outs, ins, rank=4, search=search)
-    mixed = fit_large(outs[order], ins[order], rank=4, search=search)
-    assert mixed.objective[-1] == pytest.approx(plain.objective[-1], rel=1e-5)
-    difference = (rebuilt(mixed) - rebuilt(plain)[order]) / plain.norm[order, None, None]
-    assert float(torch.linalg.matrix_norm(difference).mean()) < 1e-3
-
-
-def test_narrow_adapters_are_the_same_as_zero_padding():
-    outs, ins = fleet(30, 60, 50, 4)
-    outs[::3, :, 2:], ins[::3, 2:] = 0, 0
-    batches = cut(outs, ins, 10)
-    ragged = [
-        canonical(outs[:1, :, :2], ins[:1, :2]),
-        canonical(outs[1:10], ins[1:10]),
-        *batches[1:],
-    ]
-    padded = fit_batches(lambda: batches, (60, 50), rank=4)
-    mixed = fit_batches(lambda: ragged, (60, 50), rank=4)
-    assert mixed.objective[-1] == pytest.approx(padded.objective[-1], rel=1e-6)
-    assert padded.objective[-1] == pytest.approx(exact(outs, ins, 4).objective[-1], rel=1e-4)
-
-
-def test_zero_adapters_have_no_weight_and_no_error():
-    outs, ins = fleet(20, 50, 40, 3)
-    outs[[2, 9]] = 0
-    kept = [n for n in range(20) if n not in (2, 9)]
-    fit = fit_large(outs, ins, rank=4)
-    alone = fit_large(outs[kept], ins[kept], rank=4)
-    assert fit.total == 18 and fit.norm[[2, 9]].tolist() == [0, 0]
-    assert not (fit.left @ fit.right)[[2, 9]].any() and not fit.outside[[2, 9]].any()
-    assert fit.objective[-1] == pytest.approx(alone.objective[-1], rel=1e-4)
-
-
-def test_a_fleet_of_zero_adapters_has_nothing_to_capture():
-    fit = fit_large(torch.zeros(4, 20, 2), torch.zeros(4, 2, 15), rank=3)
-    assert fit.total == 0 and fit.achieved == 0 and fit.lower_bound == 0
-    assert not rebuilt(fit).any() and torch.isfinite(fit.U).all()
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 50])
-def test_one_adapter_is_its_truncated_decomposition(k):
-    outs, ins = draw(1, 40, 3), draw(1, 3, 30, seed=1)
-    fit = fit_large(outs, ins, rank=k)
-    u, s, vt = torch.linalg.svd(dense(outs, ins)[0], full_matrices=False)
-    kept = min(k, 3)
-    expected = (u[:, :kept] * s[:kept]) @ vt[:kept]
-    torch.testing.assert_close(rebuilt(fit)[0], expected, rtol=0, atol=1e-5 * float(s[0]))
-    assert fit.U.shape == (40, kept)
-
-
-def test_more_rank_than_there_are_columns_is_lossless():
-    outs, ins = fleet(4, 50, 40, 2)
-    fit = fit_large(outs, ins, rank=100)
-    assert fit.U.shape == (50, 8)
-    assert fit.achieved == pytest.approx(0, abs=1e-5)
-    torch.testing.assert_close(rebuilt(fit).float(), outs @ ins, rtol=0, atol=1e-5 * float(fit.norm.max()))
-
-
-def test_the_seed_fixes_the_result():
-    outs, ins = fleet(30, 60, 50, 3)
-    first, again = fit_large(outs, ins, rank=4), fit_large(outs, ins, rank=4)
-    assert torch.equal(first.U, again.U) and first.lower_bound == again.lower_bound
-    other = fit_large(outs, ins, rank=4, search=Search(seed=1))
-    assert not torch.equal(first.U, other.U)
-
-
-def bounded(outs: Tensor, ins: Tensor, k: int, *, seed: int, powers: int) -> LargeFit:
-    effort = bounds.Effort(powers=powers, exact_side=0, seed=seed)
-    return fit_large(outs, ins, rank=k, search=Search(growths=2, width=k + 4, bound=effort, seed=seed))
-
-
-@pytest.mark.parametrize("powers", [1, 2, 3, 5])
-@pytest.mark.parametrize("make", [fleet, flat])
-def test_the_lower_bound_is_never_violated(make, powers):
-    for seed in range(6):
-        outs, ins = make(40, 90, 70, 3, seed=seed)
-        tails = [float(torch.linalg.eigvalsh(gram).flip(0)[4:].sum()) for gram in covariances(outs, ins)]
-        fit = bounded(outs, ins, 4, seed=seed, powers=powers)
-        assert fit.lower_bound <= max(tails) + 1e-9 <= fit.achieved + 1e-4
-        assert 1 - 1e-10 <= fit.confidence <= 1
-
-
-def test_the_bound_is_tight_after_three_powers():
-    for make, within in ((fleet, 0.02), (flat, 0.05)):
-        outs, ins = make(150, 200, 180, 3)
-        best = max(float(torch.linalg.eigvalsh(gram).flip(0)[4:].sum()) for gram in covariances(outs, ins))
-        fit = bounded(outs, ins, 4, seed=0, powers=3)
-        assert (1 - within) * best <= fit.lower_bound <= best
-
-
-def test_a_bound_without_probes_is_certain():
-    outs, ins = fleet(40, 90, 70, 3, own=0.0)
-    fit = fit_large(outs, ins, rank=4, search=Search(bound=None))
-    tails = [float(torch.linalg.eigvalsh(gram).flip(0)[4:].sum()) for gram in covariances(outs, ins)]
-    assert fit.confidence == 1 and 0 <= fit.lower_bound <= max(tails)
-
-
-def test_bounds_from_a_power_pass_hold_and_probes_sharpen_them():
-    outs, ins = flat(60, 120, 110, 3)
-    batches = cut(outs, ins, 60)
-    plain, probed = PowerPass(sketched(batches, 10)), PowerPass(sketched(batches, 10), probes=48, seed=5)
-    for batch in batches:
-        plain.add(batch)
-        probed.add(batch)
-    truth = float(torch.linalg.eigvalsh(covariances(outs, ins)[0]).flip(0)[:5].sum())
-    eps = torch.finfo(torch.float32).eps
-    certain = bounds.top_sum(plain.finish().images[0], 5, trace=60, eps=eps)
-    likely = bounds.top_sum(probed.finish().images[0], 5, trace=60, eps=eps)
-    assert truth <= likely.value < certain.value <= 60
-    assert certain.confidence == 1 and likely.confidence == 1 - bounds.FAILURE
-
-
-def powers_of(gram: Tensor, probes: int, count: int, seed: int) -> list[Tensor]:
-    made = [draw(len(gram), probes, seed=seed, dtype=torch.float64)]
-    for _ in range(count):
-        made.append(gram @ made[-1])
-    return made
-
-
-@pytest.mark.parametrize("spectrum", ["flat", "one", "steps", "decay", "few", "zero"])
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_norm_bound_is_above_the_norm_and_below_what_is_certain(spectrum, count):
-    d = 100
-    values = {
-        "flat": torch.ones(d),
-        "one": torch.ones(d).index_fill(0, torch.tensor([0]), 30.0),
-        "steps": torch.tensor([5.0, 3.0, 1.0, 0.1]).repeat_interleave(25),
-        "decay": torch.arange(1, d + 1) ** -1.5,
-        "few": torch.ones(d) * (torch.arange(d) < 3),
-        "zero": torch.zeros(d),
-    }[spectrum].double()
-    turn = torch.linalg.qr(draw(d, d, seed=8, dtype=torch.float64))[0]
-    gram = turn * values @ turn.mT
-    for seed in range(5):
-        powers = powers_of(gram, 16, count, seed)
-        found = bounds.norm_bound(powers, most=float(values.sum()), noise=1e-14, failure=1e-10)
-        assert float(values.max()) * (1 - 1e-9) <= found <= max(float(values.sum()), 1e-9)
-
-
-def test_norm_bound_is_sharper_than_the_lemma_it_extends():
-    gram = torch.diag(torch.linspace(2, 0.5, 150, dtype=torch.float64))
-    powers = powers_of(gram, 10, 3, 0)
-    found = bounds.norm_bound(powers, most=1e3, noise=1e-14, failure=1e-10)
-    largest = float(powers[-1].norm(dim=0).max())
-    lemma = (10 * math.sqrt(2 / math.pi) * largest) ** (1 / 3)
-    assert 2 <= found < 0.7 * lemma
-
-
-def test_norm_bound_stands_round_off_of_float32():
-    gram = torch.diag(torch.linspace(1, 0.1, 100, dtype=torch.float64))
-    powers = [draw(100, 16, seed=1, dtype=torch.float64)]
-    for seed in range(4):
-        noise = 1e-5 * draw(100, 100, seed=seed, dtype=torch.float64) / 20
-        powers.append((gram + noise) @ powers[-1])
-    found = bounds.norm_bound(powers, most=100.0, noise=1e-5, failure=1e-10)
-    assert 1 <= found < 3
-
-
-@pytest.mark.parametrize("freedom", [1, 10, 32])
-def test_chi_squared_quantile_matches_its_distribution(freedom):
-    sample = draw(200_000, freedom, seed=3).square().sum(1)
-    found = bounds.chi_squared_quantile(freedom, 0.05)
-    assert float((sample < found).double().mean()) == pytest.approx(0.05, abs=0.005)
-
-
 def test_rows_of_a_canonical_form_are_a_view():
     made = canonical(draw(5, 20, 3), draw(5, 3, 10, seed=1))
     assert rows(made.X).data_ptr() == made.X.data_ptr()
     assert torch.equal(rows(made.X)[4], made.X[1, :, 1])
-
-
-def test_search_takes_at_least_k_directions():
-    outs, ins = fleet(20, 50, 40, 3)
-    fit = fit_large(outs, ins, rank=9, search=replace(Search(), width=2, growths=0))
-    assert fit.U.shape == (50, 9) and fit.width == (9, 9) and fit.passes == 2

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 from starlette.testclient import TestClient
 
 from soppu import user_ids
-from soppu.adapter import LoraAdapter, LoraPair
-from soppu.dashboard import figures, watcher
+from soppu.base_identity import Base
+from soppu.dashboard import figures, runs, watcher
 from soppu.dashboard.app import application
 from soppu.dashboard.runs import Runs
 from soppu.dashboard.views import House
@@ -22,6 +22,8 @@ from soppu.dashboard.watcher import Server, Watcher
 from soppu.progress import events
 from soppu.progress.events import Event
 from soppu.registry import Registry
+from tests.soppu.dashboard import crowd
+from tests.soppu.evaluate.example import make_report
 
 HOSTILE = user_ids.to_id("<script>alert(1)")
 METRICS = """# TYPE soppu_adapter_requests counter
@@ -37,29 +39,25 @@ lorax_queue_length 7
 """
 
 
-def _adapter(seed: int) -> LoraAdapter:
-    g = torch.Generator().manual_seed(seed)
-    pair = LoraPair(A=torch.randn(2, 4, generator=g), B=torch.randn(3, 2, generator=g))
-    return LoraAdapter({"model.layers.0.self_attn.q_proj": pair}, base_model="tiny", base_hash="b" * 64)
-
-
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    made = Registry.open(str(tmp_path_factory.mktemp("registry")))
-    for number in range(60):
-        made.put_adapter(_adapter(number), user=f"user-{number:03}", run="r")
-    made.put_adapter(_adapter(200), user="ann", run="first")
-    made.put_adapter(_adapter(201), user="ann", run="second")
-    made.put_adapter(_adapter(203), user="gone", run="r")
-    made.put_adapter(_adapter(202), user=HOSTILE, run="r")
+    root = tmp_path_factory.mktemp("registry")
+    made = Registry.open(str(root))
+    made.put_adapter(crowd.adapter(0), user="user-000", run="r")
+    others = tuple(f"user-{number:03}" for number in range(1, 60))
+    crowd.hold(root / "catalogue.db", others, made.current_set())
+    made.put_adapter(crowd.adapter(200), user="ann", run="first")
+    made.put_adapter(crowd.adapter(201), user="ann", run="second")
+    made.put_adapter(crowd.adapter(203), user="gone", run="r")
+    made.put_adapter(crowd.adapter(202), user=HOSTILE, run="r")
     yield made
     made.close()
 
 
 @pytest.fixture
 def house(registry: Registry, tmp_path: Path) -> House:
-    runs = Runs(tmp_path / "runs")
-    return House(registry, runs, Watcher(runs, {"embedded": "http://127.0.0.1:9"}), name="here")
+    there = Runs(tmp_path / "runs")
+    return House(registry, there, Watcher(there, {"embedded": "http://127.0.0.1:9"}), name="here")
 
 
 @pytest.fixture
@@ -112,6 +110,82 @@ def test_it_changes_nothing_and_is_read_from_here_alone(client: TestClient) -> N
     assert client.get("/static/htmx.min.js").status_code == 200
 
 
+def test_runs_are_paged_newest_first_and_lead_to_their_own_pages(
+    client: TestClient, house: House, tmp_path: Path
+) -> None:
+    for number in range(60):
+        folder = tmp_path / "runs" / f"run-{number:02}"
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text("")
+        os.utime(folder / "config.toml", (1e9 + number, 1e9 + number))
+    (folder / "report.html").write_text("<script>its own</script>")
+    house.runs.refresh()
+    first = client.get("/runs").text
+    assert "run-59" in first and "run-10" in first and "run-09" not in first and "after=50" in first
+    assert "the newest 10 of" in client.get("/").text
+    second = client.get("/runs", params={"after": "50"}).text
+    assert "run-09" in second and "run-10" not in second and "Next" not in second
+    assert "There are no more" in client.get("/runs", params={"after": "999"}).text
+    assert client.get("/runs", params={"after": "-1"}).text == client.get("/runs", params={"after": "²"}).text
+    assert "/runs/run-59/report.html" in client.get("/runs/run-59").text
+    page = client.get("/runs/run-59/report.html")
+    assert "its own" in page.text and "sandbox" in page.headers["content-security-policy"]
+    assert client.get("/runs/run-58/report.html").status_code == 404
+
+
+def test_a_registry_that_cannot_be_read_is_said_on_the_page(tmp_path: Path) -> None:
+    registry, there = Registry.open(tmp_path), Runs(tmp_path / "runs")
+    registry.close()
+    client = TestClient(application(House(registry, there, Watcher(there, {}), name="here")))
+    client.base_url = "http://localhost"
+    assert "Nobody has an adapter yet" in client.get("/users").text
+    registry.close()
+    (tmp_path / "catalogue.db").write_bytes(b"no database" * 1000)
+    answer = client.get("/users")
+    assert answer.status_code == 503 and "the registry cannot be read" in answer.text
+    assert client.get("/health").text == "ok"
+
+
+def test_an_adapter_has_its_users_and_what_was_measured_of_it(
+    client: TestClient, house: House, registry: Registry, tmp_path: Path
+) -> None:
+    adapter, told = registry.current("ann"), make_report(users=["ann"])
+    told["users"][0]["adapter_id"] = adapter
+    (tmp_path / "runs" / "demo-9").mkdir(parents=True)
+    (tmp_path / "runs" / "demo-9" / "report.json").write_text(json.dumps(told))
+    house.runs.refresh()
+    page = client.get(f"/adapters/{adapter}").text
+    assert "demo-9" in page and f"{told['users'][0]['loss_base']:.3f}" in page and "current" in page
+    assert "demo-9" in client.get("/users/ann").text
+
+
+def test_a_user_is_not_said_to_be_unmeasured_while_a_report_is_being_read(
+    client: TestClient, house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_LARGE", 10)
+    (tmp_path / "runs" / "demo-8").mkdir(parents=True)
+    (tmp_path / "runs" / "demo-8" / "report.json").write_text(json.dumps(make_report(users=["ann"])))
+    assert "No run that is here" in client.get("/users/ann").text
+    house.runs.refresh()
+    page = client.get("/users/ann").text
+    assert "No run that is here" not in page and "Being read" in page and "demo-8" in page
+
+
+def test_an_adapter_that_many_hold_says_of_each_what_their_own_history_says(registry: Registry) -> None:
+    shared, own = registry.current("user-000"), registry.current("ann")
+    members = registry.freeze_current(Base("tiny", crowd.HASH))
+    bundle = registry.put_bundle(b"shared", set_id=members)
+    registry.record_publication(target="one", url="http://127.0.0.1:7", bundle_id=bundle)
+    registry.put_adapter(crowd.adapter(300), user="user-003", run="later")
+    rows = registry.held(shared, limit=99)
+    assert [who for who, _ in rows] == [f"user-{number:03}" for number in range(60)]
+    told = {who: [row for row in registry.history(who) if row.adapter_id == shared] for who, _ in rows}
+    assert all(told[who] == [row] for who, row in rows)
+    assert [row.current for _, row in rows].count(False) == 1
+    assert registry.held(shared, limit=5) == rows[:5] and registry.held("a-0") == ()
+    assert registry.held(own)[0][1].published == ("one http://127.0.0.1:7",)
+
+
 def test_a_run_in_flight_one_that_is_unreadable_and_a_forgotten_user(
     client: TestClient, house: House, tmp_path: Path
 ) -> None:
@@ -144,10 +218,10 @@ def test_a_run_that_began_long_ago_is_in_flight_as_long_as_its_process_is_there(
         for number in range(2000):
             told = Event(2.0 + number, "federate", note=f"step {number}", share=0.1, pid=here["pid"])
             events.append(tmp_path / name, told)
-    runs = Runs(tmp_path)
+    seen = Runs(tmp_path)
     for _ in range(2):
-        runs.refresh()
-        assert list(runs.flights()) == ["there"]
+        seen.refresh()
+        assert list(seen.flights()) == ["there"]
 
 
 class _Metrics(BaseHTTPRequestHandler):

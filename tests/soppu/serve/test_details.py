@@ -60,7 +60,9 @@ def test_the_likeliest_tokens_are_those_of_the_model(house: House) -> None:
         assert found == pytest.approx(expected.values.tolist(), abs=1e-3)
         for other in token.alternatives:
             if other.id == token.id:
-                assert (other.text, other.logprob) == (token.text, token.logprob)
+                assert other.logprob == token.logprob
+                # the last token's text also holds the bytes of a character that never came to its end
+                assert other.text == token.text or token is tokens[-1]
         ids.append(token.id)
 
 

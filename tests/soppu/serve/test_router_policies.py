@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from soppu.errors import RouterError
 from soppu.serve.router import crossed, policies
 from soppu.serve.router import file as files
 from soppu.serve.router.measured import Measured
-from soppu.serve.router.policies import FITTED, ORACLE, Length, Neighbours, Options
+from soppu.serve.router.policies import ORACLE, Length, Neighbours, Options
 from tests.soppu.serve import routing
 
 OPTIONS = Options(routing.ARMS, neighbours=3)
@@ -63,7 +65,7 @@ def test_equal_prompts_are_in_one_fold_whoever_asked() -> None:
     assert all(fold[n] == fold[n + 1] for n in range(0, 8, 2)) and len(set(fold.tolist())) == 5
 
 
-@pytest.mark.parametrize("name", list(FITTED))
+@pytest.mark.parametrize("name", policies.names([arm.name for arm in routing.ARMS]))
 def test_what_a_prompt_is_judged_by_does_not_know_its_losses(name: str) -> None:
     """Losses of a fold are turned round: what is chosen there stays, for any policy that does not leak."""
     known = routing.measured(60)
@@ -91,3 +93,45 @@ def test_a_file_comes_back_as_it_was_and_a_changed_one_is_refused(tmp_path: Path
         files.read(path)
     with pytest.raises(RouterError, match="no such file; make it with `soppu router fit"):
         files.read(tmp_path / "absent")
+
+
+def changed(values: dict[str, Any], where: str, value: object) -> None:
+    """Put a value at a place of the file, and give the whole the id of its new content."""
+    *path, last = where.split(".")
+    holder: Any = values
+    for part in path:
+        holder = holder[int(part) if part.isdigit() else part]
+    holder[int(last) if last.isdigit() else last] = value
+    values["id"] = files._digest(values)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("format", 2, "format 2, allowed: 1"),
+        ("layer", 0, "layer: Input should be greater than or equal to 1"),
+        ("policy", "best", "policy 'best', allowed: personal, base, gain"),
+        ("policy", "cheaper", "policy 'cheaper', allowed: personal, base, gain"),
+        ("arms.0.name", "personal", "arms are personal, personal, allowed: base, personal, and others"),
+        ("prompts.3.losses", [1.0], "has not one number for each of 2 arms"),
+        ("prior.alice", [1.0, 2.0, 3.0], "has not one number for each of 2 arms"),
+        ("prompts.0.losses.1", "much", "prompts.0.losses.1: Input should be a valid number"),
+        ("prompts", [], "prompts: List should have at least 1 item"),
+        ("prompts.2.vector", "AAAA", "buffer size must be a multiple of element size"),
+        ("prompts.2.vector", "AAAAAA==", "vectors of prompts differ in width"),
+        ("prompts.2.vector", base64.b64encode(b"\xff" * 128).decode(), "vector of a prompt is not finite"),
+        ("colour", "red", "colour: Extra inputs are not permitted"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be_is_refused(
+    tmp_path: Path, where: str, value: object, said: str
+) -> None:
+    path = tmp_path / "router.json"
+    files.write(path, routing.router("c" * 64))
+    values = json.loads(path.read_text())
+    changed(values, where, value)
+    path.write_text(json.dumps(values))
+    with pytest.raises(RouterError) as refused:
+        files.read(path)
+    assert said in str(refused.value) and str(refused.value).startswith(f"{path}: ")
+    assert str(refused.value).endswith("fit it again with `soppu router fit`")

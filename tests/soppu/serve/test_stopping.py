@@ -241,6 +241,7 @@ def test_what_is_still_sent_or_loaded_is_answered_and_given_up(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_load_that_has_no_end_does_not_keep_the_process(tmp_path: Path, upload: bytes) -> None:
     tiny.base(tmp_path / "base")
     endless = "import threading\nfrom soppu.serve.bank.store import ServerState\nfrom soppu.cli import main\n"

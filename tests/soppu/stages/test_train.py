@@ -131,7 +131,7 @@ def test_all_layers_are_judged_by_the_same_measure(run: Run) -> None:
 
 def test_what_was_stopped_goes_on_to_the_same_adapter(run: Run) -> None:
     def stop(event: dict[str, Any]) -> None:
-        if event["note"].startswith("step 5,"):
+        if event["note"].startswith("training: step 5,"):
             raise KeyboardInterrupt
 
     whole = trained(run)
@@ -141,7 +141,7 @@ def test_what_was_stopped_goes_on_to_the_same_adapter(run: Run) -> None:
     assert centralised_adapter(run) is None and (run.folder / stage.CHECKPOINT).exists()
     steps: list[str] = []
     after = trained(run, on_progress=lambda event: steps.append(event["note"].split(",")[0]))
-    assert steps[0] == "step 5"  # after the last look, of step 4
+    assert steps[0] == "training: step 5"  # after the last look, of step 4
     assert after.content_hash() == whole.content_hash()
     assert not (run.folder / stage.CHECKPOINT).exists()
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_other_choices_is_not_gone_on_with(run: Run) -> None:
     longer = Choices(replace(SHORT, train=replace(SHORT.train, seed=9)))
 
     def stop(event: dict[str, Any]) -> None:
-        if event["note"].startswith("step 3,"):
+        if event["note"].startswith("training: step 3,"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -70,6 +70,7 @@ def comparison(**changed: Any) -> dict[str, Any]:
             "prompts_per_user": 4,
             "timed_prompts": 2,
             "timed_tokens": 16,
+            "problems": 0,
         },
         "arms": [
             arm("base"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from soppu.evaluate.losses import ExampleLosses
@@ -53,6 +55,26 @@ def test_what_no_arm_can_do_is_about_zero_and_named() -> None:
     assert figures.about_zero(scores) == {}
     bad = figures.scores([measured("base", "x"), measured("personal", "y")], LOSSES, metrics=["bleu"])
     assert figures.about_zero(bad) == {"bleu": "about zero for every arm: the best, base, has 0"}
+
+
+def test_pass_at_1_is_over_problems_and_so_is_its_interval() -> None:
+    """Of 100 problems the arm solves 30 more than the base model, which solves 10 of them."""
+    base = {f"HumanEval/{n}": n < 10 for n in range(100)}
+    arms = [dataclasses.replace(measured("base", "x"), solved=base)]
+    arms += [
+        dataclasses.replace(measured("personal", "x"), solved={one: n < 40 for n, one in enumerate(base)})
+    ]
+    told = figures.arms_of(arms, figures.scores(arms, LOSSES, metrics=["pass_at_1"]), seed=0)
+    assert [one["pass_at_1"] for one in told] == [0.1, 0.4]
+    won = told[1]["intervals"]["pass_at_1"]
+    assert won["mean"] == pytest.approx(0.3) and 0.2 < won["low"] < 0.25 and 0.35 < won["high"] < 0.4
+
+
+def test_pass_at_1_of_three_problems_in_164_is_about_zero() -> None:
+    for count, why in ((3, {"pass_at_1": "about zero for every arm: the best, base, has 0.0183"}), (4, {})):
+        solved = {str(n): n < count for n in range(164)}
+        arms = [dataclasses.replace(measured("base", "x"), solved=solved)]
+        assert figures.about_zero(figures.scores(arms, LOSSES, metrics=["pass_at_1"])) == why
 
 
 def test_the_table_has_what_was_measured_and_says_what_was_left_out() -> None:

@@ -59,6 +59,18 @@ def test_a_rule_that_cannot_be_judged_is_refused_as_it_is_read(rules: list[str],
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("metrics", "refused"), [([], True), (["loss"], True), (["loss", "pass_at_1"], False)]
+)
+def test_a_rule_on_pass_at_1_needs_it_to_be_named(metrics: list[str], refused: bool) -> None:
+    values = {"gate": {"rules": ["pass_at_1 of base >= 0.1"]}, "evaluate": {"metrics": metrics}}
+    if refused:
+        with pytest.raises(ConfigError, match="pass_at_1 is not in evaluate.metrics, allowed: loss"):
+            configuration.from_dict(values)
+    else:
+        assert configuration.from_dict(values).evaluate.problems == 164
+
+
 @pytest.mark.parametrize("arm", ["zip@16", "residual@0", "residual", "residual@x", "joint@16@16"])
 def test_an_arm_that_there_is_not_is_refused_as_it_is_read(arm: str) -> None:
     with pytest.raises(ConfigError, match=r"evaluate.arms: arm .* allowed: base, shared, personal"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.cli import main
 from soppu.data import load_user, tokenize
 from soppu.data.tokens import IGNORE
-from soppu.errors import ConfigError, GateError, SoppuError
+from soppu.errors import ConfigError, GateError, SandboxError, SoppuError
 from soppu.evaluate.losses import UserLosses
-from soppu.evaluate.tradeoff import figures, schema
+from soppu.evaluate.tradeoff import figures, human_eval, schema, table
 from soppu.federation.attach import attached
 from soppu.federation.personalise import BASE
 from soppu.models import linear_shapes
@@ -30,9 +31,11 @@ from soppu.stages import compress, federate
 from soppu.stages.centralised import identify
 from soppu.stages.evaluate import evaluate
 from soppu.stages.publish import publish
-from soppu.stages.run import Run
-from soppu.stages.tradeoff import judge, losses
+from soppu.stages.run import Run, open_run, prepare
+from soppu.stages.tradeoff import judge, losses, solve
+from soppu.stages.tradeoff.arms import Arm
 from soppu.stages.tradeoff.generate import here
+from soppu.stages.tradeoff.job import Done, Job
 from soppu.stages.tradeoff.judge import tradeoff
 from soppu.stages.tradeoff.run import Measuring, compare
 from soppu.tradeoff_settings import EvaluateConfig
@@ -131,6 +134,96 @@ def test_an_arm_or_a_run_that_there_is_not_is_refused(run: Run, trained: dict[st
             compare(str(run.folder), set_id, options=EvaluateConfig(arms=(arm,)))
 
 
+class Author:
+    """A process that completes HumanEval as it likes, and is asked for nothing else."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+        self.jobs: list[Job] = []
+
+    def __call__(self, job: Job, path: Path, done: Done) -> dict[str, Any]:
+        self.jobs.append(job)
+        return {"texts": list(self.texts)}
+
+
+def test_problems_are_completed_in_turn_and_their_tests_run(run: Run, trained: dict[str, str]) -> None:
+    set_id = federate.freeze_current(str(run.folder))
+    first, second = list(human_eval.problems().values())[:2]
+    options = EvaluateConfig(arms=("personal",), metrics=("loss", "pass_at_1"), problems=2)
+    author = Author(first["canonical_solution"], "    return None\n")
+    try:
+        path = compare(str(run.folder), set_id, options=options, how=Measuring(process=author))
+    except SandboxError as error:
+        pytest.skip(str(error))
+    found = schema.read(path)
+    assert [arm.pass_at_1 for arm in found.arms] == [0.5, 0.5] and found.generation.problems == 2
+    assert "50.0%" in table.text(found) and "2 problems of HumanEval" in table.text(found)
+    asks = [[(ask["user"], ask["prompt"]) for ask in job.asks] for job in author.jobs]
+    assert asks == 2 * [[("ann", first["prompt"]), ("bob", second["prompt"])]]
+    assert [job.arm["name"] for job in author.jobs] == ["base", "personal"]
+    told: list[str] = []
+    again = Measuring(lambda said: told.append(str(said["note"])), process=refused)
+    assert compare(str(run.folder), set_id, options=options, how=again) == path and told == []
+
+
+def test_a_model_that_solves_nothing_has_no_column_and_the_table_says_so(
+    run: Run, trained: dict[str, str]
+) -> None:
+    set_id = federate.freeze_current(str(run.folder))
+    options = EvaluateConfig(arms=("base",), metrics=("loss", "pass_at_1"), problems=2)
+    how = Measuring(process=Author("", "    return None"))
+    try:
+        path = compare(str(run.folder), set_id, options=options, how=how)
+    except SandboxError as error:
+        pytest.skip(str(error))
+    found = schema.read(path)
+    assert found.arms[0].pass_at_1 is None
+    assert found.left_out["pass_at_1"] == "about zero for every arm: the best, base, has 0"
+    lines = table.text(found).splitlines()
+    assert "pass at 1" not in lines[0] and any(
+        line.startswith("left out: pass_at_1: about") for line in lines
+    )
+
+
+def test_the_servers_engine_completes_problems_longer_than_a_runs_blocks(
+    config_path: Path, overrides: dict[str, object], tiny_base: Path, tmp_path: Path
+) -> None:
+    wide = shutil.copytree(tiny_base, tmp_path / "wide")
+    told = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**told, "max_position_embeddings": 1024}))
+    run = open_run(prepare(str(config_path), {**overrides, "base.model": str(wide)}))
+    job = solve.asked(run, ["ann"], EvaluateConfig(problems=1))
+    arm, notes = Arm("base", "base", "base"), list[str]()
+    try:
+        found = solve.solved(run, arm, job, tell=lambda said: notes.append(said["note"]), process=here)
+    except SandboxError as error:
+        pytest.skip(str(error))
+    assert found == {"HumanEval/0": False} and set(notes) == {"problems of base"}
+
+
+def test_the_command_prints_what_it_was_asked_for_and_writes_the_page(
+    run: Run, trained: dict[str, str]
+) -> None:
+    run.write("evaluation-first.json", {"set_id": federate.freeze_current(str(run.folder))})
+    words = ["evaluate", str(run.folder), "--arm", "personal", "--metric", "loss"]
+    done = CliRunner().invoke(main, [*words, "--users"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert re.match(r"arm +loss +over base", lines[0]) and lines[3].startswith("personal")
+    assert [line.split()[:2] for line in lines if line.startswith("ann")] == [
+        ["ann", "base"],
+        ["ann", "personal"],
+    ]
+    assert any(line == "left out: pass_at_1: not asked for" for line in lines)
+    assert str(run.folder / schema.PAGE) in lines[-1] and (run.folder / schema.PAGE).exists()
+    assert "losses: ann" in done.stderr
+    plain = CliRunner().invoke(main, words)
+    assert plain.exit_code == 0 and "losses" not in plain.stderr and "\nann " not in plain.stdout
+    wrong = CliRunner().invoke(main, [*words, "--metric", "rouge", "--problems", "165"])
+    assert wrong.exit_code == 1 and "'rouge'" in wrong.stderr
+    assert "problems = 165, allowed: at most 164" in wrong.stderr
+
+
 def test_a_rule_that_does_not_hold_stops_a_publication(
     judged: tuple[Run, str, str], reconfigured: Callable[..., Run]
 ) -> None:
@@ -227,3 +320,22 @@ def test_the_command_prints_the_table_and_goes_on_where_it_was(judged: tuple[Run
     assert again.stdout == first.stdout and "text of" not in again.stderr
     wrong = CliRunner().invoke(main, [*words, "--prompts", "0", "--metric", "rouge"])
     assert wrong.exit_code == 1 and "rouge" in wrong.stderr and "prompts = 0" in wrong.stderr
+
+
+@pytest.mark.long
+def test_smollm2_completes_problems_and_its_programs_are_run(
+    config_path: Path, overrides: dict[str, object]
+) -> None:
+    cache = Path(__file__).parents[4] / ".soppu" / "models"
+    named = {"base.model": "smollm2-135m", "base.cache": str(cache), "data.max_tokens": 96}
+    run = open_run(prepare(str(config_path), {**overrides, **named}))
+    job = solve.asked(run, ["ann"], EvaluateConfig(problems=3))
+    try:
+        found = solve.solved(run, Arm("base", "base", "base"), job, tell=lambda said: None, process=here)
+    except SandboxError as error:
+        pytest.skip(str(error))
+    assert list(found) == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
+    (kept,) = (run.folder / "tradeoff").glob("texts-*.json")
+    texts = json.loads(kept.read_text())["texts"]
+    assert len(texts) == 3 and any(text.strip() for text in texts)  # it may stop at once
+    assert not [text for text in texts for stop in human_eval.STOPS if stop in text]
