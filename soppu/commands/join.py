@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
-from tqdm import tqdm
 
 from soppu import tables
 from soppu.commands.options import USER
 from soppu.cores.core import MOST_OWN
-from soppu.progress.telling import Tell
+from soppu.progress.bar import bar
 from soppu.stages import join as stage
 from soppu.stages.join import Joined, Newcomer
 
@@ -43,20 +39,9 @@ def join_command(user: str, *, data: Path, run_dir: Path, own_rank: int, target:
     which everybody else's numbers are the same bytes, and that is published.
     """
     newcomer = Newcomer(user, str(data), own_rank, target)
-    with _bar() as tell:
+    with bar() as tell:
         joined = stage.join(str(run_dir), newcomer, on_progress=tell)
     _print(joined)
-
-
-@contextmanager
-def _bar() -> Iterator[Tell]:
-    with tqdm(total=100, disable=None, bar_format="{percentage:3.0f}% |{bar}| {desc} {elapsed}") as bar:
-
-        def tell(event: dict[str, Any]) -> None:
-            bar.set_description_str(event["note"], refresh=False)
-            bar.update(100 * event["share"] - bar.n)
-
-        yield tell
 
 
 def _print(joined: Joined) -> None:
