@@ -98,9 +98,13 @@ def _page(house: House) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         line = house.runs.line(request.path_params["run"])
         name = request.path_params["page"]
-        if line is None or name not in PAGES or not (line.path / name).is_file():
-            raise HTTPException(404, f"there is no {name!r} of this run")
-        body = await run_in_threadpool((line.path / name).read_bytes)
+        gone = HTTPException(404, f"there is no {name!r} of this run")
+        if line is None or name not in PAGES:
+            raise gone
+        try:
+            body = await run_in_threadpool((line.path / name).read_bytes)
+        except OSError:
+            raise gone from None
         return Response(body, media_type="text/html", headers={"content-security-policy": _OF_A_RUN})
 
     return endpoint
