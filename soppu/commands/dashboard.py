@@ -113,7 +113,7 @@ def dashboard_command(
         with claim_port(host, port) as listener, suppress(KeyboardInterrupt):
             app = application(house, hosts=[host, *hosts])
             watcher.start()
-            click.echo(f"http://{host}:{listener.getsockname()[1]}/")
+            click.echo(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/")
             config = uvicorn.Config(app, log_level="warning", server_header=False)
             with _turns():
                 uvicorn.Server(config).run(sockets=[listener])

@@ -180,7 +180,7 @@ def _render(template: str, house: House, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    pages = environment("dashboard/templates")
+    pages = environment("dashboard/templates", finalize=wording.shown)
     pages.filters |= wording.FILTERS
     pages.globals |= {"link": link, "sparkline": wording.sparkline}
     return pages

@@ -110,6 +110,16 @@ def test_names_are_text_and_never_markup(client: TestClient) -> None:
         assert "<script>alert" not in answer.text and "&lt;script&gt;alert" in answer.text
 
 
+def test_a_folder_s_name_turns_no_text_around(client: TestClient, house: House, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo-\u202e<1>"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("")
+    house.runs.refresh()
+    for path in ("/", "/runs", "/runs/demo-%E2%80%AE%3C1%3E"):
+        page = client.get(path).text
+        assert "demo-\\x202e&lt;1&gt;" in page and "\u202e" not in page
+
+
 @pytest.mark.parametrize(
     "path",
     ["/users/nobody", "/users/..%2F..%2Fetc", "/users/%00", "/adapters/a-0", "/bundles/00", "/runs/absent",
@@ -124,7 +134,9 @@ def test_what_is_not_there_is_said_in_words(client: TestClient, path: str) -> No
 def test_it_changes_nothing_and_is_read_from_here_alone(client: TestClient) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         assert client.request(method, "/users/ann").status_code == 405
-    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    hosts = {"evil.example": 400, "evil.example:80": 400, "localhost:80": 200, "[::1]:80": 200, "[::1]": 200}
+    for host, status in hosts.items():
+        assert client.get("/", headers={"host": host}).status_code == status, host
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert client.get("/static/htmx.min.js").status_code == 200
