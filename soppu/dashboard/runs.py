@@ -70,7 +70,7 @@ class Runs:
             if one.line.users is not None and one.measured is None:
                 one.line = replace(one.line, waits=True)
         self._followed = {one.name: self._followed.get(one.name) or _followed(one) for one in folders}
-        self._pictures = {name: one.look() for name, one in self._followed.items()}
+        self._pictures = {name: _look(one) for name, one in self._followed.items()}
 
     def read_large(self) -> None:
         """Read the large reports that `refresh` found, by another process. For one thread."""
@@ -153,8 +153,16 @@ def _let_go(held: _Held) -> None:
 
 def _followed(folder: Path) -> Followed:
     found = Followed(folder)
-    found.look()  # that a process is gone is seen from the second look on
+    _look(found)  # that a process is gone is seen from the second look on
     return found
+
+
+def _look(followed: Followed) -> Picture:
+    """The run as it is now, or as it was when it could be read: one folder keeps no other from being seen."""
+    try:
+        return followed.look()
+    except OSError:
+        return followed.picture
 
 
 def _folders(root: Path) -> list[Path]:

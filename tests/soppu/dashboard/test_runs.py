@@ -147,6 +147,16 @@ def test_where_nothing_can_be_kept_the_line_says_so_and_the_next_look_goes_on(
     assert seen.of_users(["bob"]) == {"bob": []}
 
 
+def test_a_folder_that_cannot_be_read_hides_no_other(tmp_path: Path, told: dict[str, Any]) -> None:
+    folder(tmp_path, "run", told)
+    (tmp_path / "odd" / events.FILE).mkdir(parents=True)
+    (tmp_path / "odd" / "config.toml").write_text("")
+    seen = Runs(tmp_path)
+    seen.refresh()
+    stands = {line.name: seen.standing(line).word for line in seen.lines()}
+    assert stands == {"run": "passed", "odd": "no report"} and not seen.flights()
+
+
 @pytest.mark.parametrize("texts", ["{", '{"user": "bob"}\n[]\n', None])
 def test_a_comparison_that_is_being_written_takes_nothing_from_the_report(
     tmp_path: Path, told: dict[str, Any], texts: str | None
