@@ -90,10 +90,10 @@ def personalise(
     """
     shared = measure(start)
     stops = [_train(begin(rate), measure, rate=rate, search=search) for rate in search.learning_rates]
-    best = min(stops, key=lambda stop: stop.loss)
+    best = min(stops, key=lambda stop: _finite(stop.loss))
     drawn = {share: between(start, best.adapter, share) for share in search.shares}
     losses = {1.0: best.loss, **{share: measure(adapter) for share, adapter in drawn.items()}}
-    share = min(losses, key=losses.__getitem__)
+    share = min(losses, key=lambda share: _finite(losses[share]))
     return Personal(
         adapter=drawn.get(share, best.adapter),
         base=measure(None),
@@ -105,6 +105,11 @@ def personalise(
         first_loss=best.first_loss,
         last_loss=best.last_loss,
     )
+
+
+def _finite(loss: float) -> float:
+    """What a loss is compared by: one that is NaN is the worst there is, and not the least."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def between(start: Kind, end: Kind, share: float) -> Kind:
@@ -137,7 +142,7 @@ def _train(
         training.advance(min(search.check_every, left))
         adapter = training.adapter()
         loss = measure(adapter)
-        if best is not None and not loss < best.loss:
+        if best is not None and not _finite(loss) < _finite(best.loss):
             worse += 1
             continue
         losses, worse = training.losses, 0
