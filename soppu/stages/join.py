@@ -83,11 +83,12 @@ def join(run_folder: str, newcomer: Newcomer, *, on_progress: Tell | None = None
 
     The bundle is what the run serves at the target, or else, where nothing is live there, what it evaluated
     last. One join of a run at a time stores and publishes; training is done beside. Beside the training it
-    costs O(bundle), read twice and written once, and a canary of every user.
+    costs O(bundle), read twice and written once.
 
     Raises:
         ConfigError: the run has no bundle yet, or `own_rank` is out of its range.
-        BundleError: the user is in the bundle already, its users share no basis, or another run's is live.
+        BundleError: the user is in the bundle already, its users share no basis, another run's is live, or
+            another one went live meanwhile.
         DataError: the user's id is none, or the text cannot be read, or is too little.
         GateError: on held-out text the core is worse than the shared adapter or the base model, or breaks
             a rule of the run's gate, or the gate has refused the bundle, or has a rule on arms that one user
@@ -232,7 +233,7 @@ def _trained(ground: _Ground, start: CoreInBasis) -> Personal[CoreInBasis]:
 def _admit(at: _At, ground: _Ground, placed: CoreInBasis, joined: Joined) -> None:
     """Judge the core as a row of the bundle that is newest now, then store and publish that."""
     run, registry, user = at.run, at.run.registry(), joined.user
-    before = _bundle(at, user)
+    live, before = _live(at), _bundle(at, user)
     made = joining.join(before, user, placed)
     joined.core_id, joined.basis_id, joined.added = placed.core.id, placed.basis.id, made.added
     at.tell({"note": "measuring on held-out text", "share": 0.6})
@@ -240,6 +241,10 @@ def _admit(at: _At, ground: _Ground, placed: CoreInBasis, joined: Joined) -> Non
         losses, verdict = _judged(ground, placed.to_lora(), made, rules=joined.rules)
     joined.losses = {name: getattr(losses, name) for name in COLUMNS if getattr(losses, name) is not None}
     verdict.raise_if_refused()
+    if (now := _live(at)) != live:
+        raise BundleError(
+            f"bundle {now[:12]} went live at {at.settings.url} meanwhile; join that: start again"
+        )
     with joined.clock("store"):
         core_folder.write(placed.core, run.folder / FOLDER / placed.core.id)
         own = registry.put_adapter(placed.to_lora(), user=user, run=run.id)
@@ -251,7 +256,10 @@ def _admit(at: _At, ground: _Ground, placed: CoreInBasis, joined: Joined) -> Non
     run.write(_file(joined), told)
     at.tell({"note": f"publishing to {at.settings.url}", "share": 0.7})
     with joined.clock("publication"):
-        joined.url = publish(str(run.folder), joined.bundle_id, _file(joined), at.settings.label)
+        changed = (user,) if live else ()  # else nobody has been asked there yet
+        joined.url = publish(
+            str(run.folder), joined.bundle_id, _file(joined), at.settings.label, changed=changed
+        )
 
 
 def _judged(

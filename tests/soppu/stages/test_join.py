@@ -29,6 +29,7 @@ from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
 from soppu.stages.join import Joined, Newcomer, join
 from soppu.stages.publish import publish
+from soppu.stages.published import serving_file
 from soppu.stages.run import Run, prepare
 from soppu.stages.targets import open_target
 from tests.soppu.serve import tiny
@@ -123,6 +124,7 @@ def joined_by_rules(
     assert written["rules"] == first.rules == {JUDGED: "judged", UNJUDGED: "waived"}
     assert (written["url"], written["first_token"]) == (run.config.serve.url, first.first_token)
     reconfigured()
+    assert list(run.read(serving_file("embedded"))["canaries"]) == ["dora", "ann", "bob", "cleo"]
     return first
 
 
