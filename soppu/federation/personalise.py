@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Generic
+from typing import TYPE_CHECKING, Generic, Self
 
 import torch
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.federation.train import Training
 from soppu.federation.trained import Kind
+
+if TYPE_CHECKING:
+    from soppu.config import FederationConfig
 
 PERSONAL, SHARED, BASE = "personal", "shared", "base"
 
@@ -29,6 +32,17 @@ class SearchOptions:
     check_every: int = 10  # steps between two looks at the validation loss
     patience: int = 2  # looks in a row without a better one that end a training
     shares: tuple[float, ...] = (0.5, 0.75)  # how far from the shared adapter to the trained one, beside 1
+
+    @classmethod
+    def of(cls, config: FederationConfig) -> Self:
+        """What a run tries for every user."""
+        return cls(
+            learning_rates=config.personal_learning_rates,
+            steps=config.personal_steps,
+            check_every=config.personal_check_every,
+            patience=config.personal_patience,
+            shares=config.personal_shares,
+        )
 
 
 @dataclass(frozen=True, eq=False)

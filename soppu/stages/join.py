@@ -204,29 +204,16 @@ def _start(run: Run, basis: CoreBasis, shared: LoraAdapter | None, newcomer: New
 def _trained(ground: _Ground, start: CoreInBasis) -> Personal[CoreInBasis]:
     """The best core on the user's validation text, found as a federation's client finds an adapter."""
     bench, config = ground.bench, ground.bench.config
-    federation = config.federation
     states, validation = (bench.states(part) for part in (ground.text.train, ground.text.validation))
-    search = SearchOptions(
-        learning_rates=federation.personal_learning_rates,
-        steps=federation.personal_steps,
-        check_every=federation.personal_check_every,
-        patience=federation.personal_patience,
-        shares=federation.personal_shares,
-    )
 
     def begin(rate: float) -> Training[CoreInBasis]:
-        options = TrainOptions(
-            batch_size=federation.batch_size,
-            learning_rate=rate,
-            b_ratio=config.lora.alpha / config.lora.rank,
-            prox_weight=federation.prox_weight,
-            seed=config.seed,
-        )
+        options = TrainOptions.of(config, learning_rate=rate, seed=config.seed)
         return Training(bench.top, bench.plan, states, start=start, options=options)
 
     def measure(placed: CoreInBasis | None) -> float:
         return mean_loss(bench.top, bench.plan, validation, adapter=placed.to_lora() if placed else None)
 
+    search = SearchOptions.of(config.federation)
     return personalise(begin, measure, start=start, search=search)
 
 
