@@ -158,7 +158,7 @@ def _released(bench: Workbench, states: UserStates, turn: Turn, trained: _Traine
 def _shared(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
     """What this user adds to the adapter that all share."""
     federation = bench.config.federation
-    options = _options(bench.config, learning_rate=federation.learning_rate, seed=seed)
+    options = TrainOptions.of(bench.config, learning_rate=federation.learning_rate, seed=seed)
     result = fit(
         bench.top,
         bench.plan,
@@ -177,18 +177,13 @@ def _shared(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Tra
 
 def _personal(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Trained:
     """This user's own adapter, the best of what is tried on their validation text."""
-    federation = bench.config.federation
-    search = SearchOptions(
-        learning_rates=federation.personal_learning_rates,
-        steps=federation.personal_steps,
-        check_every=federation.personal_check_every,
-        patience=federation.personal_patience,
-        # where a part of the start is the user's own already, the start itself is one of theirs
-        shares=(*((0.0,) if turn.sharing.remembers else ()), *federation.personal_shares),
-    )
+    search = SearchOptions.of(bench.config.federation)
+    if turn.sharing.remembers:  # a part of the start is the user's own already: the start is one of theirs
+        search = dataclasses.replace(search, shares=(0.0, *search.shares))
 
     def begin(rate: float) -> Training[LoraAdapter]:
-        options = dataclasses.replace(_options(bench.config, learning_rate=rate, seed=seed), held=turn.held)
+        options = TrainOptions.of(bench.config, learning_rate=rate, seed=seed)
+        options = dataclasses.replace(options, held=turn.held)
         return Training(bench.top, bench.plan, states.train, start=turn.start, options=options)
 
     best = personalise(begin, partial(_validate, bench, states), start=turn.start, search=search)
@@ -204,16 +199,6 @@ def _personal(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _T
 
 def _validate(bench: Workbench, states: UserStates, adapter: LoraAdapter | None) -> float:
     return mean_loss(bench.top, bench.plan, states.validation, adapter=adapter)
-
-
-def _options(config: Config, *, learning_rate: float, seed: int) -> TrainOptions:
-    return TrainOptions(
-        batch_size=config.federation.batch_size,
-        learning_rate=learning_rate,
-        b_ratio=config.lora.alpha / config.lora.rank,
-        prox_weight=config.federation.prox_weight,
-        seed=seed,
-    )
 
 
 def _seed(config: Config, user_id: str, server_round: int) -> int:

@@ -70,7 +70,7 @@ class CoreInBasis:
 
     Raises:
         AdapterError: the core names another basis, is of another base model or layout, does not fit, is not
-            finite, or has more of its own than `MOST_OWN`.
+            finite float32, or has more of its own than `MOST_OWN`.
     """
 
     core: CoreAdapter
@@ -125,12 +125,14 @@ def _check(core: CoreAdapter, basis: CoreBasis, who: str) -> None:
     shapes = basis.module_shapes()
     for name, pair in core.own.items():
         o, i = shapes.get(name, (0, 0))
-        r = len(pair.A)
+        r = pair.A.shape[0] if pair.A.dim() else 0
         if (pair.A.shape, pair.B.shape) != ((r, i), (o, r)) or not 1 <= r <= MOST_OWN:
             found = f"A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}"
             raise AdapterError(
                 f"{who}: {name}: of its own the core has {found}, allowed: ranks 1 to {MOST_OWN} of {(o, i)}"
             )
     for name, tensor in core.tensors().items():
+        if tensor.dtype != torch.float32:
+            raise AdapterError(f"{who}: {name} is {tensor.dtype}, allowed: torch.float32")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{who}: {name} holds NaN or Inf; take an earlier one")

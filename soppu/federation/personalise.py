@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Generic
+from typing import TYPE_CHECKING, Generic, Self
 
 import torch
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.federation.train import Training
 from soppu.federation.trained import Kind
+
+if TYPE_CHECKING:
+    from soppu.config import FederationConfig
 
 PERSONAL, SHARED, BASE = "personal", "shared", "base"
 
@@ -29,6 +32,17 @@ class SearchOptions:
     check_every: int = 10  # steps between two looks at the validation loss
     patience: int = 2  # looks in a row without a better one that end a training
     shares: tuple[float, ...] = (0.5, 0.75)  # how far from the shared adapter to the trained one, beside 1
+
+    @classmethod
+    def of(cls, config: FederationConfig) -> Self:
+        """What a run tries for every user."""
+        return cls(
+            learning_rates=config.personal_learning_rates,
+            steps=config.personal_steps,
+            check_every=config.personal_check_every,
+            patience=config.personal_patience,
+            shares=config.personal_shares,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +104,10 @@ def personalise(
     """
     shared = measure(start)
     stops = [_train(begin(rate), measure, rate=rate, search=search) for rate in search.learning_rates]
-    best = min(stops, key=lambda stop: stop.loss)
+    best = min(stops, key=lambda stop: _finite(stop.loss))
     drawn = {share: between(start, best.adapter, share) for share in search.shares}
     losses = {1.0: best.loss, **{share: measure(adapter) for share, adapter in drawn.items()}}
-    share = min(losses, key=losses.__getitem__)
+    share = min(losses, key=lambda share: _finite(losses[share]))
     return Personal(
         adapter=drawn.get(share, best.adapter),
         base=measure(None),
@@ -105,6 +119,11 @@ def personalise(
         first_loss=best.first_loss,
         last_loss=best.last_loss,
     )
+
+
+def _finite(loss: float) -> float:
+    """What a loss is compared by: one that is NaN is the worst there is, and not the least."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def between(start: Kind, end: Kind, share: float) -> Kind:
@@ -137,7 +156,7 @@ def _train(
         training.advance(min(search.check_every, left))
         adapter = training.adapter()
         loss = measure(adapter)
-        if best is not None and not loss < best.loss:
+        if best is not None and not _finite(loss) < _finite(best.loss):
             worse += 1
             continue
         losses, worse = training.losses, 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Generic, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from soppu.federation.trained import Kind, Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from soppu.config import Config
 
 
 _TOKENS = {"cpu": 2**8, "cuda": 2**14}  # that gradients are worked out for at a time, padding included
@@ -41,6 +43,17 @@ class TrainOptions:
     prox_weight: float = 0.0  # of the squared product-space distance to the start
     seed: int = 0  # order of the examples
     held: tuple[int, int] = (0, 0)  # the first rows of A and columns of B that stay as they are
+
+    @classmethod
+    def of(cls, config: Config, *, learning_rate: float, seed: int) -> Self:
+        """How a user of a run trains; who calls says how far."""
+        return cls(
+            batch_size=config.federation.batch_size,
+            learning_rate=learning_rate,
+            b_ratio=config.lora.alpha / config.lora.rank,
+            prox_weight=config.federation.prox_weight,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,14 +21,20 @@ from soppu.stages.targets import open_target, target_settings
 from soppu.stages.tradeoff.judge import unheard
 from soppu.targets.http import HttpTarget
 
-SAMPLES = 64  # users whose sample completion goes into the report
+SAMPLES = 64  # users whose sample completion goes into the report; and who are asked beside those changed
 
 
-def publish(run_folder: str, bundle_id: str, evaluation: str, target: str = "") -> str:
+def publish(
+    run_folder: str, bundle_id: str, evaluation: str, target: str = "", *, changed: Collection[str] = ()
+) -> str:
     """Publish a bundle to one target, by default the first; returns the URL it is served at.
 
     Staged first, asked one canary a user, switched to only when all of them answered. Until then, and if
     anything fails, what was published before goes on being served. One publication to a server at a time.
+
+    Args:
+        changed: the only users whose bytes are not those of the bundle that is live there; they are asked,
+            and at most `SAMPLES` of the others, evenly spread. By default everybody is.
 
     Raises:
         GateError: the evaluation's verdict was no; carries every reason.
@@ -42,7 +49,7 @@ def publish(run_folder: str, bundle_id: str, evaluation: str, target: str = "") 
             if rules := unheard(run, evaluation):
                 raise GateError(rules)
             with run.registry().publishing(settings.url):
-                return _publish(run, settings, bundle_id, tell)
+                return _publish(run, settings, bundle_id, tell, changed=changed)
         except GateError:
             raise
         except Exception as error:  # of any kind: the report has a row for it
@@ -50,7 +57,9 @@ def publish(run_folder: str, bundle_id: str, evaluation: str, target: str = "") 
             raise
 
 
-def _publish(run: Run, settings: TargetConfig, bundle_id: str, tell: telling.Tell) -> str:
+def _publish(
+    run: Run, settings: TargetConfig, bundle_id: str, tell: telling.Tell, *, changed: Collection[str]
+) -> str:
     registry, started = run.registry(), time.monotonic()
     refuse_forgotten(registry, bundle_id)
     path = registry.bundle_path(bundle_id)
@@ -61,8 +70,9 @@ def _publish(run: Run, settings: TargetConfig, bundle_id: str, tell: telling.Tel
     target.publish(path, bundle_id=bundle_id)
     staged = time.monotonic()
     try:
-        tell({"note": f"asking for every one of {len(bundle.users)} users once", "share": 0.5})
-        _ask_canaries(run, settings, target, (bundle_id, bundle))
+        asked = asked_of(bundle.users, changed)
+        tell({"note": f"asking for {len(asked)} of {len(bundle.users)} users once", "share": 0.5})
+        _ask_canaries(run, settings, target, (bundle_id, bundle), users=asked)
         refuse_forgotten(registry, bundle_id)
     except TargetError:
         if bundle_id != target.active():
@@ -77,7 +87,7 @@ def _publish(run: Run, settings: TargetConfig, bundle_id: str, tell: telling.Tel
         target.drop(other)
     took = {"push_s": staged - started, "canaries_s": time.monotonic() - staged}
     told: dict[str, Any] = {
-        "canaries": dict.fromkeys(bundle.users, ""),
+        "canaries": dict.fromkeys(asked, ""),
         "prompt": settings.canary_prompt,
         "completions": {},
         "asked_as": {user: placements[user] for user in bundle.users[:SAMPLES] if user in placements},
@@ -104,13 +114,27 @@ def _note(
     run.write(serving_file(settings.label), asdict(row) | (told or {}))
 
 
-def _ask_canaries(run: Run, settings: TargetConfig, target: HttpTarget, staged: tuple[str, Bundle]) -> None:
-    """One answer with every user's adapter in the staged bundle. TargetError names who failed."""
+def asked_of(users: Sequence[str], changed: Collection[str]) -> tuple[str, ...]:
+    """Whom a canary is asked of: those `changed` and some of the others; everybody by default."""
+    others = [user for user in users if user not in changed] if changed else users
+    step = -(-len(others) // SAMPLES) if changed else 1
+    return (*changed, *others[:: max(step, 1)])
+
+
+def _ask_canaries(
+    run: Run,
+    settings: TargetConfig,
+    target: HttpTarget,
+    staged: tuple[str, Bundle],
+    *,
+    users: Sequence[str],
+) -> None:
+    """One answer with each of these users' adapters in the staged bundle. TargetError names who failed."""
     bundle_id, bundle = staged
-    compared = bundle.users[: settings.canary_compared] if settings.pushes_adapters else ()
+    compared = users[: settings.canary_compared] if settings.pushes_adapters else ()
     asked = {"prompt": settings.canary_prompt, "tokens": settings.canary_tokens}
     faults = target.canary(
-        bundle.users,
+        users,
         settings.canary_prompt,
         bundle_id=bundle_id,
         zero_users=unchanged(bundle),
@@ -118,5 +142,5 @@ def _ask_canaries(run: Run, settings: TargetConfig, target: HttpTarget, staged: 
         max_new_tokens=settings.canary_tokens,
         workers=settings.max_batch,
     )
-    if failed := [f"{user}: {why}" for user, why in zip(bundle.users, faults, strict=True) if why]:
+    if failed := [f"{user}: {why}" for user, why in zip(users, faults, strict=True) if why]:
         raise TargetError(f"bundle {bundle_id[:12]} stays unpublished, canaries failed: {'; '.join(failed)}")

@@ -68,6 +68,14 @@ def test_the_better_of_two_step_sizes_is_taken(bench: Bench) -> None:
     assert both.adapter.content_hash() == min((one, other), key=lambda it: it.personal).adapter.content_hash()
 
 
+@pytest.mark.parametrize("looks", [[math.nan, 1.5], [1.5, math.nan]])
+def test_a_training_that_diverges_is_not_the_better_one(bench: Bench, looks: list[float]) -> None:
+    losses = iter([2.0, *looks, 3.0])  # shared; one look each; base
+    search = SearchOptions(learning_rates=(1e-3, 1e-2), steps=1, check_every=1, shares=())
+    found = personalise(bench.begin, lambda _: next(losses), start=bench.start, search=search)
+    assert (found.personal, found.learning_rate) == (1.5, (1e-3, 1e-2)[looks.index(1.5)])
+
+
 def test_training_stops_when_validation_does_and_gives_what_was_best(bench: Bench) -> None:
     asked: list[LoraAdapter | None] = []
     losses = iter([2.0, 1.5, 1.7, 1.6, 0.1, 9.0])  # shared; then four looks, and no fifth

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from soppu.evaluate.tradeoff.schema import Arm, Tradeoff
 from soppu.tradeoff_settings import Rule
@@ -16,7 +16,7 @@ def broken(found: Tradeoff, rules: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a text is no rule.
     """
-    return [reason for rule in map(Rule.parse, rules) if (reason := _judged(rule, found))]
+    return [why for rule in map(Rule.parse, rules) if (why := _judged(rule, found))]
 
 
 def _judged(rule: Rule, found: Tradeoff) -> str:
@@ -29,6 +29,11 @@ def _judged(rule: Rule, found: Tradeoff) -> str:
         if value is None:
             return f"{_named(rule)}: {rule.figure} of {name} was not measured{_why(rule, found, arms[name])}"
         values[name] = float(value)
+    return reason(rule, values)
+
+
+def reason(rule: Rule, values: Mapping[str, float]) -> str:
+    """Why a rule does not hold where its arms have these values of its figure; "" where it holds."""
     value = values[rule.arm]
     limit = rule.limit * values[rule.share_of] if rule.share_of else rule.limit
     if (value >= limit) if rule.at_least else (value <= limit):

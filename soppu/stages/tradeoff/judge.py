@@ -15,6 +15,9 @@ from soppu.stages.run import Run, open_run
 from soppu.stages.tradeoff.run import Measuring, compare
 
 TRADEOFF = "tradeoff"  # of an evaluation: the file of the comparison that its verdict has heard
+RULES = (
+    "rules"  # of a join, which compares no arms: the rules that its verdict has heard, or was told to waive
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def _tradeoff(run: Run, evaluation: str, tell: Tell) -> Judged:
 
 def unheard(run: Run, evaluation: str) -> list[str]:
     """The rules that an evaluation's verdict has not heard: nothing is published before it has."""
-    if run.config.gate.rules and not run.read(evaluation).get(TRADEOFF):
-        return [f"gate.rules: {rule!r}: the arms were not compared" for rule in run.config.gate.rules]
-    return []
+    told = run.read(evaluation)
+    if told.get(TRADEOFF):
+        return []
+    without = [rule for rule in run.config.gate.rules if rule not in told.get(RULES, ())]
+    return [f"gate.rules: {rule!r}: the arms were not compared" for rule in without]

@@ -159,6 +159,11 @@ FAULTS: list[tuple[Callable[[CoreAdapter], CoreAdapter], str]] = [
         lambda c: dataclasses.replace(c, cores={**c.cores, NAME: torch.full((3, 4), torch.nan)}),
         "q_proj.core holds NaN or Inf",
     ),
+    (
+        lambda c: dataclasses.replace(c, cores={**c.cores, NAME: torch.zeros(3, 4).half()}),
+        "ann: .*q_proj.core is torch.float16, allowed: torch.float32",
+    ),
+    (changed(own={NAME: LoraPair(torch.tensor(1.0), torch.zeros(12, 1))}), r"of its own the core has A \(\)"),
     (changed(own=an_adapter(5).pairs), r"allowed: ranks 1 to 4 of \(12, 10\)"),
     (changed(own={"model.layers.9.x": LoraPair(torch.zeros(1, 2), torch.zeros(2, 1))}), "layers.9.x"),
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from soppu.compress.joining import basis_of
 from soppu.cores import folder as core_folder
 from soppu.cores.core import CoreInBasis
 from soppu.errors import BundleError, ConfigError, DataError, GateError, SoppuError
+from soppu.evaluate.gate import check
 from soppu.serve import admin_token as tokens
 from soppu.serve.api.http import ServerInfo, create_app
 from soppu.serve.bank.bank import AdapterBank
@@ -25,14 +27,17 @@ from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.stages import federate
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
-from soppu.stages.join import Newcomer, join
+from soppu.stages.join import Joined, Newcomer, join
 from soppu.stages.publish import publish
-from soppu.stages.run import Run
+from soppu.stages.published import serving_file
+from soppu.stages.run import Run, prepare
 from soppu.stages.targets import open_target
 from tests.soppu.serve import tiny
 from tests.soppu.stages.conftest import train, write_result
 
 LENIENT = {"gate.max_loss_over_shared": 10.0, "gate.min_mean_gain_over_shared": -10.0}
+QUICK = {"federation.personal_learning_rates": [0.05], "federation.personal_shares": []}
+JUDGED, UNJUDGED = "loss of personal <= 1 of shared", "bleu of personal >= 0.9 of shared"
 
 
 @pytest.fixture
@@ -45,8 +50,10 @@ def overrides(tmp_path: Path, tiny_base: Path) -> Iterator[dict[str, object]]:
     held = ServerState.open(state, bank)
     engine = Engine(model, models.load_tokenizer(base), bank, EngineOptions())
     app = create_app(engine, info=ServerInfo("tiny", base.hash, admin_token=token), state=held)
+    public = tmp_path / "public.jsonl"
+    public.write_text("\n".join(json.dumps({"text": f"everybody says {n}"}) for n in range(20)))
     with tiny.listening(app) as url:
-        yield {"serve.url": url, "federation.personal_learning_rates": [0.05], **LENIENT}
+        yield {"serve.url": url, "align.source": str(public), **QUICK, **LENIENT}
     held.close()
 
 
@@ -85,9 +92,8 @@ def bundle_of(run: Run, bundle_id: str) -> Bundle:
     return Bundle.load(run.registry().bundle_path(bundle_id), expected_hash=bundle_id)
 
 
-def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
-    run: Run, fleet: str, tmp_path: Path
-) -> None:
+def nobody_joins_who_must_not(run: Run, fleet: str, tmp_path: Path) -> None:
+    """Neither with too little text nor with a core that is worse; then nothing is stored or published."""
     refused: list[tuple[Path, type[SoppuError], str]] = [
         (tmp_path / "short.jsonl", DataError, "'dora' has .* examples to train on")
     ]
@@ -101,12 +107,43 @@ def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
     assert run.registry().live(run.config.serve.url) == fleet and run.registry().current_set() == members
     assert not (run.folder / "cores").exists()
 
-    notes: list[float] = []
+
+def joined_by_rules(
+    run: Run, newcomer: Newcomer, reconfigured: Callable[..., Run], notes: list[float]
+) -> Joined:
+    """What comes of a join under rules on arms: one is judged, one has to be waived; `notes` gets shares."""
+    reconfigured(gate={"rules": (JUDGED, UNJUDGED)}, evaluate={"arms": ("shared", "personal")})
+    with pytest.raises(GateError, match=f"{UNJUDGED}': one user who joins has no such figure.*--waive-rules"):
+        join(str(run.folder), newcomer)
     first = join(
         str(run.folder),
-        Newcomer("dora", str(text_of("dora", tmp_path))),
+        dataclasses.replace(newcomer, waive_rules=True),
         on_progress=lambda told: notes.append(told["share"]),
     )
+    written = run.read(f"join-dora-{first.core_id}.json")
+    assert written["rules"] == first.rules == {JUDGED: "judged", UNJUDGED: "waived"}
+    assert (written["url"], written["first_token"]) == (run.config.serve.url, first.first_token)
+    reconfigured()
+    assert list(run.read(serving_file("embedded"))["canaries"]) == ["dora", "ann", "bob", "cleo"]
+    return first
+
+
+def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
+    run: Run,
+    fleet: str,
+    config_path: Path,
+    overrides: dict[str, object],
+    reconfigured: Callable[..., Run],
+    tmp_path: Path,
+) -> None:
+    nobody_joins_who_must_not(run, fleet, tmp_path)
+    other = prepare(str(config_path), {**overrides, "seed": 7})
+    newcomer = Newcomer("dora", str(text_of("dora", tmp_path)))
+    with pytest.raises(BundleError, match=rf"serves bundle {fleet[:12]} of run '{run.id}', not of 'three-"):
+        join(other, newcomer)
+
+    notes: list[float] = []
+    first = joined_by_rules(run, newcomer, reconfigured, notes)
     said = CliRunner().invoke(
         main,
         ["join", "eve", "--data", str(text_of("eve", tmp_path)), "--run", str(run.folder), "--own-rank", "1"],
@@ -141,7 +178,7 @@ def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
     told = {user: target.complete("say 3: ", user=user, max_new_tokens=6) for user in ("", *after.users)}
     assert told["dora"] != told[""] and told["eve"] != told["dora"]
     with pytest.raises(BundleError, match=f"user 'dora' is in bundle {live[:12]} already"):
-        join(str(run.folder), Newcomer("dora", str(text_of("dora", tmp_path))))
+        join(str(run.folder), newcomer)
 
 
 def test_what_is_missing_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
@@ -150,3 +187,9 @@ def test_what_is_missing_is_told_before_anything_is_loaded(run: Run, tmp_path: P
         join(str(run.folder), Newcomer("dora", text))
     with pytest.raises(ConfigError, match="own_rank = 5, allowed: 0 to 4"):
         join(str(run.folder), Newcomer("dora", text, own_rank=5))
+    with pytest.raises(DataError, match="user id 'a/b', allowed: 1 to 128"):
+        join(str(run.folder), Newcomer("a/b", text))
+    verdict = check([], {}, run.config.gate).to_dict()
+    run.write("evaluation-x.json", {"bundle_id": "x", "verdict": verdict})
+    with pytest.raises(GateError, match="no user's held-out loss was measured"):
+        join(str(run.folder), Newcomer("dora", text))
