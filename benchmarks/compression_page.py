@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.record import RESULTS, ROOT
-from soppu.files import write_bytes, write_text
+from benchmarks.pages import circumstances_line, fill, markdown, read_result
+from benchmarks.record import ROOT
+from soppu.files import write_bytes
 
 PAGE = ROOT / "docs" / "compression.md"
 IMAGES = ROOT / "docs" / "images"
@@ -188,18 +187,6 @@ def _bold(values: Sequence[float | None]) -> list[str]:
     return ["" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in values]
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
-
-
-def circumstances_line(found: Mapping[str, Any]) -> str:
-    """Where and of what commit a result is, in one line."""
-    where = f"Measured on {found['hardware']}; GPU: {found['gpu']}"
-    return f"{where}; commit `{found['commit'][:12]}`, seed {found['seed']}."
-
-
 def plot_errors(section: str, found: Mapping[str, Any]) -> Path:
     """Relative error over ratio, both logarithmic."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -250,20 +237,6 @@ def save_plot(figure: Any, name: str) -> Path:
     return path
 
 
-def with_blocks(page: str, made: Mapping[str, str]) -> str:
-    """The page with the text between its marks replaced; a mark without a result stays as it is."""
-
-    def put(match: re.Match[str]) -> str:
-        text = made.get(match["name"])
-        return (
-            match[0]
-            if text is None
-            else f"<!-- {match['name']}:begin -->\n{text}\n<!-- {match['name']}:end -->"
-        )
-
-    return re.sub(r"<!-- (?P<name>[\w-]+):begin -->\n.*?<!-- (?P=name):end -->", put, page, flags=re.S)
-
-
 def write_page() -> Path:
     """Draw the plots, fill the page."""
     for section, found in read_result("compression").items():
@@ -271,12 +244,5 @@ def write_page() -> Path:
     if gain := read_result("gain"):
         plot_gain(gain)
     made = blocks()
-    for page in (PAGE, ROOT / "README.md"):
-        write_text(page, with_blocks(page.read_text(), made))
+    fill(made, PAGE, ROOT / "README.md")
     return PAGE
-
-
-def read_result(name: str) -> dict[str, Any]:
-    """A result file; empty where there is none."""
-    path = RESULTS / f"{name}.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}

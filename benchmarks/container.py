@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.compression_page import read_result
+from benchmarks.pages import read_result
 from benchmarks.record import ROOT, circumstances, store
 from benchmarks.schemathesis_run import Fuzz
 from benchmarks.schemathesis_run import run as fuzz

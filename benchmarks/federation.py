@@ -25,7 +25,7 @@ from flwr.app import Message
 from flwr.common.serde import message_to_proto
 
 from benchmarks import texts
-from benchmarks.compression_page import read_result
+from benchmarks.pages import read_result
 from benchmarks.record import ROOT, circumstances, store
 from clients.workbench import workbench
 from server.app import Federation

@@ -24,7 +24,7 @@ import psutil
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.compression_page import read_result
+from benchmarks.pages import read_result
 from benchmarks.record import ROOT, circumstances, store
 from deploy.stack import Stack, down, up
 from soppu import models

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.compression_page import circumstances_line, markdown, read_result, with_blocks
+from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.record import ROOT
-from soppu.files import write_text
 
 PAGE = ROOT / "docs" / "federation.md"
 MARKS = (
@@ -175,7 +174,7 @@ def _kills(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Fill the page."""
-    write_text(PAGE, with_blocks(PAGE.read_text(), blocks()))
+    fill(blocks(), PAGE)
     print(f"written: the tables of {PAGE}")
 
 

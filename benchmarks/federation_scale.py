@@ -30,7 +30,7 @@ from typing import Any
 import click
 import psutil
 
-from benchmarks.compression_page import read_result
+from benchmarks.pages import read_result
 from benchmarks.record import ROOT, circumstances, store
 from deploy.stack import Stack, down, up
 from server.app import Federation

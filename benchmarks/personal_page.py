@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.compression_page import circumstances_line, markdown, read_result, with_blocks
+from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.record import ROOT
-from soppu.files import write_text
 
 PAGE = ROOT / "docs" / "personal.md"
 _NAMES = {"tiny": "random model of width 32, two layers", "smollm2": "last four layers of SmolLM2-135M"}
@@ -39,4 +38,4 @@ def _table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    write_text(PAGE, with_blocks(PAGE.read_text(), blocks()))
+    fill(blocks(), PAGE)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compression_page import circumstances_line, markdown, read_result, save_plot, with_blocks
+from benchmarks.compression_page import save_plot
+from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.record import ROOT
 from benchmarks.serve import kind_of
-from soppu.files import write_text
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
 MARKS = (
@@ -296,9 +296,7 @@ def write_pages() -> None:
     """Draw the plot, fill the pages."""
     if found := read_result("serve"):
         plot(found)
-    made = blocks()
-    for page in PAGES:
-        write_text(page, with_blocks(page.read_text(), made))
+    fill(blocks(), *PAGES)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import compression_page, dashboard_page, demo, federation_page, personal_page, serve_page
+from benchmarks import (
+    compression_page,
+    dashboard_page,
+    demo,
+    federation_page,
+    pages,
+    personal_page,
+    serve_page,
+)
 from docs import generate_lorax
 from docs.generate_cli import PAGE
 from soppu import __version__
@@ -86,8 +94,8 @@ def test_links_and_the_file_tour_point_at_things_that_are_there() -> None:
 
 
 def test_the_index_has_every_page() -> None:
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    assert set(re.findall(r"^\| \[([\w.]+)\]", (ROOT / "docs" / "README.md").read_text(), re.M)) == pages
+    there = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"^\| \[([\w.]+)\]", (ROOT / "docs" / "README.md").read_text(), re.M)) == there
 
 
 def test_the_glossary_defines_every_term_once_and_says_where_it_lives() -> None:
@@ -138,19 +146,19 @@ def test_the_figures_on_compression_are_the_measured_ones() -> None:
         text = page.read_text()
         marks = set(re.findall(r"<!-- ([\w-]+):begin -->", text)) - {"demo", *serve_page.MARKS}
         assert marks and marks <= set(compression_page.MARKS), page
-        assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.compression page`"
+        assert pages.with_blocks(text, made) == text, "run `python -m benchmarks.compression page`"
 
 
 def test_the_figures_on_the_live_page_are_the_measured_ones() -> None:
     text, made = dashboard_page.PAGE.read_text(), dashboard_page.blocks()
     assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(dashboard_page.MARKS)
-    assert dashboard_page.with_blocks(text, made) == text, "run `python -m benchmarks.dashboard_page`"
+    assert pages.with_blocks(text, made) == text, "run `python -m benchmarks.dashboard_page`"
 
 
 def test_the_figures_on_users_trained_together_are_the_measured_ones() -> None:
     text, made = personal_page.PAGE.read_text(), personal_page.blocks()
     assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(made)
-    assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.personal_page`"
+    assert pages.with_blocks(text, made) == text, "run `python -m benchmarks.personal_page`"
 
 
 def test_the_figures_on_serving_are_the_measured_ones() -> None:
@@ -158,7 +166,7 @@ def test_the_figures_on_serving_are_the_measured_ones() -> None:
     for page in serve_page.PAGES:
         text = page.read_text()
         assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) & set(serve_page.MARKS)
-        assert serve_page.with_blocks(text, made) == text, "run `python -m benchmarks.serve_page`"
+        assert pages.with_blocks(text, made) == text, "run `python -m benchmarks.serve_page`"
 
 
 def test_configuration_keys_named_in_the_documents_exist() -> None:
@@ -181,4 +189,4 @@ def test_the_tables_of_federations_are_those_of_the_result_files() -> None:
     text = federation_page.PAGE.read_text()
     assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(federation_page.MARKS)
     made = federation_page.blocks()
-    assert compression_page.with_blocks(text, made) == text, "run `python -m benchmarks.federation_page`"
+    assert pages.with_blocks(text, made) == text, "run `python -m benchmarks.federation_page`"

@@ -9,6 +9,7 @@ import click
 
 from soppu import tables
 from soppu.commands.until_told import log_to_stderr
+from soppu.progress.bar import bar
 from soppu.serve.router import file as files
 from soppu.serve.router.file import RouterFile
 from soppu.stages import router
@@ -59,7 +60,8 @@ def fit_command(run_dir: Path, out: Path | None, **given: Any) -> None:
     """
     log_to_stderr()
     path = out or run_dir / router.FILE
-    found = router.fit(str(run_dir), path, FitOptions(**given), on_progress=_tell)
+    with bar() as tell:
+        found = router.fit(str(run_dir), path, FitOptions(**given), on_progress=tell)
     click.echo(f"{path}: {found.id}")
     click.echo(_text(found))
 
@@ -69,10 +71,6 @@ def fit_command(run_dir: Path, out: Path | None, **given: Any) -> None:
 def show_command(file: Path) -> None:
     """Check the router FILE, and print what it was made for and how its policies were judged."""
     click.echo(_text(files.read(file)))
-
-
-def _tell(event: dict[str, Any]) -> None:
-    click.echo(event["note"], err=True)
 
 
 def _text(found: RouterFile) -> str:

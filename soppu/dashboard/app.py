@@ -78,7 +78,8 @@ def application(house: House, *, hosts: Sequence[str] = ()) -> Starlette:
         Route("/health", _health),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
-    allowed = ["127.0.0.1", "localhost", "[::1]", *hosts]
+    # "[" is all that is compared of an IPv6 address; no name can be made to point there
+    allowed = ["127.0.0.1", "localhost", "[", *hosts]
     middleware = [Middleware(Guarded), Middleware(TrustedHostMiddleware, allowed_hosts=allowed)]
     handlers = {HTTPException: _problem(house), SoppuError: _problem(house)}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
@@ -98,9 +99,13 @@ def _page(house: House) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         line = house.runs.line(request.path_params["run"])
         name = request.path_params["page"]
-        if line is None or name not in PAGES or not (line.path / name).is_file():
-            raise HTTPException(404, f"there is no {name!r} of this run")
-        body = await run_in_threadpool((line.path / name).read_bytes)
+        gone = HTTPException(404, f"there is no {name!r} of this run")
+        if line is None or name not in PAGES:
+            raise gone
+        try:
+            body = await run_in_threadpool((line.path / name).read_bytes)
+        except OSError:
+            raise gone from None
         return Response(body, media_type="text/html", headers={"content-security-policy": _OF_A_RUN})
 
     return endpoint

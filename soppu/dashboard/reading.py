@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -62,7 +63,10 @@ def read(line: RunLine, into: Path) -> RunLine:
     except (ReportError, OSError) as error:
         return replace(line, fault=str(error))
     texts = _texts(line.path)
-    measured.write(into, told["users"], _places(line.path / texts) if texts else ())
+    try:
+        measured.write(into, told["users"], _places(line.path / texts) if texts else ())
+    except sqlite3.Error as error:
+        return replace(line, fault=f"what it says of users cannot be kept here: {error}")
     gate, made = told["gate"], told["compression"]
     return replace(
         line,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from soppu.progress.picture import Picture
 PAGES = {reports.HTML_FILE: "the report", schema.PAGE: "arms compared"}  # of a run, for people
 _KEPT = 8  # runs whose users are at hand
 _TEXTS = 3  # examples of one user
-_LARGE = 4 << 20  # bytes that are read by another process
+_LARGE = 1 << 20  # bytes that are read by another process: a view would wait for them
 Stamp = tuple[int, ...]
 
 
@@ -65,8 +66,11 @@ class Runs:
         newest = sorted(held.values(), key=lambda one: one.line.at, reverse=True)
         for one in (*gone, *newest[_KEPT:]):
             _let_go(one)
+        for one in newest[:_KEPT]:  # a newer run has gone: what was let go is read again
+            if one.line.users is not None and one.measured is None:
+                one.line = replace(one.line, waits=True)
         self._followed = {one.name: self._followed.get(one.name) or _followed(one) for one in folders}
-        self._pictures = {name: one.look() for name, one in self._followed.items()}
+        self._pictures = {name: _look(one) for name, one in self._followed.items()}
 
     def read_large(self) -> None:
         """Read the large reports that `refresh` found, by another process. For one thread."""
@@ -131,11 +135,14 @@ class Runs:
         return found
 
     def _take(self, held: _Held, read: reading.Read) -> None:
-        into = Path(self._place.name) / held.line.name
-        into.unlink(missing_ok=True)
-        line = read(RunLine(held.line.name, held.line.folder, held.line.at), into)
-        held.measured = Measured(into) if into.exists() and not line.fault else None
-        held.line = line
+        into = Path(self._place.name) / uuid.uuid4().hex  # two threads may read one run, of before and after
+        try:
+            line = read(RunLine(held.line.name, held.line.folder, held.line.at), into)
+            if not line.fault:
+                held.measured = Measured(into)
+            held.line = line
+        finally:
+            into.unlink(missing_ok=True)
 
 
 def _let_go(held: _Held) -> None:
@@ -146,8 +153,16 @@ def _let_go(held: _Held) -> None:
 
 def _followed(folder: Path) -> Followed:
     found = Followed(folder)
-    found.look()  # that a process is gone is seen from the second look on
+    _look(found)  # that a process is gone is seen from the second look on
     return found
+
+
+def _look(followed: Followed) -> Picture:
+    """The run as it is now, or as it was when it could be read: one folder keeps no other from being seen."""
+    try:
+        return followed.look()
+    except OSError:
+        return followed.picture
 
 
 def _folders(root: Path) -> list[Path]:

@@ -64,18 +64,19 @@ def runs(house: House, request: Request) -> str:
     return _render(
         "runs.html", house, here="runs", runs=_standing(house, lines[after : after + _PAGE]), after=after,
         count=len(lines), more=len(lines) > after + _PAGE, page=_PAGE,
+        previous=max(0, min(after, len(lines)) - _PAGE),
     )  # fmt: skip
 
 
 def users(house: House, request: Request) -> str:
     """A page of users, searched for by a part of their id or name."""
     asked = request.query_params.get("q", "").strip()[:_LONGEST]
-    after = request.query_params.get("after", "")[:_LONGEST]
-    page = house.registry.user_page(holding=_searched(asked), after=after, limit=_PAGE)
+    after, before = (request.query_params.get(name, "")[:_LONGEST] for name in ("after", "before"))
+    page = house.registry.user_page(holding=_searched(asked), after=after, before=before, limit=_PAGE)
     found = house.runs.of_users([line.user for line in page.rows])
     measured = {who: runs[0][1] if runs else None for who, runs in found.items()}
     return _render(
-        "users.html", house, here="users", asked=asked, after=after, page=page, measured=measured,
+        "users.html", house, here="users", asked=asked, page=page, measured=measured,
         total=house.registry.user_count(),
     )  # fmt: skip
 
@@ -179,7 +180,7 @@ def _render(template: str, house: House, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    pages = environment("dashboard/templates")
+    pages = environment("dashboard/templates", finalize=wording.shown)
     pages.filters |= wording.FILTERS
     pages.globals |= {"link": link, "sparkline": wording.sparkline}
     return pages

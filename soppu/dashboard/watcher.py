@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import requests
@@ -76,8 +76,7 @@ class Watcher:
                 found.append((server, seen.users[user]))
         return found
 
-    def _loop(self, name: str, job: object) -> None:
-        assert callable(job)
+    def _loop(self, name: str, job: Callable[[], None]) -> None:
         while not self._stop.wait(self._every_s):
             try:
                 job()

@@ -23,8 +23,16 @@ def rate(values: Sequence[float]) -> str:
 
 
 def visible(text: object) -> str:
-    """A text whose control characters can be seen."""
-    return "".join(one if one.isprintable() or one in "\n\t" else f"\\x{ord(one):02x}" for one in str(text))
+    """A text whose control characters can be seen, those that turn its direction among them."""
+    told = str(text)
+    if told.isprintable():
+        return told
+    return "".join(one if one.isprintable() or one in "\n\t" else f"\\x{ord(one):02x}" for one in told)
+
+
+def shown(value: object) -> object:
+    """What every value of a template passes through, before it is escaped; markup stays as it is."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _known(say: Callable[[float], str]) -> Callable[[float | None], str]:

@@ -135,19 +135,19 @@ def backward_each(
         blocks: of every user.
         answering: users' numbers (b,) -> has the model answer example b of a batch for user `row[b]`.
     """
-    counted = torch.tensor([max(1, sum(map(_counted, own))) for own in blocks], device=top.device)
+    counted = torch.tensor([max(1, sum(map(_counted, own))) for own in blocks]).to(top.device)
     total = torch.zeros(len(blocks), device=top.device)
     placed = [(block, user) for user, own in enumerate(blocks) for block in own]
     tokens = _TOKENS.get(top.device.type, _TOKENS["cpu"]) * min(len(blocks), _MOST_TIMES)
     for group in _groups(placed, tokens):
-        row = torch.tensor([user for _, user in group], device=top.device)
-        with answering(row):
+        row = torch.tensor([user for _, user in group])
+        with answering(row.to(top.device)):
             hidden, target, counts = before_head(top, [block for block, _ in group])
-            whose = row.repeat_interleave(torch.tensor(counts, device=top.device))
+            whose = row.repeat_interleave(torch.tensor(counts)).to(top.device)
             losses = row_losses(top.logits, hidden, target) / counted[whose]
             losses.sum().backward()
         total.index_add_(0, whose, losses.detach())
-    return total.tolist()
+    return total.cpu().tolist()
 
 
 def _counted(block: CachedBlock) -> int:

@@ -20,7 +20,7 @@ def bar(*, shown: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Gives what is told `{"note", "share"}`; shows it on standard error until the block ends.
 
     What is before the colon of a note names a thing that goes on, digits behind it apart. Without a terminal
-    a line is printed when one begins, and when it has got a tenth further.
+    a line with its share is printed when one begins, and when it has got a tenth further.
     """
     console = Console(stderr=True, quiet=not shown)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
@@ -35,7 +35,7 @@ def bar(*, shown: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
             what, colon, _ = note.partition(":")
             at = (what.rstrip(" 0123456789") if colon else what, int(_PARTS * share))
             if not console.is_terminal and at != last:
-                console.print(Text(note), soft_wrap=True)
+                console.print(Text(f"{share:4.0%} {note}"), soft_wrap=True)
                 last = at
 
         yield tell

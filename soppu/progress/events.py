@@ -167,3 +167,5 @@ def is_gone(began: Event) -> bool:
         return not ours or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+    except psutil.AccessDenied:  # another user's, on a system that hides them
+        return False

@@ -27,10 +27,11 @@ class UserLine:
 
 @dataclass(frozen=True)
 class UserPage:
-    """Users in the order of their ids; `more` where others come after them."""
+    """Users in the order of their ids; whether others come before them, and after them."""
 
     rows: tuple[UserLine, ...]
     more: bool
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,27 @@ def user_count(session: Session) -> int:
     return session.scalar(sa.select(sa.func.count(User.holding_id))) or 0
 
 
-def user_page(session: Session, *, holding: str = "", after: str = "", limit: int = 50) -> UserPage:
-    """The users behind `after` whose id has `holding` in it, at most `limit` (of `MOST`) of them.
+def user_page(
+    session: Session, *, holding: str = "", after: str = "", before: str = "", limit: int = 50
+) -> UserPage:
+    """The users behind `after`, or the last before `before`, whose id has `holding` in it.
 
-    O(limit) where everybody is asked for; with `holding` as many ids are looked at as it takes.
+    At most `limit` (of `MOST`) of them. O(limit) where everybody is asked for; with `holding` as many ids are
+    looked at as it takes. Whether the user that is named is there is not looked at.
     """
     limit = max(1, min(limit, MOST))
-    query = (
-        sa.select(Holding)
-        .join(User, User.holding_id == Holding.id)
-        .where(User.id > after)
-        .order_by(User.id)
-        .limit(limit + 1)
-    )
+    query = sa.select(Holding).join(User, User.holding_id == Holding.id).limit(limit + 1)
+    if before:
+        query = query.where(User.id < before).order_by(User.id.desc())
+    else:
+        query = query.where(User.id > after).order_by(User.id)
     if holding:
         query = query.where(User.id.contains(holding, autoescape=True))
     rows = [UserLine(row.user_id, *facts(row)) for row in session.scalars(query)]
-    return UserPage(tuple(rows[:limit]), more=len(rows) > limit)
+    beyond, rows = len(rows) > limit, rows[:limit]
+    if before:
+        return UserPage(tuple(reversed(rows)), more=True, earlier=beyond)
+    return UserPage(tuple(rows), more=beyond, earlier=bool(after))
 
 
 def in_force(session: Session) -> tuple[InForce, ...]:

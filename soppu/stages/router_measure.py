@@ -71,7 +71,7 @@ def measure(
         tried = {name: bundle.reconstruct(user) for name, bundle in forms.items()}
         _add(columns, bench, user, examples, tried)
         if on_progress:
-            on_progress({"note": f"measuring {user}", "share": number / len(texts), "user": user})
+            on_progress({"note": f"measuring: {user}", "share": number / len(texts), "user": user})
     if len(set(columns.digests)) < 2:
         raise RouterError(
             f"{len(columns.digests)} prompts of {len(texts)} users, needed: two different ones; text without"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import router_page
-from benchmarks.compression_page import read_result, with_blocks
+from benchmarks.pages import read_result, with_blocks
 from soppu.serve.router.policies import FITTED, ORACLE
 
 FIRST = ["policy", "quality", "cost", "regret_oracle", "interval"]

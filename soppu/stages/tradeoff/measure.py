@@ -11,8 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 import soppu
+from soppu.devices import torch_device
 from soppu.errors import SoppuError
+from soppu.evaluate.report import describe_hardware
 from soppu.progress.telling import Tell
 from soppu.stages.run import Run
 from soppu.stages.tradeoff.arms import FOLDER, Arm, digest
@@ -22,13 +27,13 @@ Process = Callable[[Job, Path, Done], dict[str, Any]]
 
 
 def generated(run: Run, arm: Arm, job: Job, *, tell: Tell, process: Process) -> dict[str, Any]:
-    """What `generate` found for an arm, kept in the run folder under all that it follows from.
+    """What `generate` found for an arm, kept in the run folder under all it follows from, and where.
 
     Raises:
         SoppuError: the process could not do it; the message is its own.
     """
     follows = [arm.what, job.asks, job.new_tokens, job.batch, job.timed, job.timed_tokens, job.stop, job.seed]
-    made_of = digest([*follows, job.threads, DTYPE, run.base().hash, soppu.__version__])
+    made_of = digest([*follows, job.threads, DTYPE, run.base().hash, soppu.__version__, *_where(run)])
     name = f"{FOLDER}/texts-{made_of}.json"
     found = run.read(name)
     if not found:
@@ -36,6 +41,12 @@ def generated(run: Run, arm: Arm, job: Job, *, tell: Tell, process: Process) -> 
         found = process(job, path, _told(arm.name, tell))
         run.write(name, {"arm": arm.name, **found})
     return found
+
+
+def _where(run: Run) -> tuple[str, ...]:
+    """What seconds and bytes depend on beside the job: a run folder may have been carried elsewhere."""
+    device = str(torch_device(run.config.gate.device, key="gate.device"))
+    return describe_hardware(), device, torch.__version__, transformers.__version__
 
 
 def apart(job: Job, path: Path, done: Done) -> dict[str, Any]:

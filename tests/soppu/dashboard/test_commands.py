@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[str, list[r
     monkeypatch.setattr(uvicorn, "Server", _Server)
     asked.clear(), up.clear()
     results: list[Result] = []
+    turn = sys.getswitchinterval()
     command = ["dashboard", "--port", "0", *words]
     thread = threading.Thread(target=lambda: results.append(CliRunner().invoke(main, command)))
     thread.start()
@@ -63,6 +66,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[str, list[r
     while not server.started:
         assert thread.is_alive(), results[0].output
     port = server.servers[0].sockets[0].getsockname()[1]
+    assert sys.getswitchinterval() < turn
     names = ("127.0.0.1", "known.example", "other.example")
     told = [
         requests.get(f"http://127.0.0.1:{port}/", headers={"host": f"{name}:{port}"}, timeout=30)
@@ -71,6 +75,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[str, list[r
     server.should_exit = True
     thread.join(30)
     assert results[0].exit_code == 0, results[0].output
+    assert sys.getswitchinterval() == turn
     return results[0].output, told
 
 
@@ -91,6 +96,15 @@ def test_servers_that_are_named_are_looked_at_instead(
     words = ("--registry", str(root), "--runs", str(tmp_path), "--target", "mine=https://127.0.0.1:6")
     _, (mine, *_) = looked_at(monkeypatch, *words)
     assert ">mine<" in mine.text and "a http://127.0.0.1:7" not in mine.text
+
+
+def test_a_port_that_is_taken_is_told_before_any_run_is_read(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        words = ("--port", str(other.getsockname()[1]), "--runs", str(tmp_path))
+        result = CliRunner().invoke(main, ["dashboard", "--registry", str(root), *words])
+    assert result.exit_code == 1 and "cannot listen on 127.0.0.1" in result.output
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -69,10 +71,28 @@ def test_users_are_paged_and_searched_by_the_server(client: TestClient) -> None:
     first = client.get("/users").text
     assert "user-000" in first and "user-059" not in first and "Next" in first
     second = client.get("/users", params={"after": "user-049"}).text
-    assert "user-050" in second and "user-049</a>" not in second
+    assert "user-050" in second and "user-049</a>" not in second and 'class="previous"' in second
     assert "user-059" in client.get("/users", params={"q": "059"}).text
     assert "Nobody has" in client.get("/users", params={"q": "%_"}).text  # no wildcards of the database's
     assert "ann" in client.get("/users", params={"q": "an"}).text
+
+
+def test_every_page_leads_back_to_the_one_before_it(client: TestClient) -> None:
+    def led(page: str, word: str) -> str:
+        return html.unescape(re.search(rf'class="{word}" href="([^"]+)"', page)[1])  # type: ignore[index]
+
+    def shown(page: str) -> list[str]:
+        return re.findall(r'<td class="who"><a href="([^"]+)"', page)
+
+    for query in ("/users", "/users?q=user"):
+        first = client.get(query).text
+        second = client.get(led(first, "next")).text
+        back = client.get(led(second, "previous")).text
+        assert len(shown(first)) == 50 and shown(back) == shown(first) and shown(second)
+        assert 'class="previous"' not in first + back and 'class="next"' not in second
+    for beyond in ({"after": "zzz"}, {"before": "!"}):
+        nobody = client.get("/users", params=beyond).text
+        assert "There are no more" in nobody and "First page" in nobody
 
 
 def test_a_user_has_every_version_and_leads_to_it(client: TestClient, registry: Registry) -> None:
@@ -90,6 +110,16 @@ def test_names_are_text_and_never_markup(client: TestClient) -> None:
         assert "<script>alert" not in answer.text and "&lt;script&gt;alert" in answer.text
 
 
+def test_a_folder_s_name_turns_no_text_around(client: TestClient, house: House, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo-\u202e<1>"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("")
+    house.runs.refresh()
+    for path in ("/", "/runs", "/runs/demo-%E2%80%AE%3C1%3E"):
+        page = client.get(path).text
+        assert "demo-\\x202e&lt;1&gt;" in page and "\u202e" not in page
+
+
 @pytest.mark.parametrize(
     "path",
     ["/users/nobody", "/users/..%2F..%2Fetc", "/users/%00", "/adapters/a-0", "/bundles/00", "/runs/absent",
@@ -104,7 +134,9 @@ def test_what_is_not_there_is_said_in_words(client: TestClient, path: str) -> No
 def test_it_changes_nothing_and_is_read_from_here_alone(client: TestClient) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         assert client.request(method, "/users/ann").status_code == 405
-    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    hosts = {"evil.example": 400, "evil.example:80": 400, "localhost:80": 200, "[::1]:80": 200, "[::1]": 200}
+    for host, status in hosts.items():
+        assert client.get("/", headers={"host": host}).status_code == status, host
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert client.get("/static/htmx.min.js").status_code == 200
@@ -125,6 +157,10 @@ def test_runs_are_paged_newest_first_and_lead_to_their_own_pages(
     assert "the newest 10 of" in client.get("/").text
     second = client.get("/runs", params={"after": "50"}).text
     assert "run-09" in second and "run-10" not in second and "Next" not in second
+    assert (
+        'href="/runs?after=0">Previous' in second
+        and 'href="/runs?after=10">' in client.get("/runs?after=999").text
+    )
     assert "There are no more" in client.get("/runs", params={"after": "999"}).text
     assert client.get("/runs", params={"after": "-1"}).text == client.get("/runs", params={"after": "²"}).text
     assert "/runs/run-59/report.html" in client.get("/runs/run-59").text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ def compared(run: Path, *users: str) -> None:
     (run / schema.FILE).write_text(json.dumps(comparison()))
     lines = [json.dumps({"user": user, "prompt": f"für {user}", "texts": {}}) for user in users]
     (run / comparison()["texts"]).write_text("\n".join(lines))
+
+
+def python(path: Path, does: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of Python's are this shell script."""
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
 
 
 def test_a_run_is_what_its_report_says_and_users_have_what_it_says_of_them(
@@ -111,6 +119,56 @@ def test_of_many_runs_the_newest_have_their_users_at_hand(tmp_path: Path, told: 
     assert len(seen.lines()) == 10
 
 
+def test_when_newer_runs_go_the_users_of_older_ones_are_read_again(
+    tmp_path: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_KEPT", 1)
+    monkeypatch.setattr(reading, "read_apart", reading.read)
+    for number in range(2):
+        folder(tmp_path, f"run-{number}", told, created=f"2026-01-0{number + 1}T00:00:00+00:00")
+    seen = Runs(tmp_path)
+    seen.refresh()
+    (tmp_path / "run-1" / report.JSON_FILE).unlink()
+    seen.refresh()
+    assert seen.of_users(["bob"]) == {"bob": []} and seen.standing(seen.lines()[0]).word == "being read"
+    seen.read_large()
+    assert [line.name for line, _ in seen.of_users(["bob"])["bob"]] == ["run-0"]
+    assert seen.standing(seen.lines()[0]).word == "passed"
+
+
+def test_where_nothing_can_be_kept_the_line_says_so_and_the_next_look_goes_on(
+    tmp_path: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path, "run", told)
+    seen = Runs(tmp_path)
+    shutil.rmtree(seen._place.name)  # as a disk that is full
+    seen.refresh()
+    assert "cannot be kept here" in seen.standing(seen.lines()[0]).why
+    assert seen.of_users(["bob"]) == {"bob": []}
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(tmp_path: Path, told: dict[str, Any]) -> None:
+    folder(tmp_path, "run", told)
+    (tmp_path / "odd" / events.FILE).mkdir(parents=True)
+    (tmp_path / "odd" / "config.toml").write_text("")
+    seen = Runs(tmp_path)
+    seen.refresh()
+    stands = {line.name: seen.standing(line).word for line in seen.lines()}
+    assert stands == {"run": "passed", "odd": "no report"} and not seen.flights()
+
+
+@pytest.mark.parametrize("texts", ["{", '{"user": "bob"}\n[]\n', None])
+def test_a_comparison_that_is_being_written_takes_nothing_from_the_report(
+    tmp_path: Path, told: dict[str, Any], texts: str | None
+) -> None:
+    run = folder(tmp_path, "run", told)
+    (run / schema.FILE).write_text(json.dumps(comparison()) if texts else "{")
+    (run / comparison()["texts"]).write_text(texts or "")
+    found = reading.read(RunLine("run", str(run), "2026-01-01"), tmp_path / "file")
+    assert (found.fault, found.users, bool(found.texts)) == ("", 3, texts is not None)
+    assert Measured(tmp_path / "file").places("bob", limit=9) == ([0] if texts and "bob" in texts else [])
+
+
 def test_a_run_without_a_verdict_says_what_became_of_it(tmp_path: Path) -> None:
     for name, told in (("failed", RECORDED), ("quiet", [])):
         (tmp_path / name).mkdir()
@@ -146,16 +204,14 @@ def test_another_process_reads_the_same_and_its_end_is_told(tmp_path: Path, told
     apart, here = tmp_path / "apart", tmp_path / "here"
     assert reading.read_apart(line, apart) == reading.read(line, here)
     assert Measured(apart).of(USERS) == Measured(here).of(USERS)
-    assert "could not be read" in reading.read_apart(line, tmp_path / "absent" / "file").fault
+    assert "cannot be kept here" in reading.read_apart(line, tmp_path / "absent" / "file").fault
 
 
 def test_another_process_that_ends_badly_is_the_fault_of_the_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\n[ $4 = quiet ] || echo no memory is left >&2\nkill -9 $$\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
+    ends = "[ $4 = quiet ] || echo no memory is left >&2\nkill -9 $$"
+    python(tmp_path / "python", ends, monkeypatch)
     line = RunLine("run", str(tmp_path), "2026-01-01")
     assert reading.read_apart(line, tmp_path / "file").fault == (
         "its report could not be read: no memory is left"
@@ -165,13 +221,20 @@ def test_another_process_that_ends_badly_is_the_fault_of_the_line(
 
 
 def test_the_other_process_says_the_line_and_writes_the_file(
-    tmp_path: Path, told: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    told: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = folder(tmp_path, "run", told)
     reading.tell(str(run), "2026-01-01", str(tmp_path / "file"))
-    said = json.loads(capsys.readouterr().out)
-    assert said["name"] == "run" and said["users"] == 3
+    said = capsys.readouterr().out
+    assert json.loads(said)["name"] == "run" and json.loads(said)["users"] == 3
     assert Measured(tmp_path / "file").of(["bob"]).keys() == {"bob"}
+    (tmp_path / "said").write_text(said)
+    python(tmp_path / "python", f"cat {tmp_path}/said", monkeypatch)
+    line = RunLine("run", str(run), "2026-01-01")
+    assert reading.read_apart(line, tmp_path / "apart") == reading.read(line, tmp_path / "here")
 
 
 def test_a_file_of_users_has_no_name_once_it_is_open_and_nothing_when_it_is_closed(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ def test_without_a_terminal_a_thing_is_a_line_as_it_begins_and_a_line_a_tenth(
             tell({"note": f"evaluating: {user}", "share": number / 100})
     out, lines = capsys.readouterr()
     assert out == ""
-    steps = [f"training: step {step}, loss 1.0" for step in range(0, 200, 20)]
-    assert lines.splitlines() == [*steps, "evaluating: ann"]
+    steps = [f"{step / 200:4.0%} training: step {step}, loss 1.0" for step in range(0, 200, 20)]
+    assert lines.splitlines() == [*steps, "  1% evaluating: ann"]
 
 
 def test_a_long_note_is_one_line_and_is_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     note = "reading: [red]" + "word " * 60 + "end"
     with bar() as tell:
         tell({"note": note, "share": 0.0})
-    assert capsys.readouterr().err.splitlines() == [note]
+    assert capsys.readouterr().err.splitlines() == [f"  0% {note}"]
 
 
 def test_on_a_terminal_there_is_a_bar_which_goes_as_the_block_ends(

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,6 +173,11 @@ def test_a_file_that_has_grown_large_is_put_aside_when_a_run_begins(
     )
 
 
+def refused(process: psutil.Process) -> str:
+    """As a system answers that hides others' processes."""
+    raise psutil.AccessDenied(process.pid)
+
+
 def test_a_process_that_was_killed_is_gone_and_one_that_lives_is_not(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.soppu.progress.a_run", str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -185,6 +191,9 @@ def test_a_process_that_was_killed_is_gone_and_one_that_lives_is_not(tmp_path: P
         assert events.is_gone(
             dataclasses.replace(began, since=began.since - 100)
         )  # its number is another's now
+        with pytest.MonkeyPatch.context() as hidden:
+            hidden.setattr(psutil.Process, "status", refused)
+            assert not events.is_gone(began)
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked how it ended
         assert events.is_gone(began)

@@ -106,7 +106,14 @@ def test_what_is_measured_is_what_a_plain_forward_of_every_arm_gives(fitted: Fit
     tokenizer = models.load_tokenizer(base)
     asked = prompts_of(fitted)
     assert list(measured.asked.users) == [user for user, _ in asked]
-    small = Bundle.load(fitted.cheaper)
+    bundles = (None, fitted.bundle, Bundle.load(fitted.cheaper))
+    arms = {
+        user: [
+            tiny.merged(models.load_model(base), bundle.reconstruct(user) if bundle else None)
+            for bundle in bundles
+        ]
+        for user in USERS
+    }
     for place in range(0, len(asked), 5):
         user, example = asked[place]
         prompt = tokenizer.encode(example.prompt)
@@ -114,10 +121,9 @@ def test_what_is_measured_is_what_a_plain_forward_of_every_arm_gives(fitted: Fit
         ids = torch.tensor([[*prompt, *completion][:48]])
         assert measured.tokens[place] == ids.shape[1] - len(prompt)
         assert measured.asked.lengths[place] == len(prompt)
-        for arm, bundle in enumerate((None, fitted.bundle, small)):
-            own = bundle.reconstruct(user) if bundle else None
+        for arm, plain in enumerate(arms[user]):
             with torch.no_grad():
-                out = tiny.merged(models.load_model(base), own)(input_ids=ids, output_hidden_states=True)
+                out = plain(input_ids=ids, output_hidden_states=True)
             nats = torch.nn.functional.cross_entropy(out.logits[0, :-1], ids[0, 1:], reduction="none")
             read = len(prompt) - 1
             assert measured.losses[place, arm] == pytest.approx(float(nats[read:].sum()), rel=1e-4)
@@ -167,7 +173,7 @@ def test_a_server_decides_as_the_fit_would_and_that_arm_answers(
     routing, info = server.router(fitted.path, mode="on", policy=policy), ServerInfo("tiny", found.base_hash)
     app = create_app(server.engine, info=info, state=None, router=routing)  # type: ignore[arg-type]
     client = TestClient(app)  # not entered: the engine runs already
-    for place in range(0, len(asked), 6):
+    for place in range(0, len(asked), 12):
         user, example = asked[place]
         arm = found.options.arms[int(expected[place])]
         answer = generate(client, example.prompt, user)

@@ -206,12 +206,14 @@ def some(count: int) -> dict[str, human_eval.Problem]:
 @pytest.mark.long
 def test_solutions_pass_whatever_follows_them_and_nothing_else_does() -> None:
     asked = some(3)
-    right = [f"{one['canonical_solution']}\ndef other():\n    return undefined(" for one in asked.values()]
+    right = [
+        f"\n{one['canonical_solution']}\n```\ndef other():\n    return undefined(" for one in asked.values()
+    ]
     assert human_eval.pass_at_1(lambda prompts: right, asked=asked, jobs=2).pass_at_1 == 1.0
 
     def guess(prompts: Sequence[str]) -> list[str]:
-        assert list(prompts) == [one["prompt"] for one in asked.values()]
-        return [right[0], "    return None\n", "    while True: pass\n"]
+        assert list(prompts) == [one["prompt"].removesuffix("\n") for one in asked.values()]
+        return [right[0], "\n    return None\n", "\n    while True: pass\n"]
 
     score = human_eval.pass_at_1(guess, asked=asked, limits=SHORT)
     assert list(score.outcomes.values()) == ["passed", "failed", "timed out"]
@@ -227,6 +229,6 @@ def test_without_the_package_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.long
 def test_every_canonical_solution_passes_and_no_empty_one() -> None:
     asked = some(164)
-    solutions = [one["canonical_solution"] for one in asked.values()]
+    solutions = [f"\n{one['canonical_solution']}" for one in asked.values()]
     assert human_eval.pass_at_1(lambda _: solutions, jobs=2).pass_at_1 == 1.0
     assert human_eval.pass_at_1(lambda prompts: [""] * len(prompts), jobs=2).pass_at_1 == 0.0

@@ -11,7 +11,7 @@ import pytest
 
 from soppu.errors import SoppuError
 from soppu.stages.run import Run
-from soppu.stages.tradeoff import generate
+from soppu.stages.tradeoff import generate, measure
 from soppu.stages.tradeoff.arms import Arm
 from soppu.stages.tradeoff.job import Job
 from soppu.stages.tradeoff.measure import apart, generated
@@ -96,7 +96,9 @@ def test_who_is_interrupted_ends_the_process(python: Callable[[str], None], tmp_
     assert files(tmp_path / "jobs") == []
 
 
-def test_equal_jobs_of_equal_arms_are_generated_once(run: Run) -> None:
+def test_equal_jobs_of_equal_arms_are_generated_once_on_a_machine(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Job] = []
 
     def process(job: Job, path: Path, done: Callable[[int, int], None]) -> dict[str, object]:
@@ -108,6 +110,9 @@ def test_equal_jobs_of_equal_arms_are_generated_once(run: Run) -> None:
     for other in ({"new_tokens": 4}, {"seed": 1}, {"stop": ("\n",)}, {"batch": 3}):
         assert generated(run, ARM, job(**other), tell=silence, process=process)["texts"] != first["texts"]
     assert len(asked) == 5
+    # carried to another machine, whose seconds are others
+    monkeypatch.setattr(measure, "describe_hardware", lambda: "another machine")
+    assert generated(run, ARM, job(), tell=silence, process=process)["texts"] == ["6"]
 
 
 def test_the_process_itself_tells_each_answer_and_writes_what_was_found(
