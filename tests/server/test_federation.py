@@ -422,7 +422,12 @@ def killed_run(config: Config, workdir: Path, *, number: int, after: int = 1) ->
 
 @pytest.mark.parametrize(
     ("uninterrupted", "number", "left"),
-    [("steady", 1, 9), ("steady", 2, 6), ("steady", 3, 3), ("plain", 2, 6)],
+    [
+        ("steady", 1, 9),
+        pytest.param("steady", 2, 6, marks=pytest.mark.long),
+        pytest.param("steady", 3, 3, marks=pytest.mark.long),
+        ("plain", 2, 6),
+    ],
 )
 def test_a_killed_run_goes_on_with_the_round_it_died_in_and_ends_the_same_to_the_bit(
     request: pytest.FixtureRequest, tmp_path: Path, uninterrupted: str, number: int, left: int

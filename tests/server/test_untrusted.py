@@ -162,7 +162,7 @@ def test_a_client_that_hangs_costs_its_place_in_the_round_and_not_the_attempt(
     assert all(sorted(log["accepted"]) == list(USERS) for log in later)
 
 
-@pytest.mark.parametrize("least", [0, 2])
+@pytest.mark.parametrize("least", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_round_that_most_are_lost_in_is_not_averaged_but_done_again(
     config: Build, tmp_path: Path, least: int
 ) -> None:

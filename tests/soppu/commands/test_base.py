@@ -96,7 +96,9 @@ def test_a_bundle_of_plain_folders_is_served_on_its_own_base_as_peft_does(
     assert found == expected and len(set(found)) == 3
 
 
-@pytest.mark.parametrize("name", ["org/another", "", None])
+@pytest.mark.parametrize(
+    "name", ["org/another", *(pytest.param(n, marks=pytest.mark.long) for n in ("", None))]
+)
 def test_base_gives_folders_of_another_name_or_none_the_hash(
     base: BaseModel, model: PreTrainedModel, tmp_path: Path, name: str | None
 ) -> None:

@@ -67,10 +67,8 @@ def test_while_it_imports(number: int, swallows: bool, base: Path, tmp_path: Pat
     assert len(output.splitlines()) == 1 and f"stopped by {signal.Signals(number).name}" in output
 
 
-@pytest.mark.parametrize(
-    ("number", "what"),
-    [(signal.SIGTERM, "bundle"), pytest.param(signal.SIGINT, "model", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "what"), [(signal.SIGTERM, "bundle"), (signal.SIGINT, "model")])
 def test_while_it_loads(number: int, what: str, base: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(base, tmp_path / "mine"))
     fifo, words = tmp_path / "fifo", []

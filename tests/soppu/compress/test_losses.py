@@ -29,7 +29,7 @@ def write(fleet: dict[str, LoraAdapter], folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["residual", "svd"])
+@pytest.mark.parametrize("method", ["residual", pytest.param("svd", marks=pytest.mark.long)])
 def test_a_bundle_with_nothing_of_anybody_is_refused_with_a_size_that_keeps_something(fleet, method):
     adapters = fleet((2, 2, 1))
     with pytest.raises(BundleError) as caught:

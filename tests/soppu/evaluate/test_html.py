@@ -84,7 +84,7 @@ def assert_self_contained(page: Page) -> None:
             assert not re.search(r"url\((?!#)", value)
 
 
-@pytest.mark.parametrize("count", [1, 8, 200])
+@pytest.mark.parametrize("count", [1, 8, pytest.param(200, marks=pytest.mark.long)])
 def test_the_page_needs_nothing_but_itself(count: int) -> None:
     text = text_for(count)
     assert_self_contained(Page(text))

@@ -37,7 +37,9 @@ def texts(svg: str) -> list[str]:
     return ["".join(item.itertext()) for item in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
-@pytest.mark.parametrize("count", [1, 6, 24, 25, 200])
+@pytest.mark.parametrize(
+    "count", [1, pytest.param(6, marks=pytest.mark.long), pytest.param(24, marks=pytest.mark.long), 25, 200]
+)
 def test_every_figure_is_drawn_for_any_number_of_users(count: int) -> None:
     assert list(drawn(count)) == NAMES
     for svg in drawn(count).values():
