@@ -75,7 +75,6 @@ def test_without_patterns_every_layer_but_the_head_is_taken(
     assert len(found) == 8 * 7 and "lm_head" not in found
 
 
-@pytest.mark.no_cover  # reads all of the library
 def test_the_built_in_text_is_the_default(tiny_base: Path, tmp_path: Path) -> None:
     result = soppu(tiny_base, "--out", tmp_path / "m", "--examples", 2, "--modules", "q_proj")
     assert result.exit_code == 0, result.output

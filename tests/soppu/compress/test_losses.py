@@ -18,8 +18,6 @@ from soppu.compress.lorax_export import export
 from soppu.errors import BundleError
 from tests.soppu.compress import stored
 
-pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
-
 
 def soppu(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])

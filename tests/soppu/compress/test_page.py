@@ -19,8 +19,6 @@ from soppu.compress.numbers.quantise import AXIS, TERNARY
 from soppu.errors import BundleError
 from tests.soppu.compress.handmade import Form, components
 
-pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
-
 COORDS = (4, 6, 8, 16, 32)
 OWN = (TERNARY, 2, 3, 4, 5, 6, 8, 16, 32)
 FIELDS = ("coords_width", "own_width", "axis", "coords", "own", "beta")

@@ -22,8 +22,6 @@ from soppu.errors import BundleError
 from tests.soppu.compress import stored
 from tests.soppu.compress.handmade import PLANS, make
 
-pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
-
 STORED = ("joint", "joint, thin, float32")
 
 

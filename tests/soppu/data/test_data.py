@@ -57,7 +57,6 @@ def test_named_users_keep_their_order(both: Path) -> None:
     assert data.list_users(settings_for(both, users=("bob", "alice"))) == ["bob", "alice"]
 
 
-@pytest.mark.no_cover  # reads all of the library
 def test_an_unknown_user_is_named_with_those_there_are(both: Path) -> None:
     with pytest.raises(DataError, match=r"data\.users: carol not in .*users\.jsonl; it has alice, bob"):
         data.list_users(settings_for(both, users=("alice", "carol")))
@@ -231,7 +230,6 @@ def test_the_built_in_users_come_without_any_file() -> None:
     assert set(user.train) | set(user.validation) | set(user.heldout) <= known
 
 
-@pytest.mark.no_cover  # reads all of the library
 def test_public_text_comes_from_the_library_or_a_file(both: Path, tmp_path: Path) -> None:
     assert len(data.load_public("stdlib-public", limit=5)) == 5
     assert len(data.load_public(str(both), limit=100)) == 17

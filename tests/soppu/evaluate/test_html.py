@@ -24,8 +24,7 @@ from tests.soppu.evaluate.example import (
 )
 from tests.soppu.evaluate.tradeoff.example import comparison
 
-# other tests cover the same lines; tracing takes a third of the time
-pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("drawn_once")]
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "area", "base", "col", "embed", "source", "track", "wbr"}
 

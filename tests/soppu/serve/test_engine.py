@@ -23,8 +23,6 @@ from soppu.serve.engine.sampling import Sampler, Sampling, processors
 from soppu.serve.engine.text import Detokenizer
 from tests.soppu.serve import tiny
 
-pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
-
 PROMPTS = ["def main():", "the quick", "a", "日本語 and a rather longer prompt than the others"]
 BUNDLE_ID = "1" * 64
 

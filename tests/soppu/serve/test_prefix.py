@@ -23,8 +23,6 @@ from soppu.serve.layers.factors import PairSlot
 from tests.conftest import build_model
 from tests.soppu.serve import tiny
 
-pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
-
 OLD, NEW = "1" * 64, "2" * 64
 TOP, MIDDLE = 6, 3  # the lowest layers that adapters here change
 LIMIT = 160
