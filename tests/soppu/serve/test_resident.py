@@ -66,7 +66,7 @@ def make_bank(root: Path, *, max_active: int = 1024) -> AdapterBank:
 
 def at_once(calls: list[Callable[[], object]]) -> list[object]:
     """Results, or the errors raised, of calls that begin together in threads of their own."""
-    together = threading.Barrier(len(calls))
+    together = threading.Barrier(len(calls), timeout=60)
 
     def run(call: Callable[[], object]) -> object:
         together.wait()
