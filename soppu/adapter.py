@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -106,11 +106,10 @@ class LoraAdapter:
     def content_hash(self) -> str:
         """SHA-256 over base hash, weight layout and every tensor (name, dtype, shape, bytes), by name."""
         if not self._hash:
-            digest = hashlib.sha256(f"soppu-lora-1\n{self.base_hash}\n{self.fan_in_fan_out}\n".encode())
-            for name in sorted(self.pairs):
-                for side in ("A", "B"):
-                    digest.update(told(f"{name}.{side}", getattr(self.pairs[name], side)))
-            object.__setattr__(self, "_hash", digest.hexdigest())
+            head = f"soppu-lora-1\n{self.base_hash}\n{self.fan_in_fan_out}\n"
+            pairs = ((name, self.pairs[name]) for name in sorted(self.pairs))
+            named = ((f"{name}.{side}", getattr(pair, side)) for name, pair in pairs for side in ("A", "B"))
+            object.__setattr__(self, "_hash", hash_of(head, named))
         return self._hash
 
     def parameters(self) -> int:
@@ -149,12 +148,15 @@ class AdaptersOnDemand(Mapping[str, LoraAdapter], Generic[Place]):
         return len(self._places)
 
 
-def told(name: str, tensor: Tensor) -> bytes:
-    """What a content hash takes of a tensor: name, dtype, shape, and every byte of it."""
-    here = tensor.detach().cpu().contiguous()
-    # flat first: a single row or column may keep any stride and still be contiguous
-    numbers = here.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return f"{name} {here.dtype} {tuple(here.shape)}\n".encode() + numbers
+def hash_of(head: str, named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256, in hex, over `head` and tensors in the order given: name, dtype, shape, bytes. O(numbers)."""
+    digest = hashlib.sha256(head.encode())
+    for name, tensor in named:
+        here = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {here.dtype} {tuple(here.shape)}\n".encode())
+        # flat first: a single row or column may keep any stride and still be contiguous
+        digest.update(here.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def validate(adapter: LoraAdapter, *, who: str) -> None:

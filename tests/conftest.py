@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,19 @@ def build_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedMode
     torch.manual_seed(seed)
     model = model_class(config_class(**{"vocab_size": VOCABULARY, **special, **spread, **sizes, **changes}))
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`python(script)`: what is run in the place of this Python, with the words of its command."""
+
+    def become(script: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return become
 
 
 @pytest.fixture(autouse=True)

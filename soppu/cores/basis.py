@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from soppu.adapter import told
+from soppu.adapter import hash_of
 from soppu.base_identity import Base
 
 
@@ -31,11 +30,10 @@ class CoreBasis:
     def id(self) -> str:
         """u- and 16 hex digits of the SHA-256 over base hash, weight layout, and every number. O(size)."""
         if not self._id:
-            digest = hashlib.sha256(f"soppu-basis-1\n{self.base_hash}\n{self.fan_in_fan_out}\n".encode())
-            for name in sorted(self.sides):
-                for side, tensor in zip("UV", self.sides[name], strict=True):
-                    digest.update(told(f"{name}.{side}", tensor))
-            object.__setattr__(self, "_id", f"u-{digest.hexdigest()[:16]}")
+            head = f"soppu-basis-1\n{self.base_hash}\n{self.fan_in_fan_out}\n"
+            sides = ((name, zip("UV", self.sides[name], strict=True)) for name in sorted(self.sides))
+            named = ((f"{name}.{side}", tensor) for name, both in sides for side, tensor in both)
+            object.__setattr__(self, "_id", f"u-{hash_of(head, named)[:16]}")
         return self._id
 
     def core_shapes(self) -> dict[str, tuple[int, int]]:

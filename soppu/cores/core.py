@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from soppu import base_identity
-from soppu.adapter import LoraAdapter, LoraPair, told
+from soppu.adapter import LoraAdapter, LoraPair, hash_of
 from soppu.base_identity import Base
 from soppu.cores.basis import CoreBasis
 from soppu.errors import AdapterError
@@ -40,10 +39,7 @@ class CoreAdapter:
         """SHA-256 over base hash, weight layout, the basis' id, and every number, by name."""
         if not self._hash:
             head = f"soppu-core-1\n{self.base_hash}\n{self.fan_in_fan_out}\n{self.basis_id}\n"
-            digest = hashlib.sha256(head.encode())
-            for name, tensor in sorted(self.tensors().items()):
-                digest.update(told(name, tensor))
-            object.__setattr__(self, "_hash", digest.hexdigest())
+            object.__setattr__(self, "_hash", hash_of(head, sorted(self.tensors().items())))
         return self._hash
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -156,19 +155,6 @@ def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.toml"
     path.write_text(f'runs = "{tmp_path / "runs"}"\n')
     return path
-
-
-@pytest.fixture
-def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`python(script)`: what is run in the place of this Python, with the words of the command."""
-
-    def become(script: str) -> None:
-        path = tmp_path / "python"
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(path))
-
-    return become
 
 
 def ended(run: HereRun) -> tuple[str, str]:

@@ -37,19 +37,6 @@ def job(run: str = "nowhere", **changed: object) -> Job:
     return Job(**(values | changed))  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`python(script)`: what is run in the place of this Python; "$3" is the file of the job."""
-
-    def become(script: str) -> None:
-        path = tmp_path / "python"
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(path))
-
-    return become
-
-
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
