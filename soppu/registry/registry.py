@@ -233,6 +233,7 @@ class Registry:
     history = _asked(ledger.history_rows)
     publications = _asked(ledger.publications)
     identity = _asked(ledger.identity)
+    forgotten_at = _asked(ledger.forgotten_at)
 
     def publishing(self, url: str) -> AbstractContextManager[None]:
         """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
