@@ -46,15 +46,15 @@ def _join(found: dict[str, Any]) -> str:
     losses, load = alone["losses"], loaded["load"]
     told = (
         f"A user of the built-in corpus joins {found['fleet']['users']} users of SmolLM2-135M, method"
-        f" {found['fleet']['method']}, k = {found['fleet']['k']}: {alone['steps']} steps, {alone['numbers']:,}"
-        f" numbers, a row of {alone['row_bytes']:,} bytes. Held out: base {losses['base']:.3f},"
-        f" shared {losses['shared']:.3f}, the core {losses['compressed']:.3f} nats a token. The second one joins"
-        f" while {loaded['clients']} clients ask: of {loaded['requests']} requests {loaded['failed']} failed"
-        f" and {loaded['wrong_user']} had another user's answer; {loaded['not_as_before']} differ from what"
-        f" their user had said before the load ({loaded['answers_that_tell_their_user']:.0%} of the answers"
-        f" tell whose they are). An answer took {load['before_median_s']:.2f} s before, and"
-        f" {load['meanwhile_median_s']:.2f} s while training had its share of the two cores, the longest"
-        f" {load['meanwhile_longest_s']:.1f} s."
+        f" {found['fleet']['method']}, k = {found['fleet']['k']}: {alone['steps']} steps,"
+        f" {alone['numbers']:,} numbers, a row of {alone['row_bytes']:,} bytes. Held out: base"
+        f" {losses['base']:.3f}, shared {losses['shared']:.3f}, the core {losses['compressed']:.3f} nats a"
+        f" token. The second one joins while {loaded['clients']} clients ask: of {loaded['requests']} requests"
+        f" {loaded['failed']} failed and {loaded['wrong_user']} had another user's answer;"
+        f" {loaded['not_as_before']} differ from what their user had said before the load"
+        f" ({loaded['answers_that_tell_their_user']:.0%} of the answers tell whose they are). An answer took"
+        f" {load['before_median_s']:.2f} s before, and {load['meanwhile_median_s']:.2f} s while training had"
+        f" its share of the two cores, the longest {load['meanwhile_longest_s']:.1f} s."
     )
     return f"{table}\n\n{told}\n\n{circumstances_line(found)}"
 
