@@ -42,6 +42,7 @@ COMMANDS = {
         "Fit, and show, what decides whether the base model or the user's adapter answers a request.",
     ),
     "join": ("join", "Train USER inside the basis of a fleet that is served, and serve them."),
+    "admit": ("join", "Take users who joined at a server itself into the registry."),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
     "resolve": ("resolve", "Say where USER is served now, and which adapter_id a request has to name there."),
     "verify-target": (
@@ -80,6 +81,7 @@ _SERVING = ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client")
 EXTRAS = {
     "serve": _SERVING,
     "join": _SERVING,  # it publishes
+    "admit": _SERVING,
     "evaluate": ("serve", ("llguidance",)),  # the server's engine
     "dashboard": ("serve", ("starlette", "uvicorn", "prometheus_client")),
 }

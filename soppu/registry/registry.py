@@ -267,6 +267,7 @@ class Registry:
     current_basis = _asked(bases.in_force)
     basis_uses = _asked(bases.uses)
     told_in = _asked(bases.told_in)
+    forgotten_at = _asked(ledger.forgotten_at)
 
     def publishing(self, url: str) -> AbstractContextManager[None]:
         """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
