@@ -19,7 +19,7 @@ def told(found: dict[str, Any]) -> str:
         f" {found['fleet']['method']}, k = {found['fleet']['k']}: {alone['steps']} steps,"
         f" {alone['numbers']:,} numbers, a row of {alone['row_bytes']:,} bytes. Held out: base"
         f" {losses['base']:.3f}, shared {losses['shared']:.3f}, the core {losses['compressed']:.3f} nats a"
-        f" token. The second one joins while {loaded['clients']} clients ask: of {loaded['requests']} requests"
+        f" token. The second one joins while {loaded['clients']} clients ask: of {loaded['requests']} asked"
         f" {loaded['failed']} failed and {loaded['wrong_user']} had another user's answer;"
         f" {loaded['not_as_before']} differ from what their user had said before the load"
         f" ({loaded['answers_that_tell_their_user']:.0%} of the answers tell whose they are). An answer took"
