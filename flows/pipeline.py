@@ -10,6 +10,7 @@ from flows.recompress import recompress
 from tasks.basis import basis, cohort_wanted, federate_cohort
 from tasks.collect import collect
 from tasks.federate import federate
+from tasks.join import collect as collect_joins
 from tasks.outage import outlasting
 from tasks.prepare import prepare
 from tasks.recording import ending
@@ -28,5 +29,6 @@ def full_pipeline(config: str = "configs/default.toml", overrides: dict[str, Any
         if cohort_wanted(run):
             basis(run, federate_cohort(run))
         federation = federate(run)
+        collect_joins(run)
         set_id = collect(run, federation)
         return outlasting(recompress, run=run, set_id=set_id)
