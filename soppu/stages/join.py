@@ -15,7 +15,6 @@ from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle, joining
 from soppu.config import TargetConfig
 from soppu.cores import core as cores
-from soppu.cores import folder as core_folder
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import MOST_OWN, CoreInBasis
 from soppu.cores.projecting import from_lora
@@ -38,7 +37,6 @@ from soppu.stages.targets import open_target, target_settings
 from soppu.stages.tradeoff.judge import RULES, unheard
 from soppu.user_ids import ALLOWED, is_id
 
-FOLDER = "cores"  # of a run's folder: everybody's who joined, by id
 _LOCK = ".join.lock"
 
 
@@ -233,8 +231,8 @@ def _admit(at: _At, ground: _Ground, placed: CoreInBasis, joined: Joined) -> Non
             f"bundle {now[:12]} went live at {at.settings.url} meanwhile; join that: start again"
         )
     with joined.clock("store"):
-        core_folder.write(placed.core, run.folder / FOLDER / placed.core.id)
-        own = registry.put_adapter(placed.to_lora(), user=user, run=run.id)
+        registry.put_basis(placed.basis)
+        own = registry.put_adapter(placed.core, user=user, run=run.id)
         members = dict(zip((*before.users, user), (*before.adapter_ids, own), strict=True))
         set_id = registry.freeze(members)
         joined.bundle_id = registry.put_bundle(made.bundle.to_bytes(), set_id=set_id, run=run.id)
