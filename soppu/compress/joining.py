@@ -49,6 +49,11 @@ def basis_of(bundle: Bundle, cluster: int = 0) -> CoreBasis:
     return CoreBasis(sides, bundle.base_model, bundle.base_hash, bundle.fan_in_fan_out)
 
 
+def bases_of(bundle: Bundle) -> list[CoreBasis]:
+    """The bases of every cluster, as `basis_of` gives one. Raises as that."""
+    return [basis_of(bundle, cluster) for cluster in range(len(next(iter(bundle.bases.values()))))]
+
+
 def join(
     bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0, bits: int = 32, adapter_id: str = ""
 ) -> Joined:
@@ -68,7 +73,7 @@ def join(
     if user in bundle.users:
         raise BundleError(f"user {user!r} is in the bundle already; remove the user first")
     placed = CoreInBasis(placed.core, basis_of(bundle, cluster), who=user)
-    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id or placed.core.id)
+    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id or id_of(placed))
     newcomer = replace(newcomer, parameters=placed.core.parameters())
     coded = _coded(bundle, placed, cluster=cluster, bits=bits)
     squared = dict(zip(placed.basis.sides, coded.squared, strict=True))
@@ -79,6 +84,17 @@ def join(
     data = page.encode(parts, users=1)
     one = edit.Coded(parts, stacked, error, cluster, coded.relative_to)
     return Joined(edit.extended(bundle, newcomer, one, data), error, len(data))
+
+
+def put(bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0) -> Joined:
+    """As `join`; a row that the user has is taken out before, as `edit.forget` does it. Raises as both."""
+    rest = edit.forget(bundle, user) if user in bundle.users else bundle
+    return join(rest, user, placed, cluster=cluster)
+
+
+def id_of(placed: CoreInBasis) -> str:
+    """The adapter id that `join` records by default: the registry's, of a core."""
+    return placed.core.id
 
 
 def _coded(bundle: Bundle, placed: CoreInBasis, *, cluster: int, bits: int) -> CodedBatch:

@@ -97,6 +97,12 @@ def find_user(session: Session, user: str, *, lock: bool = False) -> User:
     return row
 
 
+def forgotten_at(session: Session, user: str) -> str:
+    """When a user was forgotten, UTC ISO; "" for one who is not, or is unknown."""
+    row = session.get(User, user)
+    return (row.forgotten_at or "") if row else ""
+
+
 def claim_user(session: Session, user: str) -> User:
     """The user's row, locked, made if there is none."""
     insert_if_absent(session, User, id=user, holding_id=None, created_at=now(), forgotten_at=None)

@@ -85,6 +85,11 @@ class Registry:
         url = catalogue or _catalogue_inside(blobs, create=create)
         return cls(blobs, Catalogue.open(url, create=create))
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """Its database, for tables that lie beside the catalogue's."""
+        return self._catalogue
+
     def close(self) -> None:
         """Let go of database connections. A closed registry opens them again when it is used."""
         self._catalogue.close()
@@ -268,6 +273,7 @@ class Registry:
     basis_uses = _asked(bases.uses)
     bases_of_set = _asked(bases.of_set)
     told_in = _asked(bases.told_in)
+    forgotten_at = _asked(ledger.forgotten_at)
 
     def publishing(self, url: str) -> AbstractContextManager[None]:
         """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
@@ -275,6 +281,8 @@ class Registry:
         return files.exclusive(self._blobs.here / "locks" / name)
 
     resolve = _asked(ledger.resolve)
+    addresses = _asked(pages.addresses)
+    targets_in_force = _asked(pages.targets_in_force)
     live = _asked(ledger.live)
     placements = _asked(ledger.placements)
     user_count = _asked(pages.user_count)
