@@ -20,13 +20,11 @@ class ChosenBasis:
     """The choice.
 
     Attributes:
-        registry: identity of the registry it was made for; of another one it says nothing.
         basis_id: "" as long as the cohort's has not been made.
         cohort: the users whose adapters it is made of; none where it was in force before.
         adapters, served: of the cohort: the cores that their adapters became, and what serves each best.
     """
 
-    registry: str
     basis_id: str = ""
     cohort: tuple[str, ...] = ()
     adapters: dict[str, str] = field(default_factory=dict)

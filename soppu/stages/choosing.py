@@ -7,7 +7,7 @@ from pathlib import Path
 
 from soppu import files
 from soppu.config import Config
-from soppu.errors import ConfigError
+from soppu.errors import ConfigError, RegistryError
 from soppu.federation import chosen_basis
 from soppu.federation.chosen_basis import ChosenBasis
 from soppu.models import BaseModel
@@ -31,7 +31,8 @@ def named(config: Config, base: BaseModel) -> tuple[str, ...]:
 
 
 def choose(config: Config, base: BaseModel, folder: Path) -> None:
-    """Write down what is chosen for a training, once: a later run of it goes on with the same.
+    """Write down what is chosen for a training, once: a later run of it goes on with the same, unless the
+    registry has lost it.
 
     Args:
         folder: the training's.
@@ -42,13 +43,12 @@ def choose(config: Config, base: BaseModel, folder: Path) -> None:
     if config.federation.form == "lora":
         return
     registry = _registry(config)
-    identity = registry.identity()
     with files.exclusive(folder / "choice.lock"):
         found = chosen_basis.read(folder)
-        if found and found.registry == identity:
+        if found and (not found.basis_id or _holds(registry, found.basis_id)):
             return
         in_force = registry.current_basis(base.base)
-        ChosenBasis(identity, in_force, () if in_force else cohort(config)).write(folder)
+        ChosenBasis(in_force, () if in_force else cohort(config)).write(folder)
 
 
 def cohort(config: Config) -> tuple[str, ...]:
@@ -61,6 +61,14 @@ def cohort(config: Config) -> tuple[str, ...]:
         )
     drawn = sorted(users, key=lambda user: hashlib.sha256(f"{config.seed} {user}".encode()).digest())[:size]
     return tuple(user for user in users if user in set(drawn))
+
+
+def _holds(registry: Registry, basis_id: str) -> bool:
+    try:
+        registry.get_basis(basis_id)
+    except RegistryError:
+        return False
+    return True
 
 
 def _registry(config: Config) -> Registry:

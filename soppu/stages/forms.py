@@ -39,7 +39,7 @@ def has_cohort(run: Run) -> bool:
 
 def chosen(run: Run) -> ChosenBasis:
     """The basis of a run; an empty choice where users train adapters."""
-    return chosen_basis.read(run.folder / FEDERATION) or ChosenBasis("")
+    return chosen_basis.read(run.folder / FEDERATION) or ChosenBasis()
 
 
 def main_part(run: Run) -> Part:

@@ -49,7 +49,7 @@ class Given:
     def run(self, name: str = "work", *, nodes: int = 2, tamper: Tamper | None = None) -> InProcessGrid:
         """A run, or another attempt at the one of this name."""
         if not (self.root / name).exists():
-            ChosenBasis("", self.basis.id).write(self.root / name)
+            ChosenBasis(self.basis.id).write(self.root / name)
         grid = InProcessGrid([{"partition-id": n} for n in range(nodes)], tamper=tamper)
         CoreFederation(self.config, self.root / name).run(grid)
         return grid
@@ -279,7 +279,7 @@ def test_a_user_without_text_is_named(given: Callable[..., Given]) -> None:
 
 def test_a_node_of_its_own_trains_its_own_user(given: Callable[..., Given]) -> None:
     run = given(personal_steps=1)
-    ChosenBasis("", run.basis.id).write(run.root / "work")
+    ChosenBasis(run.basis.id).write(run.root / "work")
     model, source = run.config.base.model, run.config.data.source
     own = [{"user-id": user, "data-source": f"{source}/{user}.jsonl", "base-model": model} for user in USERS]
     grid = InProcessGrid([{**node, "state-dir": str(run.root / node["user-id"])} for node in own])
@@ -297,7 +297,7 @@ def test_the_entry_point_trains_cores_where_the_configuration_says_so(given: Cal
     here.run_config = {"config": str(path), "workdir": str(run.root / "work"), "task": "federate"}
     with pytest.raises(FederationError, match="names no basis to train cores in"):
         main(InProcessGrid([{"partition-id": 0}]), here)
-    ChosenBasis("", run.basis.id).write(run.root / "work")
+    ChosenBasis(run.basis.id).write(run.root / "work")
     main(InProcessGrid([{"partition-id": 0}]), here)
     assert json.loads((run.root / "work" / "progress.json").read_text()) == {"note": "done", "share": 1.0}
     assert run.cores().keys() == USERS.keys()

@@ -160,7 +160,7 @@ def test_cores_without_a_basis_in_force_are_refused_and_named_by_it_where_there_
         prepare(str(config_path), straight)
     made = basis.make_basis(str(run.folder), federate.federate_cohort(str(run.folder)))
     first = prepare(str(config_path), straight)
-    assert forms.chosen(open_run(first)) == chosen_basis.ChosenBasis(run.registry().identity(), made)
+    assert forms.chosen(open_run(first)) == chosen_basis.ChosenBasis(made)
     assert through(first)["basis"] == made
     registry = run.registry()
     other = registry.get_basis(made)
