@@ -36,9 +36,9 @@ def _demos(found: Mapping[str, Any]) -> list[str]:
     first = found["demo_embedded"]
     up, smaller = first["bytes_up_a_user"], first["smaller"]
     wire = (
-        f"Up goes a LoRA of {_kb(up['float32'])} a user of the cohort, a core of {_kb(up['core'])} of the others:"
-        f" {smaller:.1f} times less, all of the reply counted. The basis, {_kb(first['bytes_basis'])} in all, went"
-        " down once to each node."
+        f"Up goes a LoRA of {_kb(up['float32'])} a user of the cohort, a core of {_kb(up['core'])} of the"
+        f" others: {smaller:.1f} times less, all of the reply counted. The basis went down once to each node,"
+        f" {_kb(first['bytes_basis'])} in all."
     )
     return [markdown(head, rows), wire, _gains(first["users"])]
 
@@ -75,10 +75,10 @@ def _many(found: Mapping[str, Any]) -> list[str]:
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in many["seconds_by_stage"].items())
     quarters = ", ".join(f"{size / 1e9:.2f}" for size in many["median_bytes_by_quarter_of_cores"])
     return [
-        f"{many['users']} simulated users of a random model of four layers, from the command to the served tokens:"
-        f" {many['minutes']:.1f} minutes ({stages}). All processes together held at most"
-        f" {many['peak_bytes'] / 1e9:.2f} GB, {found['peak_ratio']:.2f} times what {few['users']} users took; while"
-        f" cores were trained, the medians of quarters are {quarters} GB."
+        f"{many['users']} simulated users of a random model of four layers, from the command to the served"
+        f" tokens: {many['minutes']:.1f} minutes ({stages}). All processes together held at most"
+        f" {many['peak_bytes'] / 1e9:.2f} GB, {found['peak_ratio']:.2f} times what {few['users']} users took;"
+        f" while cores were trained, the medians of quarters are {quarters} GB."
     ]
 
 
