@@ -29,8 +29,8 @@ def of_set(registry: Registry, set_id: str, base: Base) -> str:
     if len(told) > 1:
         found = ", ".join(f"{basis_id} ({count} users)" for basis_id, count in sorted(told.items()))
         raise RegistryError(
-            f"the set's cores are told in several bases: {found}; put one of them in force (use_basis), and"
-            " the others are carried over to it"
+            f"the set's cores are told in several bases: {found}; put one of them in force, by `soppu bases"
+            " --use ID`, and the others are carried over to it"
         )
     return next(iter(told))
 
