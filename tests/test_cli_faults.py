@@ -120,6 +120,8 @@ CALLS = {
     "users in": "users --registry {}",
     "users of": "users --registry absent --catalogue {}",
     "users of sqlite": "users --registry absent --catalogue sqlite:///{}",
+    "bases in": "bases --registry {}",
+    "bases which": "bases --use {} --registry folder",
     "show whom": "show {} --registry folder",
     "forget whom": "forget {} --registry folder --yes",
     "members of": "federation unregister ours --user ann --members {}",

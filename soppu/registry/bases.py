@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -16,9 +17,31 @@ from soppu.cores import basis as bases
 from soppu.cores import basis_file
 from soppu.cores.basis import CoreBasis
 from soppu.errors import AdapterError, RegistryError
-from soppu.registry.catalogue import Basis, BasisUse, Catalogue, Core, insert_if_absent, now
+from soppu.registry.catalogue import (
+    Adapter,
+    Basis,
+    BasisUse,
+    Catalogue,
+    Core,
+    SetMember,
+    insert_if_absent,
+    now,
+)
 
+_CHUNK = 500  # ids in one statement; databases limit how many parameters it may have
 _KEPT = 2  # in memory, each as large as a bundle's own: a core is carried over from one to another
+
+
+@dataclass(frozen=True)
+class BasisRow:
+    """A basis, and how many of the cores that are stored are told in it."""
+
+    basis_id: str
+    base_model: str
+    base_hash: str
+    at: str  # UTC ISO: it came into the registry then
+    cores: int
+    in_force: bool
 
 
 class Bases:
@@ -76,16 +99,46 @@ def in_force(session: Session, base: Base) -> str:
     return next((basis_id for *of, basis_id in uses if base_identity.same(Base(*of), base)), "")
 
 
+def of_set(session: Session, set_id: str) -> dict[str, int]:
+    """Basis id -> how many of a set's users have cores in it; "" counts those whose adapters are no cores."""
+    query = (
+        sa.select(sa.func.coalesce(Core.basis_id, ""), sa.func.count())
+        .select_from(SetMember)
+        .outerjoin(Core, Core.adapter_id == SetMember.adapter_id)
+        .where(SetMember.set_id == set_id)
+        .group_by(Core.basis_id)
+    )
+    return dict(session.execute(query).tuples().all())
+
+
 def uses(session: Session) -> list[tuple[str, str]]:
     """Every basis that was put in force, and when (UTC ISO), oldest first."""
     query = sa.select(BasisUse.basis_id, BasisUse.at).order_by(BasisUse.id)
     return [(basis_id, at) for basis_id, at in session.execute(query)]
 
 
-def told_in(session: Session, adapter_id: str) -> str:
-    """The id of the basis that a core is told in, "" for what is no core."""
-    row = session.get(Core, adapter_id)
-    return row.basis_id if row else ""
+def told_in(session: Session, adapter_ids: Collection[str]) -> dict[str, str]:
+    """Adapter id -> the basis it is told in, of those that are cores."""
+    asked, found = sorted(set(adapter_ids)), dict[str, str]()
+    for start in range(0, len(asked), _CHUNK):
+        some = Core.adapter_id.in_(asked[start : start + _CHUNK])
+        found |= dict(session.execute(sa.select(Core.adapter_id, Core.basis_id).where(some)).tuples().all())
+    return found
+
+
+def rows(session: Session) -> list[BasisRow]:
+    """Every basis, oldest first. O(bases^2)."""
+    there = sa.and_(Core.basis_id == Basis.id, Adapter.id == Core.adapter_id, Adapter.state == "stored")
+    cores = sa.select(sa.func.count()).select_from(Core, Adapter).where(there).scalar_subquery()
+    found = session.execute(sa.select(Basis, cores).order_by(Basis.created_at, Basis.id)).tuples()
+    return [
+        BasisRow(one.id, one.base_model, one.base_hash, one.created_at, count, _is_in_force(session, one))
+        for one, count in found
+    ]
+
+
+def _is_in_force(session: Session, one: Basis) -> bool:
+    return in_force(session, Base(one.base_model, one.base_hash)) == one.id
 
 
 def _key(basis_id: str) -> str:
