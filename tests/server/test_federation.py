@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from clients.workbench import workbench
 from server import checkpoint as checkpoints
-from server.app import CLIENT_SECTIONS, Federation, main
+from server.app import main
+from server.federation import CLIENT_SECTIONS, Federation
 from soppu import config as configuration
 from soppu import data, files, models
 from soppu.adapter import LoraAdapter

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clients.workbench import workbench
-from server.app import Federation
+from server.federation import Federation
 from soppu import adapter as adapters
 from soppu import config as configuration
 from soppu.adapter import LoraAdapter
