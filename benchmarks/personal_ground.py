@@ -32,6 +32,7 @@ from soppu.federation.attach import initial_pairs
 RANK, LAYERS = 8, 4
 MARKS = (10, 20, 30)  # steps after which the users of a tuning are looked at; the best number is taken
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # step sizes of A; B and cores take twice as much
+GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that is not gone on with
 FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, one beyond it is
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (1e-3, 3e-3), 40, 240, 8
 COHORT = 24  # users whose text the shared adapter is trained on
@@ -43,6 +44,7 @@ SETTINGS: Mapping[str, Any] = {
     "b_ratio": B_RATIO,
     "steps": MARKS,
     "step_sizes": FIRST,
+    "given_up": GIVEN_UP,
     "cohort": COHORT,
     "shared": {"step_sizes": _SHARED_RATES, "steps": _SHARED_MOST, "batch": _SHARED_BATCH},
 }
@@ -65,7 +67,7 @@ class Ground:
     """One corpus.
 
     Args:
-        base: the states of its frozen layers are kept in their dtype; what is above computes in float32.
+        base: the states of its frozen layers are kept in their dtype; users are judged in float32.
         folder: for what takes long to make; named by the digest of everything it is made of.
     """
 
@@ -96,19 +98,16 @@ class Ground:
     @cached_property
     def plain(self) -> Model:
         """The base model's own top."""
-        return self._new()
+        return Model(self.base.model, self.base.plan, dtype=self.base.compute)
 
     @cached_property
     def beside(self) -> Model:
-        """With the shared adapter merged into it: for what users have beside that."""
-        return self.another_beside()
+        """With the shared adapter in it: for what users have beside that."""
+        return Model(self.base.model, self.base.plan, dtype=self.base.compute, beside=self.shared)
 
-    def another_beside(self) -> Model:
-        """The same anew, for somebody who changes it."""
-        return self._new().merge(self.shared)
-
-    def _new(self) -> Model:
-        return Model(emulator.TopModel(self.base.model, self.base.plan), self.base.plan)
+    def exact_beside(self) -> Model:
+        """The same anew, in float32 alone, for somebody who changes it."""
+        return Model(self.base.model, self.base.plan, dtype=torch.float32, beside=self.shared)
 
     def text(self, person: Person) -> Text:
         """Of one user."""
@@ -223,10 +222,14 @@ class Ground:
 
 
 class Base:
-    """The base model, the plan that says which of its layers are trained, and those below."""
+    """The base model, the plan that says which of its layers are trained, and those below.
+
+    It is trained in its own dtype, as `compute_dtype = "auto"` of a configuration means it; what is trained
+    is float32 all the same.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, hash: str, layers: int = LAYERS) -> None:
-        self.model, self.tokenizer, self.hash = model, tokenizer, hash
+        self.model, self.tokenizer, self.hash, self.compute = model, tokenizer, hash, model.dtype
         self.plan = emulator.make_plan(model, base_hash=hash, adapter_layers=layers, drop_ratio=0.0)
         self._bottom: Any = None
 
@@ -255,11 +258,12 @@ def tune(ground: Ground, way: Way, *, on: Sequence[Blocks]) -> Tuned:
     losses: dict[tuple[float, int], float] = {}
 
     def attempt(rate: float) -> None:
-        for steps, held in zip(ground.marks, way.run(on, rate=rate, marks=ground.marks), strict=True):
-            loss = ground.tuning_loss(way, held)
-            losses[rate, steps] = (
-                loss if math.isfinite(loss) else math.inf
-            )  # one that is NaN is not the least
+        under_way = way.run(on, rate=rate, marks=ground.marks)
+        for steps in ground.marks:
+            loss = ground.tuning_loss(way, next(under_way))
+            losses[rate, steps] = loss if math.isfinite(loss) else math.inf  # NaN is not the least
+            if losses[rate, steps] > min(losses.values()) + GIVEN_UP:
+                return
 
     for rate in FIRST:
         attempt(rate)

@@ -106,7 +106,7 @@ def _each(model: Any, blocks: Blocks, adapter: LoraAdapter | None) -> list[float
 
 
 def _summed(model: Any, blocks: Blocks, adapter: LoraAdapter | None) -> Iterator[tuple[float, int]]:
-    yield from example_losses(model.top, model.plan, blocks, adapter=adapter)
+    yield from example_losses(model.exact, model.plan, blocks, adapter=adapter)
 
 
 def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
@@ -128,7 +128,7 @@ def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
         losses = {}
         for who in ground.roles.reported:
             sent = hidden(trained[who.id], start, settings[share]) if epsilon else trained[who.id]
-            losses[who.id] = ground.plain.loss(ground.text(who).heldout, told_again(arm, ground, sent))
+            losses[who.id] = ground.plain.judged(ground.text(who).heldout, told_again(arm, ground, sent))
         yield _named(arm, ground) | {
             "epsilon": epsilon,
             "delta": DELTA,
