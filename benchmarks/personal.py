@@ -82,7 +82,7 @@ def _trained(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]
     tuned = ground.tuned(str(arm), way, on=[ground.pooled] if for_all else None)
     people = ground.roles.reported
     started = time.process_time()
-    texts = [ground.pooled] if for_all else [ground.text(who).train for who in people]
+    texts = [ground.pooled] if for_all else [ground.training(who) for who in people]
     (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
     seconds = (time.process_time() - started) / len(texts)
     own = held * len(people) if for_all else held
@@ -116,7 +116,8 @@ def add(row: Mapping[str, Any], ground: Ground, where: Mapping[str, Any], *, amo
 def described(ground: Ground) -> dict[str, Any]:
     """A corpus and the users of it, as they are written down."""
     parts = {part: len(getattr(ground.roles, part)) for part in ("basis", "tuned", "reported")}
-    return {"digest": ground.digest, "users": parts, "sizes": asdict(ground.sizes)}
+    tokens = len(ground.words.ids)
+    return {"digest": ground.digest, "users": parts, "sizes": asdict(ground.sizes), "tokens": tokens}
 
 
 def refuse_other_text(ground: Ground) -> None:

@@ -18,7 +18,7 @@ import click
 import torch
 from safetensors.torch import load_file, save
 
-from benchmarks.personal_users import CORPORA, Person, Roles, Sizes, Text, Texts, digest, roles
+from benchmarks.personal_users import CORPORA, Person, Roles, Sizes, Text, Texts, Words, digest, roles
 from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, Model, Way, whole
 from benchmarks.record import ROOT
 from soppu import files, models
@@ -37,7 +37,7 @@ FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, 
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (1e-3, 3e-3), 40, 240, 8
 COHORT = 24  # users whose text the shared adapter is trained on
 SETTINGS: Mapping[str, Any] = {
-    "edition": 1,  # to be raised where code changes what comes out
+    "edition": 2,  # to be raised where code changes what comes out
     "rank": RANK,
     "adapter_layers": LAYERS,
     "batch": BATCH,
@@ -96,18 +96,32 @@ class Ground:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
+    def words(self) -> Words:
+        """What training goes through of the head."""
+        everybody = (*self.roles.basis, *self.roles.tuned, *self.roles.reported)
+        return Words.of(everybody, self.sizes, self.base.tokenizer)
+
+    def training(self, person: Person) -> list[Any]:
+        """What a user trains on."""
+        return self.words.told(self.text(person).train)
+
+    @cached_property
     def plain(self) -> Model:
         """The base model's own top."""
-        return Model(self.base.model, self.base.plan, dtype=self.base.compute)
+        return Model(self.base.model, self.base.plan, words=self.words, dtype=self.base.compute)
 
     @cached_property
     def beside(self) -> Model:
         """With the shared adapter in it: for what users have beside that."""
-        return Model(self.base.model, self.base.plan, dtype=self.base.compute, beside=self.shared)
+        return Model(
+            self.base.model, self.base.plan, words=self.words, dtype=self.base.compute, beside=self.shared
+        )
 
     def exact_beside(self) -> Model:
         """The same anew, in float32 alone, for somebody who changes it."""
-        return Model(self.base.model, self.base.plan, dtype=torch.float32, beside=self.shared)
+        return Model(
+            self.base.model, self.base.plan, words=self.words, dtype=torch.float32, beside=self.shared
+        )
 
     def text(self, person: Person) -> Text:
         """Of one user."""
@@ -129,24 +143,20 @@ class Ground:
         """A LoRA that was put aside."""
         return wire.loose_from_state(self.tensors(key, user), base_hash=self.base.hash)
 
-    def texts(self, part: str) -> list[Text]:
-        """Of everybody in a part."""
-        return [self._texts.of(person) for person in getattr(self.roles, part)]
-
-    def cohort(self) -> list[Text]:
-        """Of those whom the shared adapter is trained on."""
-        return [self._texts.of(person) for person in self.roles.basis[:COHORT]]
-
     @cached_property
     def pooled(self) -> list[Any]:
         """What the cohort trains on, as one text."""
-        return [block for text in self.cohort() for block in text.train]
+        return [block for person in self.roles.basis[:COHORT] for block in self.training(person)]
 
     def tuning_loss(self, way: Way, held: Sequence[Any]) -> float:
         """Mean loss of the users that step sizes are chosen on, with one thing for all or each their own."""
         own = list(held) if len(held) > 1 else [held[0]] * self.sizes.tuned
-        texts = self.texts("tuned")
-        return sum(way.loss(one, text.unseen) for one, text in zip(own, texts, strict=True)) / len(texts)
+        unseen = self.unseen()
+        return sum(way.loss(one, text) for one, text in zip(own, unseen, strict=True)) / len(unseen)
+
+    def unseen(self) -> list[Blocks]:
+        """Text that the users step sizes are chosen on were not trained on."""
+        return [self.text(person).unseen for person in self.roles.tuned]
 
     @cached_property
     def shared(self) -> LoraAdapter:
@@ -185,7 +195,7 @@ class Ground:
         if path.exists():
             told = json.loads(path.read_text())
             return Tuned(told["step_size"], told["steps"], told["tried"])
-        found = tune(self, way, on=on or [text.train for text in self.texts("tuned")])
+        found = tune(self, way, on=on or [self.training(person) for person in self.roles.tuned])
         files.write_text(path, json.dumps(found.to_dict()))
         return found
 
@@ -197,7 +207,7 @@ class Ground:
         tuned = self.tuned("full LoRA", way)
         for first in range(0, len(missing), 8):
             some = missing[first : first + 8]
-            texts = [self._texts.of(one).train for one in some]
+            texts = [self.training(one) for one in some]
             (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
             for one, adapter in zip(some, held, strict=True):
                 files.write_bytes(paths[one.id], save(wire.to_state(adapter)))

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from benchmarks import changelogs
 from soppu import corpus, files
-from soppu.data import UserData, tokenize
+from soppu.data import IGNORE, UserData, tokenize
 from soppu.data.examples import Example, Record
 from soppu.data.split import split
+from soppu.federation import emulator
 from soppu.federation.train import CachedBlock, cache_states
 
 
@@ -77,6 +79,7 @@ def authors(least: int) -> list[Person]:
 
 
 CORPORA: Mapping[str, Callable[[int], list[Person]]] = {"stdlib": stdlib, "changelogs": authors}
+UNSEEN = 16  # examples a user that step sizes are chosen by
 _MOST_OF_A_GROUP = 3  # reported users
 
 
@@ -135,8 +138,53 @@ class Text:
 
     @cached_property
     def unseen(self) -> list[CachedBlock]:
-        """All that is not trained on: what a step size may be chosen by, of users who are not reported."""
-        return [*self._of("validation"), *self.heldout]
+        """Text that is not trained on: what a step size is chosen by, of users who are not reported."""
+        return [*self._of("validation"), *self.heldout][:UNSEEN]
+
+
+class Words:
+    """The tokens that training texts have, numbered anew: what a head that is trained through has to know.
+
+    A softmax over all tokens is more than half of a step, and nearly all of them are in nobody's text. Losses
+    that are chosen or reported by are over all of them.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids.unique()  # sorted, (n,)
+        self.ids = self.ids[self.ids != IGNORE]
+
+    @classmethod
+    def of(cls, people: Iterable[Person], sizes: Sizes, tokenizer: Any) -> Words:
+        """What everybody is trained on."""
+        examples = [item for person in people for item in person.text(sizes).train]
+        return cls(
+            torch.cat([one.labels for one in tokenize(examples, tokenizer, max_tokens=sizes.max_tokens)])
+        )
+
+    def told(self, blocks: Iterable[CachedBlock]) -> list[CachedBlock]:
+        """Blocks with their labels in the new numbers."""
+        return [
+            CachedBlock(
+                one.states,
+                torch.where(one.labels == IGNORE, IGNORE, torch.searchsorted(self.ids, one.labels)),
+            )
+            for one in blocks
+        ]
+
+    def cut(self, top: emulator.TopModel) -> emulator.TopModel:
+        """The same layers, under a head of these tokens alone."""
+        return _Cut(top, self.ids)
+
+
+class _Cut(emulator.TopModel):
+    def __init__(self, top: emulator.TopModel, ids: Tensor) -> None:
+        self.model = top.model
+        head: Any = self.model.get_output_embeddings()
+        self._head = head.weight.detach()[ids]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., n) of these tokens."""
+        return torch.nn.functional.linear(hidden, self._head)
 
 
 class Texts:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from benchmarks.personal_users import Words
 from soppu.adapter import LoraAdapter
 from soppu.cores.core import CoreInBasis
 from soppu.federation import emulator, wire
@@ -42,24 +43,33 @@ class Model:
     """The layers that are trained on, of the base model or with an adapter that stays beside it.
 
     Args:
+        words: what the head that is trained through knows; every loss that is looked at is over all tokens.
         dtype: what it is trained in; `judged` is always in float32.
-        beside: an adapter that everybody has, in float32 where it is judged.
+        beside: an adapter that everybody has.
     """
 
     def __init__(
-        self, whole: Any, plan: emulator.LayerPlan, *, dtype: torch.dtype, beside: LoraAdapter | None = None
+        self,
+        whole: Any,
+        plan: emulator.LayerPlan,
+        *,
+        words: Words,
+        dtype: torch.dtype,
+        beside: LoraAdapter | None = None,
     ) -> None:
-        self.plan, self.top = plan, emulator.TopModel(whole, plan, dtype=dtype)
-        self.exact = self.top if dtype == torch.float32 else emulator.TopModel(whole, plan)
+        self.plan = plan
+        self.seen = emulator.TopModel(whole, plan, dtype=dtype)
+        self.top = words.cut(self.seen)
+        self.exact = self.seen if dtype == torch.float32 else emulator.TopModel(whole, plan)
         self._hooks = ExitStack()  # for as long as the model is there
         if beside is not None:
             own = emulator.to_own(beside, plan, plan.adapter)
-            for top in {id(top): top for top in (self.top, self.exact)}.values():
+            for top in {id(top): top for top in (self.seen, self.exact)}.values():
                 self._hooks.enter_context(attached(top.model, own))
 
     def loss(self, blocks: Blocks, adapter: LoraAdapter | None) -> float:
         """Mean loss of a text as it is trained, nats a token."""
-        return mean_loss(self.top, self.plan, blocks, adapter=adapter, batch_size=16)
+        return mean_loss(self.seen, self.plan, blocks, adapter=adapter, batch_size=16)
 
     def judged(self, blocks: Blocks, adapter: LoraAdapter | None) -> float:
         """The same in float32."""
@@ -182,7 +192,7 @@ class InPeft:
         self._put(held)
         return self._model.loss(blocks, None)
 
-    judged = loss  # PEFT's numbers sit in the model that they were trained in, which computes in float32
+    judged = loss  # PEFT's numbers sit in the layers that they were trained in, which compute in float32
 
     def sent(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Way`."""
