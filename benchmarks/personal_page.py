@@ -1,4 +1,4 @@
-"""Tables and plot of docs/personal.md, from batched.json and personal.json to between the page's marks.
+"""Tables and plot of docs/personal.md, from its result files to between the page's marks.
 
 python -m benchmarks.personal_page
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import join_page
 from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.personal_arms import OURS
 from benchmarks.personal_front import beside_controls, front, smallest
@@ -16,7 +17,7 @@ from benchmarks.record import ROOT
 
 PAGE = ROOT / "docs" / "personal.md"
 MARKS = (
-    *("batched", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
+    *("batched", "join", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
     *("personal-noise", "personal-membership"),
 )
 _NAMES = {"tiny": "random model of width 32, two layers", "smollm2": "last four layers of SmolLM2-135M"}
@@ -49,6 +50,8 @@ def blocks() -> dict[str, str]:
     made = {}
     if found := read_result("batched"):
         made["batched"] = f"{_table(found)}\n\n{circumstances_line(found)}"
+    if found := read_result("join"):
+        made["join"] = join_page.told(found)
     if found := read_result("personal"):
         rows = [row for row in found["rows"] if "gain" in row]
         made["personal-finding"] = "\n".join(_finding(*one) for one in _by_corpus(rows))

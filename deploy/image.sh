@@ -2,7 +2,7 @@
 # deploy/image.sh [NAME [server|evaluator|worker]]: an image out of this tree. `make image` runs it.
 #   server      the embedded server, by deploy/Dockerfile (soppu-server:latest)
 #   evaluator   `soppu` with what scores text, by the same file (soppu-evaluator:latest)
-#   worker      Prefect's server, worker and the pipeline, by deploy/worker.Dockerfile (soppu-worker:latest) on top of the
+#   worker      Prefect's server, worker, the pipeline and the gateway, by deploy/worker.Dockerfile (soppu-worker:latest) on top of the
 #               server's image: SERVER names one that is there, else soppu-server:latest is built first
 # BASE names the base image; else it is the official python if that can be pulled, else what base-image.sh makes.
 # Wheels are gathered here, in the versions of constraints.txt, so the build itself needs no network.
@@ -64,7 +64,7 @@ if [ "$kind" = worker ]; then
     [ -n "${SERVER:-}" ] || deploy/image.sh "$server" server
     library "$context/library"
     # async-timeout: redis, which Prefect takes, needs it on Debian's Python; pip asks about its own. s3fs: buckets
-    gather "$context-pipeline" serve,pipeline async-timeout s3fs
+    gather "$context-pipeline" serve,gateway,pipeline async-timeout s3fs
     rm -rf "$context-worker"
     mkdir -p "$context-worker/wheels" "$context-worker/app"
     there=$(docker run --rm --entrypoint ls "$server" /opt/packages)

@@ -7,7 +7,7 @@ COPY uv /uv
 COPY wheels /wheels
 RUN /uv pip install --no-index --no-deps --no-cache --quiet --python python3 --target /opt/pipeline /wheels/*.whl \
     && HOME=/tmp PYTHONPATH=/opt/packages:/opt/pipeline python3 -c \
-        'import asyncpg, docker, flwr.simulation, prefect.server.api.server, prefect.workers.process, ray, s3fs'
+        'import asyncpg, docker, flwr.simulation, jwt, limits, prefect.server.api.server, prefect.workers.process, ray, s3fs'
 
 FROM ${SERVER}
 USER 0

@@ -9,6 +9,7 @@ from prefect import flow
 from flows.recompress import recompress
 from tasks.collect import collect
 from tasks.federate import federate
+from tasks.join import collect as collect_joins
 from tasks.outage import outlasting
 from tasks.prepare import prepare
 from tasks.recording import ending
@@ -25,5 +26,6 @@ def full_pipeline(config: str = "configs/default.toml", overrides: dict[str, Any
     run = prepare(config, overrides)
     with ending(run):
         federation = federate(run)
+        collect_joins(run)
         set_id = collect(run, federation)
         return outlasting(recompress, run=run, set_id=set_id)

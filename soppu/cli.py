@@ -42,7 +42,13 @@ COMMANDS = {
         "Fit, and show, what decides whether the base model or the user's adapter answers a request.",
     ),
     "join": ("join", "Train USER inside the basis of a fleet that is served, and serve them."),
+    "admit": ("join", "Take users who joined at a server itself into the registry."),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
+    "gateway": (
+        "gateway",
+        "Serve users' own models, and nobody else's, to whoever shows a key or a signed token.",
+    ),
+    "keys": ("keys", "Make, list and revoke the keys that a gateway takes."),
     "resolve": ("resolve", "Say where USER is served now, and which adapter_id a request has to name there."),
     "verify-target": (
         "verify_target",
@@ -73,15 +79,17 @@ COMMANDS = {
     ),
     "report": ("report", "Render report.html in RUN_DIR again from report.json, and print the summary."),
 }
-UNTIL_TOLD = ("serve",)  # those that run until they are told to stop
+UNTIL_TOLD = ("serve", "gateway")  # those that run until they are told to stop
 LISTENING = ("run", "watch")  # those that show what goes on without them
 # Command -> the extra that it needs, and the packages in it.
 _SERVING = ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client"))
 EXTRAS = {
     "serve": _SERVING,
     "join": _SERVING,  # it publishes
+    "admit": _SERVING,
     "evaluate": ("serve", ("llguidance",)),  # the server's engine
     "dashboard": ("serve", ("starlette", "uvicorn", "prometheus_client")),
+    "gateway": ("gateway", ("starlette", "uvicorn", "prometheus_client", "httpx", "limits", "jwt")),
 }
 
 

@@ -44,6 +44,8 @@ def test_what_a_command_loads_is_never_searched_for_garbage_and_the_rest_is() ->
     assert int(frozen) > 100_000 and searching == "True"
 
 
+# which hold a server's answers against a model's, or speak with a server
+WITH_A_SERVER = ("expected", "publish", "pipeline", "join", "join_admit", "join_collect", "join_remote")
 SERVING = {"soppu.commands.serve", "soppu.commands.join"}  # which serve, or try what is to be served
 
 
@@ -54,13 +56,7 @@ def test_what_holds_no_model_waits_for_no_model_code() -> None:
         *(
             f"soppu.stages.{path.stem}"
             for path in sorted((ROOT / "soppu" / "stages").glob("[a-z]*.py"))
-            if path.stem
-            not in (
-                "expected",
-                "publish",
-                "pipeline",
-                "join",
-            )  # which hold a server's answers against a model's
+            if path.stem not in WITH_A_SERVER
         ),
         *("server.app", "clients.app"),
         "benchmarks.streaming",
@@ -117,10 +113,13 @@ def test_a_package_that_is_not_there_is_named_with_the_extra_that_installs_it(
     )
 
 
+NAMES = {"jwt": "pyjwt[crypto]"}  # of packages that are imported by another one
+
+
 def test_the_extras_named_are_those_of_the_package() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, packages in EXTRAS.values():
-        for name in (package.replace("_", "-") for package in packages):
+        for name in (NAMES.get(package, package.replace("_", "-")) for package in packages):
             assert any(need.startswith(f"{name}>=") for need in extras[extra]), name
 
 

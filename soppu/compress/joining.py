@@ -47,6 +47,11 @@ def basis_of(bundle: Bundle, cluster: int = 0) -> CoreBasis:
     return CoreBasis(sides, bundle.base_model, bundle.base_hash, bundle.fan_in_fan_out)
 
 
+def bases_of(bundle: Bundle) -> list[CoreBasis]:
+    """The bases of every cluster, as `basis_of` gives one. Raises as that."""
+    return [basis_of(bundle, cluster) for cluster in range(len(next(iter(bundle.bases.values()))))]
+
+
 def join(
     bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0, bits: int = 32, adapter_id: str = ""
 ) -> Joined:
@@ -80,6 +85,17 @@ def join(
     data = page.encode(parts, users=1)
     coded = edit.Coded(parts, stacked, error, cluster)
     return Joined(edit.extended(bundle, newcomer, coded, data), error, len(data))
+
+
+def put(bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0) -> Joined:
+    """As `join`; a row that the user has is taken out before, as `edit.forget` does it. Raises as both."""
+    rest = edit.forget(bundle, user) if user in bundle.users else bundle
+    return join(rest, user, placed, cluster=cluster)
+
+
+def id_of(placed: CoreInBasis) -> str:
+    """The adapter id that `join` records by default."""
+    return f"a-{placed.to_lora().content_hash()[:16]}"
 
 
 def _module(

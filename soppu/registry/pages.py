@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from soppu.registry.catalogue import Bundle, Holding, Publication, SetMember, User
-from soppu.registry.ledger import HistoryRow, facts, newest_of_each
+from soppu.registry.catalogue import Bundle, Holding, Placement, Publication, SetMember, User
+from soppu.registry.ledger import Address, HistoryRow, facts, newest_of_each
 
 MOST = 500  # rows of a page
 
@@ -87,6 +87,35 @@ def in_force(session: Session) -> tuple[InForce, ...]:
         InForce(one.target, one.url, one.bundle_id, one.at, run, users)
         for one, run, users in session.execute(query)
     )
+
+
+def addresses(session: Session, user: str) -> list[Address]:
+    """As `ledger.resolve`, in one query, for each request of a gateway.
+
+    Nowhere for a user who is unknown or forgotten, or was given the base model.
+    """
+    theirs = sa.and_(Placement.publication_id == Publication.id, Placement.user_id == SetMember.user_id)
+    query = (
+        sa.select(Publication, SetMember.adapter_id, Placement.asked_as)
+        .join(Bundle, Bundle.id == Publication.bundle_id)
+        .join(SetMember, SetMember.set_id == Bundle.set_id)
+        .join(User, User.id == SetMember.user_id)
+        .outerjoin(Placement, theirs)
+        .where(SetMember.user_id == user, User.holding_id.is_not(None))
+        .where(Publication.id.in_(newest_of_each()))
+        .order_by(Publication.target, Publication.url)
+    )
+    return [
+        Address(one.target, one.url, user if asked is None else asked, one.bundle_id, adapter_id, one.at)
+        for one, adapter_id, asked in session.execute(query)
+    ]
+
+
+def targets_in_force(session: Session) -> list[tuple[str, str]]:
+    """Target and URL of every publication in force, the last one first."""
+    newest = Publication.id.in_(newest_of_each())
+    query = sa.select(Publication.target, Publication.url).where(newest).order_by(Publication.id.desc())
+    return [(target, url) for target, url in session.execute(query)]
 
 
 def held(session: Session, adapter_id: str, *, limit: int = 50) -> tuple[tuple[str, HistoryRow], ...]:

@@ -14,7 +14,7 @@ from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
 from soppu.progress import telling
-from soppu.stages import text
+from soppu.stages import join_notes, text
 from soppu.stages.federate import RESULT
 from soppu.stages.published import TOLD, Published, serving_file, stage_name, target_names
 from soppu.stages.run import Run, open_run
@@ -59,7 +59,8 @@ def _write_report(run: Run, evaluation: str) -> Written:
     compression = run.read(f"compression-{bundle_id[:16]}.json")
     names = target_names(str(run.folder))
     rows = {name: run.read(serving_file(name)) for name in names}  # perhaps of an earlier bundle
-    told = {name: row for name, row in rows.items() if row.get("bundle_id") == bundle_id}
+    same = join_notes.came_of(run, bundle_id)  # who joined since has changed nobody else
+    told = {name: row for name, row in rows.items() if row.get("bundle_id") in same}
     live = [one for one in told.values() if not one["error"]]
     noted = [run.read(f"stages/{name}.json") for name in (*BEFORE, *map(stage_name, told))]
     inputs = ReportInputs(

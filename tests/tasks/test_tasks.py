@@ -53,6 +53,8 @@ def test_there_is_a_task_for_every_stage() -> None:
         "tradeoff",
         "publish",
         "report",
+        "join",
+        "collect-joins",
     }
 
 

@@ -1,0 +1,1 @@
+"""The gateway: one address where a user reaches their own model, and nobody else's."""

@@ -1,0 +1,102 @@
+"""The bases that cores are told in: their files, and which of them is in force for a base model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from soppu import base_identity
+from soppu.base_identity import Base
+from soppu.blobs import Blobs
+from soppu.cores import basis as bases
+from soppu.cores import basis_file
+from soppu.cores.basis import CoreBasis
+from soppu.errors import AdapterError, RegistryError
+from soppu.registry.catalogue import Basis, BasisUse, Catalogue, Core, insert_if_absent, now
+
+_KEPT = 2  # in memory, each as large as a bundle's own: a core is carried over from one to another
+
+
+class Bases:
+    """The bases of one registry, for any number of threads."""
+
+    def __init__(self, blobs: Blobs, catalogue: Catalogue) -> None:
+        self._blobs = blobs
+        self._catalogue = catalogue
+        self._read = lru_cache(_KEPT)(self._fetch)
+
+    def put(self, basis: CoreBasis) -> str:
+        """As `Registry.put_basis`."""
+        fresh = replace(basis)  # a hash kept from before would miss a change made to the tensors since
+        bases.validate(fresh, who="basis")
+        check = partial(_checked, fresh.id, fresh.content_hash())
+        self._blobs.put(_key(fresh.id), partial(basis_file.write, fresh), check)
+        with self._catalogue.write() as session:
+            row = {
+                "content": fresh.content_hash(),
+                "base_model": fresh.base_model,
+                "base_hash": fresh.base_hash,
+            }
+            insert_if_absent(session, Basis, id=fresh.id, created_at=now(), **row)
+        return fresh.id
+
+    def get(self, basis_id: str) -> CoreBasis:
+        """As `Registry.get_basis`. The last ones read are kept, and shared: they are not to be changed."""
+        return self._read(basis_id)
+
+    def use(self, basis_id: str) -> None:
+        """As `Registry.use_basis`."""
+        with self._catalogue.write() as session:
+            row = find(session, basis_id)
+            if in_force(session, Base(row.base_model, row.base_hash)) != basis_id:
+                session.add(BasisUse(basis_id=basis_id, at=now()))
+
+    def _fetch(self, basis_id: str) -> CoreBasis:
+        with self._catalogue.read() as session:
+            content = find(session, basis_id).content
+        return self._blobs.fetch(_key(basis_id), partial(_checked, basis_id, content))
+
+
+def find(session: Session, basis_id: str) -> Basis:
+    """The row of a basis. RegistryError if there is none."""
+    row = session.get(Basis, basis_id)
+    if row is None:
+        raise RegistryError(f"unknown basis {basis_id!r}")
+    return row
+
+
+def in_force(session: Session, base: Base) -> str:
+    """The id of the basis that was put in force last for a base model, "" for none. O(uses)."""
+    query = sa.select(Basis.base_model, Basis.base_hash, Basis.id).join(BasisUse)
+    uses = session.execute(query.order_by(BasisUse.id.desc())).tuples()
+    return next((basis_id for *of, basis_id in uses if base_identity.same(Base(*of), base)), "")
+
+
+def uses(session: Session) -> list[tuple[str, str]]:
+    """Every basis that was put in force, and when (UTC ISO), oldest first."""
+    query = sa.select(BasisUse.basis_id, BasisUse.at).order_by(BasisUse.id)
+    return [(basis_id, at) for basis_id, at in session.execute(query)]
+
+
+def told_in(session: Session, adapter_id: str) -> str:
+    """The id of the basis that a core is told in, "" for what is no core."""
+    row = session.get(Core, adapter_id)
+    return row.basis_id if row else ""
+
+
+def _key(basis_id: str) -> str:
+    return f"bases/{basis_id}"
+
+
+def _checked(basis_id: str, content: str, path: Path) -> CoreBasis:
+    try:
+        basis = basis_file.read(path)
+    except AdapterError as error:
+        raise RegistryError(f"basis {basis_id}: its stored copy is damaged: {error}") from error
+    if basis.content_hash() != content:
+        raise RegistryError(f"basis {basis_id}: its stored copy is damaged: content {basis.id}")
+    return basis
