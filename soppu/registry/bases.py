@@ -16,7 +16,7 @@ from soppu.cores import basis as bases
 from soppu.cores import basis_file
 from soppu.cores.basis import CoreBasis
 from soppu.errors import AdapterError, RegistryError
-from soppu.registry.catalogue import Basis, BasisUse, Catalogue, Core, insert_if_absent, now
+from soppu.registry.catalogue import Basis, BasisUse, Catalogue, Core, SetMember, insert_if_absent, now
 
 _KEPT = 2  # in memory, each as large as a bundle's own: a core is carried over from one to another
 
@@ -74,6 +74,18 @@ def in_force(session: Session, base: Base) -> str:
     query = sa.select(Basis.base_model, Basis.base_hash, Basis.id).join(BasisUse)
     uses = session.execute(query.order_by(BasisUse.id.desc())).tuples()
     return next((basis_id for *of, basis_id in uses if base_identity.same(Base(*of), base)), "")
+
+
+def of_set(session: Session, set_id: str) -> dict[str, int]:
+    """Basis id -> how many of a set's users have cores in it; "" counts those whose adapters are no cores."""
+    query = (
+        sa.select(sa.func.coalesce(Core.basis_id, ""), sa.func.count())
+        .select_from(SetMember)
+        .outerjoin(Core, Core.adapter_id == SetMember.adapter_id)
+        .where(SetMember.set_id == set_id)
+        .group_by(Core.basis_id)
+    )
+    return dict(session.execute(query).tuples().all())
 
 
 def uses(session: Session) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from soppu.errors import RegistryError
 from soppu.registry.catalogue import (
     Adapter,
     AdapterSet,
+    BasisUse,
     Bundle,
     Core,
     Holding,
@@ -136,13 +137,14 @@ def claim_adapter(session: Session, form: Form) -> Adapter:
 
 
 def identity(session: Session) -> str:
-    """Names this registry: its birth mark, and how many adapters were deleted from it since.
+    """Names this registry: its birth mark, how many adapters were deleted from it since, which basis is new.
 
     What was concluded from a registry (a cached result that holds ids) is void when this changes.
     """
     birth = session.scalar(sa.select(SchemaRow.birth))
     deleted = session.scalar(sa.select(sa.func.coalesce(sa.func.sum(Adapter.removals), 0)))
-    return f"{birth}-{deleted}"
+    newest = session.scalar(sa.select(sa.func.max(BasisUse.id)))
+    return f"{birth}-{deleted}-{newest}" if newest else f"{birth}-{deleted}"
 
 
 def removals(session: Session, adapter_id: str, *, lock: bool = False) -> int:

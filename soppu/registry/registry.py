@@ -271,6 +271,7 @@ class Registry:
     identity = _asked(ledger.identity)
     current_basis = _asked(bases.in_force)
     basis_uses = _asked(bases.uses)
+    bases_of_set = _asked(bases.of_set)
     told_in = _asked(bases.told_in)
     forgotten_at = _asked(ledger.forgotten_at)
 

@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from soppu.compress import joining
-from soppu.cores import folder as core_folder
 from soppu.cores.core import CoreInBasis
 from soppu.errors import BundleError
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.stages.join_collect import collect_held
 from soppu.stages.join_live import live_bundle
-from soppu.stages.joined import FOLDER, At, Joined
+from soppu.stages.joined import At, Joined
 from soppu.stages.publish import Held, publish
 from soppu.stages.published import serving_file
 from soppu.stages.targets import running_target
@@ -40,8 +39,8 @@ def admit(at: At, judged: Judged, joined: Joined) -> None:
     joined.core_id, joined.basis_id, joined.added = placed.core.id, placed.basis.id, made.added
     live = registry.live(at.settings.url)
     with joined.clock("store"):
-        core_folder.write(placed.core, run.folder / FOLDER / placed.core.id)
-        own = registry.put_adapter(placed.to_lora(), user=user, run=run.id)
+        registry.put_basis(placed.basis)
+        own = registry.put_adapter(placed.core, user=user, run=run.id)
         members = registry.get_set(registry.bundle(joined.before).set_id)
         set_id = registry.freeze({one: members.get(one, own) for one in made.bundle.users})
         joined.bundle_id = registry.put_bundle(made.bundle.to_bytes(), set_id=set_id, run=run.id)

@@ -86,7 +86,8 @@ class _Made:
         if gone := self.registry.forgotten_at(join.user) > join.at:
             _LOG.warning("%s joined at %s and was forgotten since: not taken over", join.user, self.url)
         else:
-            own = self.registry.put_adapter(placed.to_lora(), user=join.user, run=run, metrics=join.metrics)
+            self.registry.put_basis(placed.basis)
+            own = self.registry.put_adapter(core, user=join.user, run=run, metrics=join.metrics)
         if gone or join.before in self.spoilt:
             self.spoilt.add(join.bundle_id)
         bundle = joining.put(before, join.user, placed, cluster=join.cluster).bundle
