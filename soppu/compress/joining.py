@@ -92,11 +92,6 @@ def put(bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0) -> 
     return join(rest, user, placed, cluster=cluster)
 
 
-def id_of(placed: CoreInBasis) -> str:
-    """The adapter id that `join` records by default: the registry's, of a core."""
-    return placed.core.id
-
-
 def _coded(bundle: Bundle, placed: CoreInBasis, *, cluster: int, bits: int) -> CodedBatch:
     """The user alone, at the modules of the basis."""
     sides = placed.basis.sides
