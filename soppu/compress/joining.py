@@ -73,7 +73,7 @@ def join(
     if user in bundle.users:
         raise BundleError(f"user {user!r} is in the bundle already; remove the user first")
     placed = CoreInBasis(placed.core, basis_of(bundle, cluster), who=user)
-    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id or id_of(placed))
+    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id or placed.core.id)
     newcomer = replace(newcomer, parameters=placed.core.parameters())
     coded = _coded(bundle, placed, cluster=cluster, bits=bits)
     squared = dict(zip(placed.basis.sides, coded.squared, strict=True))
