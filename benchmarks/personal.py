@@ -64,13 +64,13 @@ def _fixed(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]]:
     if arm.name in given:
         one = given[arm.name]()
         return {
-            who.id: ground.plain.loss(ground.text(who).heldout, one) for who in ground.roles.reported
+            who.id: ground.plain.judged(ground.text(who).heldout, one) for who in ground.roles.reported
         }, told
     basis, losses, errors = arms.basis_of(arm, ground), {}, []
     for who in ground.roles.reported:
         found = from_lora(ground.kept(ground.key(arms.FULL), who.id), basis)
         placed = CoreInBasis(found.core, basis)
-        losses[who.id] = ground.plain.loss(ground.text(who).heldout, placed.to_lora())
+        losses[who.id] = ground.plain.judged(ground.text(who).heldout, placed.to_lora())
         errors.append(found.error)
         told |= {"numbers": found.core.parameters(), "bytes_up": size(found.core.tensors())}
     return losses, told | {"error": sum(errors) / len(errors)}
@@ -82,11 +82,11 @@ def _trained(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]
     tuned = ground.tuned(str(arm), way, on=[ground.pooled] if for_all else None)
     people = ground.roles.reported
     started = time.process_time()
-    texts = [ground.pooled] if for_all else [ground.text(who).train for who in people]
+    texts = [ground.pooled] if for_all else [ground.training(who) for who in people]
     (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
     seconds = (time.process_time() - started) / len(texts)
     own = held * len(people) if for_all else held
-    losses = {who.id: way.loss(one, ground.text(who).heldout) for who, one in zip(people, own, strict=True)}
+    losses = {who.id: way.judged(one, ground.text(who).heldout) for who, one in zip(people, own, strict=True)}
     sent = way.sent(held[0])
     for who, one in zip(people, held, strict=not for_all):
         ground.keep(key, who.id, way.sent(one))
@@ -116,7 +116,8 @@ def add(row: Mapping[str, Any], ground: Ground, where: Mapping[str, Any], *, amo
 def described(ground: Ground) -> dict[str, Any]:
     """A corpus and the users of it, as they are written down."""
     parts = {part: len(getattr(ground.roles, part)) for part in ("basis", "tuned", "reported")}
-    return {"digest": ground.digest, "users": parts, "sizes": asdict(ground.sizes)}
+    tokens = len(ground.words.ids)
+    return {"digest": ground.digest, "users": parts, "sizes": asdict(ground.sizes), "tokens": tokens}
 
 
 def refuse_other_text(ground: Ground) -> None:

@@ -1,4 +1,4 @@
-"""Tables and plot of docs/personal.md, from batched.json, join.json and personal.json to between the page's marks.
+"""Tables and plot of docs/personal.md, from batched.json, join.json and personal.json to its marks.
 
 python -m benchmarks.personal_page
 """

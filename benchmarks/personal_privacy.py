@@ -106,7 +106,7 @@ def _each(model: Any, blocks: Blocks, adapter: LoraAdapter | None) -> list[float
 
 
 def _summed(model: Any, blocks: Blocks, adapter: LoraAdapter | None) -> Iterator[tuple[float, int]]:
-    yield from example_losses(model.top, model.plan, blocks, adapter=adapter)
+    yield from example_losses(model.exact, model.plan, blocks, adapter=adapter)
 
 
 def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
@@ -128,7 +128,7 @@ def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
         losses = {}
         for who in ground.roles.reported:
             sent = hidden(trained[who.id], start, settings[share]) if epsilon else trained[who.id]
-            losses[who.id] = ground.plain.loss(ground.text(who).heldout, told_again(arm, ground, sent))
+            losses[who.id] = ground.plain.judged(ground.text(who).heldout, told_again(arm, ground, sent))
         yield _named(arm, ground) | {
             "epsilon": epsilon,
             "delta": DELTA,
@@ -143,14 +143,16 @@ def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
 def _trained_on_tuned(arm: Arm, ground: Ground) -> list[dict[str, Tensor]]:
     way = arms.way_of(arm, ground)
     tuned = ground.tuned(str(arm), way)
-    (held,) = way.run([text.train for text in ground.texts("tuned")], rate=tuned.rate, marks=[tuned.steps])
+    (held,) = way.run(
+        [ground.training(who) for who in ground.roles.tuned], rate=tuned.rate, marks=[tuned.steps]
+    )
     return [way.sent(one) for one in held]
 
 
 def _mean(arm: Arm, ground: Ground, held: Sequence[Mapping[str, Tensor]]) -> float:
     losses = [
-        ground.plain.loss(text.unseen, told_again(arm, ground, one))
-        for one, text in zip(held, ground.texts("tuned"), strict=True)
+        ground.plain.loss(text, told_again(arm, ground, one))
+        for one, text in zip(held, ground.unseen(), strict=True)
     ]
     return sum(losses) / len(losses)
 

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 
 from soppu.errors import RegistryError
 from soppu.gateway.keys import PREFIX, KeyStore
+from soppu.gateway.lookups import Lookups
 from soppu.gateway.refusals import Refused
 from soppu.gateway.signed import SignedTokens
 
@@ -27,8 +28,9 @@ class Caller:
 class Callers:
     """Tells callers by their keys, and by signed tokens where there is an issuer of such."""
 
-    def __init__(self, keys: KeyStore, signed: SignedTokens | None) -> None:
+    def __init__(self, keys: KeyStore, signed: SignedTokens | None, lookups: Lookups) -> None:
         self._keys = keys
+        self._lookups = lookups
         self._signed = signed
 
     async def of(self, headers: Headers) -> Caller:
@@ -36,7 +38,7 @@ class Callers:
         text = _bearer(headers)
         if text.startswith(PREFIX):
             try:
-                key = await run_in_threadpool(self._keys.find, text)
+                key = await self._lookups.do(self._keys.find, text)
             except RegistryError:
                 raise Refused(503, "the keys cannot be read now", after=2) from None
             if key is None:

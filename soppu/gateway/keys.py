@@ -39,6 +39,9 @@ class KeyRow(Base):
     revoked_at: Mapped[str | None] = mapped_column(sa.String(32))
 
 
+_FOUND = sa.select(KeyRow.__table__).where(KeyRow.digest == sa.bindparam("digest"))
+
+
 @dataclass(frozen=True)
 class Key:
     """What may be told of a key."""
@@ -91,10 +94,10 @@ class KeyStore:
         if len(text) > _LONGEST or not text.startswith(PREFIX):
             return None
         with self._catalogue.read() as session:
-            row = session.get(KeyRow, digest_of(text))
+            row = session.execute(_FOUND, {"digest": digest_of(text)}).first()
         if row is None or row.revoked_at is not None or (row.expires_at or "~") <= now():
             return None
-        return _told(row)
+        return Key(row.id, row.user_id, not row.user_id, row.note, row.created_at, row.expires_at, None)
 
     def every(self, user: str = "") -> tuple[Key, ...]:
         """All keys, or a user's, oldest first, revoked ones too."""

@@ -11,7 +11,9 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from soppu import adapter as peft_folder
 from soppu import base_identity
+from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
 from soppu.blobs import Blobs
 from soppu.cores import basis as bases
@@ -80,6 +82,19 @@ class Bases:
             row = find(session, basis_id)
             if in_force(session, Base(row.base_model, row.base_hash)) != basis_id:
                 session.add(BasisUse(basis_id=basis_id, at=now()))
+
+    def put_start(self, basis_id: str, adapter: LoraAdapter) -> None:
+        """As `Registry.put_start`."""
+        peft_folder.validate(adapter, who=f"start of {basis_id}")
+        with self._catalogue.read() as session:
+            find(session, basis_id)
+        check = partial(_start, basis_id)
+        self._blobs.put(_start_key(basis_id), partial(peft_folder.write, adapter), check)
+
+    def get_start(self, basis_id: str) -> LoraAdapter | None:
+        """As `Registry.get_start`."""
+        key = _start_key(basis_id)
+        return self._blobs.fetch(key, partial(_start, basis_id)) if self._blobs.has(key) else None
 
     def _fetch(self, basis_id: str) -> CoreBasis:
         with self._catalogue.read() as session:
@@ -173,6 +188,17 @@ def _is_in_force(session: Session, one: Basis) -> bool:
 
 def _key(basis_id: str) -> str:
     return f"bases/{basis_id}"
+
+
+def _start_key(basis_id: str) -> str:
+    return f"starts/{basis_id}"
+
+
+def _start(basis_id: str, folder: Path) -> LoraAdapter:
+    try:
+        return peft_folder.read(folder)
+    except AdapterError as error:
+        raise RegistryError(f"start of basis {basis_id}: its stored copy is damaged: {error}") from error
 
 
 def _checked(basis_id: str, content: str, path: Path) -> CoreBasis:

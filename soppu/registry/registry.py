@@ -120,6 +120,19 @@ class Registry:
         """
         self._bases.use(basis_id)
 
+    def put_start(self, basis_id: str, adapter: LoraAdapter) -> None:
+        """Store the adapter that cores in a basis begin at: what its users shared. The first one stays.
+
+        Raises:
+            RegistryError: unknown basis.
+            AdapterError: the adapter is malformed or not finite.
+        """
+        self._bases.put_start(basis_id, adapter)
+
+    def get_start(self, basis_id: str) -> LoraAdapter | None:
+        """What `put_start` stored; None where nothing was. RegistryError if it is damaged."""
+        return self._bases.get_start(basis_id)
+
     def put_adapter(
         self,
         adapter: LoraAdapter | CoreAdapter,
