@@ -107,7 +107,8 @@ def add(row: Mapping[str, Any], ground: Ground, where: Mapping[str, Any], *, amo
         found = stored()
         place = [row.get(name) for name in _PLACE]
         others = [one for one in found.get(among, []) if [one.get(name) for name in _PLACE] != place]
-        corpora = found.get("corpora", {}) | {ground.corpus: described(ground)}
+        corpora = found.get("corpora", {})
+        corpora[ground.corpus] = corpora.get(ground.corpus, {}) | described(ground)
         told = found | where | {"settings": SETTINGS, "corpora": corpora}
         told[among] = [*others, {**row, "commit": where["commit"], "created": utc_now()}]
         store(NAME, told | {"rows": compared(told["rows"])})

@@ -34,10 +34,10 @@ MARKS = (10, 20, 30)  # steps after which the users of a tuning are looked at; t
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # step sizes of A; B and cores take twice as much
 GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that is not gone on with
 FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, one beyond it is
-_SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (1e-3, 3e-3), 40, 240, 8
+_SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 COHORT = 24  # users whose text the shared adapter is trained on
 SETTINGS: Mapping[str, Any] = {
-    "edition": 2,  # to be raised where code changes what comes out
+    "edition": 3,  # to be raised where code changes what comes out
     "rank": RANK,
     "adapter_layers": LAYERS,
     "batch": BATCH,
@@ -167,22 +167,18 @@ class Ground:
         return self._adapter(path)
 
     def _trained_shared(self) -> LoraAdapter:
+        """With one step size after the other, each from the best so far and until it is no better."""
         shapes = emulator.target_shapes(self.base.model, self.base.plan)
-        start = LoraAdapter(initial_pairs(shapes, rank=RANK, seed=self.seed), base_hash=self.base.hash)
-        way = InLoop(self.plain, start, whole, batch=_SHARED_BATCH, seed=self.seed)
-        marks = range(_SHARED_EVERY, _SHARED_MOST + 1, _SHARED_EVERY)
-        under_way = {rate: way.run([self.pooled], rate=rate, marks=marks) for rate in _SHARED_RATES}
-        first = {rate: next(one) for rate, one in under_way.items()}
-        losses = {rate: self.tuning_loss(way, held) for rate, held in first.items()}
-        rate = min(losses, key=losses.__getitem__)
-        best, loss = first[rate][0], losses[rate]
-        click.echo(f"{self.corpus}: shared {losses}")
-        for held in under_way[rate]:
-            now = self.tuning_loss(way, held)
-            click.echo(f"{self.corpus}: shared at {rate:g}: {now:.4f}")
-            if now >= loss:
-                break
-            best, loss = held[0], now
+        best = LoraAdapter(initial_pairs(shapes, rank=RANK, seed=self.seed), base_hash=self.base.hash)
+        loss, marks = math.inf, range(_SHARED_EVERY, _SHARED_MOST + 1, _SHARED_EVERY)
+        for rate in _SHARED_RATES:
+            way = InLoop(self.plain, best, whole, batch=_SHARED_BATCH, seed=self.seed)
+            for held in way.run([self.pooled], rate=rate, marks=marks):
+                now = self.tuning_loss(way, held)
+                click.echo(f"{self.corpus}: shared at {rate:g}: {now:.4f}")
+                if not now < loss:
+                    break
+                best, loss = held[0], now
         return best
 
     def tuned(self, name: str, way: Way, *, on: Sequence[Blocks] | None = None) -> Tuned:
