@@ -144,8 +144,8 @@ def _training(corpus: str, told: Row) -> str:
     apart = max(whole["apart"], exact["apart"])
     return (
         f"On {corpus} ({told['tokens']:,} tokens) the full LoRAs of the users who choose step sizes come to"
-        f" {so['mean']:.4f} so, to {whole['mean']:.4f} through a head of all tokens, and in float32 as well to"
-        f" {exact['mean']:.4f}; no user's loss is further apart than {apart:.4f}."
+        f" {so['mean']:.4f} so, to {whole['mean']:.4f} through a head of all tokens, and in float32 as well"
+        f" to {exact['mean']:.4f}; no user's loss is further apart than {apart:.4f}."
     )
 
 
