@@ -23,7 +23,7 @@ from soppu.stages import join as stage
 from soppu.stages.join import Joined, Newcomer
 from soppu.stages.join_collect import collect_joins
 from soppu.stages.join_remote import Elsewhere, join_remote
-from soppu.targets.embedded import EmbeddedTarget
+from soppu.targets.either import serving_at
 
 _PLACE = click.Path(path_type=Path)
 _AT_A_SERVER = ("config", "shared", "state", "replace", "out")  # options that mean something with --url alone
@@ -117,7 +117,7 @@ def _elsewhere(url: str, given: dict[str, Any]) -> Elsewhere:
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
     file = tokens.token_file(given["state"]) if given["state"] else None
     token = os.environ.get(tokens.VARIABLE, "")
-    target = EmbeddedTarget(url, base_hash=base.hash, admin_token=token, token_file=file)
+    target = serving_at(url, base_hash=base.hash, admin_token=token, token_file=file)
     out = given["out"] or Path(".soppu/joined")
     return Elsewhere(target, config, out, given["shared"], given["replace"])
 
