@@ -17,6 +17,7 @@ import httpx
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from soppu.errors import RegistryError
 from soppu.gateway import forms, refusals, tally, visits
 from soppu.gateway.budgets import Budgets
 from soppu.gateway.directory import Directory, Place
@@ -67,6 +68,13 @@ class Servers:
     turns: Turns
     budgets: Budgets
     limits: Limits
+
+    async def place(self, user: str) -> Place:
+        """Where a user's requests go now. Refused: as `Directory.place`."""
+        try:
+            return await self.lookups.do(self.directory.place, user)
+        except RegistryError:
+            raise Refused(503, "the catalogue cannot be read now", after=2) from None
 
 
 class Relay(Response):
@@ -138,7 +146,7 @@ class Relay(Response):
         return None
 
     async def _ask(self, visit: visits.Visit, send: Send) -> None:
-        place = await self._servers.lookups.do(self._servers.directory.place, self._user)
+        place = await self._servers.place(self._user)
         body = forms.written(self._asked, place)
         visit.version = place.version
         async with self._connected(place, body, visit) as answer:
