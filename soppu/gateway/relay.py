@@ -6,6 +6,7 @@ Nothing is held back of a stream. Who hangs up ends the request at the server, w
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import AsyncIterator
@@ -202,7 +203,7 @@ class Relay(Response):
         for replica in replicas.ordered(place.replicas):
             request = httpx.Request(
                 "POST",
-                f"{replica.url}{self._asked.route}",
+                _address(f"{replica.url}{self._asked.route}"),
                 headers=_HEADERS,
                 content=body,
                 extensions={"timeout": waits},
@@ -225,6 +226,12 @@ class Relay(Response):
                     await answer.aclose()
                 return
         raise Refused(503, "no server of your model answers now", after=2)
+
+
+@functools.lru_cache(1024)
+def _address(url: str) -> httpx.URL:
+    """Read once: that is a tenth of what a request costs."""
+    return httpx.URL(url)
 
 
 def _check(answer: httpx.Response, place: Place) -> None:
