@@ -1,23 +1,270 @@
-"""The table of users trained together, from benchmarks/results/batched.json to docs/personal.md.
+"""Tables and plot of docs/personal.md, from batched.json, join.json and personal.json to its marks.
 
 python -m benchmarks.personal_page
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from benchmarks import join_page
 from benchmarks.pages import circumstances_line, fill, markdown, read_result
+from benchmarks.personal_arms import OURS
+from benchmarks.personal_front import beside_controls, front, smallest
 from benchmarks.record import ROOT
 
 PAGE = ROOT / "docs" / "personal.md"
+MARKS = (
+    *("batched", "join", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
+    *("personal-noise", "personal-membership"),
+)
 _NAMES = {"tiny": "random model of width 32, two layers", "smollm2": "last four layers of SmolLM2-135M"}
+_ARMS = {
+    "base": "base model",
+    "shared": "the shared adapter, where all others begin",
+    "shared, as many steps": "shared, trained for as many steps more",
+    "full LoRA": "full LoRA r=8, from the shared one",
+    "full LoRA, projected": "that LoRA, projected on the basis k={k}",
+    "LoRA": "LoRA r={own} beside shared",
+    "core": "**core k={k}**",
+    "core beside shared": "**core k={k} beside shared**",
+    "mean core": "mean of the cohort's cores, k={k}",
+    "random basis": "core k={k} in a random basis, beside shared",
+    "basis of the weights": "core k={k} in the weights' own basis (LoRA-XS), beside shared",
+    "Fed-SB": "one core k={k} for all, in the weights' basis (Fed-SB)",
+    "FedSA": "B alone, A shared (FedSA)",
+    "unilora": "PEFT `unilora`, beside shared",
+    "vera": "PEFT `vera` r={k}, beside shared",
+    "tinylora": "PEFT `tinylora` u={k}, beside shared",
+}
+_COLOURS = {"core": "#0072b2", "core beside shared": "#56b4e9", "LoRA": "#e69f01", "full LoRA": "#a63d00"}
+_OTHERS = "#8c959e"
+_USUAL = 24  # users a basis is of where nothing is said
+Row = Mapping[str, Any]
 
 
 def blocks() -> dict[str, str]:
     """Name of a mark -> the Markdown that stands there; a result that is not there leaves its mark alone."""
-    found = read_result("batched")
-    return {"batched": f"{_table(found)}\n\n{circumstances_line(found)}"} if found else {}
+    made = {}
+    if found := read_result("batched"):
+        made["batched"] = f"{_table(found)}\n\n{circumstances_line(found)}"
+    if found := read_result("join"):
+        made["join"] = join_page.told(found)
+    if found := read_result("personal"):
+        rows = [row for row in found["rows"] if "gain" in row]
+        made["personal-finding"] = "\n".join(_finding(*one) for one in _by_corpus(rows))
+        made["personal-study"] = f"{_study(rows)}\n\n{circumstances_line(found)}"
+        made["personal-controls"] = _controls(rows)
+        made["personal-basis"] = _of_users(rows)
+        made["personal-noise"] = _noise(found.get("private", []), rows)
+        made["personal-membership"] = _membership(found.get("membership", []))
+    return {name: text for name, text in made.items() if text}
+
+
+def _by_corpus(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    return [
+        (name, [r for r in rows if r["corpus"] == name]) for name in dict.fromkeys(r["corpus"] for r in rows)
+    ]
+
+
+def name_of(row: Row) -> str:
+    """What an arm is called on the page."""
+    name = _ARMS[row["arm"]].format(k=row["k"], own=row["own"])
+    if row["own"] and row["arm"] != "LoRA":
+        name += f" **+ own rank {row['own']}**"
+    return name + (f", of {row['basis_users']} users" if row["basis_users"] not in (0, _USUAL) else "")
+
+
+def _finding(corpus: str, rows: Sequence[Row]) -> str:
+    """Whether there is a form that keeps enough, in one item of a list."""
+    full = next((row for row in rows if row["arm"] == "full LoRA"), None)
+    ours = [row for row in rows if row["arm"] in OURS]
+    if full is None or not ours:
+        return f"- {corpus}: no core has been measured beside a full LoRA yet."
+    if full["kept"] is None:
+        return (
+            f"- {corpus}: a full LoRA of a user's own wins nothing over shared, so there is nothing to keep."
+        )
+    found = smallest(rows)
+    best = found or max(ours, key=lambda row: row["kept"])
+    (low, high), fewer = best["over_full_interval"], full["numbers"] / best["numbers"]
+    told = f"{name_of(best)}, {100 * best['kept']:.0f} % with {best['numbers']:,} numbers, {fewer:.1f}x fewer"
+    mean = f"It wins {best['gain']:+.3f} over shared in the mean and {-best['worst']:+.3f} for the worst user"
+    lora = f"the full LoRA {full['gain']:+.3f} and {-full['worst']:+.3f}"
+    apart = f"user by user it is better than that by {best['over_full']:+.4f} ({low:+.4f} to {high:+.4f})"
+    keeps = "the smallest form that keeps 95 % of the full LoRA's gain over shared is"
+    if not found:
+        keeps = (
+            "**no** form of ours that was tried keeps 95 % of the full LoRA's gain over shared; most keeps"
+        )
+    return f"- {corpus}: {keeps} {told}. {mean}, {lora}; {apart}."
+
+
+def _study(rows: Sequence[Row]) -> str:
+    """By corpus, in order of numbers: losses, what is won, what is sent. A star: on the front."""
+    table = []
+    for corpus, own in _by_corpus(rows):
+        ordered = sorted(own, key=lambda row: (row["numbers"], row["gain"]))
+        best = front([(row["numbers"], row["gain"]) for row in ordered])
+        for place, row in enumerate(ordered):
+            star = " *" if place in best and row["numbers"] else ""
+            table.append(
+                [corpus, name_of(row), f"{row['numbers']:,}{star}", f"{row['mean']:.3f}", *_won(row)]
+            )
+    head = [
+        "text",
+        "trained",
+        "numbers a user",
+        "loss",
+        "won over shared (95 % of users' mean)",
+        "better for",
+    ]
+    return markdown([*head, "worst user", "of the full LoRA's gain", "kB up", "MB down", "s a user"], table)
+
+
+def _won(row: Row) -> list[str]:
+    low, high = row["interval"]
+    kept = f"{100 * row['kept']:.0f} %" if row.get("kept") is not None and row["numbers"] else ""
+    sent = [f"{row['bytes_up'] / 1e3:.1f}", f"{row['bytes_down'] / 1e6:.2f}", f"{row['seconds']:.1f}"]
+    if row["arm"] == "shared, as many steps":
+        return ["", "", "", "", *sent]
+    won = f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
+    better = f"{row['better_than_shared']} of {row['users']}"
+    return [won, better, f"{-row['worst']:+.3f}", kept, *sent]
+
+
+def _controls(rows: Sequence[Row]) -> str:
+    table = []
+    for corpus, own in _by_corpus(rows):
+        for control, best, apart in sorted(beside_controls(own), key=lambda one: one[0]["numbers"]):
+            cells = ["none has so few", "", "", ""]
+            if best is not None and apart is not None:
+                mean, low, high = apart
+                verdict = "ours" if low > 0 else "the control" if high < 0 else "undecided"
+                cells = [
+                    name_of(best),
+                    f"{best['numbers']:,}",
+                    f"{mean:+.4f} ({low:+.4f} to {high:+.4f})",
+                    verdict,
+                ]
+            table.append([corpus, name_of(control), f"{control['numbers']:,}", *cells])
+    head = [
+        "text",
+        "control",
+        "numbers",
+        "ours with no more",
+        "numbers",
+        "ours wins (95 % of users' mean)",
+        "better",
+    ]
+    return markdown(head, table) if table else ""
+
+
+def _of_users(rows: Sequence[Row]) -> str:
+    """Cores by how many users their basis was learnt from, where there is more than one such number."""
+    table = []
+    for corpus, own in _by_corpus(rows):
+        cores = [row for row in own if row["arm"] == "core" and not row["own"]]
+        for k in sorted({row["k"] for row in cores}):
+            some = sorted((row for row in cores if row["k"] == k), key=lambda row: row["basis_users"])
+            for row in some if len(some) > 1 else []:
+                kept = "" if row["kept"] is None else f"{100 * row['kept']:.0f} %"
+                table.append(
+                    [corpus, str(k), str(row["basis_users"]), f"{row['mean']:.3f}", *_won(row)[:1], kept]
+                )
+    head = [
+        "text",
+        "k",
+        "users in the basis",
+        "loss",
+        "won over shared (95 % of users' mean)",
+        "of the full LoRA's",
+    ]
+    return markdown(head, table) if table else ""
+
+
+def _noise(noised: Sequence[Row], rows: Sequence[Row]) -> str:
+    shared = {row["corpus"]: row["mean"] for row in rows if row["arm"] == "shared"}
+    table = []
+    for row in noised:
+        epsilon = "no noise" if row["epsilon"] is None else f"{row['epsilon']:g}"
+        hidden = [f"{row['noise']:.2f}", f"{row['clip']:.3g}"] if row["epsilon"] else ["", ""]
+        won = f"{shared[row['corpus']] - row['mean']:+.4f}"
+        table.append(
+            [row["corpus"], name_of(row), f"{row['numbers']:,}", epsilon, *hidden, f"{row['mean']:.3f}", won]
+        )
+    head = ["text", "trained", "numbers", "epsilon", "noise, in clipping norms", "clipping norm", "loss"]
+    return markdown([*head, "won over the shared adapter"], table) if table else ""
+
+
+def _membership(attacked: Sequence[Row]) -> str:
+    table = []
+    for row in attacked:
+        low, high = row["interval"]
+        told = [f"{row['mean']:.3f} ({low:.3f} to {high:.3f})", f"{row['knowing_shared']:.3f}"]
+        table.append([row["corpus"], name_of(row), *told])
+    head = [
+        "text",
+        "trained",
+        "AUC of a threshold on the loss (95 % of users' mean)",
+        "knowing the loss with shared",
+    ]
+    return markdown(head, table) if table else ""
+
+
+def plot(rows: Sequence[Row]) -> Path:
+    """Gain over shared against numbers a user, a panel a corpus; bars are intervals over users."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from benchmarks.compression_page import save_plot
+
+    panels = _by_corpus([row for row in rows if row["numbers"] and row["basis_users"] in (0, _USUAL)])
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.5 * len(panels), 4.4), layout="constrained", squeeze=False
+    )
+    for axis, (corpus, own) in zip(axes[0], panels, strict=True):
+        _panel(axis, own)
+        axis.set(xscale="log", title=corpus, xlabel="numbers a user", ylabel="won over shared, nats a token")
+        axis.axhline(0, color=_OTHERS, linewidth=0.8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, ncols=2)
+    return save_plot(figure, "personal-front")
+
+
+def _panel(axis: Any, rows: Sequence[Row]) -> None:
+    for kind, some in _kinds(rows).items():
+        some = sorted(some, key=lambda row: row["numbers"])
+        x, y = [row["numbers"] for row in some], [row["gain"] for row in some]
+        ends = [
+            [row["gain"] - row["interval"][0] for row in some],
+            [row["interval"][1] - row["gain"] for row in some],
+        ]
+        colour = _COLOURS.get(kind.partition(" +")[0], _OTHERS)
+        style = {"core": "o-", "core + own": "s--", "LoRA": "D-"}.get(kind, "o" if kind in _COLOURS else "x")
+        axis.errorbar(x, y, yerr=ends, fmt=style, color=colour, elinewidth=0.6, alpha=0.9, label=kind)
+    ordered = sorted(rows, key=lambda row: row["numbers"])
+    best = [ordered[n] for n in front([(row["numbers"], row["gain"]) for row in ordered])]
+    axis.step(
+        [row["numbers"] for row in best],
+        [row["gain"] for row in best],
+        where="post",
+        color="#444444",
+        lw=0.7,
+        label="front",
+    )
+
+
+def _kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        ours = row["arm"].startswith("core") and row["own"]
+        found.setdefault(f"{row['arm']} + own" if ours else row["arm"], []).append(row)
+    return found
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -38,4 +285,7 @@ def _table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    told = [row for row in read_result("personal").get("rows", []) if "gain" in row]
+    if any(row["numbers"] for row in told):
+        plot(told)
     fill(blocks(), PAGE)

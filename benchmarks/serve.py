@@ -20,7 +20,6 @@ who read them ahead.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -37,7 +36,8 @@ import requests
 
 from benchmarks import load, served
 from benchmarks.load import Endpoint, Traffic
-from benchmarks.record import RESULTS, ROOT, circumstances, store
+from benchmarks.pages import read_result
+from benchmarks.record import ROOT, circumstances, store
 from benchmarks.resident import figures
 from soppu.federation.simulation import free_port
 from soppu.targets import process
@@ -50,6 +50,7 @@ ADMIN_TOKEN = "of-the-benchmark"
 _LORA_RANKS = (16, 32, 64, 128, 256)  # that vLLM's own LoRA knows, from our adapters' on
 _START = 900.0
 _WARM = 32  # requests before anything is timed
+FIRST = ("qv30", "cores", "all")  # what the head of the file is of
 _AHEAD = 400.0  # seconds for users to be read ahead
 _SETTLE = 2.0  # seconds: vLLM's processes spin for one after their last answer, on the next one's cores
 
@@ -234,7 +235,7 @@ def main(
     method: str,
     result: str,
 ) -> None:
-    """Start the servers, measure in turns, write the result file; its rows of other bundles stay."""
+    """Start the servers, measure in turns, write the result file; rows of other bundles and turns stay."""
     if (shape, method) == ("pipeline", "cores"):
         raise click.UsageError("--method cores: of --shape qv30 alone; there are residual and joint")
     sizes = [n for n in (1, 16, 64, 256) if n < users] if turns == "all" else []
@@ -253,7 +254,7 @@ def main(
         rows = [row(up, fleet.bundle.users, plans[0])]
         quicker = {name: system for name, system in up.items() if name != "stock-default"}
         rows += [row(quicker, fleet.bundle.users, plan) for plan in plans[1:]]
-        told = asdict(kind) | described(fleet)
+        told = asdict(kind) | {"turns": turns} | described(fleet, kind)
     made = circumstances(seed=0) | {
         "what": "multi-adapter serving: 16 requests under way, 64 new tokens each, prompts of about 32",
         "model": "SmolLM2-135M",
@@ -261,7 +262,8 @@ def main(
         "adapter_bytes": told["adapter_bytes"],
         "vllm": {"version": _vllm_version(), "options": list(COMMON)},
     }
-    click.echo(f"written: {store(result, merged(made, [told | row for row in rows], result))}")
+    held = read_result(result) or {}
+    click.echo(f"written: {store(result, merged(held, made, [told | row for row in rows]))}")
 
 
 def in_memory(system: System, users: int) -> int:
@@ -275,32 +277,32 @@ def in_memory(system: System, users: int) -> int:
         time.sleep(_SETTLE)
 
 
-def described(fleet: served.Served) -> dict[str, Any]:
-    """What a row says of the bundle: bytes, and users' relative errors against what was compressed."""
+def described(fleet: served.Served, kind: served.Kind) -> dict[str, Any]:
+    """What a row says of the bundle: bytes, and users' relative errors where anything was compressed."""
     errors = sorted(fleet.bundle.report.relative_error.values())
     told = {"median": statistics.median(errors), "worst": errors[-1]}
     return {
         "bundle_bytes": fleet.path.stat().st_size,
-        "relative_error": told,
+        "relative_error": None if kind.method == "cores" else told,
         "adapter_bytes": adapter_bytes(fleet),
     }
 
 
-def merged(made: dict[str, Any], rows: list[dict[str, Any]], result: str) -> dict[str, Any]:
-    """The result file with these rows in the place of those of their shape and method."""
-    path = RESULTS / f"{result}.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
+def merged(held: Mapping[str, Any], made: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A result file with these rows in the place of those of their kind.
+
+    Its head tells of the rows of all turns of the first kind, so only a run of these writes another.
+    """
     mine = {kind_of(row) for row in rows}
     rows = [row | {"commit": made["commit"]} for row in rows]
     others = [row for row in held.get("rows", []) if kind_of(row) not in mine]
-    first = ("qv30", "cores")
-    whole = made if first in mine or not others else held
-    return whole | {"rows": sorted(others + rows, key=lambda row: kind_of(row) != first)}
+    whole = made if FIRST in mine or not others else held
+    return {**whole, "rows": sorted(others + rows, key=lambda row: kind_of(row) != FIRST)}
 
 
-def kind_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Shape and method of a row; rows of before there were several say nothing."""
-    return row.get("shape", "qv30"), row.get("method", "cores")
+def kind_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Shape, method and turns of a row; rows of before there were several say nothing."""
+    return row.get("shape", "qv30"), row.get("method", "cores"), row.get("turns", "all")
 
 
 def _vllm_version() -> str:

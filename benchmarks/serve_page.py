@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.compression_page import save_plot
 from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.record import ROOT
-from benchmarks.serve import kind_of
+from benchmarks.serve import FIRST, kind_of
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
 MARKS = (
@@ -53,9 +53,9 @@ def blocks() -> dict[str, str]:
     """Name of a mark -> the Markdown that stands there; a result that is not there leaves its mark alone."""
     made: dict[str, str] = {}
     if found := read_result("serve"):
-        if others := [row for row in found["rows"] if kind_of(row) != ("qv30", "cores")]:
+        if others := [row for row in found["rows"] if kind_of(row) != FIRST]:
             made["serve-methods"] = "\n\n".join([_methods(others), *_gain_kept()])
-        found["rows"] = [row for row in found["rows"] if kind_of(row) == ("qv30", "cores")]
+        found["rows"] = [row for row in found["rows"] if kind_of(row) == FIRST]
         line = circumstances_line(found)
         made["readme-serve"] = f"{_largest(found)}\n\n{_bytes(found)}\n\n{line}"
         made["serve"] = f"{_throughput(found)}\n\n{_bytes(found)}\n\n{line}"
@@ -90,7 +90,7 @@ def _methods(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         error, share = row["relative_error"], row["to_base"]
-        cells = [row["shape"], row["method"], f"{row['users']:,}", f"{error['median']:.2f}"]
+        cells = [row["shape"], row["method"], f"{row['users']:,}", f"{error['median']:.2f}" if error else ""]
         of_base = [f"{100 * share[name]:.0f} %" if name in share else "" for name in ("soppu", "stock")]
         own = share["embedded"] / share["embedded-base"] if "embedded-base" in share else None
         lines.append([*cells, *of_base, "" if own is None else f"{100 * own:.0f} %", row["commit"][:12]])

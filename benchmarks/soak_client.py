@@ -1,11 +1,13 @@
 """The load of `soak.py`, made by the real client libraries in their own environments, without ours.
 
-    PYTHON soak_client.py openai|lorax URL SECONDS WORKERS USERS.json OUT.jsonl
+    PYTHON soak_client.py openai|lorax URL SECONDS WORKERS USERS.json OUT.jsonl [STOP]
 
-Every line of the output is one request: when it began and ended, whose it was, what came back.
+Every line of the output is one request: when it began and ended, whose it was, what was asked and came back.
+It ends after SECONDS, or when there is a file STOP.
 """
 
 import json
+import os
 import random
 import sys
 import threading
@@ -57,13 +59,13 @@ def lorax_calls(url):
     return whole, hang_up
 
 
-def work(calls, users, until, seed, write):
+def work(calls, users, going, seed, write):
     whole, hang_up = calls
     draw = random.Random(seed)
-    while time.time() < until:
+    while going():
         kind = draw.choices(("user", "base", "hang up"), (0.8, 0.1, 0.1))[0]
         user, prompt = "" if kind == "base" else draw.choice(users), draw.choice(PROMPTS)
-        line = {"kind": kind, "user": user, "began": time.time()}
+        line = {"kind": kind, "user": user, "prompt": prompt, "began": time.time()}
         try:
             line["text"] = (hang_up if kind == "hang up" else whole)(user, prompt)
         except Exception as error:  # whatever went wrong is a failed request, and is told
@@ -73,7 +75,7 @@ def work(calls, users, until, seed, write):
 
 
 def main():
-    api, url, seconds, workers, users, out = sys.argv[1:]
+    api, url, seconds, workers, users, out, *stop = sys.argv[1:]
     names = json.load(open(users))
     lock, stream = threading.Lock(), open(out, "w")
 
@@ -83,8 +85,12 @@ def main():
 
     calls = {"openai": openai_calls, "lorax": lorax_calls}[api](url)
     until = time.time() + float(seconds)
+
+    def going():
+        return time.time() < until and not any(map(os.path.exists, stop))
+
     threads = [
-        threading.Thread(target=work, args=(calls, names, until, seed, write)) for seed in range(int(workers))
+        threading.Thread(target=work, args=(calls, names, going, seed, write)) for seed in range(int(workers))
     ]
     for thread in threads:
         thread.start()

@@ -10,6 +10,7 @@ from soppu.errors import TargetError
 from tasks.collect import freeze_current
 from tasks.compress import compress
 from tasks.evaluate import evaluate
+from tasks.join import collect as collect_joins
 from tasks.prepare import prepare
 from tasks.publish import publish, target_names
 from tasks.recording import ending
@@ -36,7 +37,13 @@ def recompress(
     own = not run
     run = run or prepare(config, overrides, text=False)
     with ending(run, own=own):
-        return _recompress(run, set_id or freeze_current(run))
+        return _recompress(run, set_id or _everybody(run))
+
+
+def _everybody(run: str) -> str:
+    """Every user's current adapter; who joined at a server since the last publication is among them."""
+    collect_joins(run)
+    return freeze_current(run)
 
 
 def _recompress(run: str, set_id: str) -> str:

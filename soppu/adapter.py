@@ -27,6 +27,7 @@ from soppu.module_names import split_layer
 from soppu.peft_config import LoraFields
 
 Place = TypeVar("Place")
+Read = TypeVar("Read")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SHARED_FILE = "shared.safetensors"  # beside it, where folders share factors: one file, linked into each
@@ -123,18 +124,18 @@ class LoraAdapter:
         }
 
 
-class AdaptersOnDemand(Mapping[str, LoraAdapter], Generic[Place]):
-    """User -> adapter, in the order of `places`: what a compression of many users takes.
+class AdaptersOnDemand(Mapping[str, Read], Generic[Place, Read]):
+    """User -> adapter or core, in the order of `places`: what a compression of many users takes.
 
     Nothing is kept: memory is what the caller holds at a time, and every pass reads again.
     """
 
-    def __init__(self, places: Mapping[str, Place], read: Callable[[Place], LoraAdapter]) -> None:
+    def __init__(self, places: Mapping[str, Place], read: Callable[[Place], Read]) -> None:
         """Take down where adapters are; `read` gives the one at a place, and raises what it raises."""
         self._places = dict(places)
         self._read = read
 
-    def __getitem__(self, user: str) -> LoraAdapter:
+    def __getitem__(self, user: str) -> Read:
         """Read the user's adapter, each time. KeyError for somebody else."""
         return self._read(self._places[user])
 

@@ -23,10 +23,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from soppu import files
 from soppu.adapter import IDENTITY_FILE
+from soppu.cores.folder import CONFIG_FILE as CORE_FILE
 from soppu.errors import RegistryError, StorageError
 
 T = TypeVar("T")
 Check = Callable[[Path], T]
+_LAST = (IDENTITY_FILE, CORE_FILE)  # of an adapter's folder and of a core's: written when the rest is there
 _PASSWORD = re.compile(r"(://[^/:@]*):[^/@]*@")
 
 
@@ -58,7 +60,7 @@ class LocalBlobs:
     """Blobs in a folder: written beside their place, synced to disk, then renamed.
 
     A key is a path below the root: "bundles/x.safetensors", or a folder "adapters/a-0", which counts once it
-    holds `soppu.json`, written last. `here` is a folder on this machine.
+    holds `soppu.json`, or `core.json`, written last. `here` is a folder on this machine.
     """
 
     def __init__(self, root: Path) -> None:
@@ -68,7 +70,7 @@ class LocalBlobs:
     def has(self, key: str) -> bool:
         """True if the blob is there, whole: a file, or a folder with its last file written."""
         path = self.root / key
-        return path.is_file() or (path / IDENTITY_FILE).is_file()
+        return path.is_file() or any((path / last).is_file() for last in _LAST)
 
     def put(self, key: str, fill: Callable[[Path], None], check: Check[Any]) -> None:
         """Store what `fill` writes at the path it is given; a blob that is there already is only checked.
@@ -153,10 +155,10 @@ class RemoteBlobs:
         with self._failing(RegistryError, f"{key} cannot be looked up"):
             self._system.invalidate_cache()  # other machines write here too
             path = self._path(key)
-            return bool(self._system.isfile(path) or self._system.isfile(f"{path}/{IDENTITY_FILE}"))
+            return any(self._system.isfile(one) for one in (path, *(f"{path}/{last}" for last in _LAST)))
 
     def put(self, key: str, fill: Callable[[Path], None], check: Check[Any]) -> None:
-        """Write and check in a temporary folder, then upload file by file, `soppu.json` last."""
+        """Write and check in a temporary folder, then upload file by file, what makes it whole last."""
         if self.has(key):
             self.fetch(key, check)
             return
@@ -208,7 +210,8 @@ class RemoteBlobs:
         path = self._path(key)
         with self._failing(StorageError, f"{key} was not removed"):
             self._system.invalidate_cache()
-            self._rm_file(f"{path}/{IDENTITY_FILE}")  # from here on the folder is not a blob any more
+            for last in _LAST:
+                self._rm_file(f"{path}/{last}")  # from here on the folder is not a blob any more
             for found in self._system.find(path):
                 self._rm_file(found)
             if self._system.isdir(path):
@@ -257,7 +260,7 @@ Blobs = LocalBlobs | RemoteBlobs
 def _files_of(made: Path, target: str) -> list[tuple[Path, str]]:
     if made.is_file():
         return [(made, target)]
-    inside = sorted(made.iterdir(), key=lambda file: (file.name == IDENTITY_FILE, file.name))
+    inside = sorted(made.iterdir(), key=lambda file: (file.name in _LAST, file.name))
     return [(file, f"{target}/{file.name}") for file in inside]
 
 

@@ -24,6 +24,10 @@ COMMANDS = {
     "data": ("data", "List who has text in SOURCE, how much, and who would be left out of a run, and why."),
     "users": ("users", "List every user: current adapter, metrics, and where they are served."),
     "show": ("users", "Show every adapter USER has held, oldest first; * marks the current one."),
+    "bases": (
+        "bases",
+        "List the bases of a registry, oldest first; * marks those in force, one for each base model.",
+    ),
     "forget": ("users", "Delete USER's history, metrics and adapters."),
     "calibrate": (
         "calibrate",
@@ -42,6 +46,7 @@ COMMANDS = {
         "Fit, and show, what decides whether the base model or the user's adapter answers a request.",
     ),
     "join": ("join", "Train USER inside the basis of a fleet that is served, and serve them."),
+    "admit": ("join", "Take users who joined at a server itself into the registry."),
     "serve": ("serve", "Serve a base model with every user's adapter, over LoRAX's HTTP API."),
     "gateway": (
         "gateway",
@@ -85,6 +90,7 @@ _SERVING = ("serve", ("starlette", "uvicorn", "llguidance", "prometheus_client")
 EXTRAS = {
     "serve": _SERVING,
     "join": _SERVING,  # it publishes
+    "admit": _SERVING,
     "evaluate": ("serve", ("llguidance",)),  # the server's engine
     "dashboard": ("serve", ("starlette", "uvicorn", "prometheus_client")),
     "gateway": ("gateway", ("starlette", "uvicorn", "prometheus_client", "httpx", "limits", "jwt")),

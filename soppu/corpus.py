@@ -39,6 +39,18 @@ def functions(package: str) -> tuple[tuple[str, str], ...]:
 
 
 @cache
+def by_file(*, least: int = 1) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Path below the library -> the functions of that file, of every file that has at least `least`."""
+    found = {}
+    for path in sorted(_root().rglob("*.py")):
+        name = path.relative_to(_root())
+        pairs = () if _NOT_USERS.intersection(name.parts) else _from_files([path])
+        if len(pairs) >= least:
+            found[name.as_posix()] = pairs
+    return found
+
+
+@cache
 def public_functions() -> tuple[tuple[str, str], ...]:
     """The same from the single-file modules, which are nobody's: public text for the server."""
     paths = (path for path in sorted(_root().glob("*.py")) if path.stem in sys.stdlib_module_names)

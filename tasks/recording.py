@@ -31,6 +31,8 @@ from soppu.errors import (
     UnsupportedModel,
 )
 from soppu.progress import telling
+from soppu.stages import join
+from soppu.stages.join import Newcomer
 from soppu.stages.report import stage_names
 from soppu.stages.run import open_run
 
@@ -91,6 +93,14 @@ def begun(run: str, *, trains: bool, seconds: float) -> None:
 def ending(run: str, *, own: bool = True) -> Iterator[None]:
     """Say how a run ends when the block does; nothing, where the run is not the flow's `own`."""
     with telling.ending(Path(run)) if own else nullcontext():
+        yield
+
+
+@contextmanager
+def joining(run: str, user: str, *, target: str) -> Iterator[None]:
+    """Say that a run's folder has a user join now, and how that ends; whoever watches it sees no more."""
+    create_link_artifact(Path(run).resolve().as_uri(), key="soppu-run", link_text=Path(run).resolve().name)
+    with join.as_run(run, Newcomer(user, "", target=target), of=str(flow_run.id or "")):
         yield
 
 

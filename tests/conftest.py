@@ -36,8 +36,13 @@ settings.register_profile(
 settings.load_profile("soppu")
 
 
-# One worker's under `-n`, as every other file is by itself: what shares a stack, and what fills the machine.
+# One worker's under `-n`, as every other file is by itself: what shares a stack, what fills the machine, and
+# what parses the standard library, which takes ten seconds each time.
 _TOGETHER = {
+    "tests/soppu/data/test_data.py": "library",
+    "tests/soppu/test_corpus.py": "library",
+    "tests/soppu/commands/test_calibrate.py": "library",
+    "tests/benchmarks/test_federation_study.py": "library",
     "tests/containers/": "docker",
     "tests/flows/": "stack",
     "tests/soppu/targets/test_vllm.py": "vllm",

@@ -44,6 +44,8 @@ def test_what_a_command_loads_is_never_searched_for_garbage_and_the_rest_is() ->
     assert int(frozen) > 100_000 and searching == "True"
 
 
+# which hold a server's answers against a model's, or speak with a server
+WITH_A_SERVER = ("expected", "publish", "pipeline", "join", "join_admit", "join_collect", "join_remote")
 SERVING = {"soppu.commands.serve", "soppu.commands.join"}  # which serve, or try what is to be served
 
 
@@ -54,13 +56,7 @@ def test_what_holds_no_model_waits_for_no_model_code() -> None:
         *(
             f"soppu.stages.{path.stem}"
             for path in sorted((ROOT / "soppu" / "stages").glob("[a-z]*.py"))
-            if path.stem
-            not in (
-                "expected",
-                "publish",
-                "pipeline",
-                "join",
-            )  # which hold a server's answers against a model's
+            if path.stem not in WITH_A_SERVER
         ),
         *("server.app", "clients.app"),
         "benchmarks.streaming",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from soppu import files
 from soppu.commands.describe import summary, table
 from soppu.commands.options import BUNDLE
 from soppu.compress import Bundle
+from soppu.compress.fleet.survey import delta_norm
 from soppu.compress.numbers.components import Components
 
 _KINDS = ("shared", "mixed", "own")
@@ -129,7 +131,7 @@ def _of_user(bundle: Bundle, user: str) -> dict[str, Any]:
         "user": user,
         "adapter_id": bundle.adapter_ids[index],
         "cluster": int(bundle.cluster[index]),
-        "norm": float(bundle.norm[index]),
+        "norm": _norm(bundle, user),
         "error": report.relative_error[user],
         "modules": {
             name: {
@@ -140,6 +142,12 @@ def _of_user(bundle: Bundle, user: str) -> dict[str, Any]:
             for name, part in bundle.of(user).items()
         },
     }
+
+
+def _norm(bundle: Bundle, user: str) -> float:
+    """Of the user's change as stored; what gains are relative to may be a power of 4 instead."""
+    pairs = bundle.reconstruct(user).pairs.values()
+    return math.sqrt(math.fsum(delta_norm(pair.B, pair.A) ** 2 for pair in pairs))
 
 
 def _kinds(part: Components) -> dict[str, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from soppu.compress.bundle.bundle import Bundle
+from soppu.compress.cored.run import compress_cores
 from soppu.compress.edit import Projection, forget, project
 from soppu.compress.options import CompressOptions
 from soppu.compress.run import compress
 
-__all__ = ["Bundle", "CompressOptions", "Projection", "compress", "forget", "project"]
+__all__ = ["Bundle", "CompressOptions", "Projection", "compress", "compress_cores", "forget", "project"]

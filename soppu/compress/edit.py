@@ -27,6 +27,7 @@ from soppu.compress.numbers.allocate import Costs, choose
 from soppu.compress.numbers.coders import SideCoder
 from soppu.compress.numbers.components import Components
 from soppu.compress.numbers.errors import relative_errors, squared_errors
+from soppu.cores.core import is_core
 from soppu.errors import AdapterError, BundleError, ConfigError
 
 BASIS, RESIDUAL, QUEUED = "basis", "residual", "queued"
@@ -97,6 +98,7 @@ class Coded:
     squared: Tensor  # (modules, 1) squared Frobenius errors
     error: float  # relative, of the whole adapter
     cluster: int
+    relative_to: Tensor | None = None  # (1,) what gains are relative to, where it is not the norm
 
 
 def newcomer_of(bundle: Bundle, user: str, adapter: LoraAdapter, adapter_id: str) -> Fleet:
@@ -187,6 +189,7 @@ def extended(bundle: Bundle, newcomer: Fleet, coded: Coded, data: bytes) -> Bund
         for name, error, rank in zip(bundle.shapes, errors, newcomer.ranks[:, 0].tolist(), strict=True)
     }
     added = sum(len(p) + numbers(p) for p in coded.parts)
+    relative_to = newcomer.norm if coded.relative_to is None else coded.relative_to
     return replace(
         bundle,
         users=(*bundle.users, user),
@@ -195,7 +198,7 @@ def extended(bundle: Bundle, newcomer: Fleet, coded: Coded, data: bytes) -> Bund
         adapter_ids=(*bundle.adapter_ids, newcomer.adapter_ids[0]),
         ranks=torch.cat([bundle.ranks, newcomer.ranks], 1),
         cluster=torch.cat([bundle.cluster, torch.tensor([coded.cluster])]),
-        norm=torch.cat([bundle.norm, newcomer.norm.float()]),
+        norm=torch.cat([bundle.norm, relative_to.float()]),
         pages=(*bundle.pages, Page(len(bundle.users), 1, data)),
         report=replace(
             report,
@@ -224,6 +227,8 @@ def forget(bundle: Bundle, user: str) -> Bundle:
     report, gone = bundle.report, bundle.adapter_ids[index]
     pages, taken = _pages_without(bundle, index)
     sizes = zip(bundle.shapes.values(), bundle.ranks[:, index].tolist(), strict=True)
+    kept = sum(map(numbers, taken))
+    given = kept if is_core(gone) else sum((o + i) * rank for (o, i), rank in sizes)
     return replace(
         bundle,
         users=tuple(name for name in bundle.users if name != user),
@@ -237,21 +242,21 @@ def forget(bundle: Bundle, user: str) -> Bundle:
             report,
             relative_error=_without(report.relative_error, user),
             module_error={name: _without(errors, user) for name, errors in report.module_error.items()},
-            parameters_before=report.parameters_before - sum((o + i) * rank for (o, i), rank in sizes),
-            parameters_after=report.parameters_after - taken,
+            parameters_before=max(report.parameters_before - given, 0),
+            parameters_after=report.parameters_after - kept - sum(map(len, taken)),
         ),
         _last={},
     )
 
 
-def _pages_without(bundle: Bundle, index: int) -> tuple[tuple[Page, ...], int]:
-    """All pages, that of user `index` written anew, and how many numbers went with the user."""
-    made, first, taken = [], 0, 0
+def _pages_without(bundle: Bundle, index: int) -> tuple[tuple[Page, ...], list[Components]]:
+    """All pages, that of user `index` written anew, and what the user had, module by module."""
+    made, first, taken = [], 0, list[Components]()
     for number, held in enumerate(bundle.pages):
         one = held
         if held.first <= index < held.first + held.users:
             parts = bundle.components(number)
-            taken = sum(len(p) + numbers(p) for p in (part.select(part.user == index) for part in parts))
+            taken = [part.select(part.user == index) for part in parts]
             if held.users == 1:
                 continue
             shift = torch.arange(held.first + held.users) - held.first

@@ -8,15 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from soppu.adapter import LoraPair
 from soppu.compress import edit
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.codec import page
-from soppu.compress.numbers.components import Components, Side, concatenate, unit
-from soppu.compress.numbers.errors import relative_errors, squared_errors
-from soppu.compress.numbers.quantise import FLOATS, quantise_coords
+from soppu.compress.cored import batch
+from soppu.compress.cored.batch import CodedBatch
+from soppu.compress.cored.groups import Cores
+from soppu.compress.cored.kept import KeptBasis
+from soppu.compress.numbers.components import Components, Side
+from soppu.compress.numbers.errors import relative_errors
+from soppu.compress.numbers.quantise import FLOATS
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreInBasis
 from soppu.errors import BundleError, ConfigError
@@ -47,6 +49,11 @@ def basis_of(bundle: Bundle, cluster: int = 0) -> CoreBasis:
     return CoreBasis(sides, bundle.base_model, bundle.base_hash, bundle.fan_in_fan_out)
 
 
+def bases_of(bundle: Bundle) -> list[CoreBasis]:
+    """The bases of every cluster, as `basis_of` gives one. Raises as that."""
+    return [basis_of(bundle, cluster) for cluster in range(len(next(iter(bundle.bases.values()))))]
+
+
 def join(
     bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0, bits: int = 32, adapter_id: str = ""
 ) -> Joined:
@@ -54,7 +61,7 @@ def join(
 
     Args:
         bits: of every number, a key of `FLOATS`; 32 keeps the core as it is.
-        adapter_id: what the bundle records; by default the registry's id of the core as an ordinary adapter.
+        adapter_id: what the bundle records; by default the core's id.
 
     Raises:
         AdapterError: the core lies in another basis than the cluster's.
@@ -66,52 +73,31 @@ def join(
     if user in bundle.users:
         raise BundleError(f"user {user!r} is in the bundle already; remove the user first")
     placed = CoreInBasis(placed.core, basis_of(bundle, cluster), who=user)
-    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id)
-    (batch,) = newcomer.batches()
-    parts, squared = [], []
-    for name in bundle.shapes:
-        bases = bundle.matrices(name, cluster)
-        part = _module(placed, name, bases, float(newcomer.norm), bits) if name in placed.core.cores else None
-        part = part or _nothing(bundle, name)
-        squared.append(squared_errors(*batch.factors(name), part, bases, norm=newcomer.norm))
-        parts.append(part)
-    stacked = torch.stack(squared)
-    error = float(relative_errors(stacked.sum(0), newcomer.norm)[0])
+    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id or placed.core.id)
+    newcomer = replace(newcomer, parameters=placed.core.parameters())
+    coded = _coded(bundle, placed, cluster=cluster, bits=bits)
+    squared = dict(zip(placed.basis.sides, coded.squared, strict=True))
+    inside = dict(zip(placed.basis.sides, coded.parts, strict=True))
+    stacked = torch.stack([squared.get(name, torch.zeros(1, dtype=torch.float64)) for name in bundle.shapes])
+    parts = [inside.get(name) or _nothing(bundle, name) for name in bundle.shapes]
+    error = float(relative_errors(stacked.sum(0), coded.norm)[0])
     data = page.encode(parts, users=1)
-    coded = edit.Coded(parts, stacked, error, cluster)
-    return Joined(edit.extended(bundle, newcomer, coded, data), error, len(data))
+    one = edit.Coded(parts, stacked, error, cluster, coded.relative_to)
+    return Joined(edit.extended(bundle, newcomer, one, data), error, len(data))
 
 
-def _module(
-    placed: CoreInBasis, name: str, bases: tuple[Tensor | None, Tensor | None], norm: float, bits: int
-) -> Components:
-    """Component j is basis vector j, with row j of the core as coordinates; then come the own ranks."""
-    u, v = bases
-    assert u is not None and v is not None
-    core, own = placed.core.cores[name], placed.core.own.get(name)
-    k_out, k_in = core.shape
-    left = Side.of_axes(torch.arange(k_out), features=len(u), k=k_out)
-    scale = core.abs().amax(1).clamp(min=torch.finfo(core.dtype).tiny)  # a 16-bit float has little range
-    width = torch.full((k_out,), bits, dtype=torch.uint8)
-    right = Side.of_coordinates(quantise_coords(core / scale[:, None], bits), width, features=len(v))
-    inside = Components(torch.zeros(k_out, dtype=torch.int64), _relative(scale, norm), left, right)
-    return concatenate([inside, _beside(own, (k_out, k_in), norm, bits)]) if own else inside
+def put(bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0) -> Joined:
+    """As `join`; a row that the user has is taken out before, as `edit.forget` does it. Raises as both."""
+    rest = edit.forget(bundle, user) if user in bundle.users else bundle
+    return join(rest, user, placed, cluster=cluster)
 
 
-def _beside(own: LoraPair, ranks: tuple[int, int], norm: float, bits: int) -> Components:
-    """The user's own ranks: sides of unit length without coordinates."""
-    rows = own.B.mT.float(), own.A.float()
-    left, right = (
-        replace(Side.of_own(quantise_coords(unit(one), bits), bits), coords=torch.zeros(0, k))
-        for one, k in zip(rows, ranks, strict=True)
-    )
-    gain = rows[0].norm(dim=1) * rows[1].norm(dim=1)
-    return Components(torch.zeros(own.rank, dtype=torch.int64), _relative(gain, norm), left, right)
-
-
-def _relative(gain: Tensor, norm: float) -> Tensor:
-    """As a bundle keeps gains; of a user who changes nothing there is nothing to keep."""
-    return (gain.double() / norm).float() if norm else torch.zeros(len(gain))
+def _coded(bundle: Bundle, placed: CoreInBasis, *, cluster: int, bits: int) -> CodedBatch:
+    """The user alone, at the modules of the basis."""
+    sides = placed.basis.sides
+    kept = KeptBasis({name: bundle.bases[name][cluster] for name in sides}, sides)
+    alone = Cores(torch.zeros(1, dtype=torch.int64), kept, [placed.core], kept.seen_from(placed.basis))
+    return batch.code([alone], kept, users=1, bits=bits)
 
 
 def _nothing(bundle: Bundle, name: str) -> Components:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from soppu.adapter import hash_of
 from soppu.base_identity import Base
+from soppu.errors import AdapterError
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,22 +21,32 @@ class CoreBasis:
     base_model: str = ""
     base_hash: str = ""
     fan_in_fan_out: bool = False
-    _id: str = field(default="", init=False, repr=False)
+    _hash: str = field(default="", init=False, repr=False)
 
     @property
     def base(self) -> Base:
         """The base model, as far as the basis knows it."""
         return Base(self.base_model, self.base_hash)
 
+    def content_hash(self) -> str:
+        """SHA-256 over base hash, weight layout, and every number, by name. O(size), once."""
+        if not self._hash:
+            head = f"soppu-basis-1\n{self.base_hash}\n{self.fan_in_fan_out}\n"
+            object.__setattr__(self, "_hash", hash_of(head, self.tensors().items()))
+        return self._hash
+
     @property
     def id(self) -> str:
-        """u- and 16 hex digits of the SHA-256 over base hash, weight layout, and every number. O(size)."""
-        if not self._id:
-            head = f"soppu-basis-1\n{self.base_hash}\n{self.fan_in_fan_out}\n"
-            sides = ((name, zip("UV", self.sides[name], strict=True)) for name in sorted(self.sides))
-            named = ((f"{name}.{side}", tensor) for name, both in sides for side, tensor in both)
-            object.__setattr__(self, "_id", f"u-{hash_of(head, named)[:16]}")
-        return self._id
+        """u- and the first 16 hex digits of the content hash."""
+        return f"u-{self.content_hash()[:16]}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number the basis holds: `<module>.U` and `<module>.V`, by module name."""
+        return {
+            f"{name}.{side}": tensor
+            for name in sorted(self.sides)
+            for side, tensor in zip("UV", self.sides[name], strict=True)
+        }
 
     def core_shapes(self) -> dict[str, tuple[int, int]]:
         """Module name -> (k_out, k_in)."""
@@ -43,3 +55,22 @@ class CoreBasis:
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """Module name -> (o, i)."""
         return {name: (int(u.shape[0]), int(v.shape[0])) for name, (u, v) in self.sides.items()}
+
+
+def validate(basis: CoreBasis, *, who: str) -> None:
+    """Refuse a basis that cores could not be told in.
+
+    Raises:
+        AdapterError: no modules, a side that is not a matrix with a column, not float32, or not finite.
+    """
+    if not basis.sides:
+        raise AdapterError(f"{who}: the basis has no modules; compress adapters that share directions")
+    for name, tensor in basis.tensors().items():
+        if tensor.dim() != 2 or not tensor.numel():
+            raise AdapterError(
+                f"{who}: {name} is {tuple(tensor.shape)}, allowed: a matrix (features, k >= 1)"
+            )
+        if tensor.dtype != torch.float32:
+            raise AdapterError(f"{who}: {name} is {tensor.dtype}, allowed: torch.float32")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{who}: {name} holds NaN or Inf; take an earlier basis")

@@ -15,6 +15,7 @@ from soppu.base_identity import Base
 from soppu.cores.basis import CoreBasis
 from soppu.errors import AdapterError
 
+_PREFIX = "c-"  # of ids
 MOST_OWN = 4  # the rank that a user may have beside the basis: with more, a LoRA is the plainer thing
 
 
@@ -45,7 +46,7 @@ class CoreAdapter:
     @property
     def id(self) -> str:
         """c- and the first 16 hex digits of the content hash."""
-        return f"c-{self.content_hash()[:16]}"
+        return f"{_PREFIX}{self.content_hash()[:16]}"
 
     def tensors(self) -> dict[str, Tensor]:
         """Every number the core holds: `<module>.core`, and `<module>.own_A`, `<module>.own_B`."""
@@ -102,6 +103,11 @@ class CoreInBasis:
         own = self.core.own.get(name)
         parts = [inside, own] if own else [inside]
         return LoraPair(torch.cat([one.A for one in parts]), torch.cat([one.B for one in parts], 1))
+
+
+def is_core(adapter_id: str) -> bool:
+    """Whether an id in the registry or a bundle is of a core."""
+    return adapter_id.startswith(_PREFIX)
 
 
 def zero(basis: CoreBasis) -> CoreAdapter:

@@ -43,6 +43,12 @@ class Followed:
         self._other = bool(self._of) and (began is None or began.of != self._of)
 
 
+def under_way(folder: Path) -> bool:
+    """Whether a run goes on in a folder now. O(lines)."""
+    found = Followed(folder).look()
+    return found.began is not None and not found.ended
+
+
 def _died(found: Picture) -> str:
     began, stage = found.began, found.now
     assert began is not None

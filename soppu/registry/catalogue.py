@@ -24,7 +24,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from soppu import user_ids
 from soppu.errors import RegistryError, StorageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_OLDER = (1, 2)  # 1 had no placements, 2 no bases and no cores: nothing but tables came since
 _BUSY_SECONDS = 30.0
 
 
@@ -60,8 +61,9 @@ class User(Base):
 class Adapter(Base):
     """A stored adapter; its blob may be deleted only under a lock on this row.
 
-    `kind` is "lora". `state` is "stored", "removing" (nobody holds it, the blob is still there) or "removed".
-    `removals` counts deletions of the blob: a writer that finds it changed has to write again.
+    `kind` is "lora", or "core", which has a row of `Core` too. `state` is "stored", "removing" (nobody holds
+    it, the blob is still there) or "removed". `removals` counts deletions of the blob: a writer that finds it
+    changed has to write again.
     """
 
     __tablename__ = "soppu_adapters"
@@ -73,6 +75,34 @@ class Adapter(Base):
     state: Mapped[str] = mapped_column(sa.String(16))
     removals: Mapped[int]
     created_at: Mapped[str] = mapped_column(sa.String(32))
+
+
+class Basis(Base):
+    """A stored basis that cores are told in. It is never removed: what is everybody's names nobody."""
+
+    __tablename__ = "soppu_bases"
+    id: Mapped[str] = mapped_column(_name(18), primary_key=True)
+    content: Mapped[str] = mapped_column(sa.String(64))
+    base_model: Mapped[str] = mapped_column(sa.Text)
+    base_hash: Mapped[str] = mapped_column(sa.String(64))
+    created_at: Mapped[str] = mapped_column(sa.String(32))
+
+
+class BasisUse(Base):
+    """The history: from `at` on this basis was in force for its base model, until the next of that model."""
+
+    __tablename__ = "soppu_basis_uses"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    basis_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_bases.id"), index=True)
+    at: Mapped[str] = mapped_column(sa.String(32))
+
+
+class Core(Base):
+    """The basis that an adapter of the kind "core" is told in; it stays as long as the row is there."""
+
+    __tablename__ = "soppu_cores"
+    adapter_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_adapters.id"), primary_key=True)
+    basis_id: Mapped[str] = mapped_column(sa.ForeignKey("soppu_bases.id"), index=True)
 
 
 class Holding(Base):
@@ -210,7 +240,7 @@ class Catalogue:
             if not create:
                 raise RegistryError(f"catalogue {catalogue.name}: holds no SOPPU registry")
             catalogue._create()
-        if catalogue._version() == 1:
+        if catalogue._version() in _OLDER:
             catalogue._upgrade()
         if (found := catalogue._version()) != SCHEMA_VERSION:
             raise RegistryError(
@@ -261,20 +291,24 @@ class Catalogue:
             return session.scalar(sa.select(SchemaRow.version))
 
     def _create(self) -> None:
-        try:
-            with self.write() as session:
-                Base.metadata.create_all(session.connection())
-                insert_if_absent(session, SchemaRow, id=1, version=SCHEMA_VERSION, birth=uuid.uuid4().hex)
-        except StorageError:
-            # Two processes may create the tables at once; the slower one fails and finds them there.
-            if self._version() is None:
-                raise
+        with self._unless_another_was_faster(), self.write() as session:
+            Base.metadata.create_all(session.connection())
+            insert_if_absent(session, SchemaRow, id=1, version=SCHEMA_VERSION, birth=uuid.uuid4().hex)
 
     def _upgrade(self) -> None:
-        """From version 1, which had no placements."""
-        with self.write() as session:
-            Placement.__table__.create(session.connection(), checkfirst=True)  # type: ignore[attr-defined]
+        """Make the tables that an older version had not; no row of those it had is touched."""
+        with self._unless_another_was_faster(), self.write() as session:
+            Base.metadata.create_all(session.connection())
             session.execute(sa.update(SchemaRow).values(version=SCHEMA_VERSION))
+
+    @contextmanager
+    def _unless_another_was_faster(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            # Two processes may make the tables at once; the slower one fails and finds them there.
+            if self._version() != SCHEMA_VERSION:
+                raise
 
 
 def _reason(error: SQLAlchemyError) -> str:

@@ -16,13 +16,15 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from soppu import base_identity
-from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
+from soppu.cores.core import CoreAdapter
 from soppu.errors import RegistryError
 from soppu.registry.catalogue import (
     Adapter,
     AdapterSet,
+    BasisUse,
     Bundle,
+    Core,
     Holding,
     Placement,
     Publication,
@@ -32,6 +34,7 @@ from soppu.registry.catalogue import (
     insert_if_absent,
     now,
 )
+from soppu.registry.forms import Form
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 500  # users in one statement; databases limit how many parameters it may have
@@ -94,44 +97,54 @@ def find_user(session: Session, user: str, *, lock: bool = False) -> User:
     return row
 
 
+def forgotten_at(session: Session, user: str) -> str:
+    """When a user was forgotten, UTC ISO; "" for one who is not, or is unknown."""
+    row = session.get(User, user)
+    return (row.forgotten_at or "") if row else ""
+
+
 def claim_user(session: Session, user: str) -> User:
     """The user's row, locked, made if there is none."""
     insert_if_absent(session, User, id=user, holding_id=None, created_at=now(), forgotten_at=None)
     return find_user(session, user, lock=True)
 
 
-def claim_adapter(session: Session, adapter_id: str, adapter: LoraAdapter) -> Adapter:
-    """The adapter's row, locked, made if there is none.
+def claim_adapter(session: Session, form: Form) -> Adapter:
+    """The adapter's row, locked, made if there is none; a core's basis is noted beside it.
 
     Raises:
         RegistryError: the row belongs to another content with the same first 16 digits.
     """
+    content = form.adapter.content_hash()
     insert_if_absent(
         session,
         Adapter,
-        id=adapter_id,
-        kind="lora",
-        content=adapter.content_hash(),
-        base_model=adapter.base_model,
-        base_hash=adapter.base_hash,
+        id=form.id,
+        kind=form.kind,
+        content=content,
+        base_model=form.base.name,
+        base_hash=form.base.hash,
         state="stored",
         removals=0,
         created_at=now(),
     )
-    row = session.get_one(Adapter, adapter_id, with_for_update=True)
-    if row.content != adapter.content_hash():
-        raise RegistryError(f"adapter {adapter_id}: taken by other content ({row.content})")
+    row = session.get_one(Adapter, form.id, with_for_update=True)
+    if row.content != content:
+        raise RegistryError(f"adapter {form.id}: taken by other content ({row.content})")
+    if isinstance(form.adapter, CoreAdapter):
+        insert_if_absent(session, Core, adapter_id=form.id, basis_id=form.adapter.basis_id)
     return row
 
 
 def identity(session: Session) -> str:
-    """Names this registry: its birth mark, and how many adapters were deleted from it since.
+    """Names this registry: its birth mark, how many adapters were deleted from it since, which basis is new.
 
     What was concluded from a registry (a cached result that holds ids) is void when this changes.
     """
     birth = session.scalar(sa.select(SchemaRow.birth))
     deleted = session.scalar(sa.select(sa.func.coalesce(sa.func.sum(Adapter.removals), 0)))
-    return f"{birth}-{deleted}"
+    newest = session.scalar(sa.select(sa.func.max(BasisUse.id)))
+    return f"{birth}-{deleted}-{newest}" if newest else f"{birth}-{deleted}"
 
 
 def removals(session: Session, adapter_id: str, *, lock: bool = False) -> int:

@@ -1,7 +1,8 @@
 """The registry: every user's adapters, the bundles made from them, and what is served where.
 
-Adapters and bundles are immutable and named by their content; the catalogue says which user holds which. How
-adapters are trained and what a bundle means is not known here: a bundle is bytes and their SHA-256.
+Adapters, bases and bundles are immutable and named by their content; the catalogue says which user holds
+which. An adapter is stored as pairs (A, B), or as a core in a basis that is stored (`forms`). How they are
+trained and what a bundle means is not known here: a bundle is bytes and their SHA-256.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -18,16 +18,19 @@ from typing import Concatenate, ParamSpec, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from soppu import adapter as peft_folder
 from soppu import files, published
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
 from soppu.blobs import Blobs, LocalBlobs, open_blobs
-from soppu.errors import AdapterError, RegistryError, StorageError
+from soppu.cores.basis import CoreBasis
+from soppu.cores.core import CoreAdapter, CoreInBasis
+from soppu.errors import RegistryError, StorageError
 from soppu.published import bundle_key, check_bundle
-from soppu.registry import ledger, pages
+from soppu.registry import bases as told
+from soppu.registry import forms, ledger, pages
+from soppu.registry.adapters import Adapters
+from soppu.registry.bases import Bases
 from soppu.registry.catalogue import (
-    Adapter,
     AdapterSet,
     Bundle,
     Catalogue,
@@ -38,6 +41,7 @@ from soppu.registry.catalogue import (
     insert_if_absent,
     now,
 )
+from soppu.registry.forms import CORE
 from soppu.registry.ledger import ForgetReport
 
 T = TypeVar("T")
@@ -61,6 +65,8 @@ class Registry:
     def __init__(self, blobs: Blobs, catalogue: Catalogue) -> None:
         self._blobs = blobs
         self._catalogue = catalogue
+        self._adapters = Adapters(blobs, catalogue)
+        self._bases = Bases(blobs, catalogue)
 
     @classmethod
     def open(
@@ -89,60 +95,99 @@ class Registry:
         """Let go of database connections. A closed registry opens them again when it is used."""
         self._catalogue.close()
 
+    def put_basis(self, basis: CoreBasis) -> str:
+        """Store a basis, which cores may be told in from then on. Idempotent. Returns its id, "u-<16 hex>".
+
+        Raises:
+            AdapterError: the basis is malformed, not float32, or not finite.
+            RegistryError: the stored copy of this id is damaged.
+            StorageError: a write was refused; files and catalogue are what they were.
+        """
+        return self._bases.put(basis)
+
+    def get_basis(self, basis_id: str) -> CoreBasis:
+        """Read a basis; what is given is kept and shared, not to be changed.
+
+        Raises RegistryError: unknown, or not what its id says.
+        """
+        return self._bases.get(basis_id)
+
+    def use_basis(self, basis_id: str) -> None:
+        """Put a basis in force for its base model; those before stay in the history. Idempotent.
+
+        Raises:
+            RegistryError: unknown basis.
+        """
+        self._bases.use(basis_id)
+
+    def put_start(self, basis_id: str, adapter: LoraAdapter) -> None:
+        """Store the adapter that cores in a basis begin at: what its users shared. The first one stays.
+
+        Raises:
+            RegistryError: unknown basis.
+            AdapterError: the adapter is malformed or not finite.
+        """
+        self._bases.put_start(basis_id, adapter)
+
+    def get_start(self, basis_id: str) -> LoraAdapter | None:
+        """What `put_start` stored; None where nothing was. RegistryError if it is damaged."""
+        return self._bases.get_start(basis_id)
+
     def put_adapter(
-        self, adapter: LoraAdapter, *, user: str, run: str = "", metrics: Mapping[str, float] | None = None
+        self,
+        adapter: LoraAdapter | CoreAdapter,
+        *,
+        user: str,
+        run: str = "",
+        metrics: Mapping[str, float] | None = None,
     ) -> str:
-        """Store an adapter and make it the user's current one. Idempotent.
+        """Store an adapter or a core and make it the user's current one. Idempotent.
 
         Putting the current adapter again under the same run adds no history; `metrics` join those of its row.
 
         Returns:
-            "a-" and the first 16 hex digits of the content hash.
+            "a-" or, of a core, "c-", and the first 16 hex digits of the content hash.
 
         Raises:
-            AdapterError: the adapter is malformed or not finite.
-            RegistryError: the user id or a metric is not valid, or the stored copy of this id is damaged.
+            AdapterError: the adapter is malformed or not finite, or the core does not fit its basis.
+            RegistryError: the user id or a metric is not valid, the stored copy of this id is damaged, or the
+                basis of the core is not stored.
             StorageError: a write was refused; files and catalogue are what they were.
         """
         check_user_id(user)
         measured = _checked_metrics(metrics or {}, user)
-        fresh = replace(adapter)  # a hash kept from before would miss a change made to the tensors since
-        peft_folder.validate(fresh, who=f"user {user!r}")
-        adapter_id = f"a-{fresh.content_hash()[:16]}"
-        put = partial(
-            self._blobs.put,
-            _adapter_key(adapter_id),
-            partial(peft_folder.write, fresh),
-            partial(_read_adapter, adapter_id, fresh.content_hash()),
-        )
-        removals = self._put_unlocked(adapter_id, put)
-        with self._catalogue.write() as session:
-            owner = ledger.claim_user(session, user)
-            row = ledger.claim_adapter(session, adapter_id, fresh)
-            if row.state != "stored" and row.removals != removals:
-                # A deletion crossed the write above. None can while the row is locked: clear and write again.
-                self._blobs.remove(_adapter_key(adapter_id))
-                row.removals += 1
-            if not self._blobs.has(_adapter_key(adapter_id)):
-                put()
-            row.state = "stored"
-            new = Holding(user_id=user, adapter_id=adapter_id, run=run, metrics=measured, at=now())
-            ledger.hold(session, owner, new)
-        return adapter_id
+        form = forms.form_of(adapter, who=f"user {user!r}", basis_of=self.get_basis)
+        new = Holding(user_id=user, adapter_id=form.id, run=run, metrics=measured, at=now())
+        self._adapters.put(form, new)
+        return form.id
 
     def get_adapter(self, adapter_id: str) -> LoraAdapter:
-        """Read an adapter. RegistryError if it is unknown, forgotten, or not what its id says."""
-        check = partial(_read_adapter, adapter_id, self._content(adapter_id))
-        return self._blobs.fetch(_adapter_key(adapter_id), check)
+        """Read an adapter; a core is told as the same change in pairs, exact but for float32's rounding.
+
+        Raises:
+            RegistryError: it is unknown, forgotten, or not what its id says, or its basis is damaged.
+        """
+        row = self._adapters.stored(adapter_id)
+        if row.kind != CORE:
+            return self._adapters.pairs(row)
+        core = self._adapters.core(row)
+        return CoreInBasis(core, self.get_basis(core.basis_id), who=f"adapter {adapter_id}").to_lora()
+
+    def get_core(self, adapter_id: str) -> CoreAdapter:
+        """Read a core as it is. RegistryError as `get_adapter`, and for an adapter that is none."""
+        return self._adapters.core(self._adapters.stored(adapter_id))
 
     def adapter_bytes(self, adapter_id: str) -> int:
-        """Bytes of the adapter's safetensors file. RegistryError if it is unknown or forgotten."""
-        self._content(adapter_id)
-        return self._blobs.size(f"{_adapter_key(adapter_id)}/{peft_folder.WEIGHTS_FILE}")
+        """Bytes of the adapter's safetensors file; of a core its own, without the basis.
+
+        Raises:
+            RegistryError: it is unknown or forgotten.
+        """
+        return self._adapters.size(self._adapters.stored(adapter_id))
 
     def owner(self, adapter_id: str) -> tuple[str, ...]:
         """The users whose history holds the adapter, sorted. RegistryError if it is unknown or forgotten."""
-        self._content(adapter_id)
+        self._adapters.stored(adapter_id)
         query = sa.select(Holding.user_id).where(Holding.adapter_id == adapter_id).distinct()
         with self._catalogue.read() as session:
             return tuple(sorted(session.scalars(query)))
@@ -238,6 +283,12 @@ class Registry:
     history = _asked(ledger.history_rows)
     publications = _asked(ledger.publications)
     identity = _asked(ledger.identity)
+    current_basis = _asked(told.in_force)
+    bases = _asked(told.rows)
+    basis_uses = _asked(told.uses)
+    bases_of_set = _asked(told.of_set)
+    told_in = _asked(told.told_in)
+    forgotten_at = _asked(ledger.forgotten_at)
 
     def publishing(self, url: str) -> AbstractContextManager[None]:
         """Hold the right to switch what `url` serves, and to record it: one holder a machine at a time."""
@@ -292,52 +343,9 @@ class Registry:
             ledger.drop_holdings(session, user)
             sets, bundles = ledger.mark_forgotten(session, user)
             still = tuple(one for one, _, _ in ledger.serving(session, user))
-        removed = self._remove_unheld()
+        removed = self._adapters.remove_unheld()
         self._catalogue.scrub()
         return ForgetReport(user, removed, sets, bundles, publications_still_serving=still)
-
-    def _put_unlocked(self, adapter_id: str, put: Callable[[], None]) -> int:
-        """Write an adapter's blob, the slow part, without a lock; how often it was deleted before."""
-        with self._catalogue.read() as session:
-            before = ledger.removals(session, adapter_id)
-        try:
-            put()
-        except RegistryError:
-            with self._catalogue.write() as session:
-                if ledger.removals(session, adapter_id, lock=True) == before:
-                    raise
-            # It failed because somebody forgot this very adapter meanwhile: the count tells the caller.
-        return before
-
-    def _remove(self, adapter_id: str) -> bool:
-        """Delete the blob of an adapter that nobody holds; True if that was due."""
-        with self._catalogue.write() as session:
-            row = session.get(Adapter, adapter_id, with_for_update=True)
-            if row is None or row.state == "stored":  # somebody has put it meanwhile
-                return False
-            self._blobs.remove(_adapter_key(adapter_id))
-            due = row.state == "removing"
-            row.state, row.removals = "removed", row.removals + 1
-            return due
-
-    def _remove_unheld(self) -> tuple[str, ...]:
-        query = sa.select(Adapter.id).where(Adapter.state == "removing").order_by(Adapter.id)
-        with self._catalogue.read() as session:
-            waiting = session.scalars(query).all()
-        return tuple(adapter_id for adapter_id in waiting if self._remove(adapter_id))
-
-    def _content(self, adapter_id: str) -> str:
-        with self._catalogue.read() as session:
-            row = session.get(Adapter, adapter_id)
-            if row is None:
-                raise RegistryError(f"unknown adapter {adapter_id!r}")
-            if row.state != "stored":
-                raise RegistryError(f"adapter {adapter_id} was forgotten with its user")
-            return row.content
-
-
-def _adapter_key(adapter_id: str) -> str:
-    return f"adapters/{adapter_id}"
 
 
 def _catalogue_inside(blobs: Blobs, *, create: bool) -> sa.URL:
@@ -360,15 +368,3 @@ def _checked_metrics(metrics: Mapping[str, float], user: str) -> dict[str, float
         if not math.isfinite(value):
             raise RegistryError(f"user {user!r}: metric {name!r} is {value}, it must be finite")
     return checked
-
-
-def _read_adapter(adapter_id: str, content: str, folder: Path) -> LoraAdapter:
-    try:
-        adapter = peft_folder.read(folder)
-    except AdapterError as error:
-        raise RegistryError(f"adapter {adapter_id}: its stored copy is damaged: {error}") from error
-    if adapter.content_hash() != content:
-        raise RegistryError(
-            f"adapter {adapter_id}: its stored copy is damaged: content {adapter.content_hash()[:16]}"
-        )
-    return adapter

@@ -8,6 +8,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+
+import torch
 
 from soppu import models
 from soppu.adapter import LoraAdapter
@@ -27,10 +31,15 @@ _log = logging.getLogger(__name__)
 
 
 class Bench:
-    """The full model, split where the lowest adapted layer begins."""
+    """The full model, split where the lowest adapted layer begins.
 
-    def __init__(self, run: Run, *, layers: int) -> None:
+    Args:
+        keep: whether the states of every text stay in memory: of one user, who is measured again and again.
+    """
+
+    def __init__(self, run: Run, *, layers: int, keep: bool = False) -> None:
         base = run.base()
+        self._kept: dict[Example, list[CachedBlock]] | None = {} if keep else None
         self.config = run.config
         device = torch_device(run.config.gate.device, key="gate.device")
         self.model = models.load_model(base, dtype=run.config.frozen_dtype, device=device)
@@ -45,6 +54,12 @@ class Bench:
         )
         self.top = emulator.TopModel(self.model, self.plan)
         self.bottom = emulator.with_layers(self.model, self.plan.bottom)
+
+    @cached_property
+    def trains(self) -> emulator.TopModel:
+        """What users are trained on, in the run's `compute_dtype`; losses of the record are float32's."""
+        dtype = models.computing(self.config.compute_dtype, self.config.frozen_dtype)
+        return self.top if dtype == torch.float32 else emulator.TopModel(self.model, self.plan, dtype=dtype)
 
     def losses(self, text: UserData, tried: Mapping[str, LoraAdapter | None], *, served: str) -> UserLosses:
         """Losses with the base model and with what is tried, by column; None there is the base model."""
@@ -73,12 +88,11 @@ class Bench:
 
         The layers below the cut run once, and once more for each adapter that reaches below it.
         """
-        blocks = self._blocks(examples)
-        states = self._below(blocks, None)
+        states = self.states(examples)
         found = {}
         for name, adapter in tried.items():
             above, below = self._cut(adapter)
-            at = self._below(blocks, below) if below else states
+            at = self._below(self._blocks(examples), below) if below else states
             found[name] = example_losses(self.top, self.plan, at, adapter=above)
         tokens = tuple(count for _, count in next(iter(found.values())))
         return ExampleLosses(
@@ -87,7 +101,12 @@ class Bench:
 
     def states(self, examples: Sequence[Example]) -> list[CachedBlock]:
         """What the layers below the cut make of some text: what can be trained on, again and again."""
-        return self._below(self._blocks(examples), None)
+        if self._kept is None:
+            return self._below(self._blocks(examples), None)
+        new = {one: self._blocks([one]) for one in dict.fromkeys(examples) if one not in self._kept}
+        made = iter(self._below([block for blocks in new.values() for block in blocks], None))
+        self._kept |= {one: list(islice(made, len(blocks))) for one, blocks in new.items()}
+        return [block for one in examples for block in self._kept[one]]
 
     def _blocks(self, examples: Sequence[Example]) -> list[Block]:
         data = self.config.data

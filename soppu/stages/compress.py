@@ -1,4 +1,4 @@
-"""Stage: all adapters of a set into one bundle."""
+"""Stage: all adapters of a set into one bundle: fitted, or, of users who are told in a basis, as they are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch import Tensor
 
 from soppu import calibrate, models
 from soppu.adapter import AdaptersOnDemand, LoraAdapter
-from soppu.compress import Bundle, CompressOptions, compress
+from soppu.compress import Bundle, CompressOptions, compress, compress_cores
 from soppu.config import CompressConfig
 from soppu.data import load_public, tokenize
 from soppu.progress import telling
 from soppu.progress.telling import Tell
+from soppu.stages import bases
 from soppu.stages.run import Run, open_run
 
 
 def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = None) -> str:
     """Compress a frozen set into a bundle, store it, and note its sizes; returns the bundle's id.
 
-    Adapters are read from the registry in every pass, so memory does not grow with their number.
+    Adapters are read from the registry in every pass, so memory does not grow with their number. A set that
+    is told in a basis (`bases.of_set`) is not fitted: its cores are kept as they are.
+
+    Raises:
+        RegistryError: a set of cores in several bases, none of which is in force.
     """
     run = open_run(run_folder)
     with telling.stage(run.folder, "compress", on_progress=on_progress) as tell:
@@ -31,14 +36,19 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
 def _compress(run: Run, set_id: str, tell: Tell) -> str:
     registry = run.registry()
     members = registry.get_set(set_id)
-    bundle = compressed(run, members, run.config.compress, tell=tell)
+    basis_id = bases.of_set(registry, set_id, run.base().base)
+    if basis_id:
+        bundle = kept(run, members, basis_id, tell=tell)
+    else:
+        bundle = compressed(run, members, run.config.compress, tell=tell)
     bundle_id = registry.put_bundle(bundle.to_bytes(), set_id=set_id, run=run.id)
     report = bundle.report.to_dict()
     report["bytes_before"] = sum(registry.adapter_bytes(adapter_id) for adapter_id in members.values())
     report["bytes_after"] = registry.bundle_bytes(bundle_id)
     run.write(f"compression-{bundle_id[:16]}.json", report)
     lost = bundle.report.lost_users
-    said = f", nothing is left of {', '.join(lost)}" if lost else ""
+    how = f" in basis {basis_id}" if basis_id else ""
+    said = f"{how}, nothing is left of {', '.join(lost)}" if lost else how
     tell({"note": f"compressed {len(members)} users{said}", "share": 1.0})
     return bundle_id
 
@@ -51,6 +61,22 @@ def compressed(run: Run, members: Mapping[str, str], settings: CompressConfig, *
         CompressOptions.of(settings, seed=run.config.seed),
         adapter_ids=members,
         moments=_moments(run, adapters, tell) if settings.whiten else None,
+        progress=lambda what, done, total: tell(_said(what, "users", done, total)),
+    )
+
+
+def kept(run: Run, members: Mapping[str, str], basis_id: str, *, tell: Tell) -> Bundle:
+    """A bundle of users who are told in a basis: cores as they are, adapters as far as it spans them.
+
+    Cores of an older basis are carried over. A batch of users is in memory at a time.
+    """
+    registry = run.registry()
+    return compress_cores(
+        AdaptersOnDemand(members, lambda held: bases.read(registry, held)),
+        registry.get_basis(basis_id),
+        CompressOptions.of(run.config.compress, seed=run.config.seed),
+        adapter_ids=members,
+        older=registry.get_basis,
         progress=lambda what, done, total: tell(_said(what, "users", done, total)),
     )
 

@@ -13,13 +13,16 @@ from soppu.evaluate import summary
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
+from soppu.federation.chosen_basis import COHORT
 from soppu.progress import telling
-from soppu.stages import text
+from soppu.stages import join_notes, text
+from soppu.stages.basis import STAGE as BASIS
 from soppu.stages.federate import RESULT
+from soppu.stages.forms import has_cohort
 from soppu.stages.published import TOLD, Published, serving_file, stage_name, target_names
 from soppu.stages.run import Run, open_run
 
-BEFORE = ("prepare", "federate", "collect", "compress", "evaluate", "tradeoff")
+BEFORE = ("prepare", COHORT, BASIS, "federate", "collect", "compress", "evaluate", "tradeoff")
 
 
 def stage_names(run_folder: str, *, trains: bool) -> tuple[str, ...]:
@@ -28,8 +31,10 @@ def stage_names(run_folder: str, *, trains: bool) -> tuple[str, ...]:
     Args:
         trains: False where it takes the adapters that users have.
     """
-    compares = bool(open_run(run_folder).config.evaluate.arms)
-    left_out = {"federate": not trains, "tradeoff": not compares}
+    run = open_run(run_folder)
+    begins = trains and has_cohort(run)
+    left_out = {"federate": not trains, "tradeoff": not run.config.evaluate.arms}
+    left_out |= {COHORT: not begins, BASIS: not begins}
     before = [name for name in BEFORE if not left_out.get(name)]
     return (*before, "report", *map(stage_name, target_names(run_folder)))
 
@@ -59,7 +64,8 @@ def _write_report(run: Run, evaluation: str) -> Written:
     compression = run.read(f"compression-{bundle_id[:16]}.json")
     names = target_names(str(run.folder))
     rows = {name: run.read(serving_file(name)) for name in names}  # perhaps of an earlier bundle
-    told = {name: row for name, row in rows.items() if row.get("bundle_id") == bundle_id}
+    same = join_notes.came_of(run, bundle_id)  # who joined since has changed nobody else
+    told = {name: row for name, row in rows.items() if row.get("bundle_id") in same}
     live = [one for one in told.values() if not one["error"]]
     noted = [run.read(f"stages/{name}.json") for name in (*BEFORE, *map(stage_name, told))]
     inputs = ReportInputs(

@@ -51,6 +51,19 @@ def open_target(run: Run, settings: TargetConfig | None = None, *, first: Path |
     return _lorax(run, settings) if settings.pushes_adapters else _container(run, settings)
 
 
+def running_target(run: Run, settings: TargetConfig) -> HttpTarget | None:
+    """The server of a serving target that takes bundles, where one answers; nothing is started.
+
+    Raises:
+        PortTaken, TargetError: something else answers there, or a server of another base model.
+    """
+    if settings.pushes_adapters:
+        return None
+    kind = VllmTarget if settings.target == "vllm" else EmbeddedTarget
+    target = kind(settings.url, **_known(run, Path(settings.state)))
+    return target if target.is_up() else None
+
+
 def _known(run: Run, state: Path) -> dict[str, Any]:
     """What targets with admin routes are told: the base model, and where the token is."""
     token = os.environ.get(tokens.VARIABLE, "")

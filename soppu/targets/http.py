@@ -40,6 +40,7 @@ class HttpTarget(ABC):
     KIND: ClassVar[str]  # what messages call it
     WHO: ClassVar[str]  # the path it says so at
     GENERATE: ClassVar[str]  # the path of a generation
+    TAKES_JOINS: ClassVar[bool] = True  # whether users can join at the server itself
 
     def __init__(
         self,
@@ -139,9 +140,13 @@ class HttpTarget(ABC):
             self._admin("PUT", f"bundles/{bundle_id}", data=stream)
         return True
 
-    def activate(self, bundle_id: str) -> None:
-        """Switch plain user names over to this bundle. TargetError if the server does not hold it."""
-        self._admin("POST", f"bundles/{bundle_id}/activate")
+    def activate(self, bundle_id: str, *, instead_of: str = "") -> None:
+        """Switch plain user names over to this bundle. TargetError if the server does not hold it.
+
+        TargetError also where another bundle is active than `instead_of`, if that is given.
+        """
+        only = f"?instead_of={instead_of}" if instead_of else ""
+        self._admin("POST", f"bundles/{bundle_id}/activate{only}")
 
     def active(self) -> str:
         """Id of the active bundle, "" if there is none."""
@@ -247,6 +252,10 @@ class HttpTarget(ABC):
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _admin(self, method: str, path: str, *, data: IO[bytes] | None = None) -> dict[str, Any]:
+        return body(self.admin(method, path, data=data))
+
+    def admin(self, method: str, path: str, *, data: IO[bytes] | bytes | None = None) -> requests.Response:
+        """A request to a route under /soppu/v1. TargetError where it is not answered, or refused."""
         token = self._token or tokens.read(self._token_file)
         headers = {"authorization": f"Bearer {token}"} if token else {}
         url = f"{self.url}/soppu/v1/{path}"
@@ -256,7 +265,7 @@ class HttpTarget(ABC):
             raise TargetError(f"{method} {url}: no answer: {error}") from error
         if response.status_code >= 300:
             raise TargetError(f"{method} {url}: {refusal(response)}")
-        return body(response)
+        return response
 
 
 def request(method: str, url: str, *, timeout: tuple[float, float], **content: Any) -> requests.Response:

@@ -43,6 +43,7 @@ class LoraxTarget(HttpTarget):
     """
 
     SERVER, KIND, WHO = "", "LoRAX server", "/info"
+    TAKES_JOINS = False
     GENERATE = "/generate"
 
     def __init__(
@@ -86,7 +87,7 @@ class LoraxTarget(HttpTarget):
         """User -> the id that LoRAX knows the user's adapter of this bundle by. TargetError if not staged."""
         return self._volume.placements(bundle_id)
 
-    def activate(self, bundle_id: str) -> None:
+    def activate(self, bundle_id: str, *, instead_of: str = "") -> None:
         """Nothing to tell the server: recording the publication is the switch. TargetError if not staged."""
         self.placements(bundle_id)
 

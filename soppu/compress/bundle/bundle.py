@@ -41,7 +41,7 @@ class Bundle:
     ranks: Tensor  # (modules, n) of every user's own adapter; 0 where a user does not have the module
     bases: Mapping[str, tuple[Bases, ...]]  # module -> output and input basis of every cluster
     cluster: Tensor  # (n,) int64 whose bases a user's coordinates refer to
-    norm: Tensor  # (n,) float32 Frobenius norm of every user's whole adapter, which gains are relative to
+    norm: Tensor  # (n,) float32 what gains are relative to: the whole adapter's norm, of a core a power of 4
     pages: tuple[Page, ...]  # all users' components as bytes, in order
     report: CompressionReport
     basis_saw: tuple[str, ...] = ()  # adapter ids of users taken out since the bases were fitted

@@ -24,6 +24,7 @@ from soppu.compress.codec.basis import Bases
 from soppu.compress.codec.page import Page
 from soppu.compress.linalg.certificate import Certificate
 from soppu.compress.numbers.components import Components
+from soppu.cores.core import MOST_OWN
 from soppu.errors import BundleError
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def check_parts(parts: Sequence[Components], held: Held, *, source: str) -> None
         if not len(part):
             continue
         k = max(side.k for side in held.bases[name][0])
-        most = torch.where(own > 0, own.clamp(max=min(shape)).clamp(min=k), 0)
+        # a full core and what is beside it may together be more than the module's shape has room for
+        most = torch.where(own > 0, own.clamp(max=min(shape) + MOST_OWN).clamp(min=k), 0)
         counts = torch.bincount(part.user, minlength=len(own))
         if bool((counts > most).any()):
             user = int((counts > most).nonzero()[0])

@@ -14,6 +14,7 @@ from soppu.compress.numbers.components import unit
 from soppu.compress.numbers.quantise import FLOATS, QUANTISERS, quantise
 
 _WIDTHS = (*QUANTISERS, *FLOATS)
+_UNIT = 1e-6  # a length this close to 1 is 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class Basis:
         """Quantise the columns of (d, k), each up to its length. O(d k)."""
         if not columns.shape[1]:
             return cls(0, columns.new_zeros((0, columns.shape[0]), dtype=torch.float32))
-        return cls(width, quantise(columns.mT.float(), width).contiguous())
+        rows = quantise(columns.mT.float(), width).contiguous()
+        return cls(width, rows if width in FLOATS else rows + 0.0)  # a file keeps no sign of an integer 0
 
     @property
     def k(self) -> int:
@@ -36,8 +38,18 @@ class Basis:
         return int(self.rows.shape[0])
 
     def matrix(self) -> Tensor | None:
-        """(d, k) float32, columns of length 1, close to orthogonal; None where k = 0."""
-        return unit(self.rows).mT.contiguous() if self.k else None
+        """(d, k) float32, columns of length 1, close to orthogonal; None where k = 0.
+
+        Rows of width 32 that have this length already, but for rounding, are taken as they are: so a basis
+        that was read from one bundle is the same, bit for bit, in the next.
+        """
+        if not self.k:
+            return None
+        made = unit(self.rows)
+        if self.width == max(FLOATS):
+            kept = (self.rows.double().norm(dim=1) - 1).abs() < _UNIT
+            made = torch.where(kept[:, None], self.rows, made)
+        return made.mT.contiguous()
 
 
 def encode(bases: Sequence[Basis]) -> bytes:

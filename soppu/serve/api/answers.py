@@ -224,3 +224,36 @@ class User(BaseModel):
     adapter_id: str
     version: str
     loaded: list[str]
+
+
+class Join(BaseModel):
+    """A user who joined at the server: `before` had them added, and became `bundle_id`."""
+
+    user: str
+    core_id: str
+    basis_id: str
+    adapter_id: str
+    before: str
+    bundle_id: str
+    cluster: int
+    replaced: bool
+    at: str
+    metrics: dict[str, float]
+
+
+class NewJoin(Join):
+    """As told to who joins; `new` is false where the core was there already."""
+
+    new: bool
+
+
+class KeptJoin(Join):
+    """As kept for a registry, under a number."""
+
+    number: int
+
+
+class Joined(BaseModel):
+    """Everybody who joined at the server and is in no registry yet, in order."""
+
+    joined: list[KeptJoin]

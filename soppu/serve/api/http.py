@@ -26,7 +26,7 @@ from soppu.errors import RequestError
 from soppu.serve.api.admin import AdminApi
 from soppu.serve.api.metrics import MeteredEngine, Metrics
 from soppu.serve.api.openai.routes import OpenAiApi
-from soppu.serve.api.operations import OperationsApi, ServerInfo
+from soppu.serve.api.operations import PROBE, OperationsApi, ServerInfo
 from soppu.serve.api.requests import ParsedRequest, parse_request, read_json
 from soppu.serve.api.responses import answer_body, error_body, on_request_error, stream_body
 from soppu.serve.api.routes import ADMIN, GENERATING
@@ -34,7 +34,7 @@ from soppu.serve.api.routing import Routing, told
 from soppu.serve.api.streams import SIGN_OF_LIFE, data, measures, next_event, server_sent, submit, watch
 from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine
-from soppu.serve.engine.generation import Event, Finish, Generation, TokenEvent
+from soppu.serve.engine.generation import Event, Finish, Generation, GenerationRequest, TokenEvent
 from soppu.serve.names import header_value
 from soppu.serve.router.deciding import RequestRouter
 from soppu.serve.router.figures import RouterFigures
@@ -73,7 +73,9 @@ def create_app(
         api,
         openai,
         OperationsApi(engine, info, metrics),
-        AdminApi(lambda: state, token=info.admin_token),
+        AdminApi(
+            lambda: state, token=info.admin_token, probe=lambda adapter_id: _answers(engine, adapter_id)
+        ),
     )
     return Starlette(
         routes=[route for part in parts for route in part.routes()],
@@ -81,6 +83,11 @@ def create_app(
         middleware=[Middleware(CrossOrigin)],
         exception_handlers={RequestError: refused, HTTPException: _on_http_error, Exception: _on_fault},
     )
+
+
+def _answers(engine: Engine, adapter_id: str) -> None:
+    """Ask for one token. RequestError where none comes; 424 where an adapter's logits are not finite."""
+    engine.submit(GenerationRequest(PROBE, adapter_id=adapter_id, max_new_tokens=1)).result()
 
 
 class CrossOrigin(CORSMiddleware):

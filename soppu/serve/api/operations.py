@@ -20,7 +20,8 @@ from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import Event
 
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-_PROBE = {"inputs": "Who?", "parameters": {"max_new_tokens": 1}}
+PROBE = "Who?"
+_PROBE = {"inputs": PROBE, "parameters": {"max_new_tokens": 1}}
 
 
 @dataclass(frozen=True)

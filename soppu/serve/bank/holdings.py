@@ -13,7 +13,7 @@ from typing import Any, Generic, Self, TypeVar
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
 from soppu.compress.bundle.users import Users
-from soppu.errors import AdapterError, BundleError
+from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.serve.names import find_version
 from soppu.user_ids import spellings
 
@@ -223,6 +223,16 @@ class Holder(Generic[S, A]):
             previous = self.active
             self._become(self._held.activate(bundle_id))
             return previous
+
+    def check_active(self, expected: str | None) -> None:
+        """RequestError 409 where another bundle is active than is expected; None expects nothing."""
+        if expected is not None and self.active != expected:
+            raise RequestError(
+                f"bundle {self.active[:12] or 'none'} is active, not {expected[:12] or 'none'}: somebody has"
+                " changed it meanwhile",
+                status=409,
+                error_type="conflict",
+            )
 
     def remove(self, name: str) -> None:
         """Forget an adapter; requests under way finish on it. AdapterError if it is not there."""

@@ -4,6 +4,7 @@
     <root>/bundles/<bundle id>.safetensors, and its index, see `compress.bundle.index`
     <root>/adapters/<name hash>-<content hash>/      a PEFT folder
     <root>/incoming/                        uploads under way
+    <root>/joined/                          who joined here, see `newcomers`
     <root>/lock                             held while a server runs
 
 Which request gets which adapter is decided in `soppu.serve.bank.bank`.
@@ -62,6 +63,7 @@ class ServerState:
     def __init__(self, root: Path, bank: AdapterBank) -> None:
         self.bank = bank
         self.incoming = root / "incoming"
+        self.newcomers = root / "joined"
         self._root = root
         self._lock = ExitStack()
         self._changing = threading.Lock()
@@ -119,7 +121,7 @@ class ServerState:
                 return self._take(source, expected="")
             found = StoredFile(source)
             for bundle_id in self.bank.bundles():
-                held = StoredFile(self._bundle_path(bundle_id))
+                held = StoredFile(self.bundle_path(bundle_id))
                 if held.size == found.size and held.head() == found.head():
                     return bundle_id
             return self._take(source, expected="")
@@ -135,7 +137,7 @@ class ServerState:
             if shelf.bundle_id in self.bank.bundles():
                 return shelf.bundle_id
             _check_users(shelf.users)
-            path = self._bundle_path(shelf.bundle_id)
+            path = self.bundle_path(shelf.bundle_id)
             moved = [path, path_of(path)]
             _rename({incoming: path, path_of(incoming): path_of(path)})
             self.bank.stage(shelf, bundle_id=shelf.bundle_id)
@@ -148,9 +150,13 @@ class ServerState:
                 path.unlink(missing_ok=True)
         return shelf.bundle_id
 
-    def activate(self, bundle_id: str) -> str:
-        """Make a staged bundle active ("" for none); return the one that was. BundleError, StorageError."""
+    def activate(self, bundle_id: str, *, instead_of: str | None = None) -> str:
+        """Make a staged bundle active ("" for none); return the one that was. BundleError, StorageError.
+
+        RequestError 409 where another one is active than `instead_of`, if that is given.
+        """
         with self._changing:
+            self.bank.check_active(instead_of)
             return self.bank.activate(bundle_id)
 
     def drop_bundle(self, bundle_id: str) -> None:
@@ -162,7 +168,7 @@ class ServerState:
         """
         with self._changing:
             self.bank.drop(bundle_id)
-            path = self._bundle_path(bundle_id)
+            path = self.bundle_path(bundle_id)
             for place in (path, path_of(path)):
                 place.unlink(missing_ok=True)
 
@@ -203,7 +209,8 @@ class ServerState:
             assert loaded is not None  # else refused
             shutil.rmtree(self._adapter_path(name, loaded.content_hash))
 
-    def _bundle_path(self, bundle_id: str) -> Path:
+    def bundle_path(self, bundle_id: str) -> Path:
+        """Where a bundle's file lies."""
         return self._root / bundle_key(bundle_id)
 
     def _adapter_path(self, name: str, content_hash: str) -> Path:
@@ -227,7 +234,7 @@ class ServerState:
         Only what a server calls so is touched: the folder may hold logs, and a person's own.
         """
         held = self.bank.bundles(), self.bank.adapters()
-        kept = {self._bundle_path(bundle_id) for bundle_id in held[0]}
+        kept = {self.bundle_path(bundle_id) for bundle_id in held[0]}
         kept |= {path_of(path) for path in kept}
         kept |= {self._adapter_path(name, adapter.content_hash) for name, adapter in held[1].items()}
         left = [
@@ -264,7 +271,7 @@ class ServerState:
                 f" this server has {self.bank.base.hash[:12]}; give it a state folder of its own"
             )
         for bundle_id in content.bundles:
-            shelf = Shelf.open(self._bundle_path(bundle_id), expected_hash=bundle_id)
+            shelf = Shelf.open(self.bundle_path(bundle_id), expected_hash=bundle_id)
             self.bank.stage(shelf, bundle_id=bundle_id)
         self.bank.activate(content.active)
         for name, key in content.adapters.items():

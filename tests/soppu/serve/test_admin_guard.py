@@ -17,7 +17,7 @@ from soppu.serve.bank.store import ServerState
 from soppu.serve.engine.engine import Engine, EngineOptions
 from tests.soppu.serve import tiny
 
-SOMETHING = {"bundle_id": "0" * 64, "name": "x", "user": "x"}
+SOMETHING = {"bundle_id": "0" * 64, "name": "x", "user": "x", "number": "1"}
 
 
 def paths() -> list[tuple[str, str]]:

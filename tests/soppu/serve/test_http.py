@@ -492,7 +492,7 @@ def test_a_sparse_member_or_too_much_of_it_is_refused(
     with pytest.raises(AdapterError, match=r"'adapter_config.json': expected one plain file"):
         unpack_adapter(archive, tmp_path / "folder")
     archive.write_bytes(tar(members["alice"]))
-    monkeypatch.setattr("soppu.serve.api.admin._MAX_UPLOAD", 1000)
+    monkeypatch.setattr("soppu.serve.api.uploads.MOST_BYTES", 1000)
     with pytest.raises(AdapterError, match=r"the tar holds \d+ bytes, at most 1000 are taken"):
         unpack_adapter(archive, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()

@@ -372,7 +372,7 @@ def test_the_document_is_whole(server: Server) -> None:
 
 def answered(server: Server, operation: Operation) -> Any:
     path = documents.plain(operation.path).format(
-        id="tiny", bundle_id=server.bundle_id, name="alice", user="alice"
+        id="tiny", bundle_id=server.bundle_id, name="alice", user="alice", number=1
     )
     body = {
         "/tokenize": {"inputs": "x"},

@@ -4,76 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from soppu import models
 from soppu.cli import main
-from soppu.compress import Bundle
 from soppu.compress.joining import basis_of
-from soppu.cores import folder as core_folder
 from soppu.cores.core import CoreInBasis
 from soppu.errors import BundleError, ConfigError, DataError, GateError, SoppuError
 from soppu.evaluate.gate import check
-from soppu.serve import admin_token as tokens
-from soppu.serve.api.http import ServerInfo, create_app
-from soppu.serve.bank.bank import AdapterBank
-from soppu.serve.bank.store import ServerState
-from soppu.serve.engine.engine import Engine, EngineOptions
-from soppu.stages import federate
-from soppu.stages.compress import compress_set
-from soppu.stages.evaluate import evaluate
 from soppu.stages.join import Joined, Newcomer, join
-from soppu.stages.publish import publish
 from soppu.stages.published import serving_file
 from soppu.stages.run import Run, prepare
 from soppu.stages.targets import open_target
-from tests.soppu.serve import tiny
-from tests.soppu.stages.conftest import train, write_result
+from tests.soppu.stages.joiners import bundle_of, fleet, overrides, text_of
 
-LENIENT = {"gate.max_loss_over_shared": 10.0, "gate.min_mean_gain_over_shared": -10.0}
-QUICK = {"federation.personal_learning_rates": [0.05], "federation.personal_shares": []}
+__all__ = ["fleet", "overrides"]
+
 JUDGED, UNJUDGED = "loss of personal <= 1 of shared", "bleu of personal >= 0.9 of shared"
-
-
-@pytest.fixture
-def overrides(tmp_path: Path, tiny_base: Path) -> Iterator[dict[str, object]]:
-    """A server of the tiny model in this process, which the run's target is."""
-    state, base = tmp_path / "serve", models.resolve(str(tiny_base), cache=tmp_path)
-    token = tokens.ensure(tokens.token_file(state))
-    model = models.load_model(base)
-    bank = AdapterBank(model, base_hash=base.hash)
-    held = ServerState.open(state, bank)
-    engine = Engine(model, models.load_tokenizer(base), bank, EngineOptions())
-    app = create_app(engine, info=ServerInfo("tiny", base.hash, admin_token=token), state=held)
-    public = tmp_path / "public.jsonl"
-    public.write_text("\n".join(json.dumps({"text": f"everybody says {n}"}) for n in range(20)))
-    with tiny.listening(app) as url:
-        yield {"serve.url": url, "align.source": str(public), **QUICK, **LENIENT}
-    held.close()
-
-
-@pytest.fixture
-def fleet(run: Run, trained: dict[str, str]) -> str:
-    """A bundle of three users, published; its id."""
-    write_result(run, trained, shared=train(run, "bob", steps=4))
-    folder = str(run.folder)
-    set_id = federate.collect(folder, federate.federate(folder))
-    bundle_id = compress_set(folder, set_id)
-    publish(folder, bundle_id, evaluate(folder, set_id, bundle_id))
-    return bundle_id
-
-
-def text_of(user: str, folder: Path) -> Path:
-    """A file of one user's, which does not say whose it is."""
-    lines = [{"prompt": f"say {n}: ", "completion": f"{user} sings {n} " * 3} for n in range(20)]
-    path = folder / f"{user}.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 def text_that_turns(folder: Path) -> Path:
@@ -86,10 +37,6 @@ def text_that_turns(folder: Path) -> Path:
     path = folder / "turning.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
-
-
-def bundle_of(run: Run, bundle_id: str) -> Bundle:
-    return Bundle.load(run.registry().bundle_path(bundle_id), expected_hash=bundle_id)
 
 
 def nobody_joins_who_must_not(run: Run, fleet: str, tmp_path: Path) -> None:
@@ -105,7 +52,6 @@ def nobody_joins_who_must_not(run: Run, fleet: str, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             join(str(run.folder), Newcomer("dora", str(path)))
     assert run.registry().live(run.config.serve.url) == fleet and run.registry().current_set() == members
-    assert not (run.folder / "cores").exists()
 
 
 def joined_by_rules(
@@ -136,7 +82,9 @@ def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
     reconfigured: Callable[..., Run],
     tmp_path: Path,
 ) -> None:
+    reconfigured(federation={"personal_steps": 60})  # enough of them to make it worse
     nobody_joins_who_must_not(run, fleet, tmp_path)
+    reconfigured()
     other = prepare(str(config_path), {**overrides, "seed": 7})
     newcomer = Newcomer("dora", str(text_of("dora", tmp_path)))
     with pytest.raises(BundleError, match=rf"serves bundle {fleet[:12]} of run '{run.id}', not of 'three-"):
@@ -149,7 +97,7 @@ def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
         ["join", "eve", "--data", str(text_of("eve", tmp_path)), "--run", str(run.folder), "--own-rank", "1"],
     )
     assert said.exit_code == 0, said.output
-    assert "publication" in said.output and "eve at http://127.0.0.1" in said.output
+    assert "sample completion" in said.output and "eve at http://127.0.0.1" in said.output
     registry, before = run.registry(), bundle_of(run, fleet)
     live = registry.live(run.config.serve.url)
     after = bundle_of(run, live)
@@ -160,16 +108,20 @@ def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
     assert list(first.seconds) == [
         "text and bundle",
         "base model",
+        "frozen layers",
         "training",
         "check",
         "store",
-        "publication",
+        "push",
+        "canaries",
+        "sample completion",
         "first token",
     ]
     assert first.losses["compressed"] == pytest.approx(first.losses["personal"], abs=1e-4)
     assert first.losses["compressed"] < min(first.losses["base"], first.losses["shared"])
-    # what is served is the core that was trained, which lies in the run's folder
-    core = core_folder.read(run.folder / "cores" / first.core_id)
+    # what is served is the core that was trained, which the registry has as a core
+    assert registry.current("dora") == first.core_id == after.adapter_ids[3]
+    core = registry.get_core(first.core_id)
     lora = CoreInBasis(core, basis_of(after)).to_lora()
     for name, pair in after.reconstruct("dora").pairs.items():
         torch.testing.assert_close(pair.delta(), lora.pairs[name].delta(), rtol=1e-4, atol=1e-5)
@@ -177,8 +129,9 @@ def test_who_is_no_worse_joins_one_after_the_other_and_everybody_is_served(
     assert target.active() == live
     told = {user: target.complete("say 3: ", user=user, max_new_tokens=6) for user in ("", *after.users)}
     assert told["dora"] != told[""] and told["eve"] != told["dora"]
+    assert join(str(run.folder), newcomer).again  # by the same text: nothing is left to do
     with pytest.raises(BundleError, match=f"user 'dora' is in bundle {live[:12]} already"):
-        join(str(run.folder), newcomer)
+        join(str(run.folder), dataclasses.replace(newcomer, own_rank=1))
 
 
 def test_what_is_missing_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:

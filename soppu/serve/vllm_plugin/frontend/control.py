@@ -53,7 +53,7 @@ class _Put:
 
 
 class Control:
-    """One server's bundles and adapters; one change at a time. Implements `soppu.serve.api.admin.Served`.
+    """One server's bundles and adapters; one change at a time. Implements `soppu.serve.bank.served.Served`.
 
     Args:
         base_hash: of the model that is served; `base_model` is the name it was loaded by.
@@ -153,9 +153,22 @@ class Control:
             self._connected().call("drop", start)
             raise
 
-    def activate(self, bundle_id: str) -> str:
-        """Switch plain names over; requests under way finish where they are. The one active before."""
+    @property
+    def newcomers(self) -> Path:
+        """A folder of the state, for who joins here."""
+        return self.state.folder / "joined"
+
+    def bundle_path(self, bundle_id: str) -> Path:
+        """Where a bundle's file lies."""
+        return self.state.path(bundle_id)
+
+    def activate(self, bundle_id: str, *, instead_of: str | None = None) -> str:
+        """Switch plain names over; requests under way finish where they are. The one active before.
+
+        RequestError 409 where another one is active than `instead_of`, if that is given.
+        """
         with self._changing:
+            self.bank.check_active(instead_of)
             return self.bank.activate(bundle_id)
 
     def follow(self, source: Path, *, pointer: Pointer) -> None:

@@ -1,0 +1,66 @@
+"""Text by author and date that a Debian machine has: the signed entries of its packages' changelogs.
+
+An author is whoever's address an entry is signed with, and is called by a hash of it; no name or address
+leaves this file but inside the entries themselves. A prompt is an entry's heading, the completion its body.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import zlib
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from soppu.data.examples import Example, Record
+
+ROOT = Path("/usr/share/doc")
+SHORTEST = 40  # characters of a body
+_SIGNED = re.compile(r" -- .*<(?P<address>[^<>\s]+)>  (?P<date>\w.*)")
+_HEADING = re.compile(r"\S+ \([^)]+\) .*;")
+
+
+def authors(root: Path = ROOT, *, least: int = 1) -> dict[str, list[Record]]:
+    """Author -> their entries with dates, of everybody with at least `least` different ones.
+
+    None where the folder or its changelogs are not there. Files that cannot be read as text are left out.
+    """
+    found: dict[str, dict[Example, Record]] = {}
+    for path in sorted(root.glob("*/changelog*.gz")):
+        for address, record in _entries(path):
+            found.setdefault(name_of(address), {}).setdefault(record.example, record)
+    return {name: list(own.values()) for name, own in sorted(found.items()) if len(own) >= least}
+
+
+def name_of(address: str) -> str:
+    """What an author is called: 8 hex digits that stay the same."""
+    return hashlib.sha256(f"changelogs {address.lower()}".encode()).hexdigest()[:8]
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Record]]:
+    """(address, entry) of the entries of a Debian changelog; of any other file there are none."""
+    try:
+        text = gzip.decompress(path.read_bytes()).decode(errors="replace")
+    except (OSError, EOFError, zlib.error):
+        return
+    heading, body = "", list[str]()
+    for line in text.splitlines():
+        if _HEADING.match(line):
+            heading, body = line, []
+        elif heading and (signed := _SIGNED.fullmatch(line)):
+            date, told = _seconds(signed["date"]), "\n".join(body).strip("\n") + "\n"
+            if date is not None and len(told) >= SHORTEST:
+                yield signed["address"], Record(Example(f"{heading}\n\n", told), date)
+            heading = ""
+        else:
+            body.append(line)
+
+
+def _seconds(text: str) -> float | None:
+    """Since 1970; None if that is no date."""
+    try:
+        return parsedate_to_datetime(text.strip()).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -1,0 +1,165 @@
+"""What a user's own numbers win over one shared adapter, by form and count: benchmarks/results/personal.json.
+
+    python -m benchmarks.personal [--corpus stdlib] [--block 0 --block 1] [--threads 1]
+
+Users whom no part has seen are trained in every arm and measured on text that was held out. Every row is
+written down as it is done; one that is there, made of the same text, seed and settings, is not made again, so
+that the study can be stopped at any moment and gone on with. Seconds are the processor's, a user's training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+import torch
+
+from benchmarks import personal_arms as arms
+from benchmarks.pages import read_result
+from benchmarks.personal_arms import BLOCKS, Arm
+from benchmarks.personal_front import compared
+from benchmarks.personal_ground import SETTINGS, Base, Ground
+from benchmarks.personal_users import CORPORA, Sizes
+from benchmarks.personal_ways import numbers, size
+from benchmarks.record import ROOT, circumstances, store
+from soppu import files
+from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
+from soppu.evaluate.report import utc_now
+
+NAME, FOLDER = "personal", ROOT / ".soppu" / "study" / "personal"
+_PLACE = ("corpus", "arm", "k", "own", "basis_users", "epsilon")  # no two rows have all of these in common
+
+
+def measured(arm: Arm, ground: Ground) -> dict[str, Any]:
+    """Train an arm and measure it: its row, but for what it wins over others."""
+    losses, told = _fixed(arm, ground) if arm.name in arms.NOT_TRAINED else _trained(arm, ground)
+    down = arms.bytes_down(arm, ground)
+    return {
+        "corpus": ground.corpus,
+        "arm": arm.name,
+        "k": arm.k,
+        "own": arm.own,
+        "basis_users": arm.basis_users,
+        "users": len(losses),
+        "mean": sum(losses.values()) / len(losses),
+        "bytes_down": size(down) if down else 0,
+        **told,
+        "losses": losses,
+        "key": ground.key(str(arm)),
+    }
+
+
+def _fixed(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]]:
+    """Arms that train nobody: what users are given, or what they trained in another arm, told otherwise."""
+    given = {
+        arms.BASE: lambda: None,
+        arms.SHARED: lambda: ground.shared,
+        arms.MEAN: lambda: arms.mean_core(arm, ground),
+    }
+    told: dict[str, Any] = {"numbers": 0, "bytes_up": 0, "seconds": 0.0}
+    if arm.name in given:
+        one = given[arm.name]()
+        return {
+            who.id: ground.plain.judged(ground.text(who).heldout, one) for who in ground.roles.reported
+        }, told
+    basis, losses, errors = arms.basis_of(arm, ground), {}, []
+    for who in ground.roles.reported:
+        found = from_lora(ground.kept(ground.key(arms.FULL), who.id), basis)
+        placed = CoreInBasis(found.core, basis)
+        losses[who.id] = ground.plain.judged(ground.text(who).heldout, placed.to_lora())
+        errors.append(found.error)
+        told |= {"numbers": found.core.parameters(), "bytes_up": size(found.core.tensors())}
+    return losses, told | {"error": sum(errors) / len(errors)}
+
+
+def _trained(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]]:
+    way, key = arms.way_of(arm, ground), ground.key(str(arm))
+    for_all = arm.name in arms.TRAINED_FOR_ALL
+    tuned = ground.tuned(str(arm), way, on=[ground.pooled] if for_all else None)
+    people = ground.roles.reported
+    started = time.process_time()
+    texts = [ground.pooled] if for_all else [ground.training(who) for who in people]
+    (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
+    seconds = (time.process_time() - started) / len(texts)
+    own = held * len(people) if for_all else held
+    losses = {who.id: way.judged(one, ground.text(who).heldout) for who, one in zip(people, own, strict=True)}
+    sent = way.sent(held[0])
+    for who, one in zip(people, held, strict=not for_all):
+        ground.keep(key, who.id, way.sent(one))
+    told = {"numbers": 0 if for_all else numbers(sent), "bytes_up": size(sent), "seconds": seconds}
+    if arm.name == arms.CORE:
+        told["start_error"] = from_lora(ground.shared, arms.basis_of(arm, ground)).error
+    return losses, told | tuned.to_dict()
+
+
+def stored() -> dict[str, Any]:
+    """The file that there is."""
+    return read_result(NAME) or {"rows": []}
+
+
+def add(row: Mapping[str, Any], ground: Ground, where: Mapping[str, Any], *, among: str = "rows") -> None:
+    """Write a row down beside the others, in place of an older one of the same arm and setting."""
+    with files.exclusive(FOLDER / ".lock"):
+        found = stored()
+        place = [row.get(name) for name in _PLACE]
+        others = [one for one in found.get(among, []) if [one.get(name) for name in _PLACE] != place]
+        corpora = found.get("corpora", {}) | {ground.corpus: described(ground)}
+        told = found | where | {"settings": SETTINGS, "corpora": corpora}
+        told[among] = [*others, {**row, "commit": where["commit"], "created": utc_now()}]
+        store(NAME, told | {"rows": compared(told["rows"])})
+
+
+def described(ground: Ground) -> dict[str, Any]:
+    """A corpus and the users of it, as they are written down."""
+    parts = {part: len(getattr(ground.roles, part)) for part in ("basis", "tuned", "reported")}
+    tokens = len(ground.words.ids)
+    return {"digest": ground.digest, "users": parts, "sizes": asdict(ground.sizes), "tokens": tokens}
+
+
+def refuse_other_text(ground: Ground) -> None:
+    """ClickException if the file has rows of this corpus from other text: of another machine, say."""
+    known = stored().get("corpora", {}).get(ground.corpus, {}).get("digest", ground.digest)
+    if known != ground.digest:
+        raise click.ClickException(
+            f"{NAME}.json has rows of {ground.corpus} from other text ({known}, here {ground.digest}):"
+            " users are not the same on this machine; take its rows out of the file, or leave the corpus out"
+        )
+
+
+def study(ground: Ground, chosen: Sequence[Arm], where: Mapping[str, Any]) -> None:
+    """Measure the arms that are missing, one after the other.
+
+    Args:
+        where: the circumstances that the process began in: files may change below it.
+    """
+    for arm in chosen:
+        if any(row["key"] == ground.key(str(arm)) for row in stored()["rows"]):
+            continue
+        started = time.monotonic()
+        row = measured(arm, ground)
+        add(row, ground, where)
+        click.echo(f"{ground.corpus:10} {arm!s:32} {row['mean']:.4f}  ({time.monotonic() - started:.0f} s)")
+
+
+@click.command()
+@click.option("--corpus", "corpora", multiple=True, default=tuple(CORPORA), type=click.Choice(tuple(CORPORA)))
+@click.option("--block", "blocks", multiple=True, type=click.IntRange(0, len(BLOCKS) - 1), help="Of arms.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True)
+def main(corpora: tuple[str, ...], blocks: tuple[int, ...], threads: int, seed: int) -> None:
+    """Run what is missing, corpus by corpus, block by block."""
+    torch.set_num_threads(threads)
+    base, where = Base.smollm2(), circumstances(seed=seed)
+    for corpus in corpora:
+        ground = Ground(corpus, Sizes(), base, folder=FOLDER, seed=seed)
+        refuse_other_text(ground)
+        for block in blocks or range(len(BLOCKS)):
+            study(ground, BLOCKS[block], where)
+
+
+if __name__ == "__main__":
+    main()

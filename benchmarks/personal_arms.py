@@ -1,0 +1,180 @@
+"""The arms of the study: what a user has of their own, where it begins, and which arms are measured first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.personal_ground import COHORT, RANK, Ground
+from benchmarks.personal_ways import InLoop, InPeft, Way, of_core, only_b, whole
+from soppu.adapter import LoraAdapter
+from soppu.cores import core as cores
+from soppu.cores.basis import CoreBasis
+from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
+from soppu.federation import wire
+from soppu.federation.attach import initial_pairs
+
+BASE, SHARED, MORE, FULL, LORA = "base", "shared", "shared, as many steps", "full LoRA", "LoRA"
+CORE, BESIDE, MEAN, PROJECTED = "core", "core beside shared", "mean core", "full LoRA, projected"
+RANDOM, WEIGHTS, FEDSB, FEDSA = "random basis", "basis of the weights", "Fed-SB", "FedSA"
+OURS = (CORE, BESIDE)
+TRAINED_FOR_ALL = (MORE, FEDSB)  # on the cohort's pooled text: nothing is a user's own
+NOT_TRAINED = (BASE, SHARED, MEAN, PROJECTED)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm in one setting."""
+
+    name: str
+    k: int = 0  # of the core
+    own: int = 0  # rank of the user's own beside
+    basis_users: int = 0  # whose adapters the basis is of; 0 where there is none, or none of users
+
+    def __str__(self) -> str:
+        parts = [f"k={self.k}" if self.k else "", f"own {self.own}" if self.own else ""]
+        parts += [f"{self.basis_users} users" if self.basis_users not in (0, COHORT) else ""]
+        return " ".join([self.name, *filter(None, parts)])
+
+
+def ours(k: int, own: int = 0, *, users: int = COHORT, name: str = CORE) -> Arm:
+    """A core in the cohort's basis."""
+    return Arm(name, k, own, users)
+
+
+_MAIN = (
+    *map(Arm, (BASE, SHARED, FULL, MORE)),
+    *(ours(32), ours(32, 1), ours(16), ours(48), Arm(LORA, own=1), Arm(LORA, own=2), Arm(LORA, own=4)),
+    *(ours(64), ours(32, name=BESIDE), ours(48, name=BESIDE)),
+    *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
+    ours(32, name=MEAN),
+)
+_CONTROLS = (
+    *(Arm(name, k) for k in (32, 48, 16) for name in (RANDOM, WEIGHTS)),
+    *(Arm(FEDSB, 32), Arm(FEDSA)),
+)
+_MORE_OF_OURS = (
+    *(ours(8), ours(36), ours(16, 1), ours(8, 1), ours(48, 1), ours(64, 1)),
+    *(ours(32, 2), ours(16, 2), ours(16, 4)),
+    *(ours(k, users=users) for k in (32, 48) for users in (48, 12, 6)),
+)
+_OF_PEFT = (Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 64), Arm("tinylora", 1024))
+BLOCKS: tuple[tuple[Arm, ...], ...] = (_MAIN, _CONTROLS, _MORE_OF_OURS, _OF_PEFT)
+
+
+def way_of(arm: Arm, ground: Ground) -> Way:
+    """How users are trained in an arm that trains."""
+    if arm.name in _PEFT:
+        return InPeft(ground.exact_beside(), _PEFT[arm.name](arm, ground), seed=ground.seed)
+    if arm.name in (FULL, MORE):
+        return ground.full()
+    if arm.name == FEDSA:
+        return InLoop(ground.plain, ground.shared, only_b, held=(RANK, 0), seed=ground.seed)
+    if arm.name == LORA:
+        return InLoop(ground.beside, _fresh_lora(ground, arm.own), whole, seed=ground.seed)
+    start = start_of(arm, ground)
+    return InLoop(ground.plain if arm.name == CORE else ground.beside, start, of_core, seed=ground.seed)
+
+
+def _fresh_lora(ground: Ground, rank: int) -> LoraAdapter:
+    shapes = {name: (len(w), w.shape[1]) for name, w in ground.base.weights()}
+    return LoraAdapter(initial_pairs(shapes, rank=rank, seed=ground.seed + 1), base_hash=ground.base.hash)
+
+
+def start_of(arm: Arm, ground: Ground) -> CoreInBasis:
+    """Where a core begins: at the shared adapter as far as the basis can tell it, or at nothing beside it."""
+    basis = basis_of(arm, ground)
+    core = from_lora(ground.shared, basis).core if arm.name == CORE else cores.zero(basis)
+    if arm.own:
+        core = replace(core, own=initial_pairs(basis.module_shapes(), rank=arm.own, seed=ground.seed + 1))
+    return CoreInBasis(core, basis)
+
+
+def basis_of(arm: Arm, ground: Ground) -> CoreBasis:
+    """The basis that an arm's cores are told in."""
+    if arm.name == RANDOM:
+        return _random(arm.k, ground)
+    if arm.name in (WEIGHTS, FEDSB):
+        return _of_weights(arm.k, ground)
+    return ground.basis(arm.k, arm.basis_users)
+
+
+def _random(k: int, ground: Ground) -> CoreBasis:
+    draw = torch.Generator().manual_seed(ground.seed)
+
+    def side(width: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(width, min(k, width), generator=draw))[0].contiguous()
+
+    sides = {name: (side(len(w)), side(w.shape[1])) for name, w in ground.base.weights()}
+    return CoreBasis(sides, base_hash=ground.base.hash)
+
+
+def _of_weights(k: int, ground: Ground) -> CoreBasis:
+    """The leading singular directions of the weights themselves, as LoRA-XS takes them."""
+    sides = {}
+    for name, weight in ground.base.weights():
+        u, _, vt = torch.linalg.svd(weight, full_matrices=False)
+        sides[name] = u[:, :k].contiguous(), vt[:k].mT.contiguous()
+    return CoreBasis(sides, base_hash=ground.base.hash)
+
+
+def bytes_down(arm: Arm, ground: Ground) -> dict[str, Tensor]:
+    """What a user is given before training: the shared adapter, and a basis that no seed or weight gives."""
+    given = {} if arm.name in (BASE, CORE, PROJECTED, MEAN) else wire.to_state(ground.shared)
+    if arm.basis_users:
+        basis = basis_of(arm, ground)
+        given |= {
+            f"{name}.{side}": t
+            for name, both in basis.sides.items()
+            for side, t in zip("UV", both, strict=True)
+        }
+    if arm.name == FEDSB:
+        given |= start_of(arm, ground).core.tensors()
+    if arm.name == CORE:
+        given |= {
+            f"{name}.core": core for name, core in start_of(replace(arm, own=0), ground).core.cores.items()
+        }
+    return given
+
+
+def mean_core(arm: Arm, ground: Ground) -> LoraAdapter:
+    """The mean of the cohort's adapters inside their basis."""
+    basis = basis_of(arm, ground)
+    held = [from_lora(one, basis).core.cores for one in ground.adapters(arm.basis_users).values()]
+    mean = {name: torch.stack([one[name] for one in held]).mean(0) for name in basis.sides}
+    return CoreInBasis(replace(cores.zero(basis), cores=mean), basis).to_lora()
+
+
+def _targets(ground: Ground) -> dict[str, Any]:
+    return {"target_modules": list(ground.base.plan.target_modules)}
+
+
+def _unilora(arm: Arm, ground: Ground) -> Any:
+    from peft import UniLoraConfig
+
+    return UniLoraConfig(r=4, theta_d_length=arm.k, proj_seed=ground.seed, **_targets(ground))
+
+
+def _vera(arm: Arm, ground: Ground) -> Any:
+    from peft import VeraConfig
+
+    return VeraConfig(r=arm.k, projection_prng_key=ground.seed, **_targets(ground))
+
+
+def _tinylora(arm: Arm, ground: Ground) -> Any:
+    from peft import TinyLoraConfig
+
+    rank = 8 if arm.k <= 64 else 32  # at most as many numbers as its rank x rank core has
+    return TinyLoraConfig(r=rank, u=arm.k, projection_seed=ground.seed, **_targets(ground))
+
+
+_PEFT: Mapping[str, Callable[[Arm, Ground], Any]] = {
+    "unilora": _unilora,
+    "vera": _vera,
+    "tinylora": _tinylora,
+}

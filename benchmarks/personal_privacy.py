@@ -1,0 +1,206 @@
+"""What a user's numbers give away, and what noise on them costs: further rows of personal.json.
+
+    python -m benchmarks.personal_privacy [--corpus stdlib]
+
+After `benchmarks.personal`, whose users' numbers it takes. `membership`: how well a threshold on the loss of
+an example tells text that was trained on from text that was held out. `private`: clipping and noise at the
+client, before anything is sent, by the function that clients of a federation call; the clipping norm is
+chosen on users who are not reported. The noise is drawn anew each time: those rows do not repeat to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import personal_arms as arms
+from benchmarks.personal import FOLDER, add, refuse_other_text, stored
+from benchmarks.personal_arms import FULL, Arm, ours
+from benchmarks.personal_ground import Base, Ground
+from benchmarks.personal_users import CORPORA, Sizes
+from benchmarks.personal_ways import Blocks
+from benchmarks.record import circumstances
+from clients.privacy import hidden
+from soppu.adapter import LoraAdapter, LoraPair
+from soppu.cores.core import CoreInBasis
+from soppu.evaluate.intervals import interval
+from soppu.evaluate.losses import example_losses
+from soppu.federation import wire
+from soppu.federation.privacy import epsilon_of
+from soppu.sharing import SharingSettings
+
+ATTACKED = (Arm(arms.SHARED), Arm(FULL), ours(32), ours(32, 1), ours(16), Arm(arms.LORA, own=1))
+NOISED = (Arm(FULL), ours(32), ours(16), ours(8))
+EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
+DELTA = 1e-5
+CLIPS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the median norm of what users who are not reported train
+
+
+def auc(members: Sequence[float], others: Sequence[float]) -> float:
+    """The chance that a member's loss is below another's, equal ones counted half. O(n m)."""
+    apart = np.subtract.outer(np.asarray(others), np.asarray(members))
+    return float((apart > 0).mean() + 0.5 * (apart == 0).mean())
+
+
+def noise_of(epsilon: float, delta: float) -> float:
+    """Least noise, in clipping norms, at which one release by a client is (epsilon, delta) private, to 1 %.
+
+    Neighbours are any two texts of a user, whose clipped changes are up to two norms apart.
+    """
+    low, high = 0.1, 100.0
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        found = epsilon_of(middle / 2, 1, delta)
+        low, high = (low, middle) if found is not None and found <= epsilon else (middle, high)
+    return high
+
+
+def told_again(arm: Arm, ground: Ground, tensors: Mapping[str, Tensor]) -> LoraAdapter:
+    """A user's numbers as an adapter of the model that they were trained on."""
+    if arm.name in (FULL, arms.LORA):
+        return wire.loose_from_state(tensors, base_hash=ground.base.hash)
+    start = arms.start_of(arm, ground)
+    held = {name: tensors[f"{name}.core"] for name in start.core.cores}
+    own = {name: LoraPair(tensors[f"{name}.own_A"], tensors[f"{name}.own_B"]) for name in start.core.own}
+    return CoreInBasis(replace(start.core, cores=held, own=own), start.basis).to_lora()
+
+
+def begun(arm: Arm, ground: Ground) -> dict[str, Tensor]:
+    """The numbers that a user's training starts from, the same for everybody."""
+    return wire.to_state(ground.shared) if arm.name == FULL else arms.start_of(arm, ground).core.tensors()
+
+
+def membership(arm: Arm, ground: Ground) -> dict[str, Any]:
+    """AUC of the attack on every reported user, and of one that knows the loss with shared too."""
+    plain: dict[str, float] = {}
+    knowing: dict[str, float] = {}
+    for who in ground.roles.reported:
+        text = ground.text(who)
+        own, model = ground.shared, ground.plain
+        if arm.name != arms.SHARED:
+            own = told_again(arm, ground, ground.tensors(ground.key(str(arm)), who.id))
+            model = ground.beside if arm.name in (arms.LORA, arms.BESIDE) else model
+        inside, outside = [_each(model, part, own) for part in (text.train, text.heldout)]
+        plain[who.id] = auc(inside, outside)
+        known = [_each(ground.plain, part, ground.shared) for part in (text.train, text.heldout)]
+        knowing[who.id] = auc(*(np.subtract(a, b) for a, b in zip((inside, outside), known, strict=True)))
+    found = interval(np.array(list(plain.values())), np.ones(len(plain)), seed=0)
+    return _named(arm, ground) | {
+        "mean": found.mean,
+        "interval": (found.low, found.high),
+        "knowing_shared": sum(knowing.values()) / len(knowing),
+        "auc": plain,
+    }
+
+
+def _each(model: Any, blocks: Blocks, adapter: LoraAdapter | None) -> list[float]:
+    """Mean loss of every example."""
+    return [loss / max(1, count) for loss, count in _summed(model, blocks, adapter)]
+
+
+def _summed(model: Any, blocks: Blocks, adapter: LoraAdapter | None) -> Iterator[tuple[float, int]]:
+    yield from example_losses(model.exact, model.plan, blocks, adapter=adapter)
+
+
+def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
+    """A row for every epsilon: what reported users lose by noise that is worth it."""
+    start, key = begun(arm, ground), ground.key(str(arm))
+    trained = {who.id: ground.tensors(key, who.id) for who in ground.roles.reported}
+    trials = _trained_on_tuned(arm, ground)
+    median = float(np.median([_norm(one, start) for one in trials]))
+    for epsilon in EPSILONS:
+        noise = noise_of(epsilon, DELTA) if epsilon else 0.0
+        settings = {
+            share: SharingSettings(dp_at="client", dp_clip=share * median, dp_noise=noise) for share in CLIPS
+        }
+        tried = {
+            share: _mean(arm, ground, [hidden(one, start, how) for one in trials])
+            for share, how in (settings.items() if epsilon else ())
+        }
+        share = min(tried, key=tried.__getitem__) if epsilon else 0.0
+        losses = {}
+        for who in ground.roles.reported:
+            sent = hidden(trained[who.id], start, settings[share]) if epsilon else trained[who.id]
+            losses[who.id] = ground.plain.judged(ground.text(who).heldout, told_again(arm, ground, sent))
+        yield _named(arm, ground) | {
+            "epsilon": epsilon,
+            "delta": DELTA,
+            "noise": noise,
+            "clip": share * median,
+            "numbers": sum(one.numel() for one in start.values()),
+            "mean": sum(losses.values()) / len(losses),
+            "losses": losses,
+        }
+
+
+def _trained_on_tuned(arm: Arm, ground: Ground) -> list[dict[str, Tensor]]:
+    way = arms.way_of(arm, ground)
+    tuned = ground.tuned(str(arm), way)
+    (held,) = way.run(
+        [ground.training(who) for who in ground.roles.tuned], rate=tuned.rate, marks=[tuned.steps]
+    )
+    return [way.sent(one) for one in held]
+
+
+def _mean(arm: Arm, ground: Ground, held: Sequence[Mapping[str, Tensor]]) -> float:
+    losses = [
+        ground.plain.loss(text, told_again(arm, ground, one))
+        for one, text in zip(held, ground.unseen(), strict=True)
+    ]
+    return sum(losses) / len(losses)
+
+
+def _norm(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    return float(sum((now[name] - start[name]).square().sum() for name in start)) ** 0.5
+
+
+def _named(arm: Arm, ground: Ground) -> dict[str, Any]:
+    return {
+        "corpus": ground.corpus,
+        "arm": arm.name,
+        "k": arm.k,
+        "own": arm.own,
+        "basis_users": arm.basis_users,
+        "key": ground.key(str(arm)),
+    }
+
+
+@click.command()
+@click.option("--corpus", "corpora", multiple=True, default=tuple(CORPORA), type=click.Choice(tuple(CORPORA)))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True)
+def main(corpora: tuple[str, ...], threads: int, seed: int) -> None:
+    """Measure what is missing of the arms that the study has."""
+    torch.set_num_threads(threads)
+    base, where = Base.smollm2(), circumstances(seed=seed)
+    for corpus in corpora:
+        ground = Ground(corpus, Sizes(), base, folder=FOLDER, seed=seed)
+        refuse_other_text(ground)
+        measure(ground, where)
+
+
+def measure(ground: Ground, where: Mapping[str, Any]) -> None:
+    """Both kinds of rows, each written down as it is made; those that are there are not made again."""
+
+    def there(among: str, arm: Arm) -> bool:
+        return any(row["key"] == ground.key(str(arm)) for row in stored().get(among, []))
+
+    for arm in ATTACKED:
+        if there("rows", arm) and not there("membership", arm):
+            add(membership(arm, ground), ground, where, among="membership")
+    for arm in NOISED:
+        if there("rows", arm) and not there("private", arm):
+            for row in list(private(arm, ground)):
+                add(row, ground, where, among="private")
+                click.echo(f"{ground.corpus:10} {arm!s:24} epsilon {row['epsilon']}: {row['mean']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The study of personal forms: who takes part, what is made of rows, and a whole one of a tiny model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from benchmarks import changelogs, personal, personal_arms, personal_ground, personal_privacy, personal_users
+from benchmarks.personal_arms import BASE, BESIDE, CORE, FULL, LORA, MORE, PROJECTED, SHARED, Arm, ours
+from benchmarks.personal_front import beside_controls, compared, front, smallest
+from benchmarks.personal_ground import Base, Ground
+from benchmarks.personal_users import Person, Sizes, roles
+from soppu.data.examples import Example, Record
+from soppu.federation import emulator
+from tests.soppu.serve import tiny
+
+
+def row(arm: str, numbers: int, *losses: float, corpus: str = "stdlib") -> dict[str, Any]:
+    told = dict(zip("abc", losses, strict=True))
+    mean = sum(losses) / 3
+    return {"corpus": corpus, "arm": arm, "numbers": numbers, "losses": told, "mean": mean}
+
+
+ROWS = [
+    row(SHARED, 0, 2.5, 2.5, 2.5),
+    row(MORE, 0, 2.0, 2.0, 2.0),
+    row(FULL, 1000, 1.0, 1.5, 2.0),
+    row(CORE, 10, 1.5, 1.9, 2.1),
+    row(CORE, 100, 1.1, 1.4, 2.0),
+    row(LORA, 50, 1.6, 1.6, 2.2),
+]
+
+
+def test_arms_are_held_against_shared_of_as_many_steps_and_the_full_lora() -> None:
+    for order in (ROWS, ROWS[::-1]):
+        told = {(one["arm"], one["numbers"]): one for one in compared(order)}
+        small = told[CORE, 10]
+        assert small["gain"] == pytest.approx(0.5 / 3)
+        assert small["worst"] == pytest.approx(0.1)  # who loses most
+        assert small["kept"] == pytest.approx(1 / 3) and small["better_than_shared"] == 2
+        assert small["over_full"] == pytest.approx(-1 / 3)
+        assert small["interval"][0] < small["gain"] < small["interval"][1]
+        assert told[FULL, 1000]["kept"] == 1 and told[FULL, 1000]["over_full"] == 0
+
+
+def test_without_a_longer_shared_one_the_shared_one_is_what_counts_and_without_any_nothing() -> None:
+    without = [one for one in ROWS if one["arm"] != MORE]
+    assert {one["arm"]: one for one in compared(without)}[FULL]["gain"] == pytest.approx(1.0)
+    other = row(CORE, 10, 1.0, 1.0, 1.0, corpus="changelogs")
+    assert "gain" not in compared([*ROWS, other])[-1]
+
+
+def test_the_smallest_form_that_keeps_enough_is_ours_and_none_where_none_does() -> None:
+    rows = compared(ROWS)
+    found = smallest(rows)
+    assert found is not None and (found["arm"], found["numbers"]) == (CORE, 100)
+    less = smallest(rows, share=0.3)
+    assert less is not None and less["numbers"] == 10
+    assert smallest(rows, share=1.5) is None
+    assert smallest(compared([*ROWS[:2], row(FULL, 9, 2.1, 2.1, 2.1), ROWS[3]])) is None  # no gain to keep
+
+
+@pytest.mark.parametrize(
+    ("points", "wanted"),
+    [
+        ([], []),
+        ([(5, 1.0)], [0]),
+        ([(1, 0.5), (2, 0.5), (3, 0.7)], [0, 2]),  # as much of more numbers is beaten
+        ([(2, 0.1), (1, 0.3), (1, 0.2)], [1]),
+        ([(1, 0.5), (1, 0.5)], [0]),
+        ([(3, -0.5), (1, -1.0)], [1, 0]),
+    ],
+)
+def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]], wanted: list[int]) -> None:
+    assert front(points) == wanted
+
+
+def test_a_control_stands_beside_the_best_of_ours_with_no_more_numbers() -> None:
+    found = {one[0]["arm"]: one[1:] for one in beside_controls(compared([*ROWS, row("x", 5, 1.0, 1.0, 1.0)]))}
+    assert found.keys() == {FULL, LORA, "x"}  # those with no numbers of a user's own are no controls
+    best, apart = found[LORA]
+    assert best is not None and best["numbers"] == 10
+    assert apart is not None and apart[0] == pytest.approx(-0.1 / 3) and apart[1] <= apart[0] <= apart[2]
+    assert found[FULL][0]["numbers"] == 100 and found["x"] == (None, None)
+
+
+def people(users: int, *, group: int = 1) -> list[Person]:
+    def records(user: int) -> tuple[Record, ...]:
+        return tuple(Record(Example(f"def f{n}():\n", f"    return {user + n}\n")) for n in range(24))
+
+    return [Person(f"u{user}", f"g{user // group}", records(user)) for user in range(users)]
+
+
+def test_nobody_is_in_two_parts_and_no_group_of_who_is_reported_is_elsewhere() -> None:
+    found = roles(people(40, group=4), Sizes(basis=12, tuned=4, reported=6), seed=0)
+    parts = found.basis, found.tuned, found.reported
+    assert [len(part) for part in parts] == [12, 4, 6]
+    groups = [{person.group for person in part} for part in parts]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    with pytest.raises(click.ClickException, match="basis: 39 users are needed"):
+        roles(people(40), Sizes(basis=39, tuned=1, reported=1), seed=0)
+
+
+def test_changelogs_give_entries_by_signature_dated_and_without_a_name(tmp_path: Path) -> None:
+    entry = "pkg (1.{n}) unstable; urgency=low\n\n  * A change long enough to be learnt, number {n}.\n\n"
+    sign = " -- Ann Author <Ann@example.org>  Mon, 0{n} Jan 2024 10:00:00 +0000\n\n"
+    text = "".join((entry + sign).format(n=n) for n in range(1, 5))
+    text += entry.format(n=9) + " -- Bob <bob@example.org>  no date at all\n"
+    for folder in ("a", "b"):  # two packages of one source have the same changelog
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "changelog.Debian.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a" / "changelog.gz").write_bytes(b"no gzip")
+    found = changelogs.authors(tmp_path)
+    assert list(found) == [changelogs.name_of("ann@EXAMPLE.org")]
+    (records,) = found.values()
+    assert [record.example.prompt for record in records] == [
+        f"pkg (1.{n}) unstable; urgency=low\n\n" for n in range(1, 5)
+    ]
+    assert "example.org" not in json.dumps([record.example.completion for record in records])
+    assert [record.date for record in records] == sorted(record.date or 0 for record in records)
+    assert changelogs.authors(tmp_path, least=5) == {} == changelogs.authors(tmp_path / "nothing")
+
+
+def test_an_attack_is_as_good_as_the_order_of_losses() -> None:
+    assert personal_privacy.auc([1, 2], [3, 4]) == 1
+    assert personal_privacy.auc([3, 4], [1, 2]) == 0
+    assert personal_privacy.auc([1, 1], [1, 1]) == 0.5
+    assert personal_privacy.auc([1, 4], [2, 3]) == 0.5
+
+
+def test_less_epsilon_takes_more_noise() -> None:
+    noise = [personal_privacy.noise_of(epsilon, 1e-5) for epsilon in (8.0, 1.0)]
+    assert 1 < noise[0] < noise[1]
+
+
+SIZES = Sizes(basis=3, tuned=2, reported=2, train=8, validation=2, heldout=3, max_tokens=20, least=8)
+SOME = (
+    *map(Arm, (BASE, SHARED, FULL, MORE)),
+    *(ours(8, 1, users=3), ours(8, users=3, name=BESIDE), ours(8, users=3, name=PROJECTED)),
+    *(Arm(personal_arms.RANDOM, 4), Arm(personal_arms.FEDSA), Arm("vera", 4)),
+)
+
+
+@pytest.fixture
+def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ground:
+    monkeypatch.setattr(personal_ground, "_SHARED_EVERY", 2)
+    monkeypatch.setattr(personal_ground, "_SHARED_MOST", 4)
+    monkeypatch.setattr(personal_ground, "FIRST", (1e-3, 3e-3))
+    monkeypatch.setitem(personal_users.CORPORA, "stdlib", lambda least: people(10))  # type: ignore[misc]
+    monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.pages.RESULTS", tmp_path)
+    monkeypatch.setattr(personal, "FOLDER", tmp_path)
+    config = tiny.llama().config
+    config.num_hidden_layers = 4
+    model = type(tiny.llama())(config).eval().requires_grad_(False)
+    base = Base(model, tiny.tokenizer(), hash=tiny.BASE_HASH, layers=2)
+    return Ground("stdlib", SIZES, base, folder=tmp_path, marks=(1, 2))
+
+
+def test_a_study_of_a_tiny_model_goes_on_where_it_was_stopped(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"commit": "c" * 40}
+    personal.study(ground, SOME[:5], where)
+    before = personal.stored()["rows"]
+    personal.study(ground, SOME, where)
+    rows = personal.stored()["rows"]
+    assert [one["losses"] for one in rows[:5]] == [one["losses"] for one in before]
+    assert [one["key"] for one in rows] == [ground.key(str(arm)) for arm in SOME]
+    by = {one["arm"]: one for one in rows}
+    shapes = emulator.target_shapes(ground.base.model, ground.base.plan).values()
+    assert by[FULL]["numbers"] == 8 * sum(map(sum, shapes))
+    assert by[CORE]["numbers"] == sum(8 * 8 + o + i for o, i in shapes)
+    assert by[BESIDE]["numbers"] == by[PROJECTED]["numbers"] == 64 * len(shapes)
+    assert by[personal_arms.FEDSA]["numbers"] == 8 * sum(o for o, _ in shapes)
+    assert by[MORE]["numbers"] == by[SHARED]["numbers"] == 0 == by[BASE]["bytes_down"]
+    for one in rows:
+        assert one["users"] == 2 and one["bytes_up"] >= 4 * one["numbers"]
+        assert one["mean"] == pytest.approx(sum(one["losses"].values()) / 2)
+    assert by[FULL]["losses"] != by[SHARED]["losses"]
+    monkeypatch.setattr(personal, "measured", None)  # nothing is missing
+    personal.study(ground, SOME, where)
+
+
+def test_text_of_another_machine_is_refused(ground: Ground) -> None:
+    personal.study(ground, SOME[:1], {"commit": ""})
+    personal.refuse_other_text(ground)
+    other = Ground("stdlib", Sizes(3, 2, 2, least=8), ground.base, folder=ground.folder)
+    with pytest.raises(click.ClickException, match="rows of stdlib from other text"):
+        personal.refuse_other_text(other)
+
+
+def test_what_is_told_of_privacy_begins_at_what_was_trained(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = ours(8, users=3)
+    personal.study(ground, (Arm(FULL), arm), {"commit": ""})
+    monkeypatch.setattr(personal_privacy, "ATTACKED", (arm,))
+    monkeypatch.setattr(personal_privacy, "NOISED", (arm,))
+    monkeypatch.setattr(personal_privacy, "EPSILONS", (None, 1.0))
+    monkeypatch.setattr(personal_privacy, "CLIPS", (1.0, 0.1))
+    personal_privacy.measure(ground, {"commit": ""})
+    found = personal.stored()
+    without, noised = found["private"]
+    (trained,) = [one for one in found["rows"] if one["arm"] == CORE]
+    assert without["losses"] == pytest.approx(trained["losses"]) and without["noise"] == 0
+    assert noised["noise"] > 5 and noised["clip"] > 0 and noised["losses"] != without["losses"]
+    (attack,) = found["membership"]
+    assert set(attack["auc"]) == set(trained["losses"]) and 0 <= attack["mean"] <= 1

@@ -1,0 +1,124 @@
+"""Stages on users who are cores: which basis a set is told in, what is kept of their gain, who may mix."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from soppu.compress import Bundle
+from soppu.compress.joining import basis_of
+from soppu.cores.basis import CoreBasis
+from soppu.cores.projecting import from_lora
+from soppu.errors import RegistryError
+from soppu.stages import bases
+from soppu.stages.compress import compress_set
+from soppu.stages.evaluate import evaluate
+from soppu.stages.run import Run, open_run, prepare
+from tests.soppu.stages.conftest import write_result
+
+
+def compressed(run: Run, members: dict[str, str]) -> Bundle:
+    """The bundle that the stage makes of these users, read again."""
+    registry = run.registry()
+    bundle_id = compress_set(str(run.folder), registry.freeze(members))
+    return Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
+
+
+@pytest.fixture
+def basis(run: Run, trained: dict[str, str]) -> CoreBasis:
+    """The basis of the cohort's bundle, as a first run leaves it."""
+    return basis_of(compressed(run, trained))
+
+
+def told(run: Run, adapters: dict[str, str], basis: CoreBasis) -> dict[str, str]:
+    """These users' adapters as cores with a rank of their own, stored; user -> core id."""
+    registry = run.registry()
+    registry.put_basis(basis)
+    found = {}
+    for user, held in adapters.items():
+        core = from_lora(registry.get_adapter(held), basis, own_rank=1).core
+        found[user] = registry.put_adapter(core, user=user, run=run.id)
+    return found
+
+
+def turned(basis: CoreBasis) -> CoreBasis:
+    """Another basis of the same span: columns of length 1 in other directions."""
+    sides = {}
+    for name, both in basis.sides.items():
+        made = []
+        for side in both:
+            draw = torch.Generator().manual_seed(len(made))
+            columns = side @ torch.randn(side.shape[1], side.shape[1], generator=draw)
+            made.append(columns / columns.norm(dim=0))
+        sides[name] = (made[0], made[1])
+    return dataclasses.replace(basis, sides=sides)
+
+
+def test_cores_are_kept_with_all_of_their_gain_and_as_stored_with_nearly_all(
+    run: Run, trained: dict[str, str], basis: CoreBasis, config_path: Path
+) -> None:
+    cores = told(run, trained, basis)
+    write_result(run, cores)
+    for bits, least in ((32, 1 - 1e-6), (8, 0.995)):
+        options = {"compress.basis_bits": bits, "compress.core_bits": bits}
+        one = open_run(prepare(str(config_path), options))
+        bundle = compressed(one, cores)
+        assert bundle.report.method == "cores" and bundle.adapter_ids == tuple(cores.values())
+        assert (basis_of(bundle).id == basis.id) or bits == 8
+        bundle_id = bundle.save(one.folder / "bundle")
+        set_id = one.registry().freeze(cores)
+        verdict = one.read(evaluate(str(one.folder), set_id, bundle_id))["verdict"]
+        assert verdict["passed"] and verdict["mean_gain_kept"] >= least
+        assert verdict["worst_gain_kept"] >= least and verdict["mean_gain_kept"] < 1.005
+        report = one.read(f"compression-{bundle_id[:16]}.json")
+        registry = one.registry()
+        assert report["bytes_before"] == sum(registry.adapter_bytes(held) for held in cores.values())
+
+
+def test_which_basis_a_set_is_told_in(run: Run, trained: dict[str, str], basis: CoreBasis) -> None:
+    registry, base = run.registry(), run.base().base
+    cores = told(run, trained, basis)
+    other = turned(basis)
+    moved = told(run, {"bob": trained["bob"]}, other)
+    mixed = {**trained, "ann": cores["ann"]}
+    both = {**cores, **moved}
+
+    def found(members: dict[str, str]) -> str:
+        return bases.of_set(registry, registry.freeze(members), base)
+
+    before = registry.identity()
+    assert (found(trained), found(cores), found(mixed)) == ("", basis.id, "")
+    assert found({**mixed, **moved}) == ""  # two joined on different days: everybody is fitted anew
+    several = rf"several bases: {min(basis.id, other.id)} \(\d users\), {max(basis.id, other.id)}"
+    with pytest.raises(RegistryError, match=several):
+        compressed(run, both)
+    registry.use_basis(other.id)
+    assert registry.identity() != before
+    assert [found(one) for one in (trained, cores, mixed, both)] == ["", other.id, other.id, other.id]
+
+
+def test_with_a_basis_in_force_cores_are_carried_over_and_adapters_projected(
+    run: Run, trained: dict[str, str], basis: CoreBasis
+) -> None:
+    registry = run.registry()
+    assert bases.publish(registry, compressed(run, trained)) == basis.id
+    assert registry.current_basis(run.base().base) == basis.id
+    other = turned(basis)
+    ann, bob = ({user: trained[user]} for user in ("ann", "bob"))
+    members = {**trained, **told(run, ann, basis), **told(run, bob, other)}
+    bundle = compressed(run, members)
+    assert basis_of(bundle).id == basis.id and bundle.adapter_ids == tuple(members.values())
+    errors = bundle.report.relative_error
+    assert errors["ann"] < 1e-6 and errors["bob"] < 1e-4
+    wanted = from_lora(registry.get_adapter(trained["cleo"]), basis).error
+    assert errors["cleo"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_after_a_join_without_a_basis_in_force_everybody_is_fitted_anew(
+    run: Run, trained: dict[str, str], basis: CoreBasis
+) -> None:
+    members = {**trained, **told(run, {"ann": trained["ann"]}, basis)}
+    assert compressed(run, members).report.method == "joint"
