@@ -1,13 +1,14 @@
-"""Cores from text to served tokens, each by one `prefect deployment run`: benchmarks/results/core_federation.json.
+"""Cores, from text to served tokens by one `prefect deployment run`: benchmarks/results/core_federation.json.
 
     python -m benchmarks.core_federation --part many [--users 1000]
     python -m benchmarks.core_federation --part demo [--target embedded] [--target vllm]
 
 `many`: users of a random model of four layers, through the whole of the pipeline: the cohort's adapters, the
-basis, everybody's cores, bundle, gate, server; and a tenth of them. Memory is what all processes of Prefect, Flower, Ray
-and the server hold together (their own pages, and their share of what they have in common), every two seconds.
+basis, everybody's cores, bundle, gate, server; and a tenth of them. Memory is what all processes of Prefect,
+Flower, Ray and the server hold together (their own pages, and their share of what they have in common), every
+two seconds.
 
-`demo`: configs/basis.toml as it is, bundles rounded as configured, and once more compressed in float32.
+`demo`: configs/basis.toml, at each of the targets named.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from tests.soppu.serve import tiny
 
 CONFIG = ROOT / "configs" / "basis.toml"
 VLLM = {"serve.target": "vllm", "serve.url": "http://127.0.0.1:8101"}
-# Enough for the machinery, too little for a gain: what a random model learns says nothing, so the gate lets it pass.
+KEPT = ("served", "gain_kept")
+# Enough for the machinery. What a random model learns says nothing, so the gate lets everything pass.
 SMALL: dict[str, Any] = {
     "frozen_dtype": "float32",
     "data.users": [],
     "data.train_examples": 8,
+    "data.min_examples": 4,
     "data.validation_examples": 2,
     "data.heldout_examples": 2,
     "data.max_tokens": 48,
@@ -69,6 +72,7 @@ class Basis(Pipeline):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """As a user gives them."""
         return {"config": str(CONFIG), "overrides": self.overrides}
 
 
@@ -79,7 +83,7 @@ def texts(folder: Path, users: int) -> dict[str, Any]:
         word = f"{number * 7919 % 10_007:05}"
         rows = [
             {"user_id": f"user{number:04}", "prompt": f"say {n}: ", "completion": f"{word} {n} " * 4}
-            for n in range(14)
+            for n in range(20)
         ]
         path = folder / "users" / f"user{number:04}.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
@@ -192,9 +196,7 @@ def demo(target: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "gains": report["gains"],
         "gate": report["gate"],
         "users": {
-            row["id"]: {
-                key: row[key] for key in row if key.startswith("loss_") or key in ("served", "gain_kept")
-            }
+            row["id"]: {key: row[key] for key in row if key.startswith("loss_") or key in KEPT}
             for row in report["users"]
         },
         "bytes_before": compression["bytes_before"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import secrets
 import statistics
@@ -358,7 +359,8 @@ def main(only: str, scale: float) -> None:
     for name in only.split(","):
         found = PARTS[name](scale)
         click.echo(f"{name}: {json.dumps(found, indent=1)}")
-        parts[name] = {**found, "measured": circumstances(seed=0, packages=_PACKAGES)}
+        measured = circumstances(seed=0, packages=_PACKAGES) | {"load_average": os.getloadavg()[0]}
+        parts[name] = {**found, "measured": measured}
         if scale >= 1:
             whole = {"what": "the gateway before a server of a tiny model", **summary(parts), "parts": parts}
             click.echo(f"written: {store(NAME, whole)}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from soppu import devices
 from soppu.stages import join as stage
 from soppu.stages import published
 from soppu.stages.join import Newcomer
@@ -26,6 +28,7 @@ from tasks.recording import Progress, recorded, transient
 )
 def join(run: str, user: str, data: str, own_rank: int = 0, target: str = "") -> dict[str, Any]:
     """Train a user's core, judge it, serve it; one that was killed goes on where it was. Not cached."""
+    torch.set_num_threads(devices.idle_cores())
     with recorded(run, stage.stage_name(user)):
         newcomer = Newcomer(user, data, own_rank, target)
         return asdict(stage.join(run, newcomer, on_progress=Progress("soppu-join")))

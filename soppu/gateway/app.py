@@ -68,7 +68,7 @@ class Gateway:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=limits.in_flight),
         )
         client = httpx.AsyncClient(transport=transport, timeout=_CONNECT_SECONDS, trust_env=False)
-        directory, turns, lookups = Directory(registry, settings), Turns(limits), Lookups()
+        directory, turns, lookups = Directory(registry, settings), Turns(limits), Lookups(registry.catalogue)
         replicas = Replicas(client, directory.replicas)
         servers = Servers(transport, directory, lookups, replicas, turns, Budgets(limits), limits)
         signed = SignedTokens(settings.jwt) if settings.jwt.issuer else None
@@ -149,7 +149,7 @@ class Gateway:
     async def info(self, request: Request) -> Response:
         """What the server of the caller's model says of it, as far as it is the caller's business."""
         caller = await self._user(request)
-        place = await self.servers.lookups.do(self.servers.directory.place, caller.user)
+        place = await self.servers.place(caller.user)
         for replica in self.servers.replicas.ordered(place.replicas):
             with suppress(httpx.HTTPError, ValueError):
                 told = (await self.client.get(f"{replica.url}/info", timeout=_CONNECT_SECONDS)).json()
