@@ -28,7 +28,7 @@ from benchmarks import texts
 from benchmarks.pages import read_result
 from benchmarks.record import ROOT, circumstances, store
 from clients.workbench import workbench
-from server.app import Federation
+from server.federation import Federation
 from soppu import adapter as adapters
 from soppu import config as configuration
 from soppu import models

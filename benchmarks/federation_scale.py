@@ -33,7 +33,7 @@ import psutil
 from benchmarks.pages import read_result
 from benchmarks.record import ROOT, circumstances, store
 from deploy.stack import Stack, down, up
-from server.app import Federation
+from server.federation import Federation
 from soppu.federation.simulation import free_port, mark_of
 from soppu.stages import federate as stage
 from soppu.stages.run import FEDERATION, open_run, prepare

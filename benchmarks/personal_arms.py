@@ -70,7 +70,7 @@ BLOCKS: tuple[tuple[Arm, ...], ...] = (_MAIN, _CONTROLS, _MORE_OF_OURS, _OF_PEFT
 def way_of(arm: Arm, ground: Ground) -> Way:
     """How users are trained in an arm that trains."""
     if arm.name in _PEFT:
-        return InPeft(ground.another_beside(), _PEFT[arm.name](arm, ground), seed=ground.seed)
+        return InPeft(ground.exact_beside(), _PEFT[arm.name](arm, ground), seed=ground.seed)
     if arm.name in (FULL, MORE):
         return ground.full()
     if arm.name == FEDSA:

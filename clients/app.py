@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from clients import cores
 from clients.evaluation import measure
 from clients.limit import within_its_time
 from clients.packing import Parcel, pack
@@ -31,6 +32,7 @@ from soppu.config import Config, FederationConfig
 from soppu.data import load_user
 from soppu.errors import FederationError
 from soppu.federation import wire
+from soppu.federation.basis_cache import BasisCache
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.personalise import SearchOptions, personalise
 from soppu.federation.train import Training, TrainOptions, fit, mean_loss
@@ -73,6 +75,26 @@ def train(msg: Message, context: Context) -> Message:
     return Message(content=content, reply_to=msg)
 
 
+@app.query("basis")
+def has_basis(msg: Message, context: Context) -> Message:
+    """Say whether the basis that the server names is on this node's disk, whole."""
+    config = _here(msg, context)
+    found = BasisCache(config.federation.client_state).find(str(msg.content["config"]["basis"]))
+    return Message(content=RecordDict({"basis": ConfigRecord({"has": found is not None})}), reply_to=msg)
+
+
+@app.train("cores")
+def train_cores(msg: Message, context: Context) -> Message:
+    """Train cores inside the basis: of this node's user, or of those a simulated node is asked for."""
+    config, order = _here(msg, context), msg.content.config_records["config"]
+    users = config.data.users if "user-id" in context.node_config else _named(order)
+    bench, _ = _set_up(msg, config)
+    cache = BasisCache(config.federation.client_state)
+    basis = cores.basis_of(msg.content, str(order["basis"]), cache)
+    start = cores.start_of(bench, basis, msg.content)
+    return Message(content=cores.train(bench, users, start), reply_to=msg)
+
+
 @app.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
     """Measure the adapters that came on this user's held-out text; numbers go back."""
@@ -88,6 +110,24 @@ def evaluate(msg: Message, context: Context) -> Message:
 
 
 def _who(msg: Message, context: Context) -> tuple[Config, str]:
+    """The settings as they are for this node, and the one user that it answers for."""
+    config, node = _here(msg, context), context.node_config
+    if "user-id" in node:
+        return config, config.data.users[0]
+    if not (user := str(msg.content["config"].get("user", ""))):
+        raise FederationError(f"partition {node['partition-id']} is nobody's: the message names no user")
+    return config, user
+
+
+def _named(order: ConfigRecord) -> tuple[str, ...]:
+    """The users a simulated node is asked for."""
+    users = order.get("users")
+    if not isinstance(users, list) or not users:
+        raise FederationError("the message names no users")
+    return tuple(map(str, users))
+
+
+def _here(msg: Message, context: Context) -> Config:
     """The settings that came, with this node's own data and cache in place of the server's ideas."""
     config = configuration.from_dict(json.loads(str(msg.content["config"]["settings"])), source="server")
     node = context.node_config
@@ -102,14 +142,12 @@ def _who(msg: Message, context: Context) -> tuple[Config, str]:
         state = str(node.get("state-dir", FederationConfig().client_state))
         device = str(node.get("device", "auto"))
         federation = dataclasses.replace(config.federation, client_state=state, client_device=device)
-        return dataclasses.replace(config, data=data, base=base, federation=federation), user
+        return dataclasses.replace(config, data=data, base=base, federation=federation)
     if "partition-id" not in node:
         raise FederationError(
             "this node names no user: start it with --node-config 'user-id=… data-source=…'"
         )
-    if not (user := str(msg.content["config"].get("user", ""))):
-        raise FederationError(f"partition {node['partition-id']} is nobody's: the message names no user")
-    return config, user
+    return config
 
 
 def _set_up(msg: Message, config: Config) -> tuple[Workbench, dict[str, Tensor]]:

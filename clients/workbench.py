@@ -6,6 +6,7 @@ Holds the kept layers and the adapter layers, never the full model. Knows nothin
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +77,12 @@ class Workbench:
             while len(self._states) > _KEEP_STATES:
                 self._states.popitem(last=False)
         return self._states[user_id]
+
+    def states_of(self, users: Sequence[UserData]) -> list[UserStates]:
+        """Of many users, behind one emulator that is read once; not kept."""
+        texts = [part for user in users for part in (user.train, user.validation)]
+        made = iter(self._run(*texts))
+        return [UserStates(user, next(made), next(made)) for user in users]
 
     def heldout(self, user_id: str) -> list[CachedBlock]:
         """The states of the text a user is judged by; read for that alone, and not kept."""

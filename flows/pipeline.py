@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows.recompress import recompress
+from tasks.basis import basis, cohort_wanted, federate_cohort
 from tasks.collect import collect
 from tasks.federate import federate
 from tasks.join import collect as collect_joins
@@ -17,7 +18,7 @@ from tasks.recording import ending
 
 @flow(name="soppu", log_prints=True)
 def full_pipeline(config: str = "configs/default.toml", overrides: dict[str, Any] | None = None) -> str:
-    """Train every user's adapter where their text is, then compress, evaluate and publish all of them.
+    """Train every user's adapter or core where their text is, then compress, evaluate and publish them all.
 
     Args:
         config: configuration file, relative to the repository or absolute.
@@ -25,6 +26,8 @@ def full_pipeline(config: str = "configs/default.toml", overrides: dict[str, Any
     """
     run = prepare(config, overrides)
     with ending(run):
+        if cohort_wanted(run):
+            basis(run, federate_cohort(run))
         federation = federate(run)
         collect_joins(run)
         set_id = collect(run, federation)

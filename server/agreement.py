@@ -111,11 +111,11 @@ class Agreement:
         form = self._form(message.content.config_records["who"], user, ternary=ternary)
         metrics = message.content.metric_records["metrics"]
         names = PERSONAL_METRICS if personal else METRICS
-        _check_metrics(metrics, user, (*names, TERNARY_LOSS) if ternary else names)
-        _check_weight(metrics, user, most=self.examples.get(user, self.max_examples))
+        check_metrics(metrics, user, (*names, TERNARY_LOSS) if ternary else names)
+        check_weight(metrics, user, most=self.examples.get(user, self.max_examples))
         if form == wire.TERNARY:
             self._check_rise(metrics, user)
-        state = _tensors(message, user)
+        state = tensors(message.content.array_records["arrays"], user)
         if not personal:
             adapter = self.shared(state, who=user)
         elif self.mode.trains_alone:
@@ -123,7 +123,7 @@ class Agreement:
         else:
             wire.check(state, {}, who=user)
             adapter = self.shared(begun or {}, who="server")
-        _check_product(adapter, user)
+        check_product(adapter, user)
         return form, adapter
 
     def outsized(self, changes: Mapping[str, float], *, start: float) -> dict[str, str]:
@@ -184,14 +184,15 @@ def change(adapter: LoraAdapter, start: Mapping[str, Tensor]) -> float:
     return size({name: new.double() - start[name].double() for name, new in wire.to_state(adapter).items()})
 
 
-def _tensors(message: Message, user: str) -> dict[str, Tensor]:
+def tensors(arrays: ArrayRecord, user: str) -> dict[str, Tensor]:
+    """What a user sent. AdapterError if it cannot be read."""
     try:
-        return message.content.array_records["arrays"].to_torch_state_dict()
+        return arrays.to_torch_state_dict()
     except Exception as error:  # numpy fails on bytes from outside in a dozen ways, zipfile's too
         raise AdapterError(f"{user}: the arrays cannot be read: {error}") from error
 
 
-def _check_metrics(metrics: MetricRecord, user: str, names: tuple[str, ...]) -> None:
+def check_metrics(metrics: MetricRecord, user: str, names: tuple[str, ...]) -> None:
     """FedAvg divides by these and the registry stores them: the same names from all, finite numbers."""
     if set(metrics) != set(names):
         raise AdapterError(f"{user}: metrics are {', '.join(sorted(metrics))}; expected {', '.join(names)}")
@@ -203,7 +204,7 @@ def _check_metrics(metrics: MetricRecord, user: str, names: tuple[str, ...]) -> 
             raise AdapterError(f"{user}: metric {name} is {value}, expected a number from 0 to {limit:g}")
 
 
-def _check_weight(metrics: MetricRecord, user: str, *, most: int) -> None:
+def check_weight(metrics: MetricRecord, user: str, *, most: int) -> None:
     """A user weighs as much as the text they said to have, and no more: the mean is everybody's."""
     value = metrics[WEIGHT]
     if type(value) is not int or not 1 <= value <= most:
@@ -212,7 +213,7 @@ def _check_weight(metrics: MetricRecord, user: str, *, most: int) -> None:
         )
 
 
-def _check_product(adapter: LoraAdapter, user: str) -> None:
+def check_product(adapter: LoraAdapter, user: str) -> None:
     """Finite factors may have a product that is not: refuse what B @ A could overflow float32 with."""
     for name, pair in adapter.pairs.items():
         bound = float(pair.A.double().norm()) * float(pair.B.double().norm())

@@ -19,7 +19,7 @@ from soppu import files
 from soppu.config import FederationConfig
 from soppu.federation import wire
 
-_STATE = "checkpoint.json"
+STATE = "checkpoint.json"
 WARM_UP = 0.1  # share of a federation that ends as the first round begins
 
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
 def load(folder: Path, *, key: str) -> Checkpoint:
     """The last checkpoint of this run, or an empty one."""
-    path = folder / _STATE
+    path = folder / STATE
     if not path.exists():
         return Checkpoint(key)
     values = json.loads(path.read_text())
@@ -61,7 +61,7 @@ def store(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {key: value.contiguous() for key, value in {**checkpoint.tensors, **aligner}.items()}
     files.write_bytes(folder / name, save(tensors))
     files.write_text(
-        folder / _STATE,
+        folder / STATE,
         json.dumps(
             {"key": checkpoint.key, "done": checkpoint.done, "tensors": name, "notes": checkpoint.notes}
         ),

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
+from soppu.basis_settings import BasisConfig
 from soppu.data_settings import DataConfig
 from soppu.errors import ConfigError
 from soppu.settings import (
@@ -34,7 +35,7 @@ from soppu.settings import (
     settings,
     toml,
 )
-from soppu.sharing import OPERATIONAL, SharingSettings
+from soppu.sharing import OPERATIONAL, SharingSettings, of_the_form
 from soppu.tradeoff_settings import EvaluateConfig, check_rules
 
 
@@ -111,6 +112,13 @@ class FederationConfig(SharingSettings):
     connection: str = ""  # of Flower's configuration: a SuperLink with nodes of its own; "" simulates them
     members: str = ""
     edition: str = ""
+
+    @model_validator(mode="after")
+    def _as_they_are(self) -> Self:
+        if self.form != "lora" and self.wire != "float32":
+            words = f"in the form {self.form} cores are sent as they are"
+            raise ValueError(self._refused("wire", "'float32'", words))
+        return self
 
 
 # What a bundle can be asked for, one at a time; a target that is given replaces the default one.
@@ -308,6 +316,7 @@ class Config:
     align: AlignConfig = AlignConfig()
     federation: FederationConfig = FederationConfig()
     compress: CompressConfig = CompressConfig()
+    basis: BasisConfig = BasisConfig()
     gate: GateConfig = GateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
@@ -332,7 +341,7 @@ class Config:
     def training_digest(self) -> str:
         """Hash (16 hex) of what decides which adapters come out; not of where it runs or what comes after."""
         values = dataclasses.asdict(self)
-        federation = {k: v for k, v in values["federation"].items() if k not in OPERATIONAL}
+        federation = {k: v for k, v in of_the_form(values["federation"]).items() if k not in OPERATIONAL}
         align = {k: v for k, v in values["align"].items() if k != "device"}
         parts = {k: values[k] for k in ("seed", "frozen_dtype", "compute_dtype", "data", "plan", "lora")}
         return _digest({**parts, "align": align, "model": self.base.model, "federation": federation})
@@ -340,6 +349,7 @@ class Config:
     def digest(self, *sections: str) -> str:
         """Hash (16 hex) of the named sections, or of everything; the same settings give the same digest."""
         values = dataclasses.asdict(self)
+        values["federation"] = of_the_form(values["federation"])
         return _digest({name: values[name] for name in sections} if sections else values)
 
 

@@ -1,12 +1,13 @@
-"""How users share what they train: the keys of [federation] that say so, and which of them go together."""
+"""What users train and how they share it: the keys of [federation] that say so, and which go together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from soppu.settings import Amount, Natural, Real, allowed, settings
+from soppu.settings import Amount, Count, Natural, Real, Whole, allowed, settings
 
 Mode = Literal["shared", "finetune", "fedsa", "dual", "local", "ffa"]
 _BOTH_FACTORS = ("shared", "finetune", "dual")  # modes in which A and B of one product are averaged
@@ -22,8 +23,19 @@ OPERATIONAL = frozenset(
         "min_users",
         "round_timeout_s",
         "timeout_s",
+        "together",
     }
 )
+# Keys that say something of cores alone: where users train LoRAs they are no part of what a run is.
+OF_CORES = frozenset({"form", "cohort", "basis_rank", "core_own_rank", "together"})
+MOST_OWN = 4  # `soppu.cores.core.MOST_OWN`
+
+
+def of_the_form(federation: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of [federation] without those that say something of a form that users do not train."""
+    return {k: v for k, v in federation.items() if federation["form"] != "lora" or k not in OF_CORES}
+
+
 Clip = Annotated[Amount | Literal["median"], allowed("0, a number above 0, or median")]
 Delta = Annotated[Real, Field(gt=0.0, lt=1.0)]
 
@@ -32,6 +44,11 @@ Delta = Annotated[Real, Field(gt=0.0, lt=1.0)]
 class SharingSettings:
     """What of an adapter is shared, how it is averaged, and what is hidden of it."""
 
+    form: Literal["lora", "core", "auto"] = "lora"
+    cohort: Annotated[Whole, Field(ge=2)] = 16
+    basis_rank: Count = 16
+    core_own_rank: Annotated[Whole, Field(ge=0, le=MOST_OWN)] = 0
+    together: Count = 32
     mode: Mode = "finetune"
     private_rank: Natural = 0
     average: Literal["factors", "products"] = "factors"
@@ -60,6 +77,8 @@ class SharingSettings:
         if self.dp_noise and not self.dp_clip:
             words = "noise is measured in clipping norms; federation.dp_clip is 0"
             raise ValueError(self._refused("dp_noise", "0, or dp_clip above 0", words))
+        if self.form != "lora":
+            self._check_cores()
         self._check_averages("local" if self.mode == "local" else "")
         if self.noisy_average:
             self._check_sensitivity()
@@ -84,6 +103,15 @@ class SharingSettings:
                 f" and the private part together; allowed: 0 (half) or 1 to {rank - 1}, lora.rank above 1"
             )
         return own if self.mode == "dual" else 0
+
+    def _check_cores(self) -> None:
+        """A core is a user's own, and the server averages none."""
+        if self.mode == "shared":
+            words = f"in the form {self.form} every user trains a core of their own"
+            raise ValueError(self._refused("mode", "any but shared", words))
+        if self.noisy_average:
+            words = f"in the form {self.form} each user's own core reaches the server, which averages none"
+            raise ValueError(self._refused("dp_at", "'client'", words))
 
     def _check_averages(self, mode: str) -> None:
         """In the mode local nothing is averaged."""

@@ -31,6 +31,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_there_are_as_many_as_we_know() -> None:
     assert [path.name for path in FILES] == [
+        "basis.toml",
         "compose.toml",
         "default.toml",
         "demo.toml",
@@ -95,4 +96,5 @@ def test_every_choice_is_named_where_it_is_made() -> None:
 def test_the_targets_of_the_shipped_files_are_those_their_comments_speak_of() -> None:
     targets = {path.stem: str(CompressOptions.of(configuration.load(path).compress).target) for path in FILES}
     assert targets.pop("compose") == "16x"
+    assert targets.pop("basis") == ""
     assert targets == {"default": "16x", "demo": "16x", "lorax": "", "nightly": "16x", "tiny": "4x"}

@@ -4,10 +4,10 @@
     server = process + model + emulator's copy in 4 bits + top + public states + pass and step of alignment
 
 `top` and the products are in `compute_dtype`, the rest in `frozen_dtype`. States are those of the users whose
-states a client keeps. Activations are counted per token and layer: about twenty vectors of the model's width
-and eight of its widest projection where gradients are needed, half of a single layer's where not. Meant to be
-right within a factor of two; what the process itself takes is measured, 450 MB with torch, transformers and
-Flower.
+states a client keeps, or whose cores it trains together. Activations are counted per token and layer: about
+twenty vectors of the model's width and eight of its widest projection where gradients are needed, half of a
+single layer's where not. Meant to be right within a factor of two; what the process itself takes is measured,
+450 MB with torch, transformers and Flower.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def client_parts(config: Config, plan: LayerPlan, sizes: Sizes) -> dict[str, int
     layer = sizes.layer * (_NF4_BYTES if config.frozen_dtype == NF4 else frozen)
     shared = sizes.tied and frozen == compute
     data, tokens = config.data, config.data.max_tokens
-    examples = (data.train_examples + data.validation_examples) * min(KEEP_STATES, len(data.users) or 1)
+    kept = config.federation.together if config.federation.form == "core" else KEEP_STATES
+    examples = (data.train_examples + data.validation_examples) * min(kept, len(data.users) or 1)
     activations = 20 * sizes.width + 8 * sizes.widest
     return {
         "emulator": int(len(plan.kept) * layer + (0 if shared else sizes.embedding * frozen)),
@@ -172,6 +173,11 @@ def clients_at_once(config: Config) -> int:
     if federation.client_gpus:
         most = min(most, max(1, int(torch.cuda.device_count() / federation.client_gpus)))
     return max(1, min(most, len(config.data.users) or most))
+
+
+def core_nodes(config: Config) -> int:
+    """How many simulated nodes train the cores of a run's users: no more than work at a time."""
+    return min(clients_at_once(config), max(1, -(-len(config.data.users) // config.federation.together)))
 
 
 def _bytes(config: Config) -> tuple[int, int]:

@@ -69,7 +69,7 @@ class Personal(Generic[Kind]):
 
 
 @dataclass(frozen=True, eq=False)
-class _Stop(Generic[Kind]):
+class Stop(Generic[Kind]):
     """Where one training was best."""
 
     adapter: Kind
@@ -104,10 +104,10 @@ def personalise(
     """
     shared = measure(start)
     stops = [_train(begin(rate), measure, rate=rate, search=search) for rate in search.learning_rates]
-    best = min(stops, key=lambda stop: _finite(stop.loss))
+    best = min(stops, key=lambda stop: finite(stop.loss))
     drawn = {share: between(start, best.adapter, share) for share in search.shares}
     losses = {1.0: best.loss, **{share: measure(adapter) for share, adapter in drawn.items()}}
-    share = min(losses, key=lambda share: _finite(losses[share]))
+    share = min(losses, key=lambda share: finite(losses[share]))
     return Personal(
         adapter=drawn.get(share, best.adapter),
         base=measure(None),
@@ -121,7 +121,7 @@ def personalise(
     )
 
 
-def _finite(loss: float) -> float:
+def finite(loss: float) -> float:
     """What a loss is compared by: one that is NaN is the worst there is, and not the least."""
     return loss if math.isfinite(loss) else math.inf
 
@@ -148,18 +148,18 @@ def _train(
     *,
     rate: float,
     search: SearchOptions,
-) -> _Stop[Kind]:
+) -> Stop[Kind]:
     """Train until validation says stop; what it was best at."""
-    best: _Stop[Kind] | None = None
+    best: Stop[Kind] | None = None
     worse = 0
     while (left := search.steps - len(training.losses)) > 0 and worse < search.patience:
         training.advance(min(search.check_every, left))
         adapter = training.adapter()
         loss = measure(adapter)
-        if best is not None and not _finite(loss) < _finite(best.loss):
+        if best is not None and not finite(loss) < finite(best.loss):
             worse += 1
             continue
         losses, worse = training.losses, 0
-        best = _Stop(adapter, loss, rate, len(losses), losses[0], losses[-1])
+        best = Stop(adapter, loss, rate, len(losses), losses[0], losses[-1])
     assert best is not None  # at least one step is taken
     return best

@@ -6,7 +6,7 @@ and the adapter layers start from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Self
@@ -189,6 +189,33 @@ def mean_loss(
     return summed / max(counted, 1)
 
 
+@torch.no_grad()
+def mean_losses(
+    top: emulator.TopModel,
+    plan: emulator.LayerPlan,
+    blocks: Sequence[Sequence[CachedBlock]],
+    *,
+    adapters: Sequence[Kind] | None,
+) -> list[float]:
+    """As `mean_loss` for each of some users, all in the same passes.
+
+    Args:
+        blocks: of every user.
+        adapters: of every user, as `Trained` takes them; None measures the base model.
+    """
+    trained: Trained[Kind] | None = Trained(adapters, plan, top.device) if adapters else None
+    total, counted = torch.zeros(len(blocks), dtype=torch.float64), torch.zeros(len(blocks))
+    placed = [(block, user) for user, own in enumerate(blocks) for block in own]
+    for group in _groups(placed, _TOKENS.get(top.device.type, _TOKENS["cpu"]) * _MOST_TIMES):
+        row = torch.tensor([user for _, user in group])
+        with trained.attached(top.model, row.to(top.device)) if trained else nullcontext():
+            hidden, target, counts = before_head(top, [block for block, _ in group])
+            losses = row_losses(top.logits, hidden, target)
+        total.index_add_(0, row.repeat_interleave(torch.tensor(counts)), losses.double().cpu())
+        counted.index_add_(0, row, torch.tensor(counts, dtype=torch.float32))
+    return (total / counted.clamp(min=1)).tolist()
+
+
 def proximal(pairs: Mapping[str, LoraPair], start: Mapping[str, LoraPair]) -> Tensor:
     """Sum over modules of ||B A - B0 A0||_F^2, from r x r Grams, differentiable in A and B.
 
@@ -223,7 +250,8 @@ class Together(Generic[Kind]):
         self.losses: list[list[float]] = []  # a step: of every user
         self._top, self._blocks, self._options = top, blocks, options
         self._trained: Trained[Kind] = Trained(starts, plan, top.device)
-        users = range(len(starts)) if options.prox_weight else ()
+        self._drifts = bool(options.prox_weight) and self._trained.drift() is not None
+        users = range(len(starts)) if options.prox_weight and not self._drifts else ()
         with torch.no_grad():
             self._origins = {user: _copied(self._trained.pairs(user)) for user in users}
         slow, fast = options.learning_rate, options.learning_rate * options.b_ratio
@@ -232,17 +260,29 @@ class Together(Generic[Kind]):
         self._optimizer = torch.optim.AdamW([one for one in groups if one["params"]], weight_decay=0.0)
         self._batches = [batches(len(own), options) for own in blocks]
 
-    def advance(self, steps: int) -> None:
-        """Take optimiser steps. Cost: one forward and one backward pass of the top a step, of every user."""
+    @property
+    def users(self) -> range:
+        """Their numbers."""
+        return range(len(self._blocks))
+
+    def advance(self, steps: int, users: Collection[int] | None = None) -> None:
+        """Take optimiser steps. Cost: one forward and one backward pass of the top a step, of every user.
+
+        Args:
+            users: by number, those who still train; all by default. What the others have is of no use then.
+        """
         for _ in range(steps):
             chosen = [
-                [own[index] for index in next(order)]
-                for own, order in zip(self._blocks, self._batches, strict=True)
+                [own[index] for index in next(order)] if users is None or user in users else []
+                for user, (own, order) in enumerate(zip(self._blocks, self._batches, strict=True))
             ]
             self._optimizer.zero_grad(set_to_none=True)
             self.losses.append(backward_each(self._top, chosen, self._answering))
+            if self._drifts and (drift := self._trained.drift()) is not None:
+                (self._options.prox_weight * drift).backward()
             for user, origin in self._origins.items():
-                (self._options.prox_weight * proximal(self._trained.pairs(user), origin)).backward()
+                if chosen[user]:
+                    (self._options.prox_weight * proximal(self._trained.pairs(user), origin)).backward()
             self._trained.hold(*self._options.held)
             self._optimizer.step()
 

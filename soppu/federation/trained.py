@@ -95,6 +95,10 @@ class Trained(Generic[Kind]):
         stacks = _stacks(starts, device)
         own = emulator.renumbered(stacks, plan.path, {n: at for at, n in enumerate(plan.adapter)})
         self._stacks, self._own_names = stacks, own
+        with torch.no_grad():
+            bases = {name: stack.basis for name, stack in stacks.items() if stack.basis is not None}
+            self._grams = {name: (u.mT @ u, v.mT @ v) for name, (u, v) in bases.items()}
+            self._origins = {name: _copy(stacks[name].core) for name in bases}
 
     def parameters(self, *sides: str) -> list[Tensor]:
         """What is trained of these: "core", "A", "B"."""
@@ -109,6 +113,20 @@ class Trained(Generic[Kind]):
     def pairs(self, user: int) -> dict[str, LoraPair]:
         """Full-model name -> the factors of a user's change, with gradients to what is trained."""
         return {name: stack.pair(user) for name, stack in self._stacks.items()}
+
+    def drift(self) -> Tensor | None:
+        """Sum over modules and users of ||U (S - S_start) V^T||_F^2, with gradients; None where users have
+        factors of their own. O(n k^3) a module: no factor of a layer's size is formed.
+        """
+        if self.parameters("A"):
+            return None
+        terms = []
+        for name, stack in self._stacks.items():
+            assert stack.basis is not None and stack.core is not None
+            out, inn = self._grams[name]
+            away = stack.core - self._origins[name]
+            terms.append(((out @ away @ inn) * away).sum())
+        return torch.stack(terms).sum()
 
     def hold(self, rows: int, columns: int) -> None:
         """No gradient for the first rows of A and columns of B: Adam without decay then leaves them alone."""
@@ -127,6 +145,11 @@ class Trained(Generic[Kind]):
         cores = {name: _here(stack.core, user) for name, stack in self._stacks.items()}
         own = {name: _own(stack, user) for name, stack in self._stacks.items() if stack.A is not None}
         return replace(start, core=replace(start.core, cores=cores, own=own))
+
+
+def _copy(stacked: Tensor | None) -> Tensor:
+    assert stacked is not None
+    return stacked.detach().clone()
 
 
 def _here(stacked: Tensor | None, user: int) -> Tensor:

@@ -13,8 +13,9 @@ from soppu import files
 from soppu.evaluate.losses import CURRENT, EMULATOR, UserLosses
 from soppu.federation import connection
 from soppu.federation.personalise import BASE
+from soppu.stages import forms
 from soppu.stages.federate import RESULT
-from soppu.stages.run import CONFIG, FEDERATION, Run
+from soppu.stages.run import FEDERATION, Run
 
 WHERE = "on the emulator, on users' own nodes"
 _log = logging.getLogger(__name__)
@@ -48,8 +49,9 @@ def measure(
     }
     files.write_text(workdir / "order.json", json.dumps(order))
     app = Path(soppu.__file__).resolve().parents[1]
+    config = forms.main_part(run).path  # its settings name the checkpoint that has the emulator
     remote = connection.Remote(
-        app, settings.connection, run.folder / CONFIG, workdir, task="evaluate", timeout_s=settings.timeout_s
+        app, settings.connection, config, workdir, task="evaluate", timeout_s=settings.timeout_s
     )
     found = connection.run(remote, on_progress=on_progress)
     for user, why in found["refused"].items():

@@ -13,15 +13,18 @@ from soppu import adapter as adapters
 from soppu import base_identity, files, models
 from soppu.adapter import LoraAdapter
 from soppu.config import Config
+from soppu.cores import folder as core_folder
+from soppu.cores.core import CoreAdapter
 from soppu.errors import FederationError, RegistryError
 from soppu.federation import connection, emulator, memory, simulation
+from soppu.federation.chosen_basis import COHORT
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.personalise import BASE, PERSONAL, SHARED
 from soppu.models import BaseModel
 from soppu.progress import telling
 from soppu.registry import Registry
-from soppu.stages import text
-from soppu.stages.run import CONFIG, FEDERATION, Run, open_run
+from soppu.stages import forms, text
+from soppu.stages.run import FEDERATION, Run, open_run
 from soppu.user_ids import is_id
 
 RESULT = f"{FEDERATION}/{simulation.RESULT}"
@@ -41,27 +44,41 @@ def federate(run_folder: str, *, on_progress: telling.Tell | None = None) -> str
     """
     run = open_run(run_folder)
     with telling.stage(run.folder, "federate", on_progress=on_progress) as tell:
-        text.check_unchanged(run.config.data, run.read(text.FILE))
-        with files.exclusive(run.folder / FEDERATION / "lock"):  # a run with equal training may be at it
-            result = run.read(RESULT)
-            if not (result and _enough(result, run.config) and _all_held(run.registry(), result["adapters"])):
-                result = _train(run, tell)
-            return _id(result)
+        return _federated(run, forms.main_part(run), tell)
 
 
-def _train(run: Run, tell: telling.Tell) -> dict[str, Any]:
+def federate_cohort(run_folder: str, *, on_progress: telling.Tell | None = None) -> str:
+    """Likewise for the users whose adapters a basis is to be made of; returns the id of their federation."""
+    run = open_run(run_folder)
+    with telling.stage(run.folder, COHORT, on_progress=on_progress) as tell:
+        return _federated(run, forms.cohort_part(run), tell)
+
+
+def _federated(run: Run, part: forms.Part, tell: telling.Tell) -> str:
+    text.check_unchanged(run.config.data, run.read(text.FILE))
+    with files.exclusive(part.workdir / "lock"):  # a run with equal training may be at it
+        path = part.workdir / simulation.RESULT
+        result = json.loads(path.read_text()) if path.exists() else {}
+        if not (result and _enough(result, part.config) and _all_held(run.registry(), result["adapters"])):
+            result = _train(part, run.base(), tell)
+        return id_of(result)
+
+
+def _train(part: forms.Part, base: BaseModel, tell: telling.Tell) -> dict[str, Any]:
     """Where the configuration says: in processes of our own, or on the nodes of a connection."""
-    app, settings = Path(soppu.__file__).resolve().parents[1], run.config.federation
-    config, workdir = run.folder / CONFIG, run.folder / FEDERATION
+    app, settings = Path(soppu.__file__).resolve().parents[1], part.config.federation
     if settings.connection:
-        remote = connection.Remote(app, settings.connection, config, workdir, timeout_s=settings.timeout_s)
+        remote = connection.Remote(
+            app, settings.connection, part.path, part.workdir, timeout_s=settings.timeout_s
+        )
         return connection.run(remote, on_progress=tell)
-    check_memory(run.config, run.base())
+    check_memory(part.config, base)
+    of_cores = settings.form == "core"
     wanted = simulation.Simulation(
         app=app,
-        config=config,
-        workdir=workdir,
-        users=len(run.config.data.users),
+        config=part.path,
+        workdir=part.workdir,
+        users=memory.core_nodes(part.config) if of_cores else len(part.config.data.users),
         client_cpus=settings.client_cpus,
         client_gpus=settings.client_gpus,
         timeout_s=settings.timeout_s,
@@ -96,7 +113,7 @@ def collect(run_folder: str, federation_id: str) -> str:
 
 def _collect(run: Run, federation_id: str) -> str:
     result = run.read(RESULT)
-    found = _id(result)
+    found = id_of(result)
     if found != federation_id:
         raise FederationError(f"{run.folder}: holds federation {found}, asked for {federation_id}")
     registry, base = run.registry(), run.base()
@@ -111,7 +128,7 @@ def _collect(run: Run, federation_id: str) -> str:
     served = result["served"] | _newcomers(run, result["served"], known=registry.current_set(base=base.base))
     chosen = {user: held for user, held in result["adapters"].items() if served[user] == PERSONAL}
     if sharing := [user for user, what in served.items() if what == SHARED]:
-        shared = adapters.read(run.folder / FEDERATION / result["shared"])
+        shared = _common(run, result)
         chosen |= {user: registry.put_adapter(shared, user=user, run=run.id) for user in sharing}
     without = [user for user, what in served.items() if what == BASE]
     if not chosen and not registry.current_set(base=base.base).keys() - set(without):
@@ -121,6 +138,14 @@ def _collect(run: Run, federation_id: str) -> str:
             " step size, or on more text"
         )
     return registry.freeze_current(base.base, chosen=chosen, without=without, run=run.id)
+
+
+def _common(run: Run, result: Mapping[str, Any]) -> LoraAdapter | CoreAdapter:
+    """What serves whom the shared adapter serves best: that, or what a core can tell of it."""
+    folder = run.folder / FEDERATION
+    if "shared_core" in result:
+        return core_folder.read(folder / result["shared_core"])
+    return adapters.read(folder / result["shared"])
 
 
 def _newcomers(run: Run, served: Mapping[str, str], *, known: Collection[str]) -> dict[str, str]:
@@ -163,7 +188,8 @@ def freeze_current(run_folder: str) -> str:
         return registry.freeze_current(base.base)
 
 
-def _id(result: dict[str, Any]) -> str:
+def id_of(result: Mapping[str, Any]) -> str:
+    """Names the result of a federation: a hash of who got which adapter."""
     pairs = json.dumps(sorted(result.get("adapters", {}).items()))
     return f"f-{hashlib.sha256(pairs.encode()).hexdigest()[:16]}"
 

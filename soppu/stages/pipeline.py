@@ -19,10 +19,12 @@ from types import FrameType
 from typing import Any
 
 from soppu.errors import SoppuError, TargetError
+from soppu.federation.chosen_basis import COHORT
 from soppu.progress import telling
-from soppu.stages import federate, publish
+from soppu.stages import basis, federate, publish
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
+from soppu.stages.forms import has_cohort
 from soppu.stages.join_collect import collect_joins
 from soppu.stages.published import stage_name, target_names
 from soppu.stages.report import stage_names, write_report
@@ -45,6 +47,11 @@ def full_pipeline(config: str, overrides: Mapping[str, Any] | None = None, *, of
     telling.done(Path(run), "prepare", seconds=seconds)
     _note(run, "prepare", seconds)
     with telling.ending(Path(run)):
+        if has_cohort(open_run(run)):
+            with _noted(run, COHORT):
+                cohort = federate.federate_cohort(run)
+            with _noted(run, basis.STAGE):
+                basis.make_basis(run, cohort)
         with _noted(run, "federate"):
             federation = federate.federate(run)
         with _noted(run, "collect"):

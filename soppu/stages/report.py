@@ -13,13 +13,16 @@ from soppu.evaluate import summary
 from soppu.evaluate.gate import Verdict
 from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
+from soppu.federation.chosen_basis import COHORT
 from soppu.progress import telling
 from soppu.stages import join_notes, text
+from soppu.stages.basis import STAGE as BASIS
 from soppu.stages.federate import RESULT
+from soppu.stages.forms import has_cohort
 from soppu.stages.published import TOLD, Published, serving_file, stage_name, target_names
 from soppu.stages.run import Run, open_run
 
-BEFORE = ("prepare", "federate", "collect", "compress", "evaluate", "tradeoff")
+BEFORE = ("prepare", COHORT, BASIS, "federate", "collect", "compress", "evaluate", "tradeoff")
 
 
 def stage_names(run_folder: str, *, trains: bool) -> tuple[str, ...]:
@@ -28,8 +31,10 @@ def stage_names(run_folder: str, *, trains: bool) -> tuple[str, ...]:
     Args:
         trains: False where it takes the adapters that users have.
     """
-    compares = bool(open_run(run_folder).config.evaluate.arms)
-    left_out = {"federate": not trains, "tradeoff": not compares}
+    run = open_run(run_folder)
+    begins = trains and has_cohort(run)
+    left_out = {"federate": not trains, "tradeoff": not run.config.evaluate.arms}
+    left_out |= {COHORT: not begins, BASIS: not begins}
     before = [name for name in BEFORE if not left_out.get(name)]
     return (*before, "report", *map(stage_name, target_names(run_folder)))
 
@@ -76,6 +81,7 @@ def _write_report(run: Run, evaluation: str) -> Written:
         bundle_id=bundle_id,
         base_hash=run.base().hash,
         measured=found["measured"],
+        basis=found.get("basis"),
         federation=_federation(run),
         serving={name: live[0][name] for name in TOLD} if live else None,
         targets=[{field.name: one[field.name] for field in fields(Published)} for one in told.values()],

@@ -26,6 +26,7 @@ from soppu.federation import privacy
 from soppu.federation.emulator import configured_plan
 from soppu.models import BaseModel
 from soppu.registry import Registry
+from soppu.stages import choosing
 from soppu.stages import text as texts_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ FEDERATION = "federation"
 # Stage -> the sources of text that its result follows from.
 READS: dict[str, Callable[[Config], tuple[str, ...]]] = {
     "federate": lambda config: (*_users_text(config), config.align.source),
+    "federate-cohort": lambda config: (*_users_text(config), config.align.source),
+    "basis": lambda config: (config.align.source,) if config.compress.whiten else (),
     "compress": lambda config: (config.align.source,) if config.compress.whiten else (),
     "evaluate": lambda config: _users_text(config),
 }
@@ -75,7 +78,15 @@ class Run:
         texts = [source_digest(source) for source in READS[stage](self.config)]
         base = self.base()
         parts = (self.identity, self.config.digest(), base.hash, models.tokenizer_digest(base))
-        return _digest(stage, *parts, *texts)
+        probes = self.probes().items() if stage == "evaluate" else ()
+        return _digest(stage, *parts, *texts, *(f"{user} {held}" for user, held in probes))
+
+    def probes(self) -> dict[str, str]:
+        """User -> the adapter that they trained freely since the basis in force is; nobody where none is."""
+        registry = self.registry()
+        basis_id = registry.current_basis(self.base().base)
+        most = self.config.basis.probe_users
+        return registry.free_since_basis(basis_id, limit=most) if basis_id and most else {}
 
     def registry(self) -> Registry:
         """The registry this run writes to."""
@@ -135,7 +146,9 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
         # named, so that all later stages agree on who takes part
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, users=tuple(found.users)))
         texts = " ".join([models.tokenizer_digest(base), *found.public, *found.users.values()])
-    folder = Path(config.runs) / f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts)}"
+    basis = choosing.named(config, base) if text else ()
+    name = f"{Path(config_path).stem}-{_digest(config.digest(), base.hash, texts, *basis)}"
+    folder = Path(config.runs) / name
     files.write_text(folder / CONFIG, configuration.dump(config))
     if not (folder / BIRTH).exists():
         files.write_text(folder / BIRTH, uuid.uuid4().hex)
@@ -143,11 +156,12 @@ def prepare(config_path: str, overrides: Mapping[str, Any] | None = None, *, tex
         source = "".join(_users_text(config))
         files.write_text(folder / texts_of.FILE, json.dumps(found.to_dict(source), indent=2))
         # runs that differ only in what comes after the training share its folder, and so its adapters
-        training = _digest(config.training_digest(), base.hash, texts, config.registry.root)
+        training = _digest(config.training_digest(), base.hash, texts, config.registry.root, *basis)
         shared, link = folder.parent / ".federations" / training, folder / FEDERATION
         shared.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(os.path.relpath(shared, link.parent))
+        choosing.choose(config, base, shared)
     return str(folder)
 
 

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Message, MetricRecord
 
 from clients.workbench import workbench
-from server.app import SHARED_FOLDER, Federation
+from server.federation import SHARED_FOLDER, Federation
 from soppu import config as configuration
 from soppu.compress import CompressOptions, compress
 from soppu.config import Config

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message
 
-from server.app import Federation
 from server.delivery import Delivery
+from server.federation import Federation
 from soppu.config import Config
 from soppu.errors import FederationError
 from tests.server.grid import InProcessGrid

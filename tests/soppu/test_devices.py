@@ -23,6 +23,7 @@ from soppu.federation.client_part import ClientPart
 from soppu.federation.emulator import TopModel
 from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.second_device import Elsewhere, second_device
+from tests.thorough import thorough
 
 pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
 
@@ -104,8 +105,8 @@ def same(ours: LoraAdapter, theirs: LoraAdapter) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", *thorough("bfloat16")])
+@pytest.mark.parametrize("family", ["llama", *thorough("gpt2")])
 def test_a_clients_step_runs_on_its_device(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path, family: str, dtype: str
 ) -> None:

@@ -30,6 +30,7 @@ from soppu.stages.run import READS, prepare
 from tasks import outage
 from tasks.recording import Progress, stage_key, transient
 
+TRAINING = {"federate-cohort", "federate"}
 FOLDER = Path(__file__).resolve().parents[2] / "tasks"
 
 
@@ -45,6 +46,8 @@ def test_there_is_a_task_for_every_stage() -> None:
     names = {task.name for task in all_tasks()}
     assert names == {
         "prepare",
+        "federate-cohort",
+        "basis",
         "federate",
         "collect",
         "freeze-current",
@@ -66,7 +69,7 @@ def test_every_task_retries_within_a_time_limit_and_says_what_it_does(task: Task
     assert task.retry_condition_fn is transient
 
 
-@pytest.mark.parametrize("name", ["federate", "compress", "evaluate"])
+@pytest.mark.parametrize("name", ["federate-cohort", "basis", "federate", "compress", "evaluate"])
 def test_expensive_stages_are_cached_by_their_inputs(name: str) -> None:
     task = next(task for task in all_tasks() if task.name == name)
     assert task.persist_result is True
@@ -151,7 +154,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 
 def test_a_nightly_of_the_same_everything_finds_what_the_last_one_left(keyed: Callable[..., Any]) -> None:
     assert keyed() == keyed()
-    assert keyed().keys() == {"federate", "compress", "evaluate"} == READS.keys()
+    assert keyed().keys() == {"federate-cohort", "basis", "federate", "compress", "evaluate"} == READS.keys()
 
 
 def test_a_verdict_is_judged_again_when_the_users_text_has_changed(
@@ -160,11 +163,11 @@ def test_a_verdict_is_judged_again_when_the_users_text_has_changed(
     before = keyed()
     text = (tmp_path / "users" / "ann.jsonl").read_text()
     (tmp_path / "users" / "ann.jsonl").write_text(text.replace("yes", "no!"))
-    assert changed(before, keyed()) == {"federate", "evaluate"}
+    assert changed(before, keyed()) == {*TRAINING, "evaluate"}
     (tmp_path / "users" / "ann.jsonl").write_text(text)
     assert keyed() == before
     (tmp_path / "users" / "bob.jsonl").write_text(text.replace("ann", "bob"))
-    assert changed(before, keyed()) == {"federate", "evaluate"}
+    assert changed(before, keyed()) == {*TRAINING, "evaluate"}
 
 
 def test_a_bundle_weighed_by_public_text_follows_that_text(keyed: Callable[..., Any], tmp_path: Path) -> None:
@@ -172,8 +175,8 @@ def test_a_bundle_weighed_by_public_text_follows_that_text(keyed: Callable[..., 
     (tmp_path / "public" / "ann.jsonl").write_text(
         json.dumps({"user_id": "p", "prompt": "other", "completion": "text"})
     )
-    assert changed(plain, keyed()) == {"federate"}
-    assert changed(weighed, keyed(compress__whiten=True)) == {"federate", "compress"}
+    assert changed(plain, keyed()) == TRAINING
+    assert changed(weighed, keyed(compress__whiten=True)) == {*TRAINING, "basis", "compress"}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -193,7 +196,7 @@ def test_everything_follows_the_base_model_and_its_tokenizer(
     "setting", [{"gate__max_relative_error": 0.3}, {"compress__ratio": 4.0}, {"data__heldout_examples": 2}]
 )
 def test_everything_follows_the_settings(keyed: Callable[..., Any], setting: dict[str, Any]) -> None:
-    assert changed(keyed(), keyed(**setting)) == {"federate", "compress", "evaluate"}
+    assert changed(keyed(), keyed(**setting)) == set(READS)
 
 
 def test_settings_changed_in_the_run_folder_itself_count_too(

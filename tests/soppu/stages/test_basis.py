@@ -1,0 +1,185 @@
+"""One run from a cohort's adapters to everybody's cores, and what later runs make of the basis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients.workbench import workbench
+from server.app import main
+from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
+from soppu.errors import ConfigError, FederationError
+from soppu.federation import chosen_basis, simulation
+from soppu.federation.simulation import Simulation
+from soppu.registry import Registry
+from soppu.stages import basis, choosing, federate, forms
+from soppu.stages.compress import compress_set
+from soppu.stages.report import stage_names
+from soppu.stages.run import Run, open_run, prepare
+from tests.server.grid import InProcessGrid, context
+from tests.server.test_federation import Killed
+
+pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
+
+USERS = ("ann", "bob", "cleo", "dan", "eve")
+
+
+@pytest.fixture
+def overrides(tmp_path: Path, config_path: Path) -> dict[str, Any]:
+    public = tmp_path / "public.jsonl"
+    lines = [{"user_id": "p", "prompt": f"say {n}: ", "completion": "anything"} for n in range(6)]
+    public.write_text("\n".join(map(json.dumps, lines)))
+    for user in USERS[3:]:
+        rows = [
+            {"user_id": user, "prompt": f"say {n}: ", "completion": f"{user} {n} " * 3} for n in range(14)
+        ]
+        (tmp_path / "users" / f"{user}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    steps = {"rounds": 1, "local_steps": 2, "personal_steps": 3, "batch_size": 2, "hello_timeout_s": 1}
+    federation = {
+        "form": "auto",
+        "cohort": 2,
+        "basis_rank": 4,
+        "client_state": str(tmp_path / "clients"),
+        **steps,
+    }
+    told: dict[str, Any] = {f"federation.{name}": value for name, value in federation.items()}
+    small = {"data.train_examples": 6, "data.min_examples": 4, "lora.rank": 2, "lora.alpha": 4.0}
+    align = {"align.source": str(public), "align.warmup_steps": 2, "align.round_steps": 1, "align.rank": 2}
+    return {**told, **small, **align}
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Simulation]]:
+    """Simulations run in this process: the same apps, and no processes of their own."""
+    seen: list[Simulation] = []
+
+    def run(wanted: Simulation, **_: Any) -> dict[str, Any]:
+        seen.append(wanted)
+        workbench.cache_clear()
+        here = context(1)
+        here.run_config = {"config": str(wanted.config), "workdir": str(wanted.workdir), "task": "federate"}
+        main(InProcessGrid([{"partition-id": n} for n in range(wanted.users)]), here)
+        return dict(json.loads((wanted.workdir / "result.json").read_text()))
+
+    monkeypatch.setattr(simulation, "run", run)
+    yield seen
+
+
+def through(folder: str) -> dict[str, Any]:
+    """What the flow does up to the end of the training; gives the result."""
+    run = open_run(folder)
+    if forms.has_cohort(run):
+        basis.make_basis(folder, federate.federate_cohort(folder))
+    federate.federate(folder)
+    return run.read(federate.RESULT)
+
+
+def test_a_cohort_makes_the_basis_and_the_others_train_cores_in_it(
+    run: Run, config_path: Path, overrides: dict[str, Any], started: list[Simulation]
+) -> None:
+    folder, registry = str(run.folder), run.registry()
+    stages = stage_names(folder, trains=True)
+    assert stages[:4] == ("prepare", "cohort", "basis", "federate")
+    found = through(folder)
+    cohort = set(forms.chosen(run).cohort)
+    assert len(cohort) == 2 and found["adapters"].keys() == set(USERS)
+    made = registry.get_basis(registry.current_basis(run.base().base))
+    cores = {user: registry.get_core(core_id) for user, core_id in found["adapters"].items()}
+    assert all(CoreInBasis(core, made) for core in cores.values())
+    assert all(max(shape) <= 4 for shape in made.core_shapes().values())
+
+    # the cohort is served by what its own adapters come to, told in the basis
+    trained = run.read("federation/cohort/result.json")
+    told = run.read(f"basis-{made.id}.json")
+    for user in cohort:
+        nearest = from_lora(registry.get_adapter(trained["adapters"][user]), made)
+        assert nearest.core.content_hash() == cores[user].content_hash()
+        assert told["relative_error"][user] == pytest.approx(nearest.error) and nearest.error < 0.5
+        assert found["served"][user] == trained["served"][user]
+
+    # both forms are in the log, with the bytes of either
+    shared, personal, of_cores = found["rounds"]
+    assert [one["mode"] for one in found["rounds"]] == ["shared", "personal", "personal"]
+    assert personal["accepted"] == sorted(cohort, key=USERS.index)
+    assert sorted(of_cores["accepted"]) == sorted(set(USERS) - cohort)
+    sizes = [{row["bytes_up"] for row in one["received"].values()} for one in (personal, of_cores)]
+    assert min(sizes[0]) > 3 * max(sizes[1])
+    assert found["align"] == trained["align"]
+
+    # everybody's core goes on as any adapter does, and a second attempt finds all of it
+    set_id = federate.collect(folder, federate.id_of(found))
+    assert {core_id[:2] for core_id in registry.get_set(set_id).values()} == {"c-"}
+    compress_set(folder, set_id)
+    count = len(started)
+    assert prepare(str(config_path), overrides) == folder
+    assert through(folder) == found and len(started) == count
+
+    # a later run, of one user more, trains cores for all straight away
+    rows = [{"user_id": "fay", "prompt": f"say {n}: ", "completion": f"fay {n} " * 3} for n in range(14)]
+    Path(run.config.data.source, "fay.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    later = prepare(str(config_path), overrides)
+    assert "cohort" not in stage_names(later, trains=True)
+    assert through(later)["adapters"].keys() == {*USERS, "fay"} and len(started) == count + 1
+    assert registry.current_basis(run.base().base) == made.id
+
+
+def test_a_killed_attempt_goes_on_in_the_basis_it_had(
+    run: Run, config_path: Path, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(run.folder)
+    cohort = federate.federate_cohort(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "use_basis", _killed)
+        with pytest.raises(Killed):
+            basis.make_basis(folder, cohort)
+    with pytest.raises(FederationError, match="names no basis"):
+        federate.federate(folder)
+    made = basis.make_basis(folder, cohort)
+    assert prepare(str(config_path), overrides) == folder  # and not as a run in whose registry a basis is
+    assert forms.has_cohort(run) and forms.chosen(run).basis_id == made
+    assert basis.make_basis(folder, federate.federate_cohort(folder)) == made
+    federate.federate(folder)
+    with pytest.raises(FederationError, match="asked for f-0"):
+        basis.make_basis(folder, "f-0")
+
+
+def _killed(*_: Any) -> None:
+    raise Killed
+
+
+def test_cores_without_a_basis_in_force_are_refused_and_named_by_it_where_there_is_one(
+    run: Run, config_path: Path, overrides: dict[str, Any]
+) -> None:
+    straight = {**overrides, "federation.form": "core"}
+    with pytest.raises(ConfigError, match="has no basis in force .* federation.form = 'auto' makes one"):
+        prepare(str(config_path), straight)
+    made = basis.make_basis(str(run.folder), federate.federate_cohort(str(run.folder)))
+    first = prepare(str(config_path), straight)
+    assert forms.chosen(open_run(first)) == chosen_basis.ChosenBasis(made)
+    assert through(first)["basis"] == made
+    registry = run.registry()
+    other = registry.get_basis(made)
+    sides = {name: (u * 2, v) for name, (u, v) in other.sides.items()}
+    registry.use_basis(registry.put_basis(type(other)(sides, other.base_model, other.base_hash)))
+    assert prepare(str(config_path), straight) != first
+
+
+@pytest.mark.parametrize(("size", "allowed"), [(5, "2 to 4"), (6, "2 to 4")])
+def test_a_cohort_of_everybody_is_refused(
+    run: Run, config_path: Path, overrides: dict[str, Any], size: int, allowed: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"federation.cohort = {size}: 5 users take part.*{allowed}"):
+        prepare(str(config_path), {**overrides, "federation.cohort": size})
+
+
+def test_the_cohort_is_drawn_by_the_seed(run: Run) -> None:
+    from dataclasses import replace
+
+    drawn = {choosing.cohort(replace(run.config, seed=seed)) for seed in range(8)}
+    assert len(drawn) > 1 and choosing.cohort(run.config) == choosing.cohort(run.config)
+    assert all(list(one) == sorted(one, key=USERS.index) for one in drawn)
