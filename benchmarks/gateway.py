@@ -28,7 +28,8 @@ import psutil
 import sqlalchemy as sa
 
 from benchmarks.gateway_stack import Stack, body, lines, stack
-from benchmarks.record import RESULTS, circumstances, store
+from benchmarks.pages import read_result
+from benchmarks.record import circumstances, store
 from benchmarks.schemathesis_run import Fuzz
 from benchmarks.schemathesis_run import run as fuzz_run
 from soppu.gateway.keys import PREFIX, KeyRow, KeyStore, digest_of
@@ -353,14 +354,12 @@ def summary(parts: Mapping[str, Any]) -> dict[str, Any]:
 @click.option("--scale", default=1.0, show_default=True, help="Of the longer parts; less than 1 is not kept.")
 def main(only: str, scale: float) -> None:
     """Measure, and write what was measured into the result file beside the other parts."""
-    path = RESULTS / f"{NAME}.json"
-    parts: dict[str, Any] = json.loads(path.read_text())["parts"] if path.exists() else {}
     for name in only.split(","):
         found = PARTS[name](scale)
         click.echo(f"{name}: {json.dumps(found, indent=1)}")
         measured = circumstances(seed=0, packages=_PACKAGES) | {"load_average": os.getloadavg()[0]}
-        parts[name] = {**found, "measured": measured}
         if scale >= 1:
+            parts = {**read_result(NAME).get("parts", {}), name: {**found, "measured": measured}}
             whole = {"what": "the gateway before a server of a tiny model", **summary(parts), "parts": parts}
             click.echo(f"written: {store(NAME, whole)}")
 

@@ -1,7 +1,4 @@
-"""Publishes one bundle file to a running server, in the order of the pipeline's stage; may be killed at any moment.
-
-python -m benchmarks.gateway_publisher REGISTRY URL FILE BUNDLE_ID
-"""
+"""Publishes a bundle file to a running server, as the pipeline's stage does; may be killed at any moment."""
 
 from __future__ import annotations
 
