@@ -18,7 +18,7 @@ import click
 import torch
 from safetensors.torch import load_file, save
 
-from benchmarks.personal_users import CORPORA, Person, Roles, Sizes, Text, Texts, digest, roles
+from benchmarks.personal_users import CORPORA, Person, Roles, Sizes, Text, Texts, Words, digest, roles
 from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, Model, Way, whole
 from benchmarks.record import ROOT
 from soppu import files, models
@@ -32,17 +32,19 @@ from soppu.federation.attach import initial_pairs
 RANK, LAYERS = 8, 4
 MARKS = (10, 20, 30)  # steps after which the users of a tuning are looked at; the best number is taken
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # step sizes of A; B and cores take twice as much
+GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that is not gone on with
 FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, one beyond it is
-_SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (1e-3, 3e-3), 40, 240, 8
+_SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 COHORT = 24  # users whose text the shared adapter is trained on
 SETTINGS: Mapping[str, Any] = {
-    "edition": 1,  # to be raised where code changes what comes out
+    "edition": 3,  # to be raised where code changes what comes out
     "rank": RANK,
     "adapter_layers": LAYERS,
     "batch": BATCH,
     "b_ratio": B_RATIO,
     "steps": MARKS,
     "step_sizes": FIRST,
+    "given_up": GIVEN_UP,
     "cohort": COHORT,
     "shared": {"step_sizes": _SHARED_RATES, "steps": _SHARED_MOST, "batch": _SHARED_BATCH},
 }
@@ -65,7 +67,7 @@ class Ground:
     """One corpus.
 
     Args:
-        base: the states of its frozen layers are kept in their dtype; what is above computes in float32.
+        base: the states of its frozen layers are kept in their dtype; users are judged in float32.
         folder: for what takes long to make; named by the digest of everything it is made of.
     """
 
@@ -94,21 +96,32 @@ class Ground:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
+    def words(self) -> Words:
+        """What training goes through of the head."""
+        everybody = (*self.roles.basis, *self.roles.tuned, *self.roles.reported)
+        return Words.of(everybody, self.sizes, self.base.tokenizer)
+
+    def training(self, person: Person) -> list[Any]:
+        """What a user trains on."""
+        return self.words.told(self.text(person).train)
+
+    @cached_property
     def plain(self) -> Model:
         """The base model's own top."""
-        return self._new()
+        return Model(self.base.model, self.base.plan, words=self.words, dtype=self.base.compute)
 
     @cached_property
     def beside(self) -> Model:
-        """With the shared adapter merged into it: for what users have beside that."""
-        return self.another_beside()
+        """With the shared adapter in it: for what users have beside that."""
+        return Model(
+            self.base.model, self.base.plan, words=self.words, dtype=self.base.compute, beside=self.shared
+        )
 
-    def another_beside(self) -> Model:
-        """The same anew, for somebody who changes it."""
-        return self._new().merge(self.shared)
-
-    def _new(self) -> Model:
-        return Model(emulator.TopModel(self.base.model, self.base.plan), self.base.plan)
+    def exact_beside(self) -> Model:
+        """The same anew, in float32 alone, for somebody who changes it."""
+        return Model(
+            self.base.model, self.base.plan, words=self.words, dtype=torch.float32, beside=self.shared
+        )
 
     def text(self, person: Person) -> Text:
         """Of one user."""
@@ -119,35 +132,32 @@ class Ground:
         held = {name: tensor.contiguous() for name, tensor in tensors.items()}
         files.write_bytes(self._place(key, user), save(held))
 
+    def keeps(self, key: str, user: str) -> bool:
+        """Whether there is something put aside."""
+        return self._place(key, user).exists()
+
     def tensors(self, key: str, user: str) -> dict[str, torch.Tensor]:
-        """What was put aside. ClickException where it is not on this machine."""
-        path = self._place(key, user)
-        if not path.exists():
-            raise click.ClickException(f"{path}: not there; take the arm's row out and run the study again")
-        return load_file(path)
+        """What was put aside."""
+        return load_file(self._place(key, user))
 
-    def kept(self, key: str, user: str) -> LoraAdapter:
-        """A LoRA that was put aside."""
-        return wire.loose_from_state(self.tensors(key, user), base_hash=self.base.hash)
-
-    def texts(self, part: str) -> list[Text]:
-        """Of everybody in a part."""
-        return [self._texts.of(person) for person in getattr(self.roles, part)]
-
-    def cohort(self) -> list[Text]:
-        """Of those whom the shared adapter is trained on."""
-        return [self._texts.of(person) for person in self.roles.basis[:COHORT]]
+    def adapter(self, tensors: Mapping[str, torch.Tensor]) -> LoraAdapter:
+        """A LoRA's numbers as an adapter of this base."""
+        return wire.loose_from_state(tensors, base_hash=self.base.hash)
 
     @cached_property
     def pooled(self) -> list[Any]:
         """What the cohort trains on, as one text."""
-        return [block for text in self.cohort() for block in text.train]
+        return [block for person in self.roles.basis[:COHORT] for block in self.training(person)]
 
     def tuning_loss(self, way: Way, held: Sequence[Any]) -> float:
         """Mean loss of the users that step sizes are chosen on, with one thing for all or each their own."""
         own = list(held) if len(held) > 1 else [held[0]] * self.sizes.tuned
-        texts = self.texts("tuned")
-        return sum(way.loss(one, text.unseen) for one, text in zip(own, texts, strict=True)) / len(texts)
+        unseen = self.unseen()
+        return sum(way.loss(one, text) for one, text in zip(own, unseen, strict=True)) / len(unseen)
+
+    def unseen(self) -> list[Blocks]:
+        """Text that the users step sizes are chosen on were not trained on."""
+        return [self.text(person).unseen for person in self.roles.tuned]
 
     @cached_property
     def shared(self) -> LoraAdapter:
@@ -155,25 +165,21 @@ class Ground:
         path = self.folder / "shared.safetensors"
         if not path.exists():
             files.write_bytes(path, save(wire.to_state(self._trained_shared())))
-        return self._adapter(path)
+        return self.adapter(load_file(path))
 
     def _trained_shared(self) -> LoraAdapter:
+        """With one step size after the other, each from the best so far and until it is no better."""
         shapes = emulator.target_shapes(self.base.model, self.base.plan)
-        start = LoraAdapter(initial_pairs(shapes, rank=RANK, seed=self.seed), base_hash=self.base.hash)
-        way = InLoop(self.plain, start, whole, batch=_SHARED_BATCH, seed=self.seed)
-        marks = range(_SHARED_EVERY, _SHARED_MOST + 1, _SHARED_EVERY)
-        under_way = {rate: way.run([self.pooled], rate=rate, marks=marks) for rate in _SHARED_RATES}
-        first = {rate: next(one) for rate, one in under_way.items()}
-        losses = {rate: self.tuning_loss(way, held) for rate, held in first.items()}
-        rate = min(losses, key=losses.__getitem__)
-        best, loss = first[rate][0], losses[rate]
-        click.echo(f"{self.corpus}: shared {losses}")
-        for held in under_way[rate]:
-            now = self.tuning_loss(way, held)
-            click.echo(f"{self.corpus}: shared at {rate:g}: {now:.4f}")
-            if now >= loss:
-                break
-            best, loss = held[0], now
+        best = LoraAdapter(initial_pairs(shapes, rank=RANK, seed=self.seed), base_hash=self.base.hash)
+        loss, marks = math.inf, range(_SHARED_EVERY, _SHARED_MOST + 1, _SHARED_EVERY)
+        for rate in _SHARED_RATES:
+            way = InLoop(self.plain, best, whole, batch=_SHARED_BATCH, seed=self.seed)
+            for held in way.run([self.pooled], rate=rate, marks=marks):
+                now = self.tuning_loss(way, held)
+                click.echo(f"{self.corpus}: shared at {rate:g}: {now:.4f}")
+                if not now < loss:
+                    break
+                best, loss = held[0], now
         return best
 
     def tuned(self, name: str, way: Way, *, on: Sequence[Blocks] | None = None) -> Tuned:
@@ -182,13 +188,21 @@ class Ground:
         Args:
             on: texts to train on; those of the users it is chosen on if left out.
         """
-        path = self.folder / f"tuned-{self.key(name)}.json"
+        path = self._tuned(self.key(name))
         if path.exists():
             told = json.loads(path.read_text())
             return Tuned(told["step_size"], told["steps"], told["tried"])
-        found = tune(self, way, on=on or [text.train for text in self.texts("tuned")])
+        found = tune(self, way, on=on or [self.training(person) for person in self.roles.tuned])
         files.write_text(path, json.dumps(found.to_dict()))
         return found
+
+    def know(self, key: str, told: Mapping[str, Any]) -> None:
+        """Take over what a row says of the step size that was best."""
+        if not (path := self._tuned(key)).exists():
+            files.write_text(path, json.dumps({name: told[name] for name in ("step_size", "steps", "tried")}))
+
+    def _tuned(self, key: str) -> Path:
+        return self.folder / f"tuned-{key}.json"
 
     def adapters(self, users: int) -> dict[str, LoraAdapter]:
         """Of the first users of the basis: full LoRAs from the shared one, at its tuned step size."""
@@ -198,11 +212,11 @@ class Ground:
         tuned = self.tuned("full LoRA", way)
         for first in range(0, len(missing), 8):
             some = missing[first : first + 8]
-            texts = [self._texts.of(one).train for one in some]
+            texts = [self.training(one) for one in some]
             (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
             for one, adapter in zip(some, held, strict=True):
                 files.write_bytes(paths[one.id], save(wire.to_state(adapter)))
-        return {name: self._adapter(path) for name, path in paths.items()}
+        return {name: self.adapter(load_file(path)) for name, path in paths.items()}
 
     def full(self) -> InLoop:
         """A full LoRA of a user's own, from the shared one."""
@@ -218,15 +232,16 @@ class Ground:
     def _place(self, key: str, user: str) -> Path:
         return self.folder / key / f"{user.replace('/', '+')}.safetensors"
 
-    def _adapter(self, path: Path) -> LoraAdapter:
-        return wire.loose_from_state(load_file(path), base_hash=self.base.hash)
-
 
 class Base:
-    """The base model, the plan that says which of its layers are trained, and those below."""
+    """The base model, the plan that says which of its layers are trained, and those below.
+
+    It is trained in its own dtype, as `compute_dtype = "auto"` of a configuration means it; what is trained
+    is float32 all the same.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, hash: str, layers: int = LAYERS) -> None:
-        self.model, self.tokenizer, self.hash = model, tokenizer, hash
+        self.model, self.tokenizer, self.hash, self.compute = model, tokenizer, hash, model.dtype
         self.plan = emulator.make_plan(model, base_hash=hash, adapter_layers=layers, drop_ratio=0.0)
         self._bottom: Any = None
 
@@ -255,11 +270,12 @@ def tune(ground: Ground, way: Way, *, on: Sequence[Blocks]) -> Tuned:
     losses: dict[tuple[float, int], float] = {}
 
     def attempt(rate: float) -> None:
-        for steps, held in zip(ground.marks, way.run(on, rate=rate, marks=ground.marks), strict=True):
-            loss = ground.tuning_loss(way, held)
-            losses[rate, steps] = (
-                loss if math.isfinite(loss) else math.inf
-            )  # one that is NaN is not the least
+        under_way = way.run(on, rate=rate, marks=ground.marks)
+        for steps in ground.marks:
+            loss = ground.tuning_loss(way, next(under_way))
+            losses[rate, steps] = loss if math.isfinite(loss) else math.inf  # NaN is not the least
+            if losses[rate, steps] > min(losses.values()) + GIVEN_UP:
+                return
 
     for rate in FIRST:
         attempt(rate)

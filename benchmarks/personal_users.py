@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from benchmarks import changelogs
 from soppu import corpus, files
-from soppu.data import UserData, tokenize
+from soppu.data import IGNORE, UserData, tokenize
 from soppu.data.examples import Example, Record
 from soppu.data.split import split
+from soppu.federation import emulator
 from soppu.federation.train import CachedBlock, cache_states
-
-PARTS = ("train", "validation", "heldout")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Sizes:
     basis: int = 48
     tuned: int = 4  # on whom every arm's step size is chosen; never reported
     reported: int = 16
-    train: int = 48
+    train: int = 32
     validation: int = 8
-    heldout: int = 24
+    heldout: int = 20
     max_tokens: int = 64
     least: int = 40  # examples of a user
 
@@ -78,7 +79,8 @@ def authors(least: int) -> list[Person]:
 
 
 CORPORA: Mapping[str, Callable[[int], list[Person]]] = {"stdlib": stdlib, "changelogs": authors}
-_MOST_OF_A_GROUP = 3  # reported users
+UNSEEN = 16  # examples a user that step sizes are chosen by
+_MOST_OF_A_GROUP = {"reported": 3, "tuned": 1}  # of a part
 
 
 def roles(people: Iterable[Person], sizes: Sizes, *, seed: int) -> Roles:
@@ -87,8 +89,8 @@ def roles(people: Iterable[Person], sizes: Sizes, *, seed: int) -> Roles:
     for person in sorted(people, key=lambda person: _rank(person.id, seed)):
         groups.setdefault(person.group, []).append(person)
     order = sorted(groups, key=lambda name: _rank(name, seed))
-    reported = _taken(groups, order, sizes.reported)
-    tuned = _taken(groups, order, sizes.tuned)
+    reported = _taken(groups, order, sizes.reported, most=_MOST_OF_A_GROUP["reported"])
+    tuned = _taken(groups, order, sizes.tuned, most=_MOST_OF_A_GROUP["tuned"])
     rest = sorted((one for name in order for one in groups[name]), key=lambda one: _rank(one.id, seed))
     found = Roles(tuple(rest[: sizes.basis]), tuple(tuned), tuple(reported))
     for part, wanted in (("reported", sizes.reported), ("tuned", sizes.tuned), ("basis", sizes.basis)):
@@ -97,11 +99,11 @@ def roles(people: Iterable[Person], sizes: Sizes, *, seed: int) -> Roles:
     return found
 
 
-def _taken(groups: Mapping[str, list[Person]], order: list[str], wanted: int) -> list[Person]:
+def _taken(groups: Mapping[str, list[Person]], order: list[str], wanted: int, *, most: int) -> list[Person]:
     """The first users of the first groups in `order`, which leave it."""
     taken: list[Person] = []
     while order and len(taken) < wanted:
-        taken += groups[order.pop(0)][: min(_MOST_OF_A_GROUP, wanted - len(taken))]
+        taken += groups[order.pop(0)][: min(most, wanted - len(taken))]
     return taken
 
 
@@ -118,22 +120,75 @@ def digest(found: Roles, sizes: Sizes) -> str:
     return hashlib.sha256(json.dumps([told, sizes.max_tokens]).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True, eq=False)
 class Text:
-    """One user's text behind the frozen layers."""
+    """One user's text behind the frozen layers; a part is put through them when it is first asked for."""
 
-    train: Sequence[CachedBlock]
-    validation: Sequence[CachedBlock]
-    heldout: Sequence[CachedBlock]
+    def __init__(self, of: Callable[[str], list[CachedBlock]]) -> None:
+        self._of = of
+
+    @cached_property
+    def train(self) -> list[CachedBlock]:
+        """What the user is trained on."""
+        return self._of("train")
+
+    @cached_property
+    def heldout(self) -> list[CachedBlock]:
+        """What a reported user is judged by."""
+        return self._of("heldout")
 
     @cached_property
     def unseen(self) -> list[CachedBlock]:
-        """All that is not trained on: what a step size may be chosen by, of users who are not reported."""
-        return [*self.validation, *self.heldout]
+        """Text that is not trained on: what a step size is chosen by, of users who are not reported."""
+        return [*self._of("validation"), *self.heldout][:UNSEEN]
+
+
+class Words:
+    """The tokens that training texts have, numbered anew: what a head that is trained through has to know.
+
+    A softmax over all tokens is more than half of a step, and nearly all of them are in nobody's text. Losses
+    that are chosen or reported by are over all of them.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids.unique()  # sorted, (n,)
+        self.ids = self.ids[self.ids != IGNORE]
+
+    @classmethod
+    def of(cls, people: Iterable[Person], sizes: Sizes, tokenizer: Any) -> Words:
+        """What everybody is trained on."""
+        examples = [item for person in people for item in person.text(sizes).train]
+        return cls(
+            torch.cat([one.labels for one in tokenize(examples, tokenizer, max_tokens=sizes.max_tokens)])
+        )
+
+    def told(self, blocks: Iterable[CachedBlock]) -> list[CachedBlock]:
+        """Blocks with their labels in the new numbers."""
+        return [
+            CachedBlock(
+                one.states,
+                torch.where(one.labels == IGNORE, IGNORE, torch.searchsorted(self.ids, one.labels)),
+            )
+            for one in blocks
+        ]
+
+    def cut(self, top: emulator.TopModel) -> emulator.TopModel:
+        """The same layers, under a head of these tokens alone."""
+        return _Cut(top, self.ids)
+
+
+class _Cut(emulator.TopModel):
+    def __init__(self, top: emulator.TopModel, ids: Tensor) -> None:
+        self.model = top.model
+        head: Any = self.model.get_output_embeddings()
+        self._head = head.weight.detach()[ids]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., n) of these tokens."""
+        return torch.nn.functional.linear(hidden, self._head)
 
 
 class Texts:
-    """Users' texts; each is read and put through the frozen layers once, and then lies in `folder`.
+    """Users' texts; each part is put through the frozen layers once, and then lies in `folder`.
 
     Args:
         bottom: gives the frozen layers and the tokenizer when they are needed first.
@@ -145,28 +200,20 @@ class Texts:
 
     def of(self, person: Person) -> Text:
         """What the layers make of a person's text."""
-        if person.id not in self._held:
-            path = self._folder / f"{person.id.replace('/', '+')}.safetensors"
-            if not path.exists():
-                files.write_bytes(path, save(self._computed(person)))
-            self._held[person.id] = _read(path)
-        return self._held[person.id]
+        return self._held.setdefault(person.id, Text(lambda part: self._part(person, part)))
 
-    def _computed(self, person: Person) -> dict[str, Any]:
+    def _part(self, person: Person, part: str) -> list[CachedBlock]:
+        path = self._folder / f"{person.id.replace('/', '+')}.{part}.safetensors"
+        if not path.exists():
+            files.write_bytes(path, save(self._computed(person, part)))
+        held = load_file(path)
+        keys = sorted({key.split("/")[0] for key in held})
+        return [CachedBlock(held[f"{key}/states"], held[f"{key}/labels"]) for key in keys]
+
+    def _computed(self, person: Person, part: str) -> dict[str, Tensor]:
         bottom, tokenizer = self._bottom()
-        text, made = person.text(self._sizes), {}
-        for part in PARTS:
-            blocks = tokenize(getattr(text, part), tokenizer, max_tokens=self._sizes.max_tokens)
-            for number, block in enumerate(cache_states(bottom, blocks, pad_id=tokenizer.pad_token_id)):
-                made[f"{part}/{number:04}/states"] = block.states
-                made[f"{part}/{number:04}/labels"] = block.labels
+        examples, made = getattr(person.text(self._sizes), part), {}
+        blocks = tokenize(examples, tokenizer, max_tokens=self._sizes.max_tokens)
+        for number, block in enumerate(cache_states(bottom, blocks, pad_id=tokenizer.pad_token_id)):
+            made |= {f"{number:04}/states": block.states, f"{number:04}/labels": block.labels}
         return made
-
-
-def _read(path: Path) -> Text:
-    held = load_file(path)
-    keys = sorted({key.rsplit("/", 1)[0] for key in held})
-    found: dict[str, list[CachedBlock]] = {part: [] for part in PARTS}
-    for key in keys:
-        found[key.split("/")[0]].append(CachedBlock(held[f"{key}/states"], held[f"{key}/labels"]))
-    return Text(**found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,9 +11,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from benchmarks.personal_users import Words
 from soppu.adapter import LoraAdapter
 from soppu.cores.core import CoreInBasis
 from soppu.federation import emulator, wire
+from soppu.federation.attach import attached
 from soppu.federation.train import CachedBlock, Together, TrainOptions, backward, batches, mean_loss
 
 Blocks = Sequence[CachedBlock]
@@ -27,32 +30,50 @@ class Way(Protocol):
         """What every user has after each of these numbers of steps, ascending."""
 
     def loss(self, held: Any, blocks: Blocks) -> float:
-        """Mean loss of a text with what a user has, nats a token."""
+        """Mean loss of a text with what a user has, nats a token: what steps are chosen by."""
+
+    def judged(self, held: Any, blocks: Blocks) -> float:
+        """The same in float32: what is reported."""
 
     def sent(self, held: Any) -> dict[str, Tensor]:
         """The numbers that are a user's own."""
 
 
-@dataclass(frozen=True, eq=False)
 class Model:
-    """The layers that are trained on, of the base model or of one with an adapter merged into it."""
+    """The layers that are trained on, of the base model or with an adapter that stays beside it.
 
-    top: emulator.TopModel
-    plan: emulator.LayerPlan
+    Args:
+        words: what the head that is trained through knows; every loss that is looked at is over all tokens.
+        dtype: what it is trained in; `judged` is always in float32.
+        beside: an adapter that everybody has.
+    """
+
+    def __init__(
+        self,
+        whole: Any,
+        plan: emulator.LayerPlan,
+        *,
+        words: Words,
+        dtype: torch.dtype,
+        beside: LoraAdapter | None = None,
+    ) -> None:
+        self.plan = plan
+        self.seen = emulator.TopModel(whole, plan, dtype=dtype)
+        self.top = words.cut(self.seen)
+        self.exact = self.seen if dtype == torch.float32 else emulator.TopModel(whole, plan)
+        self._hooks = ExitStack()  # for as long as the model is there
+        if beside is not None:
+            own = emulator.to_own(beside, plan, plan.adapter)
+            for top in {id(top): top for top in (self.seen, self.exact)}.values():
+                self._hooks.enter_context(attached(top.model, own))
 
     def loss(self, blocks: Blocks, adapter: LoraAdapter | None) -> float:
-        """Mean loss of a text, nats a token."""
-        return mean_loss(self.top, self.plan, blocks, adapter=adapter, batch_size=16)
+        """Mean loss of a text as it is trained, nats a token."""
+        return mean_loss(self.seen, self.plan, blocks, adapter=adapter, batch_size=16)
 
-    @torch.no_grad()
-    def merge(self, adapter: LoraAdapter) -> Model:
-        """Itself, its weights changed to W + B A; the model that it was cut from stays as it is."""
-        own = emulator.to_own(adapter, self.plan, self.plan.adapter)
-        for name, pair in own.pairs.items():
-            module: Any = self.top.model.get_submodule(name)
-            delta = pair.delta().mT if self.plan.fan_in_fan_out else pair.delta()
-            module.weight = torch.nn.Parameter(module.weight + delta.to(module.weight), requires_grad=False)
-        return self
+    def judged(self, blocks: Blocks, adapter: LoraAdapter | None) -> float:
+        """The same in float32."""
+        return mean_loss(self.exact, self.plan, blocks, adapter=adapter, batch_size=16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +106,19 @@ class InLoop:
 
     def loss(self, held: LoraAdapter | CoreInBasis, blocks: Blocks) -> float:
         """See `Way`."""
-        return self.model.loss(blocks, held.to_lora() if isinstance(held, CoreInBasis) else held)
+        return self.model.loss(blocks, _lora(held))
+
+    def judged(self, held: LoraAdapter | CoreInBasis, blocks: Blocks) -> float:
+        """See `Way`."""
+        return self.model.judged(blocks, _lora(held))
 
     def sent(self, held: LoraAdapter | CoreInBasis) -> dict[str, Tensor]:
         """See `Way`."""
         return self.own(held)
+
+
+def _lora(held: LoraAdapter | CoreInBasis) -> LoraAdapter:
+    return held.to_lora() if isinstance(held, CoreInBasis) else held
 
 
 def whole(held: LoraAdapter) -> dict[str, Tensor]:
@@ -162,6 +191,8 @@ class InPeft:
         """See `Way`."""
         self._put(held)
         return self._model.loss(blocks, None)
+
+    judged = loss  # PEFT's numbers sit in the layers that they were trained in, which compute in float32
 
     def sent(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Way`."""

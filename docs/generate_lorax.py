@@ -145,7 +145,7 @@ version until it is removed.
 Everything under `/soppu/v1` asks for `Authorization: Bearer TOKEN` on every address. TOKEN is
 `SOPPU_ADMIN_TOKEN` of the server; without it the server makes one at its first start and keeps it in the
 file `admin-token` of its state folder, readable by its user only, where `soppu rollback` and publications
-find it. Changes that a page of another site asks for are refused. Pages of any site may generate, send any
+find it. What a page of another site asks for there is refused. Pages of any site may generate, send any
 header with it and read those of the answer.
 
 ## What could not run here

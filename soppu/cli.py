@@ -24,6 +24,10 @@ COMMANDS = {
     "data": ("data", "List who has text in SOURCE, how much, and who would be left out of a run, and why."),
     "users": ("users", "List every user: current adapter, metrics, and where they are served."),
     "show": ("users", "Show every adapter USER has held, oldest first; * marks the current one."),
+    "bases": (
+        "bases",
+        "List the bases of a registry, oldest first; * marks those in force, one for each base model.",
+    ),
     "forget": ("users", "Delete USER's history, metrics and adapters."),
     "calibrate": (
         "calibrate",

@@ -23,6 +23,7 @@ from soppu import adapter
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.cli import COMMANDS, main
 from tests.conftest import build_model
+from tests.thorough import some
 
 NAMES = [f"model.layers.{n}.self_attn.{p}" for n in (0, 1) for p in ("q_proj", "v_proj")]
 
@@ -120,6 +121,8 @@ CALLS = {
     "users in": "users --registry {}",
     "users of": "users --registry absent --catalogue {}",
     "users of sqlite": "users --registry absent --catalogue sqlite:///{}",
+    "bases in": "bases --registry {}",
+    "bases which": "bases --use {} --registry folder",
     "show whom": "show {} --registry folder",
     "forget whom": "forget {} --registry folder --yes",
     "members of": "federation unregister ours --user ann --members {}",
@@ -156,8 +159,12 @@ def test_every_command_is_tried() -> None:
     assert {words.split()[0] for words in CALLS.values()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("bad", BAD, ids=ascii)
-@pytest.mark.parametrize("call", CALLS)
+# every command with a third of them, every one of them with a third of the commands
+EACH = [(call, bad) for call in CALLS for bad in BAD]
+OFTEN = [(call, bad) for m, call in enumerate(CALLS) for n, bad in enumerate(BAD) if (m + n) % 3 == 0]
+
+
+@pytest.mark.parametrize(("call", "bad"), some(EACH, *OFTEN), ids=ascii)
 def test_a_bad_thing_in_any_place_is_told(
     place: Path, call: str, bad: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from benchmarks import (
     dashboard_page,
     demo,
     federation_page,
+    gateway_page,
     pages,
     personal_page,
     serve_page,
@@ -153,6 +154,12 @@ def test_the_figures_on_the_live_page_are_the_measured_ones() -> None:
     text, made = dashboard_page.PAGE.read_text(), dashboard_page.blocks()
     assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(dashboard_page.MARKS)
     assert pages.with_blocks(text, made) == text, "run `python -m benchmarks.dashboard_page`"
+
+
+def test_the_figures_on_the_gateway_are_the_measured_ones() -> None:
+    text, made = gateway_page.PAGE.read_text(), gateway_page.blocks()
+    assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(gateway_page.MARKS)
+    assert pages.with_blocks(text, made) == text, "run `python -m benchmarks.gateway_page`"
 
 
 def test_the_figures_on_personal_forms_are_the_measured_ones() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -21,13 +22,18 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print a JSON list.
 @_JSON
 def users_command(root: str, catalogue: str, as_json: bool) -> None:
     """List every user: current adapter, metrics, and where they are served."""
-    rows = _open(root, catalogue).users()
+    registry = _open(root, catalogue)
+    rows = registry.users()
+    told = registry.told_in([row.adapter_id for row in rows])
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        click.echo(json.dumps([_as_json(row, told) for row in rows], indent=2))
     elif not rows:
         click.echo("no users yet")
     else:
-        _print(("USER", "ADAPTER", "SINCE (UTC)", "METRICS", "PUBLISHED"), map(_user_cells, rows))
+        _print(
+            ("USER", "ADAPTER", "SINCE (UTC)", "METRICS", "PUBLISHED"),
+            (_user_cells(row, told) for row in rows),
+        )
 
 
 @click.command("show")
@@ -36,14 +42,16 @@ def users_command(root: str, catalogue: str, as_json: bool) -> None:
 @_JSON
 def show_command(user: str, root: str, catalogue: str, as_json: bool) -> None:
     """Show every adapter USER has held, oldest first; * marks the current one."""
-    rows = _open(root, catalogue).history(user)
+    registry = _open(root, catalogue)
+    rows = registry.history(user)
+    told = registry.told_in([row.adapter_id for row in rows])
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        click.echo(json.dumps([_as_json(row, told) for row in rows], indent=2))
     elif not rows:
         click.echo(f"{user} was forgotten; nothing is kept")
     else:
         heads = ("", "ADAPTER", "SINCE (UTC)", "RUN", "METRICS", "PUBLISHED")
-        _print(heads, map(_history_cells, rows))
+        _print(heads, (_history_cells(row, told) for row in rows))
 
 
 @click.command("forget")
@@ -63,18 +71,28 @@ def _open(root: str, catalogue: str) -> Registry:
     return Registry.open(root, catalogue=catalogue, create=False)
 
 
-def _user_cells(row: UserRow) -> tuple[str, ...]:
+def _as_json(row: UserRow | HistoryRow, told: Mapping[str, str]) -> dict[str, Any]:
+    return asdict(row) | {"basis_id": told.get(row.adapter_id, "")}
+
+
+def _shown(row: UserRow | HistoryRow, told: Mapping[str, str]) -> str:
+    """The adapter's id, and of a core the basis that it is told in."""
+    basis_id = told.get(row.adapter_id)
+    return f"{row.adapter_id} in {basis_id}" if basis_id else row.adapter_id
+
+
+def _user_cells(row: UserRow, told: Mapping[str, str]) -> tuple[str, ...]:
     places = [
         place if adapter_id == row.adapter_id else f"{place} ({adapter_id})"
         for place, adapter_id in row.published.items()
     ]
-    return row.user, row.adapter_id, _when(row.at), _metrics(row.metrics), ", ".join(places) or "-"
+    return row.user, _shown(row, told), _when(row.at), _metrics(row.metrics), ", ".join(places) or "-"
 
 
-def _history_cells(row: HistoryRow) -> tuple[str, ...]:
+def _history_cells(row: HistoryRow, told: Mapping[str, str]) -> tuple[str, ...]:
     mark = "*" if row.current else " "
     places = ", ".join(row.published) or "-"
-    return mark, row.adapter_id, _when(row.at), row.run or "-", _metrics(row.metrics), places
+    return mark, _shown(row, told), _when(row.at), row.run or "-", _metrics(row.metrics), places
 
 
 def _report(report: ForgetReport) -> str:

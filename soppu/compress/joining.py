@@ -73,7 +73,7 @@ def join(
     if user in bundle.users:
         raise BundleError(f"user {user!r} is in the bundle already; remove the user first")
     placed = CoreInBasis(placed.core, basis_of(bundle, cluster), who=user)
-    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id or id_of(placed))
+    newcomer = edit.newcomer_of(bundle, user, placed.to_lora(), adapter_id or placed.core.id)
     newcomer = replace(newcomer, parameters=placed.core.parameters())
     coded = _coded(bundle, placed, cluster=cluster, bits=bits)
     squared = dict(zip(placed.basis.sides, coded.squared, strict=True))
@@ -90,11 +90,6 @@ def put(bundle: Bundle, user: str, placed: CoreInBasis, *, cluster: int = 0) -> 
     """As `join`; a row that the user has is taken out before, as `edit.forget` does it. Raises as both."""
     rest = edit.forget(bundle, user) if user in bundle.users else bundle
     return join(rest, user, placed, cluster=cluster)
-
-
-def id_of(placed: CoreInBasis) -> str:
-    """The adapter id that `join` records by default: the registry's, of a core."""
-    return placed.core.id
 
 
 def _coded(bundle: Bundle, placed: CoreInBasis, *, cluster: int, bits: int) -> CodedBatch:

@@ -114,10 +114,11 @@ def adapter(house: House, request: Request) -> str:
         for line, facts in told
         if facts.get("adapter_id") == asked
     ]
-    size = _size(house, asked)
+    size, told = _size(house, asked), house.registry.told_in([asked])
+    basis = next((one for one in house.registry.bases() if one.basis_id == told.get(asked)), None)
     return _render(
         "adapter.html", house, here="users", adapter=asked, rows=rows, measured=measured, size=size,
-        more=len(found) > _HOLDERS,
+        basis=basis, more=len(found) > _HOLDERS,
     )  # fmt: skip
 
 

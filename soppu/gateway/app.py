@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import httpx
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -26,6 +25,7 @@ from soppu.gateway.directory import Directory
 from soppu.gateway.figures import Figures
 from soppu.gateway.forms import READERS
 from soppu.gateway.keys import KeyStore
+from soppu.gateway.lookups import Lookups
 from soppu.gateway.reading import parse, read_body
 from soppu.gateway.refusals import Refused
 from soppu.gateway.relay import Relay, Servers
@@ -56,27 +56,21 @@ class Gateway:
     callers: Callers
     servers: Servers
     figures: Figures
+    client: httpx.AsyncClient  # for the servers' own words, not for requests
     draining: bool = False
 
     @classmethod
-    def of(
-        cls,
-        registry: Registry,
-        settings: GatewaySettings,
-        *,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> Gateway:
+    def of(cls, registry: Registry, settings: GatewaySettings) -> Gateway:
         """A gateway to what a registry says. ConfigError: the issuer's keys are a file that holds none."""
         limits = settings.limits
-        client = httpx.AsyncClient(
-            timeout=httpx.Timeout(limits.answer_s, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=limits.in_flight),
+        transport = httpx.AsyncHTTPTransport(
             trust_env=False,
-            transport=transport,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=limits.in_flight),
         )
-        directory, turns = Directory(registry, settings), Turns(limits)
+        client = httpx.AsyncClient(transport=transport, timeout=_CONNECT_SECONDS, trust_env=False)
+        directory, turns, lookups = Directory(registry, settings), Turns(limits), Lookups(registry.catalogue)
         replicas = Replicas(client, directory.replicas)
-        servers = Servers(client, directory, replicas, turns, Budgets(limits), limits)
+        servers = Servers(transport, directory, lookups, replicas, turns, Budgets(limits), limits)
         signed = SignedTokens(settings.jwt) if settings.jwt.issuer else None
         figures = Figures(settings.metric_users, visits.named)
         figures.gauge("soppu_gateway_in_flight", "Requests at the servers", lambda: turns.in_flight)
@@ -86,7 +80,7 @@ class Gateway:
             "Servers that are",
             lambda: sum(one.healthy for one in replicas.every()),
         )
-        return cls(settings, Callers(KeyStore(registry.catalogue), signed), servers, figures)
+        return cls(settings, Callers(KeyStore(registry.catalogue), signed, lookups), servers, figures, client)
 
     def app(self) -> Starlette:
         """The ASGI application. It looks after the servers' health while it runs."""
@@ -100,7 +94,8 @@ class Gateway:
                 watching.cancel()
                 with suppress(asyncio.CancelledError):
                     await watching
-                await self.servers.client.aclose()
+                await self.client.aclose()
+                self.servers.lookups.close()
 
         app = Starlette(
             routes=self._routes(),
@@ -154,10 +149,10 @@ class Gateway:
     async def info(self, request: Request) -> Response:
         """What the server of the caller's model says of it, as far as it is the caller's business."""
         caller = await self._user(request)
-        place = await run_in_threadpool(self.servers.directory.place, caller.user)
+        place = await self.servers.place(caller.user)
         for replica in self.servers.replicas.ordered(place.replicas):
             with suppress(httpx.HTTPError, ValueError):
-                told = (await self.servers.client.get(f"{replica.url}/info", timeout=_CONNECT_SECONDS)).json()
+                told = (await self.client.get(f"{replica.url}/info", timeout=_CONNECT_SECONDS)).json()
                 if isinstance(told, dict):
                     said = {name: told.get(name) for name in _TOLD}
                     return JSONResponse(said | {"version": __version__, "server": "soppu-gateway"})

@@ -8,10 +8,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from soppu.errors import RegistryError
-from soppu.gateway.keys import PREFIX, KeyStore
+from soppu.gateway.keys import PREFIX, KeyStore, digest_of
+from soppu.gateway.lookups import Lookups
 from soppu.gateway.refusals import Refused
 from soppu.gateway.signed import SignedTokens
 
+_LONGEST = 8192
 _WANTED = "a key is needed, as `Authorization: Bearer KEY`"
 
 
@@ -27,8 +29,9 @@ class Caller:
 class Callers:
     """Tells callers by their keys, and by signed tokens where there is an issuer of such."""
 
-    def __init__(self, keys: KeyStore, signed: SignedTokens | None) -> None:
+    def __init__(self, keys: KeyStore, signed: SignedTokens | None, lookups: Lookups) -> None:
         self._keys = keys
+        self._lookups = lookups
         self._signed = signed
 
     async def of(self, headers: Headers) -> Caller:
@@ -36,10 +39,10 @@ class Callers:
         text = _bearer(headers)
         if text.startswith(PREFIX):
             try:
-                key = await run_in_threadpool(self._keys.find, text)
+                key = await self._lookups.do(self._keys.by_digest, digest_of(text))
             except RegistryError:
                 raise Refused(503, "the keys cannot be read now", after=2) from None
-            if key is None:
+            if key is None or not key.good:
                 raise Refused(401, "the key is unknown, revoked or too old")
             return Caller(key.user, key.id, key.admin)
         if self._signed is None:
@@ -66,6 +69,12 @@ def _bearer(headers: Headers) -> str:
     if len(given) != 1:
         raise Refused(401, _WANTED if not given else f"{_WANTED}, once; {len(given)} were given")
     scheme, _, text = given[0].partition(" ")
-    if scheme.lower() != "bearer" or not text or text != text.strip() or not text.isascii():
+    if (
+        scheme.lower() != "bearer"
+        or not text
+        or text != text.strip()
+        or not text.isascii()
+        or len(text) > _LONGEST
+    ):
         raise Refused(401, _WANTED)
     return text

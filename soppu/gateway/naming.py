@@ -14,33 +14,37 @@ from soppu.gateway.refusals import Refused
 
 _SAYING = ("model", "adapter_id", "adapter", "lora", "lora_id", "lora_name", "lora_request")
 # What some program somewhere reads an adapter, or a user, out of. None is sent on.
-_HEADERS = (
-    "x-adapter-id",
-    "adapter-id",
-    "x-adapter",
-    "x-adapter-version",
-    "x-lora",
-    "x-lora-id",
-    "x-lora-name",
-    "x-model",
-    "x-model-id",
-    "x-user",
-    "x-user-id",
-    "x-soppu-user",
-    "x-forwarded-user",
-    "x-forwarded-email",
-    "x-remote-user",
-    "remote-user",
-    "x-auth-request-user",
-    "x-authenticated-user",
+_HEADERS = frozenset(
+    (
+        "x-adapter-id",
+        "adapter-id",
+        "x-adapter",
+        "x-adapter-version",
+        "x-lora",
+        "x-lora-id",
+        "x-lora-name",
+        "x-model",
+        "x-model-id",
+        "x-user",
+        "x-user-id",
+        "x-soppu-user",
+        "x-forwarded-user",
+        "x-forwarded-email",
+        "x-remote-user",
+        "remote-user",
+        "x-auth-request-user",
+        "x-authenticated-user",
+    )
 )
-_ELSEWHERE = (
-    "x-adapter-source",
-    "adapter-source",
-    "x-api-token",
-    "x-original-url",
-    "x-rewrite-url",
-    "x-http-method-override",
+_ELSEWHERE = frozenset(
+    (
+        "x-adapter-source",
+        "adapter-source",
+        "x-api-token",
+        "x-original-url",
+        "x-rewrite-url",
+        "x-http-method-override",
+    )
 )
 
 
@@ -62,11 +66,11 @@ def check_body(body: Json, user: str) -> None:
 
 def check_headers(headers: Headers, user: str) -> None:
     """Refused: 403 where a header names another than the caller; 422 where it asks for other sources."""
-    for name in _HEADERS:
-        for value in headers.getlist(name):
-            _check(f"header {name}", value, user)
-    for name in _ELSEWHERE:
-        if name in headers:
+    for raw, value in headers.raw:
+        name = raw.decode("latin-1").lower()
+        if name in _HEADERS:
+            _check(f"header {name}", value.decode("latin-1"), user)
+        elif name in _ELSEWHERE:
             raise Refused(422, f"the header {name} is not taken")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,9 +20,33 @@ from soppu.cores import basis as bases
 from soppu.cores import basis_file
 from soppu.cores.basis import CoreBasis
 from soppu.errors import AdapterError, RegistryError
-from soppu.registry.catalogue import Basis, BasisUse, Catalogue, Core, SetMember, insert_if_absent, now
+from soppu.registry.catalogue import (
+    Adapter,
+    Basis,
+    BasisUse,
+    Catalogue,
+    Core,
+    Holding,
+    SetMember,
+    insert_if_absent,
+    now,
+)
+from soppu.registry.forms import LORA
 
+_CHUNK = 500  # ids in one statement; databases limit how many parameters it may have
 _KEPT = 2  # in memory, each as large as a bundle's own: a core is carried over from one to another
+
+
+@dataclass(frozen=True)
+class BasisRow:
+    """A basis, and how many of the cores that are stored are told in it."""
+
+    basis_id: str
+    base_model: str
+    base_hash: str
+    at: str  # UTC ISO: it came into the registry then
+    cores: int
+    in_force: bool
 
 
 class Bases:
@@ -109,10 +135,55 @@ def uses(session: Session) -> list[tuple[str, str]]:
     return [(basis_id, at) for basis_id, at in session.execute(query)]
 
 
-def told_in(session: Session, adapter_id: str) -> str:
-    """The id of the basis that a core is told in, "" for what is no core."""
-    row = session.get(Core, adapter_id)
-    return row.basis_id if row else ""
+def free_since(session: Session, basis_id: str, *, limit: int) -> dict[str, str]:
+    """User -> the newest adapter in pairs that came since a basis is in force; the newest users, sorted.
+
+    Only of the basis' base model, and not what several users hold: that is nobody's own.
+
+    Raises:
+        RegistryError: the basis is unknown, or was never put in force.
+    """
+    row = find(session, basis_id)
+    since = session.scalar(sa.select(sa.func.max(BasisUse.at)).where(BasisUse.basis_id == basis_id))
+    if since is None:
+        raise RegistryError(f"basis {basis_id} was never put in force")
+    query = (
+        sa.select(Holding.user_id, Holding.adapter_id, Adapter.base_model, Adapter.base_hash)
+        .join(Adapter, Adapter.id == Holding.adapter_id)
+        .where(Holding.at > since, Adapter.kind == LORA, Adapter.state == "stored")
+        .order_by(Holding.id.desc())
+    )
+    base, newest = Base(row.base_model, row.base_hash), dict[str, str]()
+    for user, held, *of in session.execute(query).tuples():
+        if base_identity.same(Base(*of), base):
+            newest.setdefault(user, held)
+    holders = Counter(newest.values())
+    own = [(user, held) for user, held in newest.items() if holders[held] == 1]
+    return dict(sorted(own[:limit]))
+
+
+def told_in(session: Session, adapter_ids: Collection[str]) -> dict[str, str]:
+    """Adapter id -> the basis it is told in, of those that are cores."""
+    asked, found = sorted(set(adapter_ids)), dict[str, str]()
+    for start in range(0, len(asked), _CHUNK):
+        some = Core.adapter_id.in_(asked[start : start + _CHUNK])
+        found |= dict(session.execute(sa.select(Core.adapter_id, Core.basis_id).where(some)).tuples().all())
+    return found
+
+
+def rows(session: Session) -> list[BasisRow]:
+    """Every basis, oldest first. O(bases^2)."""
+    there = sa.and_(Core.basis_id == Basis.id, Adapter.id == Core.adapter_id, Adapter.state == "stored")
+    cores = sa.select(sa.func.count()).select_from(Core, Adapter).where(there).scalar_subquery()
+    found = session.execute(sa.select(Basis, cores).order_by(Basis.created_at, Basis.id)).tuples()
+    return [
+        BasisRow(one.id, one.base_model, one.base_hash, one.created_at, count, _is_in_force(session, one))
+        for one, count in found
+    ]
+
+
+def _is_in_force(session: Session, one: Basis) -> bool:
+    return in_force(session, Base(one.base_model, one.base_hash)) == one.id
 
 
 def _key(basis_id: str) -> str:

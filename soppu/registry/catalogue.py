@@ -249,6 +249,12 @@ class Catalogue:
             )
         return catalogue
 
+    @property
+    def file(self) -> str:
+        """The file of a SQLite database; "" of any other."""
+        url = self._engine.url
+        return (url.database or "") if url.get_backend_name() == "sqlite" else ""
+
     def close(self) -> None:
         """Let go of every connection."""
         self._engine.dispose()

@@ -12,6 +12,19 @@ from soppu.registry.catalogue import Bundle, Holding, Placement, Publication, Se
 from soppu.registry.ledger import Address, HistoryRow, facts, newest_of_each
 
 MOST = 500  # rows of a page
+_THEIRS = sa.and_(Placement.publication_id == Publication.id, Placement.user_id == SetMember.user_id)
+_PLACE = (Publication.target, Publication.url, Placement.asked_as, Publication.bundle_id)
+# built once: that takes twice as long as to ask
+_ADDRESSES = (
+    sa.select(*_PLACE, SetMember.adapter_id, Publication.at)
+    .join(Bundle, Bundle.id == Publication.bundle_id)
+    .join(SetMember, SetMember.set_id == Bundle.set_id)
+    .join(User, User.id == SetMember.user_id)
+    .outerjoin(Placement, _THEIRS)
+    .where(SetMember.user_id == sa.bindparam("user"), User.holding_id.is_not(None))
+    .where(Publication.id.in_(newest_of_each()))
+    .order_by(Publication.target, Publication.url)
+)
 
 
 @dataclass(frozen=True)
@@ -94,20 +107,9 @@ def addresses(session: Session, user: str) -> list[Address]:
 
     Nowhere for a user who is unknown or forgotten, or was given the base model.
     """
-    theirs = sa.and_(Placement.publication_id == Publication.id, Placement.user_id == SetMember.user_id)
-    query = (
-        sa.select(Publication, SetMember.adapter_id, Placement.asked_as)
-        .join(Bundle, Bundle.id == Publication.bundle_id)
-        .join(SetMember, SetMember.set_id == Bundle.set_id)
-        .join(User, User.id == SetMember.user_id)
-        .outerjoin(Placement, theirs)
-        .where(SetMember.user_id == user, User.holding_id.is_not(None))
-        .where(Publication.id.in_(newest_of_each()))
-        .order_by(Publication.target, Publication.url)
-    )
     return [
-        Address(one.target, one.url, user if asked is None else asked, one.bundle_id, adapter_id, one.at)
-        for one, adapter_id, asked in session.execute(query)
+        Address(target, url, user if asked is None else asked, *rest)
+        for target, url, asked, *rest in session.execute(_ADDRESSES, {"user": user})
     ]
 
 

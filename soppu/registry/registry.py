@@ -26,7 +26,8 @@ from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreAdapter, CoreInBasis
 from soppu.errors import RegistryError, StorageError
 from soppu.published import bundle_key, check_bundle
-from soppu.registry import bases, forms, ledger, pages
+from soppu.registry import bases as told
+from soppu.registry import forms, ledger, pages
 from soppu.registry.adapters import Adapters
 from soppu.registry.bases import Bases
 from soppu.registry.catalogue import (
@@ -282,10 +283,12 @@ class Registry:
     history = _asked(ledger.history_rows)
     publications = _asked(ledger.publications)
     identity = _asked(ledger.identity)
-    current_basis = _asked(bases.in_force)
-    basis_uses = _asked(bases.uses)
-    bases_of_set = _asked(bases.of_set)
-    told_in = _asked(bases.told_in)
+    current_basis = _asked(told.in_force)
+    bases = _asked(told.rows)
+    free_since_basis = _asked(told.free_since)
+    basis_uses = _asked(told.uses)
+    bases_of_set = _asked(told.of_set)
+    told_in = _asked(told.told_in)
     forgotten_at = _asked(ledger.forgotten_at)
 
     def publishing(self, url: str) -> AbstractContextManager[None]:

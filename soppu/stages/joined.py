@@ -16,7 +16,7 @@ from soppu.stages.join_notes import file_of
 from soppu.stages.run import Run
 from soppu.user_ids import ALLOWED, is_id
 
-FOLDER = "cores"  # of a client's folder: cores of who joined at a server, by id
+FOLDER = "cores"  # of a client's folder: cores of who joined from there, by id
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from soppu.federation import wire, wire_ternary
 from soppu.federation.attach import attached
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid, context
+from tests.thorough import thorough
 
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
 
@@ -486,13 +487,15 @@ def test_warming_up_is_not_done_twice(config: Build, tmp_path: Path) -> None:
     "changes",
     [
         {"lora": {"alpha": 8}},
-        {"plan": {"drop_ratio": 0.2}},
-        {"federation": {"local_steps": 3}},
         {"federation": {"wire": "ternary"}},
-        {"data": {"max_tokens": 40}},
-        {"align": {"kl_weight": 0.0}},
+        *thorough(
+            {"plan": {"drop_ratio": 0.2}},
+            {"federation": {"local_steps": 3}},
+            {"data": {"max_tokens": 40}},
+            {"align": {"kl_weight": 0.0}},
+        ),
     ],
-    ids=["lora", "plan", "federation", "wire", "data", "align"],
+    ids=["lora", "wire", "plan", "federation", "data", "align"],
 )
 def test_a_checkpoint_of_other_settings_is_not_used(
     config: Build, tmp_path: Path, changes: dict[str, dict[str, Any]]

@@ -32,6 +32,7 @@ from tests.server import test_federation as whole
 from tests.server import test_strategy as unit
 from tests.server.grid import InProcessGrid
 from tests.server.test_federation import Killed, WriteUsers, result, round_of, shared_state, stored
+from tests.thorough import thorough
 
 # other tests cover the same lines; tracing takes a third of the time
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
@@ -218,7 +219,8 @@ def test_a_user_s_own_part_goes_on_from_the_round_before(runs: Callable[[str], R
 
 
 @pytest.mark.parametrize(
-    ("mode", "number", "after"), [("fedsa", 2, 1), ("fedsa", 2, 2), ("dual", 2, 2), ("dual", 3, 1)]
+    ("mode", "number", "after"),
+    [("fedsa", 2, 2), ("dual", 3, 1), *thorough(("fedsa", 2, 1), ("dual", 2, 2))],
 )
 def test_a_killed_run_ends_with_the_same_own_parts(
     runs: Callable[[str], Run], start: Start, mode: str, number: int, after: int

@@ -26,6 +26,7 @@ from soppu.federation.train import cache_states
 from soppu.models import BaseModel
 from soppu.module_names import split_layer
 from tests.soppu.test_emulator import merge
+from tests.thorough import thorough
 
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(3))
 MASK = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
@@ -67,7 +68,7 @@ def rewrite(base: BaseModel, change: Callable[[dict[str, Tensor]], dict[str, Ten
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "opt", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", *thorough("qwen2", "gpt_neox", "opt")])
 def test_it_computes_what_the_layers_of_the_whole_model_compute(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path, family: str, dtype: str
 ) -> None:

@@ -23,6 +23,7 @@ from soppu.federation.client_part import ClientPart
 from soppu.federation.emulator import TopModel
 from soppu.federation.train import TrainOptions, cache_states, fit, mean_loss
 from tests.second_device import Elsewhere, second_device
+from tests.thorough import thorough
 
 pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
 
@@ -104,8 +105,8 @@ def same(ours: LoraAdapter, theirs: LoraAdapter) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", *thorough("bfloat16")])
+@pytest.mark.parametrize("family", ["llama", *thorough("gpt2")])
 def test_a_clients_step_runs_on_its_device(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path, family: str, dtype: str
 ) -> None:
@@ -192,3 +193,12 @@ def test_an_adapter_that_stayed_behind_would_be_found(
             model(input_ids=ids, use_cache=False)
         with pytest.raises(RuntimeError, match="one device"):
             model(input_ids=BLOCKS[0].ids[None], use_cache=False)
+
+
+@pytest.mark.parametrize(("busy", "idle"), [(0.0, 8), (50.0, 4), (97.0, 1), (100.0, 1)])
+def test_threads_are_as_many_as_cores_that_nobody_works_on(
+    busy: float, idle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
+    assert devices.idle_cores() == idle

@@ -83,7 +83,7 @@ def test_a_core_comes_back_bit_for_bit_and_is_told_as_its_exact_pairs(registry: 
     told = CoreInBasis(core, basis).to_lora()
     assert registry.get_adapter(found).content_hash() == told.content_hash()
     assert [row.metrics for row in registry.history("ada")] == [{"loss": 2.0}]
-    assert registry.told_in(found) == basis.id
+    assert registry.told_in([found, "a-0"]) == {found: basis.id}
     numbers = 4 * core.parameters()
     assert numbers < registry.adapter_bytes(found) < numbers + 1000
 
@@ -121,7 +121,9 @@ def test_pairs_are_no_core_and_a_core_is_in_a_set_beside_them(registry: Registry
         "bob": registry.put_adapter(pairs(), user="bob"),
     }
     assert registry.get_set(registry.freeze_current(MODEL)) == held
-    assert registry.owner(held["ada"]) == ("ada",) and registry.told_in(held["bob"]) == ""
+    assert registry.owner(held["ada"]) == ("ada",) and registry.told_in(held.values()) == {
+        held["ada"]: basis.id
+    }
     with pytest.raises(RegistryError, match=f"{held['bob']} is no core"):
         registry.get_core(held["bob"])
 

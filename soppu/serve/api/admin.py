@@ -159,8 +159,7 @@ class AdminApi:
             self._check_token(request)
             if "\n" in request.scope["path"]:  # which a pattern takes for no part of a name
                 raise _invalid("a path holds the control character U+000A")
-            if request.method not in ("GET", "HEAD"):
-                _refuse_other_sites(request)
+            _refuse_other_sites(request)
             if request.method == "POST" and request.scope["path"] != _JOIN and _has_body(request):
                 await read_json(request)
             return await handler(request)
@@ -197,7 +196,7 @@ def _refuse_other_sites(request: Request) -> None:
     """Refuse what a browser sends for a page of another site, which may know the token from elsewhere."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
-        why = f"a page of {origin[:80]!r} may not change what is served here"
+        why = f"a page of {origin[:80]!r} may neither see nor change what is served here"
         raise RequestError(why, status=403, error_type="forbidden")
 
 

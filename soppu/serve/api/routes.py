@@ -76,7 +76,7 @@ def _health(path: str) -> Operation:
 
 
 def _admin(method: str, path: str, what: str, answer: type[BaseModel], *more: int) -> Operation:
-    refusals = (401, *more) if method == "GET" else (401, 403, *more)
+    refusals = (401, 403, *more)
     return Operation(method, ADMIN + path, what, _NOT_THERE, what, answers=(answer,), refusals=refusals)
 
 

@@ -115,7 +115,7 @@ class Newcomers:
                 user=asked.user,
                 core_id=core.id,
                 basis_id=core.basis_id,
-                adapter_id=joining.id_of(placed),
+                adapter_id=core.id,
                 before=active,
                 bundle_id=active,
                 cluster=cluster,

@@ -12,7 +12,10 @@ from click.testing import CliRunner, Result
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.base_identity import Base
+from soppu.commands.bases import bases_command
 from soppu.commands.users import forget_command, show_command, users_command
+from soppu.cores import core as cores
+from soppu.cores.basis import CoreBasis
 from soppu.errors import SoppuError
 from soppu.registry import Registry
 
@@ -26,7 +29,7 @@ class Group(click.Group):
 
 
 def soppu(*words: str, answer: str | None = None) -> Result:
-    group = Group("soppu", commands=[users_command, show_command, forget_command])
+    group = Group("soppu", commands=[users_command, show_command, forget_command, bases_command])
     return CliRunner().invoke(group, list(words), input=answer)
 
 
@@ -73,6 +76,7 @@ def test_users_as_json_holds_everything(registry: Registry, tmp_path: Path) -> N
         "metrics": {"loss": 2.25},
         "versions": 2,
         "published": {"embedded http://127.0.0.1:1": registry.history("alice")[0].adapter_id},
+        "basis_id": "",
     }
     assert bob["metrics"] == {}
 
@@ -149,3 +153,42 @@ def test_errors_are_one_line(
     assert message in result.output
     assert result.output.count("\n") == 1
     assert not (tmp_path / "nowhere").exists()
+
+
+def a_basis(seed: int, base: Base) -> CoreBasis:
+    draw = torch.Generator().manual_seed(seed)
+    sides = torch.randn(4, 2, generator=draw), torch.randn(4, 2, generator=draw)
+    return CoreBasis({"model.layers.0.self_attn.q_proj": sides}, base.name, base.hash)
+
+
+def test_cores_are_shown_with_their_basis_and_bases_with_their_cores(
+    registry: Registry, tmp_path: Path
+) -> None:
+    root = ("--registry", str(tmp_path / "registry"))
+    assert soppu("bases", *root).output == "no bases yet\n"
+    mine, other = (Base(name, letter * 64) for name, letter in (("tiny", "b"), ("", "c")))
+    first, second, elsewhere = a_basis(1, mine), a_basis(2, mine), a_basis(3, other)
+    for basis in (first, second, elsewhere):
+        registry.put_basis(basis)
+    core = registry.put_adapter(cores.zero(second), user="carol")
+    registry.put_adapter(cores.zero(second), user="alice")
+    gone = registry.put_adapter(cores.zero(first), user="dan")
+    for command in (("users",), ("show", "carol")):
+        assert f"{core} in {second.id}" in soppu(*command, *root).output
+        *_, last = [
+            row for row in json.loads(soppu(*command, *root, "--json").output) if row["adapter_id"] == core
+        ]
+        assert last["basis_id"] == second.id
+    assert f"{gone} in {first.id}" in soppu("users", *root).output
+    registry.forget("dan")
+    assert "*" not in soppu("bases", *root).output
+    assert soppu("bases", "--use", first.id, *root).exit_code == 0
+    said = soppu("bases", "--use", second.id, *root).output
+    lines = {line.replace("*", " ").split()[0]: line for line in said.splitlines()[1:]}
+    assert lines[second.id].startswith("*") and "tiny" in lines[second.id] and lines[second.id].endswith(" 1")
+    assert lines[first.id].startswith(" ") and lines[first.id].endswith(" 0")
+    assert "cccccccccccc" in lines[elsewhere.id]
+    rows = json.loads(soppu("bases", *root, "--json").output)
+    assert [(row["basis_id"], row["in_force"]) for row in rows if row["in_force"]] == [(second.id, True)]
+    refused = soppu("bases", "--use", "u-0", *root)
+    assert refused.exit_code == 1 and refused.output == "Error: unknown basis 'u-0'\n"

@@ -11,6 +11,7 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress
 from soppu.compress.methods import shared_basis
 from soppu.errors import AdapterError, BundleError
+from tests.thorough import thorough
 
 pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
 
@@ -28,7 +29,14 @@ ASKED = {
     "ternary": CompressOptions(method="ternary", density=0.5),
     "ternary, faithful": CompressOptions(method="ternary", density=0.5, faithful=True),
 }
-every_method = pytest.mark.parametrize("options", ASKED.values(), ids=ASKED.keys())
+VARIANTS = ("residual to an error", "joint, thin", "ternary, faithful")
+every_method = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.long] if name in VARIANTS else [])
+        for name, options in ASKED.items()
+    ],
+)
 
 
 def without(adapter: LoraAdapter, module: str) -> LoraAdapter:
@@ -169,7 +177,7 @@ def test_duplicates_come_back_equal(fleet, options):
 
 
 @every_method
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *thorough(torch.float16, torch.float64)])
 def test_adapters_of_any_float_type(fleet, options, dtype):
     adapters = fleet((3, 3, 3, 3), shapes=RICH, dtype=dtype)
     bundle = compress(adapters, options)

@@ -6,16 +6,19 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from soppu import adapter as adapters
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress, compress_cores, forget
 from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.cored import run as cored
 from soppu.compress.joining import basis_of, join
+from soppu.compress.lorax_export import export
 from soppu.cores import core as cores
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreAdapter, CoreInBasis
@@ -292,6 +295,18 @@ def test_what_does_not_belong_into_the_basis_is_refused_by_user() -> None:
     outside = LoraAdapter({name: LoraPair(some(2, len(v), seed=6), apart_)}, "tiny", "b" * 64)
     with pytest.raises(BundleError, match="nothing of ada and 0 more would be left"):
         compress_cores({"ada": outside}, basis, FLOAT32)
+
+
+@pytest.mark.parametrize(("k_out", "k_in"), [(5, 7), (7, 5)])
+def test_it_is_exported_as_plain_peft_folders(tmp_path: Path, k_out: int, k_in: int) -> None:
+    basis = a_basis(k_out, k_in)
+    members = {"ada": a_core(basis, 1, own=2), "bob": a_core(basis, 20)}
+    bundle = again(compress_cores(members, basis, FLOAT32))
+    made = export(bundle, tmp_path / "out", dtype="float32", layers=4)
+    for user, core in members.items():
+        found, exact = adapters.read(made.folders[user]), CoreInBasis(core, basis).to_lora()
+        for name, pair in exact.pairs.items():
+            torch.testing.assert_close(found.pairs[name].delta(), pair.delta(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [FLOAT32, STORED])

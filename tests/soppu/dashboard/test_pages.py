@@ -12,10 +12,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from soppu import user_ids
 from soppu.base_identity import Base
+from soppu.cores.basis import CoreBasis
+from soppu.cores.core import zero
 from soppu.dashboard import figures, runs, watcher
 from soppu.dashboard.app import application
 from soppu.dashboard.runs import Runs
@@ -205,6 +208,24 @@ def test_a_user_is_not_said_to_be_unmeasured_while_a_report_is_being_read(
     house.runs.refresh()
     page = client.get("/users/ann").text
     assert "No run that is here" not in page and "Being read" in page and "demo-8" in page
+
+
+def test_a_core_is_told_with_its_basis(tmp_path: Path) -> None:
+    registry = Registry.open(tmp_path / "registry")
+    draw = torch.Generator().manual_seed(0)
+    sides = torch.randn(8, 2, generator=draw), torch.randn(8, 3, generator=draw)
+    basis = CoreBasis({"model.layers.0.self_attn.q_proj": sides}, "tiny", "b" * 64)
+    registry.put_basis(basis)
+    registry.use_basis(basis.id)
+    core = registry.put_adapter(zero(basis), user="ann")
+    there = Runs(tmp_path / "runs")
+    client = TestClient(
+        application(House(registry, there, Watcher(there, {}), name="here")), base_url="http://localhost"
+    )
+    page = client.get(f"/adapters/{core}").text
+    assert f'A core, told in basis <span class="mono">{basis.id}</span>, which is in force. 1 core is' in page
+    assert core in client.get("/users/ann").text
+    registry.close()
 
 
 def test_an_adapter_that_many_hold_says_of_each_what_their_own_history_says(registry: Registry) -> None:

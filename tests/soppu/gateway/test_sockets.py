@@ -189,7 +189,8 @@ def test_an_upload_that_is_slow_is_ended_and_one_that_breaks_off_is_one_line(
     deadline = time.monotonic() + 2
     while "broke off" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [json.loads(record.message)["status"] for record in caplog.records] == [408, 499]
+    told = [json.loads(record.message)["status"] for record in caplog.records]
+    assert [status for status in told if status != 200] == [408, 499]  # the test before may still be told of
     assert open_house.upstream.heard == []
 
 

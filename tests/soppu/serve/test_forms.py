@@ -25,6 +25,7 @@ from soppu.serve.engine.generation import GenerationRequest
 from soppu.serve.layers.routing import Routing
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.handmade import Plan, Sizes
+from tests.thorough import thorough
 
 pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
 
@@ -89,7 +90,7 @@ def served_logits(
     return decoder.forward(step, Routing([bank.resolve(adapter).where for adapter in adapters]))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", *thorough("gpt2", "opt")])
 @pytest.mark.parametrize("clusters", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_of_a_mixed_batch_are_those_of_dense_merges(form: str, clusters: int, family: str) -> None:
@@ -122,14 +123,16 @@ def test_logits_of_a_mixed_batch_are_those_of_dense_merges(form: str, clusters: 
     "options",
     [
         CompressOptions(ratio=3.0, device="cpu"),
-        CompressOptions(ratio=8.0, device="cpu"),
-        CompressOptions(max_error=0.1, device="cpu"),
-        CompressOptions(method="svd", ratio=3.0, device="cpu"),
         CompressOptions(method="joint", rank=4, device="cpu"),
-        CompressOptions(method="joint", rank=12, device="cpu"),
-        CompressOptions(method="joint-diag", rank=12, device="cpu"),
         CompressOptions(method="cluster", rank=6, clusters=3, device="cpu"),
         CompressOptions(method="ternary", device="cpu"),
+        *thorough(
+            CompressOptions(ratio=8.0, device="cpu"),
+            CompressOptions(max_error=0.1, device="cpu"),
+            CompressOptions(method="svd", ratio=3.0, device="cpu"),
+            CompressOptions(method="joint", rank=12, device="cpu"),
+            CompressOptions(method="joint-diag", rank=12, device="cpu"),
+        ),
     ],
     ids=lambda o: f"{o.method} {o.target} {o.rank}",
 )
@@ -147,7 +150,7 @@ def test_what_every_method_makes_is_served_as_it_reconstructs(options: CompressO
         torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-3, msg=user)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *thorough("gpt2")])
 def test_texts_of_all_forms_in_one_batch_are_those_of_peft(family: str) -> None:
     torch.set_num_threads(1)
     base, model = tiny.model(family), tiny.model(family)

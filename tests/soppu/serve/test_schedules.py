@@ -24,6 +24,7 @@ from soppu.serve.engine.batch import Batch
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import Generation, GenerationRequest, Job, Vocabulary
 from tests.soppu.serve import tiny
+from tests.thorough import some
 
 pytestmark = pytest.mark.no_cover  # other tests cover the same lines; tracing takes a third of the time
 
@@ -91,7 +92,9 @@ CASES = [("lean", family) for family in ("llama", "mistral", "qwen2", "qwen3")] 
 ]
 
 
-@pytest.mark.parametrize(("kind", "family"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "family"), some(CASES, ("lean", "llama"), ("lean", "qwen3"), ("general", "gpt2"))
+)
 def test_any_schedule_gives_every_row_its_own_greedy_tokens(kind: str, family: str) -> None:
     house = House.of(family)
     for seed in range(6):
