@@ -36,11 +36,12 @@ PROCESS = 450 * 2**20
 _CONTEXT = 500 * 2**20  # of CUDA, a process
 _LOGITS = 20 * 2**20  # soppu/federation/head_loss.py
 _NF4_BYTES = 0.52
+AT_ONCE = 2048  # tokens that gradients are worked out for, of many users: soppu/federation/train.py
 _PASS = 8  # examples that states are made of at once
 _CURES = {
     "emulator": "plan.drop_ratio (higher), frozen_dtype (bfloat16, nf4)",
     "top": "compute_dtype (bfloat16), plan.adapter_layers (fewer)",
-    "states": "data.train_examples, data.validation_examples or data.max_tokens (fewer)",
+    "states": "data.train_examples, data.validation_examples, data.max_tokens or federation.together (fewer)",
     "pass": "data.max_tokens (fewer)",
     "step": "data.max_tokens or federation.batch_size (fewer)",
 }
@@ -82,7 +83,10 @@ def client_parts(config: Config, plan: LayerPlan, sizes: Sizes) -> dict[str, int
     layer = sizes.layer * (_NF4_BYTES if config.frozen_dtype == NF4 else frozen)
     shared = sizes.tied and frozen == compute
     data, tokens = config.data, config.data.max_tokens
-    kept = config.federation.together if config.federation.form == "core" else KEEP_STATES
+    kept, at_once = KEEP_STATES, config.federation.batch_size * tokens
+    if config.federation.form == "core":
+        kept = config.federation.together
+        at_once = max(at_once, min(kept * at_once, AT_ONCE))
     examples = (data.train_examples + data.validation_examples) * min(kept, len(data.users) or 1)
     activations = 20 * sizes.width + 8 * sizes.widest
     return {
@@ -90,7 +94,7 @@ def client_parts(config: Config, plan: LayerPlan, sizes: Sizes) -> dict[str, int
         "pass": _PASS * tokens * activations * frozen // 2,
         "top": (plan.adapter_layers * sizes.layer + sizes.head) * compute,
         "states": examples * tokens * sizes.width * frozen,
-        "step": config.federation.batch_size * tokens * plan.adapter_layers * activations * compute + _LOGITS,
+        "step": at_once * plan.adapter_layers * activations * compute + _LOGITS,
     }
 
 

@@ -48,6 +48,7 @@ def planned(model: PreTrainedModel, config: Config) -> emulator.LayerPlan:
         ({"frozen_dtype": "bfloat16"}, {"frozen_dtype": "float32"}),
         ({"frozen_dtype": "nf4"}, {"frozen_dtype": "bfloat16"}),
         ({"compute_dtype": "bfloat16"}, {"compute_dtype": "float32"}),
+        ({"federation.form": "core", "federation.together": 1}, {"federation.form": "core"}),
     ],
 )
 def test_what_the_message_tells_to_change_does_help(

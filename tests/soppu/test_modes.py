@@ -149,6 +149,13 @@ def test_what_is_held_while_a_mode_trains() -> None:
         ({"dp_clip": 1.0, "average": "products"}, "federation.average = 'products': noise at the server"),
         ({"dp_clip": 1.0, "clip": 2.0}, "federation.clip = 2.0: noise at the server"),
         ({"dp_clip": 1.0, "mode": "local"}, "federation.dp_at = 'server': .*; allowed here: 'client'"),
+        ({"form": "cores"}, "federation.form = 'cores', allowed: lora, core, auto"),
+        ({"form": "core", "core_own_rank": 5}, "federation.core_own_rank = 5, allowed: at most 4"),
+        ({"form": "auto", "cohort": 1}, "federation.cohort = 1, allowed: at least 2"),
+        ({"form": "auto", "basis_rank": 0}, "federation.basis_rank = 0, allowed: at least 1"),
+        ({"form": "core", "mode": "shared"}, "'shared': in the form core every user .*: any but shared"),
+        ({"form": "auto", "dp_clip": 1.0}, "federation.dp_at = 'server': in the form auto .*: 'client'"),
+        ({"form": "core", "wire": "ternary"}, "'ternary': in the form core cores are .*here: 'float32'"),
         ({"dp_delta": 0.0}, "federation.dp_delta = 0.0, allowed: above 0"),
     ],
 )

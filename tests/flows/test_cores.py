@@ -1,0 +1,47 @@
+"""A cohort's adapters, the basis of them, everybody's cores: one flow run, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import requests
+
+from soppu.registry import Registry
+from tests.flows.driver import Pipeline
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+CORES = {
+    "federation.form": "auto",
+    "federation.cohort": 2,
+    "federation.basis_rank": 4,
+    "compress.method": "joint",
+    "compress.ratio": 0.0,
+}
+
+
+def test_from_text_to_tokens_of_cores(tiny_pipeline: Pipeline) -> None:
+    pipeline = replace(tiny_pipeline, overrides={**tiny_pipeline.overrides, **CORES})
+    before = pipeline.run_folders()
+    flow_run = pipeline.start("soppu/full-pipeline")
+    pipeline.completed(flow_run)
+    assert {"federate-cohort", "basis", "federate", "publish"} <= pipeline.task_runs(flow_run).keys()
+    (folder,) = pipeline.run_folders() - before
+    report = json.loads((folder / "report.json").read_text())
+    forms = report["federation"]["forms"]
+    assert {form: told["users"] for form, told in forms.items()} == {"float32": 2, "core": 1}
+    assert forms["core"]["bytes_up"] < forms["float32"]["bytes_up"] / 4
+    assert {row["adapter_id"][:2] for row in report["users"] if row["adapter_id"]} == {"c-"}
+    registry = Registry.open(pipeline.overrides["registry.root"])
+    assert set(registry.current_set().values()) == {row["adapter_id"] for row in report["users"]}
+    url = report["serving"]["url"]
+    for user in registry.current_set():
+        asked = {"inputs": "say ", "parameters": {"adapter_id": user, "max_new_tokens": 2}}
+        assert requests.post(f"{url}/generate", json=asked, timeout=60).status_code == 200
+
+    again = pipeline.start("soppu/full-pipeline")  # finds all of it
+    pipeline.completed(again)
+    states = {name: run["state_name"] for name, run in pipeline.task_runs(again).items()}
+    assert {states[name] for name in ("federate-cohort", "basis", "federate")} == {"Cached"}
+    assert pipeline.run_folders() - before == {folder}
