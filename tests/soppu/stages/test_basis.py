@@ -15,11 +15,13 @@ from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import ConfigError, FederationError
 from soppu.federation import chosen_basis, simulation
+from soppu.federation.personalise import PERSONAL
 from soppu.federation.simulation import Simulation
 from soppu.registry import Registry
 from soppu.stages import basis, choosing, federate, forms
 from soppu.stages.compress import compress_set
-from soppu.stages.report import stage_names
+from soppu.stages.evaluate import evaluate
+from soppu.stages.report import stage_names, write_report
 from soppu.stages.run import Run, open_run, prepare
 from tests.server.grid import InProcessGrid, context
 from tests.server.test_federation import Killed
@@ -114,7 +116,14 @@ def test_a_cohort_makes_the_basis_and_the_others_train_cores_in_it(
     # everybody's core goes on as any adapter does, and a second attempt finds all of it
     set_id = federate.collect(folder, federate.id_of(found))
     assert {core_id[:2] for core_id in registry.get_set(set_id).values()} == {"c-"}
-    compress_set(folder, set_id)
+    evaluation = evaluate(folder, set_id, compress_set(folder, set_id))
+    write_report(folder, evaluation)
+    forms_told = run.read("report.json")["federation"]["forms"]
+    assert {form: told["users"] for form, told in forms_told.items()} == {"float32": 2, "core": 3}
+    kept = {row["user"]: (row["personal"], row["compressed"]) for row in run.read(evaluation)["losses"]}
+    for user, served in found["served"].items():
+        if served == PERSONAL:  # in float32 what is stored is what was trained
+            assert kept[user][1] == pytest.approx(kept[user][0], abs=1e-5)
     count = len(started)
     assert prepare(str(config_path), overrides) == folder
     assert through(folder) == found and len(started) == count
