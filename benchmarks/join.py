@@ -12,6 +12,7 @@ against what they said before.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 import click
 
 from benchmarks.record import ROOT, circumstances, store
-from benchmarks.soak_client import PROMPTS, TOKENS
+from benchmarks.soak_client import PROMPTS
 from soppu import config as configuration
 from soppu import files
 from soppu.compress import Bundle
@@ -42,6 +43,7 @@ K, SEED = 32, 0
 LORAX = ROOT / ".venv-lorax" / "bin" / "python"
 CLIENT = Path(__file__).with_name("soak_client.py")
 WORKERS = 4
+TOKENS = 24  # of an answer: after fewer most users still say the same
 _AFTER_S = 10.0  # of load, once the join is done
 
 
@@ -145,7 +147,7 @@ def under_load(fleet: Fleet, user: str, folder: Path) -> dict[str, Any]:
         str(out),
         str(stop),
     ]
-    load = subprocess.Popen(words)
+    load = subprocess.Popen(words, env={**os.environ, "SOAK_TOKENS": str(TOKENS)})
     time.sleep(_AFTER_S)
     began = time.time()
     told = joined(fleet, user)
