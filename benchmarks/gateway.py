@@ -28,7 +28,8 @@ import psutil
 import sqlalchemy as sa
 
 from benchmarks.gateway_stack import Stack, body, lines, stack
-from benchmarks.record import RESULTS, circumstances, store
+from benchmarks.pages import read_result
+from benchmarks.record import circumstances, store
 from benchmarks.schemathesis_run import Fuzz
 from benchmarks.schemathesis_run import run as fuzz_run
 from soppu.gateway.keys import PREFIX, KeyRow, KeyStore, digest_of
@@ -209,9 +210,9 @@ async def load(made: Stack, judge: Judge, clients: int, until: Callable[[], bool
 def kills(made: Stack, *, moments: int = 20, seed: int = 7) -> dict[str, Any]:
     """SIGKILL of publisher, gateway or server at random moments of a publication to everybody, under load."""
     judge, draw, done = Judge(made.says), random.Random(seed), False
+    made.publish(made.versions[1])  # what it publishes from is imported once
     began = time.monotonic()
-    publisher = made.publisher(made.versions[0])
-    publisher.wait()
+    made.publish(made.versions[0])
     length = time.monotonic() - began
     told: Counter[str] = Counter()
 
@@ -221,16 +222,15 @@ def kills(made: Stack, *, moments: int = 20, seed: int = 7) -> dict[str, Any]:
             what = ("publisher", "gateway", "server")[number % 3]
             publishing = made.publisher(version)
             time.sleep(draw.random() * length)
-            told[what] += publishing.poll() is None or what != "publisher"
+            told[what] += publishing.is_alive() or what != "publisher"
             if what == "publisher":
                 publishing.kill()
             else:
                 victim = made.gateway if what == "gateway" else made.server
                 victim.kill()
                 victim.start()
-            publishing.wait()
-            again = made.publisher(version)  # what was cut off is finished by doing it again
-            assert again.wait() == 0, (made.folder / "publisher.log").read_text()[-3000:]
+            publishing.join()
+            made.publish(version)  # what was cut off is finished by doing it again
 
     async def main() -> Counter[str]:
         nonlocal done
@@ -354,14 +354,12 @@ def summary(parts: Mapping[str, Any]) -> dict[str, Any]:
 @click.option("--scale", default=1.0, show_default=True, help="Of the longer parts; less than 1 is not kept.")
 def main(only: str, scale: float) -> None:
     """Measure, and write what was measured into the result file beside the other parts."""
-    path = RESULTS / f"{NAME}.json"
-    parts: dict[str, Any] = json.loads(path.read_text())["parts"] if path.exists() else {}
     for name in only.split(","):
         found = PARTS[name](scale)
         click.echo(f"{name}: {json.dumps(found, indent=1)}")
         measured = circumstances(seed=0, packages=_PACKAGES) | {"load_average": os.getloadavg()[0]}
-        parts[name] = {**found, "measured": measured}
         if scale >= 1:
+            parts = {**read_result(NAME).get("parts", {}), name: {**found, "measured": measured}}
             whole = {"what": "the gateway before a server of a tiny model", **summary(parts), "parts": parts}
             click.echo(f"written: {store(NAME, whole)}")
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.gateway_publisher import publish
 from benchmarks.record import ROOT
 from soppu.gateway.keys import KeyStore
 from soppu.models import resolve
@@ -22,6 +25,8 @@ from soppu.serve.port import claim_port
 from soppu.settings import toml
 from tests.soppu.serve import tiny
 
+_SERVER = multiprocessing.get_context("forkserver")  # a publisher begins at once, not after its imports
+_SERVER.set_forkserver_preload(["benchmarks.gateway_publisher"])
 PROMPT, TOKENS, TOKEN = "the quick", 8, "an-admin-token"
 
 
@@ -97,8 +102,7 @@ class Stack:
     def __enter__(self) -> Stack:
         self.server.start()
         for version in self.versions:
-            done = self.publisher(version)
-            assert done.wait() == 0, (self.folder / "publisher.log").read_text()[-2000:]
+            self.publish(version)
             self.says[version.bundle_id] = {user: self._direct(user, version.bundle_id) for user in self.keys}
         self.gateway.start()
         return self
@@ -108,12 +112,18 @@ class Stack:
         self.server.stop()
         self.registry.close()
 
-    def publisher(self, version: Version) -> subprocess.Popen[bytes]:
+    def publisher(self, version: Version) -> BaseProcess:
         """A process that publishes a version, as the pipeline does: staged, tried, switched, noted."""
-        words = [sys.executable, "-m", "benchmarks.gateway_publisher", str(self.folder / "registry")]
-        words += [self.server_url, str(version.path), version.bundle_id]
-        with (self.folder / "publisher.log").open("ab") as log:
-            return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=_variables())
+        asked = (self.folder / "registry", self.server_url, TOKEN, version.path)
+        made = _SERVER.Process(target=publish, args=asked)
+        made.start()
+        return made
+
+    def publish(self, version: Version) -> None:
+        """The same to its end."""
+        made = self.publisher(version)
+        made.join()
+        assert made.exitcode == 0
 
     def _direct(self, user: str, bundle_id: str) -> str:
         asked = body() | {"parameters": {**body()["parameters"], "adapter_id": f"{user}@{bundle_id}"}}
@@ -183,10 +193,6 @@ def free_ports(count: int) -> list[int]:
 
 def _soppu(words: list[str]) -> list[str]:
     return [sys.executable, "-m", "soppu.cli", *words]
-
-
-def _variables() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SOPPU_ADMIN_TOKEN": TOKEN}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -42,6 +42,11 @@ def idle_cores() -> int:
     return max(1, round(cores * (1 - psutil.cpu_percent(interval=0.3) / 100)))
 
 
+def use_idle_cores() -> None:
+    """Have torch compute on no more cores of this process's machine than are idle now."""
+    torch.set_num_threads(idle_cores())
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that could be taken now: of the GPU, or of the machine within its control group's limit."""
     if device.type == "cuda":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -27,7 +26,7 @@ from tasks.recording import Progress, recorded, transient
 )
 def join(run: str, user: str, data: str, own_rank: int = 0, target: str = "") -> dict[str, Any]:
     """Train a user's core, judge it, serve it; one that was killed goes on where it was. Not cached."""
-    torch.set_num_threads(devices.idle_cores())
+    devices.use_idle_cores()
     with recorded(run, stage.stage_name(user)):
         newcomer = Newcomer(user, data, own_rank, target)
         return asdict(stage.join(run, newcomer, on_progress=Progress("soppu-join")))

@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 import psutil
-import torch
 
 from soppu import config as configuration
 from soppu import devices, models, tables
@@ -83,7 +82,7 @@ def join_command(**given: Any) -> None:
         given["user"], str(given["data"]), given["own_rank"], given["target"], given["waive_rules"]
     )
     before = {"start of the command": time.time() - psutil.Process().create_time()}
-    torch.set_num_threads(devices.idle_cores())  # the server that they join may be at work here
+    devices.use_idle_cores()  # the server that they join may be at work here
     with bar() as tell:
         if run_dir:
             with stage.as_run(str(run_dir), newcomer):

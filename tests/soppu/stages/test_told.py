@@ -14,7 +14,7 @@ from soppu.compress.joining import basis_of
 from soppu.cores.basis import CoreBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import RegistryError
-from soppu.stages import bases
+from soppu.stages import told
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
 from soppu.stages.refit import judged
@@ -36,7 +36,7 @@ def basis(run: Run, trained: dict[str, str]) -> CoreBasis:
     return basis_of(compressed(run, trained))
 
 
-def told(run: Run, adapters: dict[str, str], basis: CoreBasis) -> dict[str, str]:
+def as_cores(run: Run, adapters: dict[str, str], basis: CoreBasis) -> dict[str, str]:
     """These users' adapters as cores with a rank of their own, stored; user -> core id."""
     registry = run.registry()
     registry.put_basis(basis)
@@ -63,7 +63,7 @@ def turned(basis: CoreBasis) -> CoreBasis:
 def test_cores_are_kept_with_all_of_their_gain_and_as_stored_with_nearly_all(
     run: Run, trained: dict[str, str], basis: CoreBasis, config_path: Path
 ) -> None:
-    cores = told(run, trained, basis)
+    cores = as_cores(run, trained, basis)
     write_result(run, cores)
     for bits, least in ((32, 1 - 1e-6), (8, 0.995)):
         options = {"compress.basis_bits": bits, "compress.core_bits": bits}
@@ -83,14 +83,14 @@ def test_cores_are_kept_with_all_of_their_gain_and_as_stored_with_nearly_all(
 
 def test_which_basis_a_set_is_told_in(run: Run, trained: dict[str, str], basis: CoreBasis) -> None:
     registry, base = run.registry(), run.base().base
-    cores = told(run, trained, basis)
+    cores = as_cores(run, trained, basis)
     other = turned(basis)
-    moved = told(run, {"bob": trained["bob"]}, other)
+    moved = as_cores(run, {"bob": trained["bob"]}, other)
     mixed = {**trained, "ann": cores["ann"]}
     both = {**cores, **moved}
 
     def found(members: dict[str, str]) -> str:
-        return bases.of_set(registry, registry.freeze(members), base)
+        return told.of_set(registry, registry.freeze(members), base)
 
     before = registry.identity()
     assert (found(trained), found(cores), found(mixed)) == ("", basis.id, "")
@@ -107,11 +107,11 @@ def test_with_a_basis_in_force_cores_are_carried_over_and_adapters_projected(
     run: Run, trained: dict[str, str], basis: CoreBasis
 ) -> None:
     registry = run.registry()
-    assert bases.publish(registry, compressed(run, trained)) == basis.id
+    registry.use_basis(registry.put_basis(basis))
     assert registry.current_basis(run.base().base) == basis.id
     other = turned(basis)
     ann, bob = ({user: trained[user]} for user in ("ann", "bob"))
-    members = {**trained, **told(run, ann, basis), **told(run, bob, other)}
+    members = {**trained, **as_cores(run, ann, basis), **as_cores(run, bob, other)}
     bundle = compressed(run, members)
     assert basis_of(bundle).id == basis.id and bundle.adapter_ids == tuple(members.values())
     errors = bundle.report.relative_error
@@ -130,8 +130,8 @@ def test_users_are_carried_over_to_a_refit_basis_without_training(
     cut = dataclasses.replace(other, sides={**other.sides, name: (u[:, :1].contiguous(), v)})
     registry.put_basis(cut)
     ann, bob = ({user: trained[user]} for user in ("ann", "bob"))
-    members = {**trained, **told(run, ann, basis), **told(run, bob, other)}
-    found = bases.carry_over(registry, other.id, members, run="refit")
+    members = {**trained, **as_cores(run, ann, basis), **as_cores(run, bob, other)}
+    found = told.carry_over(registry, other.id, members, run="refit")
     assert registry.told_in(found.cores.values()) == dict.fromkeys(found.cores.values(), other.id)
     assert registry.current_set() == found.cores and found.cores["bob"] == members["bob"]
     assert found.errors["bob"] == 0 and 0 < found.errors["ann"] < 1e-4
@@ -140,7 +140,7 @@ def test_users_are_carried_over_to_a_refit_basis_without_training(
     )
     assert [row.run for row in registry.history("ann")] == [run.id, run.id, "refit"]
     assert registry.history("ann")[-1].metrics == {"carried_error": found.errors["ann"]}
-    lost = bases.carry_over(registry, cut.id, found.cores)
+    lost = told.carry_over(registry, cut.id, found.cores)
     for user, core_id in lost.cores.items():
         before, after = (registry.get_adapter(one) for one in (found.cores[user], core_id))
         whole = sum(float(pair.delta().square().sum()) for pair in before.pairs.values())
@@ -152,14 +152,14 @@ def test_users_are_carried_over_to_a_refit_basis_without_training(
             lost.errors[user] == pytest.approx((left / whole) ** 0.5, rel=1e-3) and lost.errors[user] > 0.01
         )
     with pytest.raises(RegistryError, match="unknown basis"):
-        bases.carry_over(registry, "u-0", members)
+        told.carry_over(registry, "u-0", members)
 
 
 def test_who_trained_freely_beside_a_core_says_whether_the_basis_fits(
     run: Run, trained: dict[str, str], basis: CoreBasis
 ) -> None:
     registry, folder = run.registry(), str(run.folder)
-    cores = told(run, trained, basis)
+    cores = as_cores(run, trained, basis)
     write_result(run, cores)
     assert judged(run, cores) is None  # no basis is in force
     with pytest.raises(RegistryError, match=f"{basis.id} was never put in force"):
@@ -192,5 +192,5 @@ def test_who_trained_freely_beside_a_core_says_whether_the_basis_fits(
 def test_after_a_join_without_a_basis_in_force_everybody_is_fitted_anew(
     run: Run, trained: dict[str, str], basis: CoreBasis
 ) -> None:
-    members = {**trained, **told(run, {"ann": trained["ann"]}, basis)}
+    members = {**trained, **as_cores(run, {"ann": trained["ann"]}, basis)}
     assert compressed(run, members).report.method == "joint"

@@ -1,4 +1,4 @@
-"""The bases that users of a registry are told in: which one a set's bundle has, and who puts one there."""
+"""In which basis users are told: the one that a set's bundle has, and another they are carried over to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from soppu.adapter import LoraAdapter
 from soppu.base_identity import Base
-from soppu.compress import Bundle, joining
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreAdapter, CoreInBasis, is_core
 from soppu.cores.projecting import Carrier, Projected, from_lora
@@ -43,19 +42,6 @@ def of_set(registry: Registry, set_id: str, base: Base) -> str:
 def read(registry: Registry, adapter_id: str) -> LoraAdapter | CoreAdapter:
     """An adapter in the form in which it is stored."""
     return registry.get_core(adapter_id) if is_core(adapter_id) else registry.get_adapter(adapter_id)
-
-
-def publish(registry: Registry, bundle: Bundle, *, cluster: int = 0) -> str:
-    """Store the bases of a bundle and put them in force: who is trained from then on is told in them.
-
-    Returns the basis' id.
-
-    Raises:
-        BundleError: the bundle has no module with a basis on both sides.
-    """
-    basis_id = registry.put_basis(joining.basis_of(bundle, cluster))
-    registry.use_basis(basis_id)
-    return basis_id
 
 
 @dataclass(frozen=True)
