@@ -41,7 +41,7 @@ class Directory:
                 catalogue cannot be read.
         """
         try:
-            served = self._registry.addresses(user)
+            served = [one for one in self._registry.addresses(user) if one.url]
             if self._named:
                 served = [one for one in served if one.url.rstrip("/") in self._named]
             if not served:
@@ -71,7 +71,7 @@ class Directory:
         """URL and kind of every target: those of the settings, or those published to, the last one first."""
         if self._named:
             return [(url, one.kind) for url, one in self._named.items()]
-        return [(url, kind) for kind, url in self._registry.targets_in_force()]
+        return [(url, kind) for kind, url in self._registry.targets_in_force() if url]
 
     def _target(self, url: str, kind: str) -> Target:
         known = self._named.get(url.rstrip("/"))

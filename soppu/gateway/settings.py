@@ -16,9 +16,8 @@ from soppu.settings import Amount, Count, Flag, Whole, allowed, build, settings
 
 ASYMMETRIC = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 Port = Annotated[Whole, Field(ge=0, le=65535)]
-Url = Annotated[
-    str, Field(pattern=r"^https?://[^/?#@\s]+/?$"), allowed("http://HOST:PORT or https://HOST:PORT")
-]
+_URL = r"^https?://[^?#\s]+$"  # with a path too, as a router in front of many servers may have
+Url = Annotated[str, Field(pattern=_URL), allowed("http://HOST:PORT or https://HOST:PORT")]
 Urls = Annotated[tuple[Url, ...], allowed("a list of http://HOST:PORT or https://HOST:PORT")]
 Names = Literal["names", "hashed", "none"]  # how users are told of: by id, by a hash of it, not at all
 

@@ -230,6 +230,15 @@ def test_a_gateway_that_stops_takes_nothing_new(tmp_path: Path) -> None:
         assert ask(client, one).status_code == 503 and client.get("/health").status_code == 503
 
 
+def test_a_target_without_an_address_is_passed_by_and_one_may_lie_below_a_path(tmp_path: Path) -> None:
+    with house(tmp_path) as one, one.client() as client:
+        bundle_id = one.registry.live(one.url)
+        one.registry.record_publication(target="lorax", url="", bundle_id=bundle_id)
+        assert ask(client, one).status_code == ask(client, one, "newcomer").status_code == 200
+        one.registry.record_publication(target="embedded", url=f"{one.url}/below/", bundle_id=bundle_id)
+        assert f"{one.url}/below" in one.gateway.servers.directory.place("alice").replicas
+
+
 def test_a_catalogue_that_cannot_be_read_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with house(tmp_path) as one, one.client() as client:
         (tmp_path / "catalogue.db").rename(tmp_path / "away.db")
@@ -256,7 +265,7 @@ def test_a_fault_of_ours_is_a_500_and_tells_nothing(tmp_path: Path, caplog: pyte
         ("[limits]\nbody_s = 0", "limits.body_s"),
         ("[limits]\nrequest = ''", "did you mean requests"),
         ("[[targets]]\nurl = 'ftp://x'", "targets"),
-        ("[[targets]]\nurl = 'http://x/path'", "targets"),
+        ("[[targets]]\nurl = 'http://x?y'", "targets"),
         ("[[targets]]\nurl = 'http://x'\n[[targets]]\nurl = 'http://x/'", "named twice"),
         ("[tls]\ncertificate = 'x'", "go together"),
         ("[jwt]\nissuer = 'x'", "jwt.audience"),

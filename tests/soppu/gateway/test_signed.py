@@ -12,8 +12,8 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from jwt.algorithms import RSAAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,16 +26,16 @@ from soppu.gateway.signed import SignedTokens
 from tests.soppu.gateway.house import house
 from tests.soppu.serve.tiny import listening
 
-KEY, OTHER = (rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2))
+KEY, OTHER = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
 ISSUER, AUDIENCE, KID = "https://issuer.example", "soppu", "one"
 PUBLIC = KEY.public_key().public_bytes(
     serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
 )
 
 
-def key_set(*kids: str, **more: Any) -> dict[str, Any]:
-    public = json.loads(RSAAlgorithm.to_jwk(KEY.public_key()))
-    return {"keys": [{**public, "kid": kid, "use": "sig", "alg": "RS256", **more} for kid in kids]}
+def key_set(*kids: str) -> dict[str, Any]:
+    public = json.loads(ECAlgorithm.to_jwk(KEY.public_key()))
+    return {"keys": [{**public, "kid": kid, "use": "sig", "alg": "ES256"} for kid in kids]}
 
 
 def claims(**changes: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def claims(**changes: Any) -> dict[str, Any]:
 
 
 def token(
-    key: Any = KEY, algorithm: str = "RS256", headers: dict[str, Any] | None = None, **changes: Any
+    key: Any = KEY, algorithm: str = "ES256", headers: dict[str, Any] | None = None, **changes: Any
 ) -> str:
     return jwt.encode(claims(**changes), key, algorithm, headers={"kid": KID, **(headers or {})})
 
@@ -80,14 +80,14 @@ BAD = {
     "no alg": by_hand({}),
     "HS256 with the public key": confused(),
     "another's key": token(OTHER),
-    "another algorithm of the same key": token(algorithm="PS256"),
-    "an elliptic key": token(ec.generate_private_key(ec.SECP256R1()), "ES256"),
+    "a key of another curve": token(ec.generate_private_key(ec.SECP384R1()), "ES384"),
+    "an Edwards key": token(ed25519.Ed25519PrivateKey.generate(), "EdDSA"),
     "an unknown kid": token(headers={"kid": "two"}),
-    "no kid": jwt.encode(claims(), KEY, "RS256"),
+    "no kid": jwt.encode(claims(), KEY, "ES256"),
     "a kid that is a path": token(headers={"kid": "../../dev/null"}),
-    "a kid that is no text": by_hand({"alg": "RS256", "kid": ["one"]}, "x"),
+    "a kid that is no text": by_hand({"alg": "ES256", "kid": ["one"]}, "x"),
     "a key inside the token": token(
-        OTHER, headers={"kid": "x", "jwk": json.loads(RSAAlgorithm.to_jwk(OTHER.public_key()))}
+        OTHER, headers={"kid": "x", "jwk": json.loads(ECAlgorithm.to_jwk(OTHER.public_key()))}
     ),
     "an address of keys": token(OTHER, headers={"kid": "x", "jku": "http://127.0.0.1:9/keys"}),
     "a critical header nobody knows": token(headers={"crit": ["exp2"], "exp2": 1}),
@@ -100,7 +100,7 @@ BAD = {
     "good for a year": token(exp=NOW + 365 * 86400),
     "without an end": token(exp=None),
     "without a beginning": token(iat=None),
-    "an end that is text": by_hand({"alg": "RS256"}, "x", exp="never"),
+    "an end that is text": by_hand({"alg": "ES256"}, "x", exp="never"),
     "another issuer": token(iss="https://issuer.example.evil"),
     "no issuer": token(iss=None),
     "another audience": token(aud="other"),
@@ -123,7 +123,7 @@ BAD = {
 def signed(tmp_path_factory: pytest.TempPathFactory) -> SignedTokens:
     path = tmp_path_factory.mktemp("keys") / "keys.json"
     path.write_text(json.dumps(key_set(KID)))
-    return SignedTokens(Jwt(issuer=ISSUER, audience=AUDIENCE, keys=str(path)))
+    return SignedTokens(Jwt(issuer=ISSUER, audience=AUDIENCE, keys=str(path), algorithms=("ES256",)))
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
@@ -158,7 +158,7 @@ def issuer() -> Iterator[tuple[str, list[str]]]:
 
 def test_keys_are_fetched_once_however_many_unknown_ones_are_named(issuer: tuple[str, list[str]]) -> None:
     url, asked = issuer
-    tokens = SignedTokens(Jwt(issuer=ISSUER, audience=AUDIENCE, keys=url))
+    tokens = SignedTokens(Jwt(issuer=ISSUER, audience=AUDIENCE, keys=url, algorithms=("ES256",)))
     assert tokens.user(token()) == "alice"
     for n in range(20):
         with pytest.raises(Refused):
@@ -167,18 +167,22 @@ def test_keys_are_fetched_once_however_many_unknown_ones_are_named(issuer: tuple
 
 
 def test_an_issuer_that_is_away_is_a_503() -> None:
-    tokens = SignedTokens(Jwt(issuer=ISSUER, audience=AUDIENCE, keys="http://127.0.0.1:9/keys"))
+    tokens = SignedTokens(
+        Jwt(issuer=ISSUER, audience=AUDIENCE, keys="http://127.0.0.1:9/keys", algorithms=("ES256",))
+    )
     with pytest.raises(Refused) as refused:
         tokens.user(token())
     assert refused.value.status == 503 and refused.value.after
 
 
 def test_a_token_reaches_its_users_model_through_the_gateway(tmp_path: Path) -> None:
-    (tmp_path / "keys.json").write_text(json.dumps(key_set(KID)))
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    public = json.loads(RSAAlgorithm.to_jwk(key.public_key()))
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [{**public, "kid": KID}]}))
     jwt_settings = {"issuer": ISSUER, "audience": AUDIENCE, "keys": str(tmp_path / "keys.json")}
     with house(tmp_path / "registry", jwt=jwt_settings) as one, one.client() as client:
         for who in ("alice", "bob"):
-            shown = {"authorization": f"Bearer {token(sub=who)}"}
+            shown = {"authorization": f"Bearer {token(key, 'RS256', sub=who)}"}
             assert client.post("/generate", json={"inputs": "hi"}, headers=shown).json() == {
                 "generated_text": f"by {who}"
             }

@@ -35,6 +35,7 @@ def overrides(tmp_path: Path) -> dict[str, object]:
         "serve.target": "vllm",
         "serve.vllm_python": str(live.PYTHON),
         "serve.vllm_options": list(MEMORY),
+        "serve.start_timeout_s": 1500,
     }
 
 
