@@ -55,7 +55,7 @@ def blocks() -> dict[str, str]:
     found = read_result("personal")
     if rows := [row for row in found.get("rows", []) if "gain" in row]:
         made["personal-finding"] = "\n".join(_finding(*one) for one in _by_corpus(rows))
-        made["personal-study"] = f"{_study(rows)}\n\n{circumstances_line(found)}"
+        made["personal-study"] = f"{_drawn(rows)}{_study(rows)}\n\n{circumstances_line(found)}"
         made["personal-controls"] = _controls(rows)
         made["personal-basis"] = _of_users(rows)
         made["personal-training"] = " ".join(map(_training, *zip(*found["corpora"].items(), strict=True)))
@@ -101,6 +101,12 @@ def _finding(corpus: str, rows: Sequence[Row]) -> str:
             "**no** form of ours that was tried keeps 95 % of the full LoRA's gain over shared; most keeps"
         )
     return f"- {corpus}: {keeps} {told}. {mean}, {lora}; {apart}."
+
+
+def _drawn(rows: Sequence[Row]) -> str:
+    """The plot, once there is something of ours on it."""
+    there = any(row["arm"] in OURS for row in rows)
+    return "![won over shared by numbers a user](images/personal-front.png)\n\n" if there else ""
 
 
 def _study(rows: Sequence[Row]) -> str:
@@ -152,6 +158,8 @@ def _training(corpus: str, told: Row) -> str:
 def _controls(rows: Sequence[Row]) -> str:
     table = []
     for corpus, own in _by_corpus(rows):
+        if not any(row["arm"] in OURS for row in own):
+            continue
         for control, best, apart in sorted(beside_controls(own), key=lambda one: one[0]["numbers"]):
             cells = ["none has so few", "", "", ""]
             if best is not None and apart is not None:
@@ -300,6 +308,6 @@ def _table(found: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     told = [row for row in read_result("personal").get("rows", []) if "gain" in row]
-    if any(row["numbers"] for row in told):
+    if _drawn(told):
         plot(told)
     fill(blocks(), PAGE)
