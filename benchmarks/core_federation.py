@@ -1,13 +1,14 @@
-"""Cores from text to served tokens, each by one `prefect deployment run`: benchmarks/results/core_federation.json.
+"""Cores, from text to served tokens by one `prefect deployment run`: benchmarks/results/core_federation.json.
 
     python -m benchmarks.core_federation --part many [--users 1000]
-    python -m benchmarks.core_federation --part demo [--target embedded] [--target vllm]
+    python -m benchmarks.core_federation --part demo [--way embedded] [--way float32] [--way vllm]
 
 `many`: users of a random model of four layers, through the whole of the pipeline: the cohort's adapters, the
-basis, everybody's cores, bundle, gate, server; and a tenth of them. Memory is what all processes of Prefect, Flower, Ray
-and the server hold together (their own pages, and their share of what they have in common), every two seconds.
+basis, everybody's cores, bundle, gate, server; and a tenth of them. Memory is what all processes of Prefect,
+Flower, Ray and the server hold together (their own pages, and their share of what they have in common), every
+two seconds.
 
-`demo`: configs/basis.toml as it is, bundles rounded as configured, and once more compressed in float32.
+`demo`: configs/basis.toml as it is; compressed in float32; and served by vLLM. It is trained once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ from tests.flows.driver import Pipeline
 from tests.soppu.serve import tiny
 
 CONFIG = ROOT / "configs" / "basis.toml"
-VLLM = {"serve.target": "vllm", "serve.url": "http://127.0.0.1:8101"}
-# Enough for the machinery, too little for a gain: what a random model learns says nothing, so the gate lets it pass.
+VLLM = "http://127.0.0.1:8101"
+KEPT = ("served", "gain_kept")
+# Enough for the machinery. What a random model learns says nothing, so the gate lets everything pass.
 SMALL: dict[str, Any] = {
     "frozen_dtype": "float32",
     "data.users": [],
     "data.train_examples": 8,
+    "data.min_examples": 4,
     "data.validation_examples": 2,
     "data.heldout_examples": 2,
     "data.max_tokens": 48,
@@ -69,6 +72,7 @@ class Basis(Pipeline):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """As a user gives them."""
         return {"config": str(CONFIG), "overrides": self.overrides}
 
 
@@ -79,7 +83,7 @@ def texts(folder: Path, users: int) -> dict[str, Any]:
         word = f"{number * 7919 % 10_007:05}"
         rows = [
             {"user_id": f"user{number:04}", "prompt": f"say {n}: ", "completion": f"{word} {n} " * 4}
-            for n in range(14)
+            for n in range(20)
         ]
         path = folder / "users" / f"user{number:04}.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
@@ -108,7 +112,7 @@ def run_once(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
             seconds = time.monotonic() - started
         if ended["state_type"] != "COMPLETED":
             raise click.ClickException(pipeline.logs(flow_run))
-        run = pipeline.run_folder()
+        run = (folder / "runs" / "latest").resolve()
         report = json.loads((run / "report.json").read_text())
         result = json.loads((run / "federation" / "result.json").read_text())
         return {
@@ -176,25 +180,20 @@ def many(users: int) -> dict[str, Any]:
     }
 
 
-def demo(target: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The demo of cores at one target."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        url = {"serve.url": f"http://127.0.0.1:{free_port()}"}
-        done = run_once(folder, {**url, **overrides})
+def demo(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The demo of cores, or, where the folder has its training, what comes after that with other settings."""
+    done = run_once(folder, {"serve.url": f"http://127.0.0.1:{free_port()}", **overrides})
     report, result = done["report"], done["result"]
     compression = report["compression"]
     return {
-        "target": target,
+        "overrides": {key: value for key, value in overrides.items() if not key.endswith("python")},
         "minutes": done["seconds"] / 60,
         "seconds_by_stage": done["stages"],
         "peak_bytes": done["memory"]["peak_bytes"],
         "gains": report["gains"],
         "gate": report["gate"],
         "users": {
-            row["id"]: {
-                key: row[key] for key in row if key.startswith("loss_") or key in ("served", "gain_kept")
-            }
+            row["id"]: {key: row[key] for key in row if key.startswith("loss_") or key in KEPT}
             for row in report["users"]
         },
         "bytes_before": compression["bytes_before"],
@@ -206,10 +205,18 @@ def demo(target: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def ways(targets: Sequence[str], vllm_python: str) -> dict[str, dict[str, Any]]:
+    """As it is, in float32, and at vLLM; all after one training."""
+    vllm = {"serve.target": "vllm", "serve.url": VLLM, "serve.vllm_python": vllm_python}
+    exact = {"compress.basis_bits": 32, "compress.core_bits": 32}
+    known: dict[str, dict[str, Any]] = {"embedded": {}, "float32": exact, "vllm": vllm}
+    return {name: known[name] for name in targets}
+
+
 @click.command()
 @click.option("--part", "parts", multiple=True, default=("many", "demo"))
 @click.option("--users", default=1000, show_default=True)
-@click.option("--target", "targets", multiple=True, default=("embedded",))
+@click.option("--way", "targets", multiple=True, default=("embedded", "float32"), help="vllm is one more.")
 @click.option("--vllm-python", default=".venv-vllm/bin/python", show_default=True)
 def main(parts: tuple[str, ...], users: int, targets: tuple[str, ...], vllm_python: str) -> None:
     """Measure the parts asked for, and keep the others as the file has them."""
@@ -220,9 +227,11 @@ def main(parts: tuple[str, ...], users: int, targets: tuple[str, ...], vllm_pyth
     if "many" in parts:
         values["few"], values["many"] = many(users // 10), many(users)
         values["peak_ratio"] = values["many"]["peak_bytes"] / values["few"]["peak_bytes"]
-    for target in targets if "demo" in parts else ():
-        own = {**VLLM, "serve.vllm_python": vllm_python} if target == "vllm" else {}
-        values[f"demo_{target}"] = demo(target, own)
+    if "demo" in parts:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+            for what, overrides in ways(targets, vllm_python).items():
+                values[f"demo_{what}"] = demo(Path(name), overrides)
+                click.echo(json.dumps(values[f"demo_{what}"]))
     packages = ("torch", "prefect", "flwr", "ray")
     click.echo(f"wrote {store('core_federation', {**values, **circumstances(seed=0, packages=packages)})}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks import core_federation_page
 from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.record import ROOT
 
@@ -19,6 +20,7 @@ MARKS = (
     "federation-client",
     "federation-scale",
     "federation-kills",
+    "federation-cores",
 )
 _MODES = ("base", "shared", "finetune", "served", "fedsa", "dual", "local", "upper")
 _NAMES = {
@@ -48,6 +50,8 @@ def blocks() -> dict[str, str]:
         made["federation-scale"] = f"{_scale(found)}\n\n{circumstances_line(found)}"
     if found := read_result("federation_kills"):
         made["federation-kills"] = f"{_kills(found)}\n\n{circumstances_line(found)}"
+    if found := read_result("core_federation"):
+        made["federation-cores"] = core_federation_page.told(found)
     return made
 
 

@@ -1,17 +1,19 @@
 """A new user, from their text to their first token, part by part: benchmarks/results/join.json.
 
-    python -m benchmarks.join RUN_DIR [--user wsgiref]
+    python -m benchmarks.join RUN_DIR [--folder PLACE --prepare]
 
 A run of `make demo`, and its registry, are copied. Its set is compressed anew by the joint method, k = 32,
 judged and published to an embedded server that is started for it. Then a user of the built-in corpus whom
 the run has not seen joins by `soppu join`, in a process of its own as a person would start it; and a
 second one while the server is under the load of `soak_client`. Every answer to everybody else is held
-against what they said before.
+against what they said before. With `--prepare` only the fleet is made, in PLACE, and its server left running:
+what is measured afterwards takes some minutes of a quiet machine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from typing import Any
 import click
 
 from benchmarks.record import ROOT, circumstances, store
-from benchmarks.soak_client import PROMPTS, TOKENS
+from benchmarks.soak_client import PROMPTS
 from soppu import config as configuration
 from soppu import files
 from soppu.compress import Bundle
@@ -42,6 +44,7 @@ K, SEED = 32, 0
 LORAX = ROOT / ".venv-lorax" / "bin" / "python"
 CLIENT = Path(__file__).with_name("soak_client.py")
 WORKERS = 4
+TOKENS = 24  # of an answer: after fewer most users still say the same
 _AFTER_S = 10.0  # of load, once the join is done
 
 
@@ -73,6 +76,7 @@ def copied(source: Path, folder: Path) -> Run:
             "compress.method": "joint",
             "compress.rank": K,
             "compress.ratio": 0.0,
+            "data.users": run.config.data.users[:1],  # of the others nothing is measured to publish this
             # of this bundle alone: that eight users share k = 32 is not what is measured here
             "gate.min_mean_gain_kept": 0.0,
             "gate.min_user_gain_kept": -10.0,
@@ -89,7 +93,13 @@ def served(run: Run) -> Fleet:
     set_id = run.read(run.newest_evaluation())["set_id"]
     bundle_id = compress_set(str(run.folder), set_id)
     publish(str(run.folder), bundle_id, evaluate(str(run.folder), set_id, bundle_id))
-    return Fleet(run, Bundle.load(run.registry().bundle_path(bundle_id)).users)
+    return of_live(run)
+
+
+def of_live(run: Run) -> Fleet:
+    """Who is served now, by a server that answers."""
+    live = open_target(run).active()
+    return Fleet(run, Bundle.load(run.registry().bundle_path(live)).users)
 
 
 def joined(fleet: Fleet, user: str) -> dict[str, Any]:
@@ -144,7 +154,7 @@ def under_load(fleet: Fleet, user: str, folder: Path) -> dict[str, Any]:
         str(out),
         str(stop),
     ]
-    load = subprocess.Popen(words)
+    load = subprocess.Popen(words, env={**os.environ, "SOAK_TOKENS": str(TOKENS)})
     time.sleep(_AFTER_S)
     began = time.time()
     told = joined(fleet, user)
@@ -191,18 +201,24 @@ def _latency(lines: Sequence[Mapping[str, Any]], began: float, ended: float) -> 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path, exists=True))
 @click.option("--user", "users", multiple=True, default=("wsgiref", "json"), help="Two, whom the run lacks.")
-def main(run_dir: Path, users: tuple[str, str]) -> None:
+@click.option("--folder", "place", type=click.Path(path_type=Path), help="Where the fleet is, or is made.")
+@click.option("--prepare", is_flag=True, help="Make the fleet in --folder, and measure nothing.")
+def main(run_dir: Path, users: tuple[str, str], place: Path | None, prepare: bool) -> None:
     """Copy, serve, join twice, and write the result file."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run = copied(run_dir, folder)
+        folder = place or Path(name)
+        made_before = (folder / "runs" / run_dir.name).exists()
+        run = open_run(str(folder / "runs" / run_dir.name)) if made_before else copied(run_dir, folder)
         try:
-            fleet = served(run)
+            fleet = of_live(run) if made_before else served(run)
+            if prepare:
+                return
             alone = joined(fleet, users[0])
             loaded = under_load(fleet, users[1], folder)
             users_now = len(Bundle.load(run.registry().bundle_path(open_target(run).active())).users)
         finally:
-            process.stop(folder / "serve" / "server.pid")
+            if not prepare:
+                process.stop(folder / "serve" / "server.pid")
     made = {
         "what": "soppu join, from a person's command to the first token of the new user",
         "fleet": {"users": len(fleet.users), "method": "joint", "k": K, "users_afterwards": users_now},

@@ -16,14 +16,15 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from benchmarks import personal_arms as arms
 from benchmarks.pages import read_result
 from benchmarks.personal_arms import BLOCKS, Arm
 from benchmarks.personal_front import compared
-from benchmarks.personal_ground import SETTINGS, Base, Ground
+from benchmarks.personal_ground import SETTINGS, Base, Ground, Tuned
 from benchmarks.personal_users import CORPORA, Sizes
-from benchmarks.personal_ways import numbers, size
+from benchmarks.personal_ways import Way, numbers, size
 from benchmarks.record import ROOT, circumstances, store
 from soppu import files
 from soppu.cores.core import CoreInBasis
@@ -67,8 +68,9 @@ def _fixed(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]]:
             who.id: ground.plain.judged(ground.text(who).heldout, one) for who in ground.roles.reported
         }, told
     basis, losses, errors = arms.basis_of(arm, ground), {}, []
+    own = own_of(Arm(arms.FULL), ground)
     for who in ground.roles.reported:
-        found = from_lora(ground.kept(ground.key(arms.FULL), who.id), basis)
+        found = from_lora(ground.adapter(own[who.id]), basis)
         placed = CoreInBasis(found.core, basis)
         losses[who.id] = ground.plain.judged(ground.text(who).heldout, placed.to_lora())
         errors.append(found.error)
@@ -77,23 +79,37 @@ def _fixed(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def _trained(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]]:
-    way, key = arms.way_of(arm, ground), ground.key(str(arm))
-    for_all = arm.name in arms.TRAINED_FOR_ALL
-    tuned = ground.tuned(str(arm), way, on=[ground.pooled] if for_all else None)
-    people = ground.roles.reported
-    started = time.process_time()
-    texts = [ground.pooled] if for_all else [ground.training(who) for who in people]
-    (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
-    seconds = (time.process_time() - started) / len(texts)
+    way = arms.way_of(arm, ground)
+    held, tuned, seconds = _run(arm, ground, way)
+    for_all, people = arm.name in arms.TRAINED_FOR_ALL, ground.roles.reported
     own = held * len(people) if for_all else held
     losses = {who.id: way.judged(one, ground.text(who).heldout) for who, one in zip(people, own, strict=True)}
     sent = way.sent(held[0])
-    for who, one in zip(people, held, strict=not for_all):
-        ground.keep(key, who.id, way.sent(one))
     told = {"numbers": 0 if for_all else numbers(sent), "bytes_up": size(sent), "seconds": seconds}
     if arm.name == arms.CORE:
         told["start_error"] = from_lora(ground.shared, arms.basis_of(arm, ground)).error
     return losses, told | tuned.to_dict()
+
+
+def _run(arm: Arm, ground: Ground, way: Way) -> tuple[list[Any], Tuned, float]:
+    """What every reported user has, or all together, which is put aside; how, and seconds of each."""
+    for_all, people = arm.name in arms.TRAINED_FOR_ALL, ground.roles.reported
+    tuned = ground.tuned(str(arm), way, on=[ground.pooled] if for_all else None)
+    texts = [ground.pooled] if for_all else [ground.training(who) for who in people]
+    started = time.process_time()
+    (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
+    seconds = (time.process_time() - started) / len(texts)
+    for who, one in zip(people, held, strict=not for_all):
+        ground.keep(ground.key(str(arm)), who.id, way.sent(one))
+    return held, tuned, seconds
+
+
+def own_of(arm: Arm, ground: Ground) -> dict[str, dict[str, Tensor]]:
+    """What every reported user sent in an arm; where it is not on this machine it is trained again."""
+    key, people = ground.key(str(arm)), ground.roles.reported
+    if not all(ground.keeps(key, who.id) for who in people):
+        _run(arm, ground, arms.way_of(arm, ground))
+    return {who.id: ground.tensors(key, who.id) for who in people}
 
 
 def stored() -> dict[str, Any]:
@@ -107,7 +123,8 @@ def add(row: Mapping[str, Any], ground: Ground, where: Mapping[str, Any], *, amo
         found = stored()
         place = [row.get(name) for name in _PLACE]
         others = [one for one in found.get(among, []) if [one.get(name) for name in _PLACE] != place]
-        corpora = found.get("corpora", {}) | {ground.corpus: described(ground)}
+        corpora = found.get("corpora", {})
+        corpora[ground.corpus] = corpora.get(ground.corpus, {}) | described(ground)
         told = found | where | {"settings": SETTINGS, "corpora": corpora}
         told[among] = [*others, {**row, "commit": where["commit"], "created": utc_now()}]
         store(NAME, told | {"rows": compared(told["rows"])})
@@ -136,6 +153,9 @@ def study(ground: Ground, chosen: Sequence[Arm], where: Mapping[str, Any]) -> No
     Args:
         where: the circumstances that the process began in: files may change below it.
     """
+    for row in stored()["rows"]:
+        if row["corpus"] == ground.corpus and "tried" in row:
+            ground.know(row["key"], row)
     for arm in chosen:
         if any(row["key"] == ground.key(str(arm)) for row in stored()["rows"]):
             continue

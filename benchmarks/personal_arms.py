@@ -48,8 +48,8 @@ def ours(k: int, own: int = 0, *, users: int = COHORT, name: str = CORE) -> Arm:
 
 
 _MAIN = (
-    *map(Arm, (BASE, SHARED, FULL, MORE)),
-    *(ours(32), ours(32, 1), ours(16), ours(48), Arm(LORA, own=1), Arm(LORA, own=2), Arm(LORA, own=4)),
+    *(Arm(BASE), Arm(SHARED), Arm(FULL), ours(32), Arm(MORE)),
+    *(ours(32, 1), ours(16), ours(48), Arm(LORA, own=1), Arm(LORA, own=2), Arm(LORA, own=4)),
     *(ours(64), ours(32, name=BESIDE), ours(48, name=BESIDE)),
     *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
     ours(32, name=MEAN),

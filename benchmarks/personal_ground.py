@@ -34,10 +34,10 @@ MARKS = (10, 20, 30)  # steps after which the users of a tuning are looked at; t
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # step sizes of A; B and cores take twice as much
 GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that is not gone on with
 FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, one beyond it is
-_SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (1e-3, 3e-3), 40, 240, 8
+_SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 COHORT = 24  # users whose text the shared adapter is trained on
 SETTINGS: Mapping[str, Any] = {
-    "edition": 2,  # to be raised where code changes what comes out
+    "edition": 3,  # to be raised where code changes what comes out
     "rank": RANK,
     "adapter_layers": LAYERS,
     "batch": BATCH,
@@ -132,16 +132,17 @@ class Ground:
         held = {name: tensor.contiguous() for name, tensor in tensors.items()}
         files.write_bytes(self._place(key, user), save(held))
 
-    def tensors(self, key: str, user: str) -> dict[str, torch.Tensor]:
-        """What was put aside. ClickException where it is not on this machine."""
-        path = self._place(key, user)
-        if not path.exists():
-            raise click.ClickException(f"{path}: not there; take the arm's row out and run the study again")
-        return load_file(path)
+    def keeps(self, key: str, user: str) -> bool:
+        """Whether there is something put aside."""
+        return self._place(key, user).exists()
 
-    def kept(self, key: str, user: str) -> LoraAdapter:
-        """A LoRA that was put aside."""
-        return wire.loose_from_state(self.tensors(key, user), base_hash=self.base.hash)
+    def tensors(self, key: str, user: str) -> dict[str, torch.Tensor]:
+        """What was put aside."""
+        return load_file(self._place(key, user))
+
+    def adapter(self, tensors: Mapping[str, torch.Tensor]) -> LoraAdapter:
+        """A LoRA's numbers as an adapter of this base."""
+        return wire.loose_from_state(tensors, base_hash=self.base.hash)
 
     @cached_property
     def pooled(self) -> list[Any]:
@@ -164,25 +165,21 @@ class Ground:
         path = self.folder / "shared.safetensors"
         if not path.exists():
             files.write_bytes(path, save(wire.to_state(self._trained_shared())))
-        return self._adapter(path)
+        return self.adapter(load_file(path))
 
     def _trained_shared(self) -> LoraAdapter:
+        """With one step size after the other, each from the best so far and until it is no better."""
         shapes = emulator.target_shapes(self.base.model, self.base.plan)
-        start = LoraAdapter(initial_pairs(shapes, rank=RANK, seed=self.seed), base_hash=self.base.hash)
-        way = InLoop(self.plain, start, whole, batch=_SHARED_BATCH, seed=self.seed)
-        marks = range(_SHARED_EVERY, _SHARED_MOST + 1, _SHARED_EVERY)
-        under_way = {rate: way.run([self.pooled], rate=rate, marks=marks) for rate in _SHARED_RATES}
-        first = {rate: next(one) for rate, one in under_way.items()}
-        losses = {rate: self.tuning_loss(way, held) for rate, held in first.items()}
-        rate = min(losses, key=losses.__getitem__)
-        best, loss = first[rate][0], losses[rate]
-        click.echo(f"{self.corpus}: shared {losses}")
-        for held in under_way[rate]:
-            now = self.tuning_loss(way, held)
-            click.echo(f"{self.corpus}: shared at {rate:g}: {now:.4f}")
-            if now >= loss:
-                break
-            best, loss = held[0], now
+        best = LoraAdapter(initial_pairs(shapes, rank=RANK, seed=self.seed), base_hash=self.base.hash)
+        loss, marks = math.inf, range(_SHARED_EVERY, _SHARED_MOST + 1, _SHARED_EVERY)
+        for rate in _SHARED_RATES:
+            way = InLoop(self.plain, best, whole, batch=_SHARED_BATCH, seed=self.seed)
+            for held in way.run([self.pooled], rate=rate, marks=marks):
+                now = self.tuning_loss(way, held)
+                click.echo(f"{self.corpus}: shared at {rate:g}: {now:.4f}")
+                if not now < loss:
+                    break
+                best, loss = held[0], now
         return best
 
     def tuned(self, name: str, way: Way, *, on: Sequence[Blocks] | None = None) -> Tuned:
@@ -191,13 +188,21 @@ class Ground:
         Args:
             on: texts to train on; those of the users it is chosen on if left out.
         """
-        path = self.folder / f"tuned-{self.key(name)}.json"
+        path = self._tuned(self.key(name))
         if path.exists():
             told = json.loads(path.read_text())
             return Tuned(told["step_size"], told["steps"], told["tried"])
         found = tune(self, way, on=on or [self.training(person) for person in self.roles.tuned])
         files.write_text(path, json.dumps(found.to_dict()))
         return found
+
+    def know(self, key: str, told: Mapping[str, Any]) -> None:
+        """Take over what a row says of the step size that was best."""
+        if not (path := self._tuned(key)).exists():
+            files.write_text(path, json.dumps({name: told[name] for name in ("step_size", "steps", "tried")}))
+
+    def _tuned(self, key: str) -> Path:
+        return self.folder / f"tuned-{key}.json"
 
     def adapters(self, users: int) -> dict[str, LoraAdapter]:
         """Of the first users of the basis: full LoRAs from the shared one, at its tuned step size."""
@@ -211,7 +216,7 @@ class Ground:
             (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])
             for one, adapter in zip(some, held, strict=True):
                 files.write_bytes(paths[one.id], save(wire.to_state(adapter)))
-        return {name: self._adapter(path) for name, path in paths.items()}
+        return {name: self.adapter(load_file(path)) for name, path in paths.items()}
 
     def full(self) -> InLoop:
         """A full LoRA of a user's own, from the shared one."""
@@ -226,9 +231,6 @@ class Ground:
 
     def _place(self, key: str, user: str) -> Path:
         return self.folder / key / f"{user.replace('/', '+')}.safetensors"
-
-    def _adapter(self, path: Path) -> LoraAdapter:
-        return wire.loose_from_state(load_file(path), base_hash=self.base.hash)
 
 
 class Base:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import personal_arms as arms
-from benchmarks.personal import FOLDER, add, refuse_other_text, stored
+from benchmarks.personal import FOLDER, add, own_of, refuse_other_text, stored
 from benchmarks.personal_arms import FULL, Arm, ours
 from benchmarks.personal_ground import Base, Ground
 from benchmarks.personal_users import CORPORA, Sizes
@@ -65,7 +65,7 @@ def noise_of(epsilon: float, delta: float) -> float:
 def told_again(arm: Arm, ground: Ground, tensors: Mapping[str, Tensor]) -> LoraAdapter:
     """A user's numbers as an adapter of the model that they were trained on."""
     if arm.name in (FULL, arms.LORA):
-        return wire.loose_from_state(tensors, base_hash=ground.base.hash)
+        return ground.adapter(tensors)
     start = arms.start_of(arm, ground)
     held = {name: tensors[f"{name}.core"] for name in start.core.cores}
     own = {name: LoraPair(tensors[f"{name}.own_A"], tensors[f"{name}.own_B"]) for name in start.core.own}
@@ -81,11 +81,12 @@ def membership(arm: Arm, ground: Ground) -> dict[str, Any]:
     """AUC of the attack on every reported user, and of one that knows the loss with shared too."""
     plain: dict[str, float] = {}
     knowing: dict[str, float] = {}
+    held = {} if arm.name == arms.SHARED else own_of(arm, ground)
     for who in ground.roles.reported:
         text = ground.text(who)
         own, model = ground.shared, ground.plain
         if arm.name != arms.SHARED:
-            own = told_again(arm, ground, ground.tensors(ground.key(str(arm)), who.id))
+            own = told_again(arm, ground, held[who.id])
             model = ground.beside if arm.name in (arms.LORA, arms.BESIDE) else model
         inside, outside = [_each(model, part, own) for part in (text.train, text.heldout)]
         plain[who.id] = auc(inside, outside)
@@ -111,8 +112,7 @@ def _summed(model: Any, blocks: Blocks, adapter: LoraAdapter | None) -> Iterator
 
 def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
     """A row for every epsilon: what reported users lose by noise that is worth it."""
-    start, key = begun(arm, ground), ground.key(str(arm))
-    trained = {who.id: ground.tensors(key, who.id) for who in ground.roles.reported}
+    start, trained = begun(arm, ground), own_of(arm, ground)
     trials = _trained_on_tuned(arm, ground)
     median = float(np.median([_norm(one, start) for one in trials]))
     for epsilon in EPSILONS:

@@ -80,7 +80,7 @@ def authors(least: int) -> list[Person]:
 
 CORPORA: Mapping[str, Callable[[int], list[Person]]] = {"stdlib": stdlib, "changelogs": authors}
 UNSEEN = 16  # examples a user that step sizes are chosen by
-_MOST_OF_A_GROUP = 3  # reported users
+_MOST_OF_A_GROUP = {"reported": 3, "tuned": 1}  # of a part
 
 
 def roles(people: Iterable[Person], sizes: Sizes, *, seed: int) -> Roles:
@@ -89,8 +89,8 @@ def roles(people: Iterable[Person], sizes: Sizes, *, seed: int) -> Roles:
     for person in sorted(people, key=lambda person: _rank(person.id, seed)):
         groups.setdefault(person.group, []).append(person)
     order = sorted(groups, key=lambda name: _rank(name, seed))
-    reported = _taken(groups, order, sizes.reported)
-    tuned = _taken(groups, order, sizes.tuned)
+    reported = _taken(groups, order, sizes.reported, most=_MOST_OF_A_GROUP["reported"])
+    tuned = _taken(groups, order, sizes.tuned, most=_MOST_OF_A_GROUP["tuned"])
     rest = sorted((one for name in order for one in groups[name]), key=lambda one: _rank(one.id, seed))
     found = Roles(tuple(rest[: sizes.basis]), tuple(tuned), tuple(reported))
     for part, wanted in (("reported", sizes.reported), ("tuned", sizes.tuned), ("basis", sizes.basis)):
@@ -99,11 +99,11 @@ def roles(people: Iterable[Person], sizes: Sizes, *, seed: int) -> Roles:
     return found
 
 
-def _taken(groups: Mapping[str, list[Person]], order: list[str], wanted: int) -> list[Person]:
+def _taken(groups: Mapping[str, list[Person]], order: list[str], wanted: int, *, most: int) -> list[Person]:
     """The first users of the first groups in `order`, which leave it."""
     taken: list[Person] = []
     while order and len(taken) < wanted:
-        taken += groups[order.pop(0)][: min(_MOST_OF_A_GROUP, wanted - len(taken))]
+        taken += groups[order.pop(0)][: min(most, wanted - len(taken))]
     return taken
 
 

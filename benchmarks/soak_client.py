@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-TOKENS = 6
+TOKENS = int(os.environ.get("SOAK_TOKENS", "6"))  # of an answer
 PROMPTS = ("def read_file(path):\n", "Once upon a time", "The garden was", "import socket\n", "Dear Sir,")
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import ArgsKwargs
 
+from soppu.basis_settings import BasisConfig
 from soppu.data_settings import DataConfig
 from soppu.errors import ConfigError
 from soppu.settings import (
@@ -315,6 +316,7 @@ class Config:
     align: AlignConfig = AlignConfig()
     federation: FederationConfig = FederationConfig()
     compress: CompressConfig = CompressConfig()
+    basis: BasisConfig = BasisConfig()
     gate: GateConfig = GateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,17 @@ def torch_device(name: str, *, key: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{key} = {name!r}, this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def idle_cores() -> int:
+    """Cores that nobody works on just now, at least 1: more threads than that wait for each other. 0.3 s."""
+    cores = os.cpu_count() or 1
+    return max(1, round(cores * (1 - psutil.cpu_percent(interval=0.3) / 100)))
+
+
+def use_idle_cores() -> None:
+    """Have torch compute on no more cores of this process's machine than are idle now."""
+    torch.set_num_threads(idle_cores())
 
 
 def free_bytes(device: torch.device) -> int:

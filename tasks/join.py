@@ -8,10 +8,10 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from soppu import devices
 from soppu.stages import join as stage
-from soppu.stages import published
 from soppu.stages.join import Newcomer
-from soppu.stages.join_collect import collect_joins
+from soppu.stages.join_collect import collect_everywhere
 from tasks.recording import Progress, recorded, transient
 
 
@@ -26,6 +26,7 @@ from tasks.recording import Progress, recorded, transient
 )
 def join(run: str, user: str, data: str, own_rank: int = 0, target: str = "") -> dict[str, Any]:
     """Train a user's core, judge it, serve it; one that was killed goes on where it was. Not cached."""
+    devices.use_idle_cores()
     with recorded(run, stage.stage_name(user)):
         newcomer = Newcomer(user, data, own_rank, target)
         return asdict(stage.join(run, newcomer, on_progress=Progress("soppu-join")))
@@ -42,4 +43,4 @@ def join(run: str, user: str, data: str, own_rank: int = 0, target: str = "") ->
 def collect(run: str) -> list[str]:
     """Take over who joined at any of a run's servers since; not cached, that changes."""
     with recorded(run, "collect joins"):
-        return [user for name in published.target_names(run) for user in collect_joins(run, name)]
+        return collect_everywhere(run)

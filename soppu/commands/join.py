@@ -13,7 +13,7 @@ import click
 import psutil
 
 from soppu import config as configuration
-from soppu import models, tables
+from soppu import devices, models, tables
 from soppu.commands.options import USER
 from soppu.cores.core import MOST_OWN
 from soppu.progress.bar import bar
@@ -22,7 +22,7 @@ from soppu.stages import join as stage
 from soppu.stages.join import Joined, Newcomer
 from soppu.stages.join_collect import collect_joins
 from soppu.stages.join_remote import Elsewhere, join_remote
-from soppu.targets.embedded import EmbeddedTarget
+from soppu.targets.either import serving_at
 
 _PLACE = click.Path(path_type=Path)
 _AT_A_SERVER = ("config", "shared", "state", "replace", "out")  # options that mean something with --url alone
@@ -82,6 +82,7 @@ def join_command(**given: Any) -> None:
         given["user"], str(given["data"]), given["own_rank"], given["target"], given["waive_rules"]
     )
     before = {"start of the command": time.time() - psutil.Process().create_time()}
+    devices.use_idle_cores()  # the server that they join may be at work here
     with bar() as tell:
         if run_dir:
             with stage.as_run(str(run_dir), newcomer):
@@ -115,7 +116,7 @@ def _elsewhere(url: str, given: dict[str, Any]) -> Elsewhere:
     base = models.resolve(config.base.model, cache=Path(config.base.cache))
     file = tokens.token_file(given["state"]) if given["state"] else None
     token = os.environ.get(tokens.VARIABLE, "")
-    target = EmbeddedTarget(url, base_hash=base.hash, admin_token=token, token_file=file)
+    target = serving_at(url, base_hash=base.hash, admin_token=token, token_file=file)
     out = given["out"] or Path(".soppu/joined")
     return Elsewhere(target, config, out, given["shared"], given["replace"])
 

@@ -29,6 +29,7 @@ def page(report: Row, *, arms: Tradeoff | None = None) -> str:
         served=wording.served(report),
         gain_sentences=wording.gains(report),
         lost=wording.lost(report),
+        refit=wording.refit(report),
         measured_on=wording.measured_on(report),
         curl=wording.curl(report),
         arms_file=FILE,

@@ -63,6 +63,7 @@ class ReportInputs:
     bundle_id: str = ""
     base_hash: str = ""
     measured: str = ""  # on what the losses were measured, and where
+    basis: Mapping[str, Any] | None = None  # `refit.Refit`; None where no set of cores is
     federation: Mapping[str, Any] | None = None  # result.json of the federated run; None for a recompression
     serving: Mapping[str, Any] | None = None  # what the first live target serves; None before publication
     targets: Sequence[Mapping[str, Any]] = ()  # what became of every publication
@@ -100,6 +101,7 @@ def build(inputs: ReportInputs) -> dict[str, Any]:
         "federation": told and _federation(told, inputs.config),
         "compression": _compression(inputs),
         "gate": inputs.verdict.to_dict(),
+        "basis": inputs.basis,
         "serving": inputs.serving and {**inputs.serving, "canaries_ok": ok},
         "targets": inputs.targets,
         "stages": inputs.stages,

@@ -169,6 +169,27 @@ class Compression(_Part):
     certificate: _Certificate
 
 
+class _Probe(_Part):
+    user: Text
+    adapter_id: Text
+    error: Real
+    gain: Real | None
+    core_gain: Real | None
+
+
+class _Basis(_Part):
+    basis_id: Text
+    due: Flag
+    reasons: list[Text]
+    error_mean: Real | None
+    error_worst: Real | None
+    measured: Natural
+    gain_kept: Real | None
+    short_users: list[Text]
+    short_share: Real | None
+    probes: list[_Probe]
+
+
 class _Serving(_Part):
     target: Text
     url: Text
@@ -218,6 +239,7 @@ class Report(_Part):
     federation: _Federation | None
     compression: Compression
     gate: Verdict
+    basis: _Basis | None = None  # reports from before there were cores have none
     serving: _Serving | None
     targets: list[_Target]
     stages: list[_Stage]

@@ -25,6 +25,7 @@ from soppu.evaluate.wording import (
     nats,
     percent,
     printable,
+    refit,
     served,
     shortened,
     size,
@@ -64,7 +65,7 @@ def text(report: Row, *, report_path: str = "", prefect_url: str = "", width: in
     verdict = f"gate {'passed' if gate['passed'] else 'REFUSED'}"
     kept = f"all users together keep {percent(gate['mean_gain_kept'])} of their gain"
     lines += ["", compression_line(report["compression"]), f"{verdict}: {kept}"]
-    lines += [*(f"  - {printable(reason)}" for reason in gate["reasons"]), ""]
+    lines += [*(f"  - {printable(reason)}" for reason in gate["reasons"]), *map(printable, refit(report)), ""]
     server = (report["serving"] or {}).get("url", "")
     places = {"report": report_path, "Prefect": prefect_url, "server": server}
     lines += [f"{name + ':':9}{place}" for name, place in places.items() if place]
@@ -107,6 +108,7 @@ def markdown_compression(report: Row) -> str:
     facts = f"{made_by(made)}: {smaller(made)}; relative error {errors(made)}."
     verdict = f"Gate: **{'passed' if gate['passed'] else 'refused'}**"
     reasons = [f"- {_mark(reason)}" for reason in gate["reasons"]]
+    reasons += ["", *map(_mark, refit(report))]
     table = markdown(("", "adapters", "bundle"), rows, right=(1, 2))
     return "\n\n".join([table, _mark(facts), _mark(certificate(made)), "\n".join([verdict, "", *reasons])])
 

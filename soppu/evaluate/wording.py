@@ -226,6 +226,21 @@ def made_by(compression: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+def refit(report: Mapping[str, Any]) -> list[str]:
+    """Whether the basis of users' cores is due for a refit, by which figures; nothing where there is none."""
+    told = report.get("basis")
+    if not told:
+        return []
+    basis_id, probes = told["basis_id"], len(told["probes"])
+    if not probes:
+        return [f"basis {basis_id}: nobody trained freely beside it, so nothing says whether it still fits"]
+    kept = f", their cores keep {percent(told['gain_kept'])} of their gain" if told["measured"] else ""
+    many = "probe" if probes == 1 else "probes"
+    figures = f"{probes} {many}, relative error {percent(told['error_mean'])} in it{kept}"
+    due = "is DUE FOR A REFIT" if told["due"] else "still fits"
+    return [f"basis {basis_id} {due}: {figures}", *(f"  - {reason}" for reason in told["reasons"])]
+
+
 def certificate(compression: Mapping[str, Any]) -> str:
     """The certificate as sentences: what the shared bases leave by themselves, and the best would.
 

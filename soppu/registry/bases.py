@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -25,10 +26,12 @@ from soppu.registry.catalogue import (
     BasisUse,
     Catalogue,
     Core,
+    Holding,
     SetMember,
     insert_if_absent,
     now,
 )
+from soppu.registry.forms import LORA
 
 _CHUNK = 500  # ids in one statement; databases limit how many parameters it may have
 _KEPT = 2  # in memory, each as large as a bundle's own: a core is carried over from one to another
@@ -130,6 +133,33 @@ def uses(session: Session) -> list[tuple[str, str]]:
     """Every basis that was put in force, and when (UTC ISO), oldest first."""
     query = sa.select(BasisUse.basis_id, BasisUse.at).order_by(BasisUse.id)
     return [(basis_id, at) for basis_id, at in session.execute(query)]
+
+
+def free_since(session: Session, basis_id: str, *, limit: int) -> dict[str, str]:
+    """User -> the newest adapter in pairs that came since a basis is in force; the newest users, sorted.
+
+    Only of the basis' base model, and not what several users hold: that is nobody's own.
+
+    Raises:
+        RegistryError: the basis is unknown, or was never put in force.
+    """
+    row = find(session, basis_id)
+    since = session.scalar(sa.select(sa.func.max(BasisUse.at)).where(BasisUse.basis_id == basis_id))
+    if since is None:
+        raise RegistryError(f"basis {basis_id} was never put in force")
+    query = (
+        sa.select(Holding.user_id, Holding.adapter_id, Adapter.base_model, Adapter.base_hash)
+        .join(Adapter, Adapter.id == Holding.adapter_id)
+        .where(Holding.at > since, Adapter.kind == LORA, Adapter.state == "stored")
+        .order_by(Holding.id.desc())
+    )
+    base, newest = Base(row.base_model, row.base_hash), dict[str, str]()
+    for user, held, *of in session.execute(query).tuples():
+        if base_identity.same(Base(*of), base):
+            newest.setdefault(user, held)
+    holders = Counter(newest.values())
+    own = [(user, held) for user, held in newest.items() if holders[held] == 1]
+    return dict(sorted(own[:limit]))
 
 
 def told_in(session: Session, adapter_ids: Collection[str]) -> dict[str, str]:

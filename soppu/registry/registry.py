@@ -285,6 +285,7 @@ class Registry:
     identity = _asked(ledger.identity)
     current_basis = _asked(told.in_force)
     bases = _asked(told.rows)
+    free_since_basis = _asked(told.free_since)
     basis_uses = _asked(told.uses)
     bases_of_set = _asked(told.of_set)
     told_in = _asked(told.told_in)

@@ -15,7 +15,7 @@ from soppu.config import CompressConfig
 from soppu.data import load_public, tokenize
 from soppu.progress import telling
 from soppu.progress.telling import Tell
-from soppu.stages import bases
+from soppu.stages import told
 from soppu.stages.run import Run, open_run
 
 
@@ -23,7 +23,7 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
     """Compress a frozen set into a bundle, store it, and note its sizes; returns the bundle's id.
 
     Adapters are read from the registry in every pass, so memory does not grow with their number. A set that
-    is told in a basis (`bases.of_set`) is not fitted: its cores are kept as they are.
+    is told in a basis (`told.of_set`) is not fitted: its cores are kept as they are.
 
     Raises:
         RegistryError: a set of cores in several bases, none of which is in force.
@@ -36,7 +36,7 @@ def compress_set(run_folder: str, set_id: str, *, on_progress: Tell | None = Non
 def _compress(run: Run, set_id: str, tell: Tell) -> str:
     registry = run.registry()
     members = registry.get_set(set_id)
-    basis_id = bases.of_set(registry, set_id, run.base().base)
+    basis_id = told.of_set(registry, set_id, run.base().base)
     if basis_id:
         bundle = kept(run, members, basis_id, tell=tell)
     else:
@@ -72,7 +72,7 @@ def kept(run: Run, members: Mapping[str, str], basis_id: str, *, tell: Tell) -> 
     """
     registry = run.registry()
     return compress_cores(
-        AdaptersOnDemand(members, lambda held: bases.read(registry, held)),
+        AdaptersOnDemand(members, lambda held: told.read(registry, held)),
         registry.get_basis(basis_id),
         CompressOptions.of(run.config.compress, seed=run.config.seed),
         adapter_ids=members,

@@ -20,6 +20,7 @@ from soppu.progress.telling import Tell
 from soppu.stages import elsewhere
 from soppu.stages.bench import Bench, with_text
 from soppu.stages.federate import RESULT, shared_adapter
+from soppu.stages.refit import judged
 from soppu.stages.run import Run, open_run
 
 HERE = "on the full model, here"
@@ -49,6 +50,7 @@ def _evaluate(run: Run, set_id: str, bundle_id: str, tell: Tell) -> str:
     members = registry.get_set(set_id)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
     losses = source_of(run)(run, members, bundle_id, on_progress=tell)
+    refit = judged(run, members)
     verdict = check(losses, bundle.report.relative_error, options=run.config.gate, seed=run.config.seed)
     run.write(
         name,
@@ -59,6 +61,7 @@ def _evaluate(run: Run, set_id: str, bundle_id: str, tell: Tell) -> str:
             "measured": elsewhere.WHERE if run.config.federation.connection else HERE,
             "losses": [item.to_dict() for item in losses],
             "verdict": verdict.to_dict(),
+            "basis": refit and refit.to_dict(),
         },
     )
     return name

@@ -17,12 +17,13 @@ from soppu.progress.telling import Tell
 from soppu.stages import join_notes, join_rules
 from soppu.stages.federate import shared_adapter
 from soppu.stages.join_admit import Judged, admit
+from soppu.stages.join_collect import collect_held
 from soppu.stages.join_ground import Ground, text_of
 from soppu.stages.join_live import live_bundle
 from soppu.stages.joined import At, Joined, Newcomer
 from soppu.stages.published import stage_name as publication
 from soppu.stages.run import open_run
-from soppu.stages.targets import open_target, target_settings
+from soppu.stages.targets import open_target, running_target, target_settings
 
 __all__ = ["Joined", "Newcomer", "as_run", "join", "stage_name"]
 
@@ -90,6 +91,9 @@ def _join(at: At, newcomer: Newcomer) -> Joined:
     rules = join_rules.heard(run.config, shared=shared is not None, waive=newcomer.waive_rules)
     joined = Joined(newcomer.user, rules=rules, own_rank=newcomer.own_rank)
     with joined.clock("text and bundle"):
+        if server := running_target(run, at.settings):
+            with run.registry().publishing(at.settings.url):
+                collect_held(run, at.settings, server)  # what is live is what joins there made of it
         before_id, before = live_bundle(at)
         if newcomer.user in before.users:
             return _again(at, newcomer, (before_id, before))

@@ -17,6 +17,7 @@ from soppu.errors import RegistryError, TargetError
 from soppu.progress import telling
 from soppu.registry import Registry
 from soppu.stages import join_notes
+from soppu.stages.published import target_names
 from soppu.stages.run import Run, open_run
 from soppu.stages.targets import running_target, target_settings
 from soppu.targets import joins
@@ -46,6 +47,20 @@ def collect_joins(run_folder: str, target: str = "") -> list[str]:
     with telling.stage(run.folder, STAGE) as tell, run.registry().publishing(settings.url):
         users = collect_held(run, settings, found)
         tell({"note": f"{len(users)} joined at {settings.url}", "share": 1.0})
+    return users
+
+
+def collect_everywhere(run_folder: str) -> list[str]:
+    """As `collect_joins` at each target of a run, before a set is frozen; their ids.
+
+    A server that cannot be asked ends no run: a publication to it is refused while it keeps joins.
+    """
+    users = []
+    for name in target_names(run_folder):
+        try:
+            users += collect_joins(run_folder, name)
+        except TargetError as error:
+            _LOG.warning("nobody is taken over from %s: %s", name, error)
     return users
 
 

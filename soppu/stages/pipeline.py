@@ -25,7 +25,7 @@ from soppu.stages import basis, federate, publish
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
 from soppu.stages.forms import has_cohort
-from soppu.stages.join_collect import collect_joins
+from soppu.stages.join_collect import collect_everywhere
 from soppu.stages.published import stage_name, target_names
 from soppu.stages.report import stage_names, write_report
 from soppu.stages.run import open_run, prepare
@@ -55,8 +55,7 @@ def full_pipeline(config: str, overrides: Mapping[str, Any] | None = None, *, of
         with _noted(run, "federate"):
             federation = federate.federate(run)
         with _noted(run, "collect"):
-            for name in target_names(run):
-                collect_joins(run, name)
+            collect_everywhere(run)
             set_id = federate.collect(run, federation)
         _recompress(run, set_id)
     return run

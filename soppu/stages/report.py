@@ -81,6 +81,7 @@ def _write_report(run: Run, evaluation: str) -> Written:
         bundle_id=bundle_id,
         base_hash=run.base().hash,
         measured=found["measured"],
+        basis=found.get("basis"),
         federation=_federation(run),
         serving={name: live[0][name] for name in TOLD} if live else None,
         targets=[{field.name: one[field.name] for field in fields(Published)} for one in told.values()],

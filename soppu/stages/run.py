@@ -78,7 +78,15 @@ class Run:
         texts = [source_digest(source) for source in READS[stage](self.config)]
         base = self.base()
         parts = (self.identity, self.config.digest(), base.hash, models.tokenizer_digest(base))
-        return _digest(stage, *parts, *texts)
+        probes = self.probes().items() if stage == "evaluate" else ()
+        return _digest(stage, *parts, *texts, *(f"{user} {held}" for user, held in probes))
+
+    def probes(self) -> dict[str, str]:
+        """User -> the adapter that they trained freely since the basis in force is; nobody where none is."""
+        registry = self.registry()
+        basis_id = registry.current_basis(self.base().base)
+        most = self.config.basis.probe_users
+        return registry.free_since_basis(basis_id, limit=most) if basis_id and most else {}
 
     def registry(self) -> Registry:
         """The registry this run writes to."""

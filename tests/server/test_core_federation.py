@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import Error, Message
 
 from server.app import main
 from server.core_federation import CoreFederation
-from server.core_waves import Waves
 from server.federation import Federation
 from soppu import adapter as peft_folder
 from soppu import config as configuration
@@ -26,6 +26,7 @@ from soppu.cores.core import CoreAdapter
 from soppu.cores.projecting import from_lora
 from soppu.errors import FederationError
 from soppu.federation import wire_core
+from soppu.federation.attach import initial_pairs
 from soppu.federation.chosen_basis import ChosenBasis
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid, context
@@ -120,6 +121,7 @@ def test_everybody_trains_a_core_from_where_the_shared_adapter_lies(given: Calla
     assert log["mode"] == "personal" and math.isfinite(log["emulator_loss"]) and log["shared_loss"] > 0
 
 
+@pytest.mark.long
 def test_who_is_trained_beside_whom_decides_nothing(given: Callable[..., Given]) -> None:
     run = given(personal_steps=4, personal_check_every=2, personal_learning_rates=[1e-2, 3e-2], together=3)
     run.run("at-once", nodes=1)
@@ -134,6 +136,7 @@ def test_who_is_trained_beside_whom_decides_nothing(given: Callable[..., Given])
             torch.testing.assert_close(core, one[user].cores[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_basis_is_sent_to_a_node_that_lacks_it_and_never_again(given: Callable[..., Given]) -> None:
     run = given(personal_steps=1)
     first = run.run("first")
@@ -152,92 +155,27 @@ def files_of(run: Given) -> list[Path]:
     return list(Path(run.config.federation.client_state, "bases").iterdir())
 
 
-def test_ranks_of_their_own_travel_beside_the_core(given: Callable[..., Given]) -> None:
-    run = given(personal_steps=2, core_own_rank=1)
+def test_ranks_of_their_own_travel_too_and_all_of_it_is_clipped_where_that_is_configured(
+    given: Callable[..., Given],
+) -> None:
+    run = given(personal_steps=2, core_own_rank=1, dp_at="client", dp_clip=1e-3)
     run.run()
+    begun = from_lora(run.shared, run.basis).core
+    own = initial_pairs(run.basis.module_shapes(), rank=1, seed=run.config.seed)
+    start = wire_core.to_state(replace(begun, own=own))[wire_core.NUMBERS]
     for core in run.cores().values():
         assert core.own.keys() == run.basis.sides.keys()
-        assert {pair.rank for pair in core.own.values()} == {1}
         assert any(bool(pair.B.any()) for pair in core.own.values())
         assert core.parameters() == wire_core.numbers(run.basis, own_rank=1)
-
-
-def test_what_leaves_is_clipped_and_noised_where_that_is_configured(given: Callable[..., Given]) -> None:
-    run = given(personal_steps=2, dp_at="client", dp_clip=1e-3)
-    run.run()
-    start = wire_core.to_state(from_lora(run.shared, run.basis).core)[wire_core.NUMBERS]
-    for core in run.cores().values():
         moved = wire_core.to_state(core)[wire_core.NUMBERS] - start
-        assert float(moved.norm()) <= 1e-3 * 1.001
+        assert 0 < float(moved.norm()) <= 1e-3 * 1.001
     assert result(run.root / "work")["privacy"]["releases"] == 1
 
 
 # ---- users who fail
 
 
-def with_core(user: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Tamper:
-    """Replies in which one user's numbers are others."""
-
-    def tamper(_: Message, reply: Message) -> Message:
-        if reply.has_content() and (record := reply.content.get(f"arrays:{user}")) is not None:
-            state = record.to_torch_state_dict()
-            reply.content[f"arrays:{user}"] = ArrayRecord(
-                {wire_core.NUMBERS: change(state[wire_core.NUMBERS])}
-            )
-        return reply
-
-    return tamper
-
-
-def with_nan(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.index_fill(0, torch.tensor([3]), math.nan)
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (with_nan, "core.numbers: holds NaN or Inf"),
-        (lambda numbers: numbers[:-1], "the basis says torch.float32"),
-        (lambda numbers: numbers.double(), "torch.float64"),
-        (lambda numbers: numbers + 1e3, "where the median of the round is"),
-        (lambda numbers: numbers + 1e38, "may be infinite"),
-    ],
-)
-def test_numbers_that_are_not_as_agreed_are_refused_by_name(
-    given: Callable[..., Given], change: Callable[[torch.Tensor], torch.Tensor], why: str
-) -> None:
-    run = given(personal_steps=1)
-    run.run(tamper=with_core("bob", change))
-    found = result(run.root / "work")
-    assert found["adapters"].keys() == {"alice", "carol"}
-    assert found["refused"].keys() == {"bob"}
-    assert "bob: " in found["refused"]["bob"] and why in found["refused"]["bob"]
-
-
-@pytest.mark.parametrize(
-    ("record", "values", "why"),
-    [
-        ("who:bob", {"basis": "u-0123456789abcdef"}, "says basis 'u-0123456789abcdef', agreed: 'u-"),
-        ("who:bob", {"user": "alice"}, "says user 'alice', agreed: 'bob'"),
-        ("metrics:bob", None, "expected arrays, metrics, who of this user"),
-    ],
-)
-def test_a_reply_that_says_other_things_is_refused(
-    given: Callable[..., Given], record: str, values: dict[str, Any] | None, why: str
-) -> None:
-    def tamper(_: Message, reply: Message) -> Message:
-        if reply.has_content() and record in reply.content:
-            held = reply.content.pop(record)
-            if values is not None:
-                reply.content[record] = ConfigRecord({**held, **values})  # type: ignore[arg-type]
-        return reply
-
-    run = given(personal_steps=1)
-    run.run(tamper=tamper)
-    assert result(run.root / "work")["refused"].keys() == {"bob"}
-    assert why in result(run.root / "work")["refused"]["bob"]
-
-
+@pytest.mark.long
 def test_one_who_crashes_the_client_costs_nobody_else_a_core(given: Callable[..., Given]) -> None:
     def crash(message: Message, reply: Message) -> Message:
         if "bob" in message.content["config"].get("users", ()):  # type: ignore[union-attr]
@@ -301,12 +239,3 @@ def test_the_entry_point_trains_cores_where_the_configuration_says_so(given: Cal
     main(InProcessGrid([{"partition-id": 0}]), here)
     assert json.loads((run.root / "work" / "progress.json").read_text()) == {"note": "done", "share": 1.0}
     assert run.cores().keys() == USERS.keys()
-
-
-def test_waves_deal_out_everybody_once_and_those_of_a_crash_once_more() -> None:
-    waves = Waves([f"u{n}" for n in range(7)], together=2)
-    assert waves.next([1, 2]) == {1: ("u0", "u1"), 2: ("u2", "u3")}
-    assert waves.next([1, 2]) == {1: ("u4", "u5"), 2: ("u6",)}
-    assert waves.failed(("u0", "u1")) == () and waves.failed(("u6",)) == ("u6",)
-    assert waves.next([1]) == {1: ("u0",)} and waves.next([1]) == {1: ("u1",)} and waves.next([1]) == {}
-    assert Waves(["u0"], together=2).next([]) == {}

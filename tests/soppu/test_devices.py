@@ -193,3 +193,12 @@ def test_an_adapter_that_stayed_behind_would_be_found(
             model(input_ids=ids, use_cache=False)
         with pytest.raises(RuntimeError, match="one device"):
             model(input_ids=BLOCKS[0].ids[None], use_cache=False)
+
+
+@pytest.mark.parametrize(("busy", "idle"), [(0.0, 8), (50.0, 4), (97.0, 1), (100.0, 1)])
+def test_threads_are_as_many_as_cores_that_nobody_works_on(
+    busy: float, idle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
+    assert devices.idle_cores() == idle

@@ -7,6 +7,7 @@ event in a 200 stream, and a malformed body with JSON. LoRAX's clients read both
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -40,6 +41,7 @@ from soppu.serve.router.deciding import RequestRouter
 from soppu.serve.router.figures import RouterFigures
 
 __all__ = ["ServerInfo", "create_app"]
+_PROBE_S, _PAUSE_S = 60.0, 0.2  # that who joins waits for room in the queue; between two tries
 
 
 def create_app(
@@ -86,8 +88,20 @@ def create_app(
 
 
 def _answers(engine: Engine, adapter_id: str) -> None:
-    """Ask for one token. RequestError where none comes; 424 where an adapter's logits are not finite."""
-    engine.submit(GenerationRequest(PROBE, adapter_id=adapter_id, max_new_tokens=1)).result()
+    """Ask for one token, again while the queue is full. RequestError where none comes, or none in time.
+
+    An adapter whose logits are not finite is a 424.
+    """
+    deadline = time.monotonic() + _PROBE_S
+    while True:
+        try:
+            engine.submit(GenerationRequest(PROBE, adapter_id=adapter_id, max_new_tokens=1)).result()
+        except RequestError as error:
+            if error.status != HTTPStatus.TOO_MANY_REQUESTS or time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE_S)
+        else:
+            return
 
 
 class CrossOrigin(CORSMiddleware):

@@ -7,12 +7,14 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from soppu.basis_settings import BasisConfig
 from soppu.compress.bundle.report import CompressionReport
 from soppu.compress.linalg.certificate import Certificate
 from soppu.config import Config
 from soppu.evaluate import report
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import ExampleLosses, UserLosses
+from soppu.evaluate.refit import Probe, decide
 from soppu.evaluate.report import ReportInputs
 
 HOSTILE = "<script>alert('1')</script>&\"|`$\\foo$\x1b[31m\u202e]]> --><img src=x onerror=y>"
@@ -145,6 +147,12 @@ def make_target(**changes: Any) -> dict[str, Any]:
     return {**values, "bundle_id": "b" * 64, **took, "error": "", **changes}
 
 
+def make_basis() -> dict[str, Any]:
+    """What soppu/stages/refit.py finds: one of two probes' cores keeps little."""
+    probes = [Probe("user-0000", "a-1", 0.7, 0.1, 0.09), Probe("user-0001", "a-2", 0.8, 0.1, 0.02)]
+    return decide("u-0123456789abcdef", probes, BasisConfig()).to_dict()
+
+
 def make_stage(name: str, seconds: float, attempts: int = 1) -> dict[str, Any]:
     """What tasks/recording.py writes into stages/NAME.json."""
     return {"name": name, "seconds": seconds, "attempts": attempts}
@@ -166,6 +174,7 @@ def make_inputs(count: int = 8, *, users: list[str] | None = None, **changes: An
         "verdict": check(losses, compression.relative_error, Config().gate),
         "set_id": "s-0123456789abcdef",
         "bundle_id": "b" * 64,
+        "basis": make_basis(),
         "federation": told,
         "serving": make_serving(users),
         "targets": (make_target(),),

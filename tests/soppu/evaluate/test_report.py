@@ -247,11 +247,17 @@ def _without(value: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
     return changed, f"{name}.{steps[-1]}".lstrip(".")
 
 
+LATER = {"basis"}  # reports from before there was such a thing are read all the same
+
+
 @pytest.mark.parametrize("path", [path for path in FIELDS if not path.endswith(("[]", "{}"))])
 def test_every_field_that_is_missing_is_named(tmp_path: Path, path: str) -> None:
     file = tmp_path / "report.json"
     lacking, name = _without(make_report(1), path)
     file.write_text(json.dumps(lacking))
+    if path in LATER:
+        assert path not in report.read(file)
+        return
     with pytest.raises(SoppuError) as caught:
         report.read(file)
     assert str(caught.value) == f"{file}: {name}: missing"

@@ -128,6 +128,7 @@ def test_a_cohort_makes_the_basis_and_the_others_train_cores_in_it(
     assert registry.current_basis(run.base().base) == made.id
 
 
+@pytest.mark.long
 def test_a_killed_attempt_goes_on_in_the_basis_it_had(
     run: Run, config_path: Path, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def served(run: Run) -> tuple[str, ...]:
     return bundle_of(run, live).users
 
 
+@pytest.mark.long
 def test_joins_at_once_take_turns_and_none_takes_the_other_back(run: Run, fleet: str, tmp_path: Path) -> None:
     folder, registry = str(run.folder), run.registry()
     waiting = threading.Event()
@@ -90,6 +91,7 @@ def test_joins_at_once_take_turns_and_none_takes_the_other_back(run: Run, fleet:
     assert set(served(run)) == {"ann", "bob", "cleo", "dora", "eve", "zoe"}
 
 
+@pytest.mark.long
 def test_a_join_that_was_killed_anywhere_is_repeated_and_shown(
     run: Run, fleet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_join_that_was_killed_anywhere_is_repeated_and_shown(
         join(folder, Newcomer("dora", str(text)))
 
 
+@pytest.mark.long
 def test_after_a_rollback_and_after_being_forgotten_a_user_joins_again(
     run: Run, fleet: str, tmp_path: Path
 ) -> None:
@@ -162,6 +165,7 @@ def test_of_several_bases_a_newcomer_takes_the_one_their_validation_text_is_best
         assert ground.best_basis(bases, own_rank=0) == best
 
 
+@pytest.mark.long
 def test_who_joins_a_bundle_of_several_bases_is_a_row_in_the_one_that_was_chosen(
     trained: dict[str, str],
     reconfigured: Callable[..., Run],

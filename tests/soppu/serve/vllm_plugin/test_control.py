@@ -20,8 +20,11 @@ from soppu.compress import compress
 from soppu.compress.bundle.bundle import Bundle
 from soppu.compress.bundle.shelf import Shelf
 from soppu.compress.options import CompressOptions
-from soppu.errors import AdapterError, BundleError
+from soppu.cores import folder as core_folder
+from soppu.cores.core import CoreAdapter, CoreInBasis
+from soppu.errors import AdapterError, BundleError, RequestError
 from soppu.serve.bank.holdings import Answer
+from soppu.serve.bank.newcomers import Asked, Newcomers
 from soppu.serve.layers import kernels, native
 from soppu.serve.layers.kernels import Kernel
 from soppu.serve.vllm_plugin import state
@@ -122,6 +125,27 @@ def test_a_staged_bundle_is_asked_for_by_version_and_switched_to(server: Server,
     assert server.control.bank.answers("nobody") is None
     assert server.control.activate(before) == bundle_id
     assert _same(server.change("ann"), old)
+
+
+def test_a_user_who_joins_by_a_core_is_served_as_it_says_and_nobody_else_otherwise(
+    server: Server, tmp_path: Path
+) -> None:
+    before = {user: server.change(user) for user in ("ann", "bob")}
+    first = server.control.bank.active
+    newcomers = Newcomers(lambda: server.control)
+    basis, draw = newcomers.bases()[1][0], torch.Generator().manual_seed(2)
+    cores = {name: torch.randn(*shape, generator=draw) for name, shape in basis.core_shapes().items()}
+    core = CoreAdapter(basis.id, cores, {}, basis.base_model, basis.base_hash, basis.fan_in_fan_out)
+    core_folder.write(core, tmp_path / "core")
+    record, new = newcomers.take(Asked("dora", tmp_path / "core"))
+    assert new and record.before == first and server.control.bank.active == record.bundle_id
+    pairs = CoreInBasis(core, basis).to_lora().pairs
+    wanted = torch.cat([pairs[name].delta() for name in engine.PACKED["block.qkv_proj"]])
+    assert _same(server.change("dora"), wanted.double())
+    assert all(_same(server.change(user), change) for user, change in before.items())
+    assert [one.user for one in newcomers.records().values()] == ["dora"]
+    with pytest.raises(RequestError, match="somebody has changed it meanwhile"):
+        server.control.activate(first, instead_of=first)
 
 
 def test_a_request_finishes_on_the_version_that_is_dropped(server: Server, tmp_path: Path) -> None:

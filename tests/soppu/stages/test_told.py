@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from soppu.compress.joining import basis_of
 from soppu.cores.basis import CoreBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import RegistryError
-from soppu.stages import bases
+from soppu.stages import told
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
+from soppu.stages.refit import judged
+from soppu.stages.report import write_report
 from soppu.stages.run import Run, open_run, prepare
-from tests.soppu.stages.conftest import write_result
+from tests.soppu.stages.conftest import train, write_result
 
 
 def compressed(run: Run, members: dict[str, str]) -> Bundle:
@@ -33,7 +36,7 @@ def basis(run: Run, trained: dict[str, str]) -> CoreBasis:
     return basis_of(compressed(run, trained))
 
 
-def told(run: Run, adapters: dict[str, str], basis: CoreBasis) -> dict[str, str]:
+def as_cores(run: Run, adapters: dict[str, str], basis: CoreBasis) -> dict[str, str]:
     """These users' adapters as cores with a rank of their own, stored; user -> core id."""
     registry = run.registry()
     registry.put_basis(basis)
@@ -60,7 +63,7 @@ def turned(basis: CoreBasis) -> CoreBasis:
 def test_cores_are_kept_with_all_of_their_gain_and_as_stored_with_nearly_all(
     run: Run, trained: dict[str, str], basis: CoreBasis, config_path: Path
 ) -> None:
-    cores = told(run, trained, basis)
+    cores = as_cores(run, trained, basis)
     write_result(run, cores)
     for bits, least in ((32, 1 - 1e-6), (8, 0.995)):
         options = {"compress.basis_bits": bits, "compress.core_bits": bits}
@@ -80,14 +83,14 @@ def test_cores_are_kept_with_all_of_their_gain_and_as_stored_with_nearly_all(
 
 def test_which_basis_a_set_is_told_in(run: Run, trained: dict[str, str], basis: CoreBasis) -> None:
     registry, base = run.registry(), run.base().base
-    cores = told(run, trained, basis)
+    cores = as_cores(run, trained, basis)
     other = turned(basis)
-    moved = told(run, {"bob": trained["bob"]}, other)
+    moved = as_cores(run, {"bob": trained["bob"]}, other)
     mixed = {**trained, "ann": cores["ann"]}
     both = {**cores, **moved}
 
     def found(members: dict[str, str]) -> str:
-        return bases.of_set(registry, registry.freeze(members), base)
+        return told.of_set(registry, registry.freeze(members), base)
 
     before = registry.identity()
     assert (found(trained), found(cores), found(mixed)) == ("", basis.id, "")
@@ -104,11 +107,11 @@ def test_with_a_basis_in_force_cores_are_carried_over_and_adapters_projected(
     run: Run, trained: dict[str, str], basis: CoreBasis
 ) -> None:
     registry = run.registry()
-    assert bases.publish(registry, compressed(run, trained)) == basis.id
+    registry.use_basis(registry.put_basis(basis))
     assert registry.current_basis(run.base().base) == basis.id
     other = turned(basis)
     ann, bob = ({user: trained[user]} for user in ("ann", "bob"))
-    members = {**trained, **told(run, ann, basis), **told(run, bob, other)}
+    members = {**trained, **as_cores(run, ann, basis), **as_cores(run, bob, other)}
     bundle = compressed(run, members)
     assert basis_of(bundle).id == basis.id and bundle.adapter_ids == tuple(members.values())
     errors = bundle.report.relative_error
@@ -117,8 +120,77 @@ def test_with_a_basis_in_force_cores_are_carried_over_and_adapters_projected(
     assert errors["cleo"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+def test_users_are_carried_over_to_a_refit_basis_without_training(
+    run: Run, trained: dict[str, str], basis: CoreBasis
+) -> None:
+    registry = run.registry()
+    other = turned(basis)
+    registry.put_basis(other)
+    name, (u, v) = next(iter(other.sides.items()))
+    cut = dataclasses.replace(other, sides={**other.sides, name: (u[:, :1].contiguous(), v)})
+    registry.put_basis(cut)
+    ann, bob = ({user: trained[user]} for user in ("ann", "bob"))
+    members = {**trained, **as_cores(run, ann, basis), **as_cores(run, bob, other)}
+    found = told.carry_over(registry, other.id, members, run="refit")
+    assert registry.told_in(found.cores.values()) == dict.fromkeys(found.cores.values(), other.id)
+    assert registry.current_set() == found.cores and found.cores["bob"] == members["bob"]
+    assert found.errors["bob"] == 0 and 0 < found.errors["ann"] < 1e-4
+    assert found.errors["cleo"] == pytest.approx(
+        from_lora(registry.get_adapter(trained["cleo"]), other).error
+    )
+    assert [row.run for row in registry.history("ann")] == [run.id, run.id, "refit"]
+    assert registry.history("ann")[-1].metrics == {"carried_error": found.errors["ann"]}
+    lost = told.carry_over(registry, cut.id, found.cores)
+    for user, core_id in lost.cores.items():
+        before, after = (registry.get_adapter(one) for one in (found.cores[user], core_id))
+        whole = sum(float(pair.delta().square().sum()) for pair in before.pairs.values())
+        left = sum(
+            float((pair.delta() - after.pairs[module].delta()).square().sum())
+            for module, pair in before.pairs.items()
+        )
+        assert (
+            lost.errors[user] == pytest.approx((left / whole) ** 0.5, rel=1e-3) and lost.errors[user] > 0.01
+        )
+    with pytest.raises(RegistryError, match="unknown basis"):
+        told.carry_over(registry, "u-0", members)
+
+
+def test_who_trained_freely_beside_a_core_says_whether_the_basis_fits(
+    run: Run, trained: dict[str, str], basis: CoreBasis
+) -> None:
+    registry, folder = run.registry(), str(run.folder)
+    cores = as_cores(run, trained, basis)
+    write_result(run, cores)
+    assert judged(run, cores) is None  # no basis is in force
+    with pytest.raises(RegistryError, match=f"{basis.id} was never put in force"):
+        registry.free_since_basis(basis.id, limit=9)
+    registry.use_basis(basis.id)
+    set_id = registry.freeze(cores)
+    bundle_id = compress_set(folder, set_id)
+    nobody = run.read(evaluate(folder, set_id, bundle_id))["basis"]
+    assert nobody["basis_id"] == basis.id and nobody["probes"] == [] and not nobody["due"]
+    free = {user: registry.put_adapter(train(run, user, steps=15), user=user) for user in ("ann", "bob")}
+    shared = {user: registry.put_adapter(train(run, "bob", steps=2), user=user) for user in ("dan", "eve")}
+    for user in ("ann", "bob"):
+        registry.put_adapter(registry.get_core(cores[user]), user=user, run="again")
+    assert len(set(shared.values())) == 1 and registry.free_since_basis(basis.id, limit=9) == free
+    assert registry.free_since_basis(basis.id, limit=1) == {"bob": free["bob"]}
+    evaluation = evaluate(folder, set_id, bundle_id)
+    found = run.read(evaluation)["basis"]
+    assert [one["adapter_id"] for one in found["probes"]] == list(free.values())
+    errors = [from_lora(registry.get_adapter(held), basis).error for held in free.values()]
+    assert [one["error"] for one in found["probes"]] == pytest.approx(errors)
+    losses = {one["user"]: one for one in run.read(evaluation)["losses"]}
+    for one in found["probes"]:  # over the shared adapter, on the text that the gate measures on
+        told_ = losses[one["user"]]
+        assert one["core_gain"] == pytest.approx(told_["shared"] - told_["personal"], abs=1e-5)
+        assert one["gain"] is not None
+    write_report(folder, evaluation)
+    assert json.loads((run.folder / "report.json").read_text())["basis"] == found
+
+
 def test_after_a_join_without_a_basis_in_force_everybody_is_fitted_anew(
     run: Run, trained: dict[str, str], basis: CoreBasis
 ) -> None:
-    members = {**trained, **told(run, {"ann": trained["ann"]}, basis)}
+    members = {**trained, **as_cores(run, {"ann": trained["ann"]}, basis)}
     assert compressed(run, members).report.method == "joint"
