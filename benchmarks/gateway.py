@@ -348,8 +348,8 @@ PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
 def summary(parts: Mapping[str, Any]) -> dict[str, Any]:
     """The figures that everything comes down to, of the parts that are there."""
     loaded = [parts[name] for name in ("kills", "overload") if name in parts]
-    told: dict[str, Any] = {"requests": sum(one["requests"] for one in loaded)}
-    for name in ("wrong_user", "wrong_version", "unknown_text"):
+    told: dict[str, Any] = {}
+    for name in ("requests", "wrong_user", "wrong_version", "unknown_text") if loaded else ():
         told[name] = sum(one[name] for one in loaded)
     if "overhead" in parts:
         told["overhead_ms_p50"] = parts["overhead"]["overhead_ms_p50"]
