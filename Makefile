@@ -6,8 +6,8 @@ PREFECT_PORT ?= 4200
 CONFIG ?= configs/demo.toml
 # of `make image`: server | evaluator | worker
 IMAGE ?= server
-# of `make test`; two of them mostly wait for servers and containers
-WORKERS ?= 4
+# of `make test`; one of them mostly waits for servers and containers, and each takes its own twenty seconds to begin
+WORKERS ?= 3
 # `make lint test` does both at once: much of the tests' time is waiting
 MAKEFLAGS += --jobs=2
 

@@ -34,6 +34,7 @@ def test_help_lists_every_command_and_does_not_wait_for_torch() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+@pytest.mark.long
 def test_what_a_command_loads_is_never_searched_for_garbage_and_the_rest_is() -> None:
     code = (
         "import gc; from click.testing import CliRunner; from soppu.cli import main;"

@@ -108,10 +108,11 @@ def test_every_variable_of_the_page_is_one_that_a_script_reads() -> None:
 
 
 def test_configurations_of_the_page_are_read_as_they_stand() -> None:
-    connection, run = (tomllib.loads(block) for block in blocks("toml"))
+    connection, run, cores = (tomllib.loads(block) for block in blocks("toml"))
     assert set(connection["superlink"]["team"]) == {"address", "root-certificates"}
     config = configuration.from_dict(run)
     assert config.federation.connection == "team" and config.federation.members
+    assert configuration.from_dict(cores).federation.form == "auto"
 
 
 @pytest.mark.parametrize("program", ["flower-superlink", "flower-supernode"])

@@ -21,6 +21,7 @@ from soppu.errors import ConfigError
 from soppu.federation import privacy, wire
 from soppu.sharing import SharingSettings
 from tests.soppu.test_wire import SHAPES, make
+from tests.thorough import thorough
 
 USERS = ("ann", "bob", "cleo", "dan", "eve", "finn", "gil")
 EXAMPLES = {"ann": 30, "bob": 10, "cleo": 60, "dan": 5, "eve": 20, "finn": 8, "gil": 12}
@@ -284,7 +285,9 @@ def exact_epsilon(noise: float, releases: int, delta: float) -> float:
     return high
 
 
-@pytest.mark.parametrize(("noise", "releases"), [(1.0, 1), (1.0, 4), (4.0, 20), (0.7, 3), (30.0, 5)])
+@pytest.mark.parametrize(
+    ("noise", "releases"), [(4.0, 20), *thorough((1.0, 1), (1.0, 4), (0.7, 3), (30.0, 5))]
+)
 def test_epsilon_is_an_upper_bound_of_the_exact_one_and_near_it(noise: float, releases: int) -> None:
     found = privacy.epsilon_of(noise, releases, 1e-5)
     exact = exact_epsilon(noise, releases, 1e-5)

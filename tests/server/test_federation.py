@@ -428,7 +428,7 @@ def killed_run(config: Config, workdir: Path, *, number: int, after: int = 1) ->
         ("steady", 1, 9),
         pytest.param("steady", 2, 6, marks=pytest.mark.long),
         pytest.param("steady", 3, 3, marks=pytest.mark.long),
-        ("plain", 2, 6),
+        pytest.param("plain", 2, 6, marks=pytest.mark.long),
     ],
 )
 def test_a_killed_run_goes_on_with_the_round_it_died_in_and_ends_the_same_to_the_bit(
@@ -457,6 +457,7 @@ def test_a_killed_run_goes_on_with_the_round_it_died_in_and_ends_the_same_to_the
         assert ours == theirs
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_in_every_round_ends_the_same_to_the_bit(
     plain: Finished, tmp_path: Path
 ) -> None:

@@ -220,7 +220,7 @@ def test_a_user_s_own_part_goes_on_from_the_round_before(runs: Callable[[str], R
 
 @pytest.mark.parametrize(
     ("mode", "number", "after"),
-    [("fedsa", 2, 2), ("dual", 3, 1), *thorough(("fedsa", 2, 1), ("dual", 2, 2))],
+    [("dual", 3, 1), *thorough(("fedsa", 2, 1), ("fedsa", 2, 2), ("dual", 2, 2))],
 )
 def test_a_killed_run_ends_with_the_same_own_parts(
     runs: Callable[[str], Run], start: Start, mode: str, number: int, after: int

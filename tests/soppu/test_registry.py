@@ -361,6 +361,7 @@ def _compress_the_same(root: str, set_id: str) -> str:
     return Registry.open(root).put_bundle(b"the same bytes" * 1000, set_id=set_id)
 
 
+@pytest.mark.long
 def test_two_compressions_that_end_in_one_bundle_store_it_once(tmp_path: Path) -> None:
     root = tmp_path / "registry"
     registry = Registry.open(root)

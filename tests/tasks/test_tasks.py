@@ -97,7 +97,7 @@ def test_every_error_of_ours_has_been_thought_about() -> None:
 
     retried = {"FederationError", "TargetError", "StorageError", "RegistryError", "ModelError", "PortTaken"}
     retried |= {"SuperLinkAway"}
-    never_in_a_task = {"RequestError", "ReportError", "NotCompiled", "NotThere", "RouterError"}
+    never_in_a_task = {"RequestError", "ReportError", "NotCompiled", "NotThere", "RouterError", "Refused"}
     hopeless = {item.__name__ for item in _HOPELESS}
     known = {item.__name__ for item in _subclasses(SoppuError)}
     assert known == retried | never_in_a_task | hopeless

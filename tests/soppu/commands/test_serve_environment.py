@@ -114,6 +114,7 @@ def test_a_value_that_cannot_be_meant_ends_the_start_with_its_name(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_server_driven_by_its_environment_answers_an_adapter_of_the_base_it_names(tmp_path: Path) -> None:
     model, base, root = tiny.llama(), tmp_path / "models" / "tiny", tmp_path / "data"
     model.save_pretrained(base)

@@ -144,6 +144,7 @@ print((held - resident()) / (BLOCKS * SIZE))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident size is read from /proc")
 def test_freed_memory_between_small_blocks_that_stay_is_given_back():
     done = subprocess.run([sys.executable, "-c", _MEASURE], capture_output=True, text=True, check=True)
