@@ -7,14 +7,14 @@ the shared adapter as far as validation asks for. What is served follows from th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Self
 
 import torch
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.federation.train import Training
+from soppu.federation.train import Together, Training
 from soppu.federation.trained import Kind
 
 if TYPE_CHECKING:
@@ -94,30 +94,66 @@ def personalise(
     start: Kind,
     search: SearchOptions,
 ) -> Personal[Kind]:
-    """Train for one user, a LoRA or a core, and choose among what was tried.
+    """Train for one user, a LoRA or a core, and choose among what was tried: `search_all` of one.
 
     Args:
         begin: step size -> a training from `start` that has taken no step.
         measure: an adapter's validation loss (None: the base model's), nats a token.
-
-    Cost: at most `steps` optimiser steps a step size, and a validation pass every `check_every` of them.
     """
-    shared = measure(start)
-    stops = [_train(begin(rate), measure, rate=rate, search=search) for rate in search.learning_rates]
-    best = min(stops, key=lambda stop: finite(stop.loss))
-    drawn = {share: between(start, best.adapter, share) for share in search.shares}
-    losses = {1.0: best.loss, **{share: measure(adapter) for share, adapter in drawn.items()}}
-    share = min(losses, key=lambda share: finite(losses[share]))
+    (found,) = search_all(
+        lambda rate: begin(rate).together,
+        lambda adapters: [measure(adapters[0] if adapters else None)],
+        starts=[start],
+        search=search,
+    )
+    return found
+
+
+def search_all(
+    begin: Callable[[float], Together[Kind]],
+    measure: Callable[[Sequence[Kind] | None], list[float]],
+    *,
+    starts: Sequence[Kind],
+    search: SearchOptions,
+) -> list[Personal[Kind]]:
+    """Train for users who are trained together, and choose among what was tried, each by their own loss.
+
+    Args:
+        begin: step size -> a training from `starts` that has taken no step.
+        measure: validation losses of everybody's adapters (None: the base model's), nats a token.
+
+    Cost: as many optimiser steps a step size as the user takes who goes on longest, at most `steps`, and a
+    validation pass every `check_every` of them.
+    """
+    shared = measure(starts)
+    tried = [_train(begin(rate), measure, rate=rate, search=search) for rate in search.learning_rates]
+    best = [min(stops, key=lambda stop: finite(stop.loss)) for stops in zip(*tried, strict=True)]
+    found = {1.0: [(stop.loss, stop.adapter) for stop in best]}
+    for share in search.shares:
+        drawn = [between(start, stop.adapter, share) for start, stop in zip(starts, best, strict=True)]
+        found[share] = list(zip(measure(drawn), drawn, strict=True))
+    base = measure(None)
+    return [
+        _chosen({share: each[user] for share, each in found.items()}, stop, (base[user], shared[user]))
+        for user, stop in enumerate(best)
+    ]
+
+
+def _chosen(
+    found: Mapping[float, tuple[float, Kind]], stop: Stop[Kind], told: tuple[float, float]
+) -> Personal[Kind]:
+    share = min(found, key=lambda share: finite(found[share][0]))
+    loss, adapter = found[share]
     return Personal(
-        adapter=drawn.get(share, best.adapter),
-        base=measure(None),
-        shared=shared,
-        personal=losses[share],
-        learning_rate=best.learning_rate,
-        steps=best.steps,
+        adapter=adapter,
+        base=told[0],
+        shared=told[1],
+        personal=loss,
+        learning_rate=stop.learning_rate,
+        steps=stop.steps,
         share=share,
-        first_loss=best.first_loss,
-        last_loss=best.last_loss,
+        first_loss=stop.first_loss,
+        last_loss=stop.last_loss,
     )
 
 
@@ -143,23 +179,28 @@ def _drawn(old: Mapping[str, LoraPair], new: Mapping[str, LoraPair], share: floa
 
 
 def _train(
-    training: Training[Kind],
-    measure: Callable[[Kind | None], float],
+    together: Together[Kind],
+    measure: Callable[[Sequence[Kind] | None], list[float]],
     *,
     rate: float,
     search: SearchOptions,
-) -> Stop[Kind]:
-    """Train until validation says stop; what it was best at."""
-    best: Stop[Kind] | None = None
-    worse = 0
-    while (left := search.steps - len(training.losses)) > 0 and worse < search.patience:
-        training.advance(min(search.check_every, left))
-        adapter = training.adapter()
-        loss = measure(adapter)
-        if best is not None and not finite(loss) < finite(best.loss):
-            worse += 1
-            continue
-        losses, worse = training.losses, 0
-        best = Stop(adapter, loss, rate, len(losses), losses[0], losses[-1])
-    assert best is not None  # at least one step is taken
-    return best
+) -> list[Stop[Kind]]:
+    """Train until each user's validation loss says stop; what each was best at."""
+    users = together.users
+    best: dict[int, Stop[Kind]] = {}
+    worse = dict.fromkeys(users, 0)
+    while (left := search.steps - len(together.losses)) > 0:
+        going = [user for user in users if worse[user] < search.patience]
+        if not going:
+            break
+        together.advance(min(search.check_every, left), going)
+        adapters = [together.adapter(user) for user in users]
+        losses = measure(adapters)
+        for user in going:
+            if user in best and not finite(losses[user]) < finite(best[user].loss):
+                worse[user] += 1
+                continue
+            worse[user] = 0
+            seen = [step[user] for step in together.losses]
+            best[user] = Stop(adapters[user], losses[user], rate, len(seen), seen[0], seen[-1])
+    return [best[user] for user in users]

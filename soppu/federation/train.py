@@ -295,7 +295,7 @@ class Together(Generic[Kind]):
 
 
 class Training(Generic[Kind]):
-    """One user under training: it can be carried on, looked at, and carried on again. See `Together`."""
+    """One user under training: it can be carried on, looked at, and carried on again. See `together`."""
 
     def __init__(
         self,
@@ -306,20 +306,20 @@ class Training(Generic[Kind]):
         start: Kind,
         options: TrainOptions,
     ) -> None:
-        self._alone: Together[Kind] = Together(top, plan, [blocks], starts=[start], options=options)
+        self.together: Together[Kind] = Together(top, plan, [blocks], starts=[start], options=options)
 
     @property
     def losses(self) -> list[float]:
         """The training loss of every step so far, nats a token."""
-        return [loss for (loss,) in self._alone.losses]
+        return [loss for (loss,) in self.together.losses]
 
     def advance(self, steps: int) -> None:
         """Take optimiser steps. Cost: one forward and one backward pass of the top a step."""
-        self._alone.advance(steps)
+        self.together.advance(steps)
 
     def adapter(self) -> Kind:
         """A copy of what is trained as it is now: full-model names, float32, on the CPU."""
-        return self._alone.adapter(0)
+        return self.together.adapter(0)
 
 
 def fit(
