@@ -61,13 +61,16 @@ class Process:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.running is not None and self.running.poll() is None, self.log.read_text()[-2000:]
-            try:
-                if httpx.get(self.ready, timeout=1.0, trust_env=False).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
+            if self._serves():
+                return
             time.sleep(0.05)
         raise TimeoutError(self.ready)
+
+    def _serves(self) -> bool:
+        try:
+            return httpx.get(self.ready, timeout=1.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from soppu.compress import Bundle, joining
 from soppu.config import TargetConfig
@@ -16,13 +16,13 @@ from soppu.cores.core import CoreAdapter, CoreInBasis
 from soppu.errors import RegistryError, TargetError
 from soppu.progress import telling
 from soppu.registry import Registry
+from soppu.serve.api.answers import KeptJoin
 from soppu.stages import join_notes
 from soppu.stages.published import target_names
 from soppu.stages.run import Run, open_run
 from soppu.stages.targets import running_target, target_settings
 from soppu.targets import joins
 from soppu.targets.http import HttpTarget
-from soppu.targets.joins import KeptJoin
 
 STAGE = "collect joins"
 _LOG = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def collect_held(run: Run, settings: TargetConfig, target: HttpTarget) -> list[s
     _record(made, settings, kept, active=active)
     for join in known:
         if made.owner(join.before) == run.id:  # another run's report is that run's affair
-            run.write(join_notes.file_of(join.user, join.core_id), asdict(join))
+            run.write(join_notes.file_of(join.user, join.core_id), join.model_dump())
     for join in reversed(kept):  # one that is left builds on those before it
         joins.forget(target, join)
     return [join.user for join in known]

@@ -15,6 +15,7 @@ from soppu.errors import GateError, TargetError
 from soppu.evaluate.gate import Verdict
 from soppu.progress import telling
 from soppu.registry import Registry
+from soppu.serve.api.answers import KeptJoin
 from soppu.serve.bank.from_bundle import unchanged
 from soppu.stages.expected import expected_traces
 from soppu.stages.history import kept, refuse_forgotten
@@ -24,7 +25,6 @@ from soppu.stages.targets import open_target, target_settings
 from soppu.stages.tradeoff.judge import unheard
 from soppu.targets import joins
 from soppu.targets.http import HttpTarget
-from soppu.targets.joins import KeptJoin
 
 _LOG = logging.getLogger(__name__)
 SAMPLES = 64  # users whose sample completion goes into the report; and who are asked beside those changed

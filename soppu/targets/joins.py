@@ -5,37 +5,23 @@ asks who has come. The server's side: `soppu.serve.api.joins`.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlencode
+
+from pydantic import ValidationError
 
 from soppu.cores import basis_file
 from soppu.cores import folder as core_folder
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreAdapter
 from soppu.errors import TargetError
+from soppu.serve.api.answers import KeptJoin
 from soppu.serve.api.joins import CONTENTS, packed
 from soppu.serve.api.uploads import unpack
 from soppu.targets.http import HttpTarget, body
 
 _MOST_BYTES = 1 << 30  # of a core that a server hands over
-
-
-@dataclass(frozen=True)
-class KeptJoin:
-    """A join that a server keeps until a registry has it; fields as of `serve.bank.newcomers.Record`."""
-
-    number: int
-    user: str
-    core_id: str
-    basis_id: str
-    adapter_id: str
-    before: str
-    bundle_id: str
-    cluster: int
-    replaced: bool
-    at: str
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +90,7 @@ def forget(target: HttpTarget, join: KeptJoin) -> None:
 
 def _join(target: HttpTarget, told: dict[str, object]) -> KeptJoin:
     try:
-        return KeptJoin(**{one.name: told[one.name] for one in fields(KeptJoin)})  # type: ignore[arg-type]
-    except KeyError as error:
-        raise TargetError(f"{target.url}: told of a join without {error}") from None
+        return KeptJoin.model_validate(told)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise TargetError(f"{target.url}: told of a join, {fault['loc'][0]}: {fault['msg']}") from None

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, RootModel
 
+from soppu.serve.bank.newcomers import Join
+
 
 class Error(BaseModel):
     """LoRAX's error object."""
@@ -226,28 +228,13 @@ class User(BaseModel):
     loaded: list[str]
 
 
-class Join(BaseModel):
-    """A user who joined at the server: `before` had them added, and became `bundle_id`."""
-
-    user: str
-    core_id: str
-    basis_id: str
-    adapter_id: str
-    before: str
-    bundle_id: str
-    cluster: int
-    replaced: bool
-    at: str
-    metrics: dict[str, float]
-
-
-class NewJoin(Join):
+class NewJoin(Join, frozen=True):
     """As told to who joins; `new` is false where the core was there already."""
 
     new: bool
 
 
-class KeptJoin(Join):
+class KeptJoin(Join, frozen=True):
     """As kept for a registry, under a number."""
 
     number: int

@@ -33,10 +33,9 @@ _FILE = "join.json"
 _ROOM = 1 << 20  # bytes of an upload beside the numbers: names, headers, the archive
 
 
-class Record(BaseModel, strict=True, frozen=True):
-    """One join: `before` had the user added, and became `bundle_id`; `metrics`: what the client measured."""
+class Join(BaseModel, frozen=True):
+    """A user who joined at the server: `before` had them added, and became `bundle_id`."""
 
-    format: Literal[1] = 1
     user: str
     core_id: str
     basis_id: str
@@ -46,6 +45,13 @@ class Record(BaseModel, strict=True, frozen=True):
     cluster: int
     replaced: bool
     at: str  # UTC ISO
+    metrics: dict[str, float]  # what the client measured
+
+
+class Record(Join, strict=True, frozen=True):
+    """One join as it is kept."""
+
+    format: Literal[1] = 1
     metrics: dict[str, float] = {}
 
 
