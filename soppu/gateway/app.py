@@ -26,6 +26,7 @@ from soppu.gateway.figures import Figures
 from soppu.gateway.forms import READERS
 from soppu.gateway.keys import KeyStore
 from soppu.gateway.lookups import Lookups
+from soppu.gateway.outbound import Outbound
 from soppu.gateway.reading import parse, read_body
 from soppu.gateway.refusals import Refused
 from soppu.gateway.relay import Relay, Servers
@@ -63,10 +64,7 @@ class Gateway:
     def of(cls, registry: Registry, settings: GatewaySettings) -> Gateway:
         """A gateway to what a registry says. ConfigError: the issuer's keys are a file that holds none."""
         limits = settings.limits
-        transport = httpx.AsyncHTTPTransport(
-            trust_env=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=limits.in_flight),
-        )
+        transport = Outbound(kept=limits.in_flight)
         client = httpx.AsyncClient(transport=transport, timeout=_CONNECT_SECONDS, trust_env=False)
         directory, turns, lookups = Directory(registry, settings), Turns(limits), Lookups(registry.catalogue)
         replicas = Replicas(client, directory.replicas)
