@@ -15,9 +15,9 @@ from benchmarks.personal_arms import OURS
 from benchmarks.personal_front import beside_controls, front, smallest
 from benchmarks.record import ROOT
 
-PAGE = ROOT / "docs" / "personal.md"
+PAGES = ROOT / "docs" / "personal.md", ROOT / "README.md"
 MARKS = (
-    *("batched", "join", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
+    *("readme-personal", "batched", "join", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
     *("personal-noise", "personal-membership", "personal-training"),
 )
 _NAMES = {"tiny": "random model of width 32, two layers", "smollm2": "last four layers of SmolLM2-135M"}
@@ -55,6 +55,7 @@ def blocks() -> dict[str, str]:
     found = read_result("personal")
     if rows := [row for row in found.get("rows", []) if "gain" in row]:
         made["personal-finding"] = "\n".join(_finding(*one) for one in _by_corpus(rows))
+        made["readme-personal"] = "\n".join(_short(*one) for one in _by_corpus(rows))
         made["personal-study"] = f"{_drawn(rows)}{_study(rows)}\n\n{circumstances_line(found)}"
         made["personal-controls"] = _controls(rows)
         made["personal-basis"] = _of_users(rows)
@@ -103,6 +104,24 @@ def _finding(corpus: str, rows: Sequence[Row]) -> str:
     if not any(row["arm"] == "shared, as many steps" for row in rows):
         apart += ". Shared is not yet the one trained for as many steps more, which has to be measured"
     return f"- {corpus}: {keeps} {told}. {mean}, {lora}; {apart}."
+
+
+def _short(corpus: str, rows: Sequence[Row]) -> str:
+    """What a user's own numbers are worth, in one item: the full LoRA, and the core that keeps enough or most."""
+    full = next((row for row in rows if row["arm"] == "full LoRA"), None)
+    ours = [row for row in rows if row["arm"] in OURS]
+    if full is None or not ours or full["kept"] is None:
+        return _finding(corpus, rows)
+    forms = [smallest(rows), min(ours, key=lambda row: (row["numbers"], -row["gain"]))]
+    told = [
+        f"{name_of(row)} ({row['numbers']:,} numbers, {full['numbers'] / row['numbers']:.1f}x fewer) wins"
+        f" {row['gain']:+.3f}, {100 * row['kept']:.0f} % of that"
+        for row in forms
+        if row
+    ]
+    (low, high), better = full["interval"], f"{full['better_than_shared']} of {full['users']} users"
+    lora = f"a LoRA of a user's own wins {full['gain']:+.3f} ({low:+.3f} to {high:+.3f}), better for {better}"
+    return f"- {corpus}: {lora}; {'; '.join(dict.fromkeys(told))}."
 
 
 def _drawn(rows: Sequence[Row]) -> str:
@@ -312,4 +331,4 @@ if __name__ == "__main__":
     told = [row for row in read_result("personal").get("rows", []) if "gain" in row]
     if _drawn(told):
         plot(told)
-    fill(blocks(), PAGE)
+    fill(blocks(), *PAGES)

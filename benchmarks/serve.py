@@ -34,7 +34,7 @@ import click
 import psutil
 import requests
 
-from benchmarks import load, served
+from benchmarks import load, personal_ground, served
 from benchmarks.load import Endpoint, Traffic
 from benchmarks.pages import read_result
 from benchmarks.record import ROOT, circumstances, store
@@ -209,8 +209,10 @@ def adapter_bytes(fleet: served.Served) -> dict[str, int]:
     """Of all users in 16-bit numbers: as LoRA pairs, and as cores with their one basis."""
     shapes = fleet.bundle.shapes
     n, sides = len(fleet.bundle.users), sum(o + i for o, i in shapes.values())
-    cores = 2 * len(shapes) * served.RANK**2
-    return {"pairs": 2 * n * served.RANK * sides, "cores": n * cores, "basis": 2 * served.RANK * sides}
+    rank, k, numbers = served.RANK, served.RANK, len(shapes) * served.RANK**2
+    if fleet.quality:  # beside the study's LoRAs
+        rank, k, numbers = personal_ground.RANK, fleet.quality["k"], fleet.quality["numbers"]
+    return {"pairs": 2 * n * rank * sides, "cores": 2 * n * numbers, "basis": 2 * k * sides}
 
 
 @click.command()
@@ -236,8 +238,8 @@ def main(
     result: str,
 ) -> None:
     """Start the servers, measure in turns, write the result file; rows of other bundles and turns stay."""
-    if (shape, method) == ("pipeline", "cores"):
-        raise click.UsageError("--method cores: of --shape qv30 alone; there are residual and joint")
+    if (shape, method) in (("pipeline", "cores"), ("qv30", "study")):
+        raise click.UsageError("--method cores: of --shape qv30 alone; study: of --shape pipeline alone")
     sizes = [n for n in (1, 16, 64, 256) if n < users] if turns == "all" else []
     plans = [Turn(users, False, count, repeats)]
     plans += [Turn(n, zipf, count // 2, 1) for n in sizes for zipf in (False, True)]
@@ -285,6 +287,7 @@ def described(fleet: served.Served, kind: served.Kind) -> dict[str, Any]:
         "bundle_bytes": fleet.path.stat().st_size,
         "relative_error": None if kind.method == "cores" else told,
         "adapter_bytes": adapter_bytes(fleet),
+        **({"quality": dict(fleet.quality)} if fleet.quality else {}),
     }
 
 

@@ -54,10 +54,10 @@ def blocks() -> dict[str, str]:
     made: dict[str, str] = {}
     if found := read_result("serve"):
         if others := [row for row in found["rows"] if kind_of(row) != FIRST]:
-            made["serve-methods"] = "\n\n".join([_methods(others), *_gain_kept()])
+            made["serve-methods"] = "\n\n".join([_methods(others), *_gain_kept(), *_studied(others)])
         found["rows"] = [row for row in found["rows"] if kind_of(row) == FIRST]
         line = circumstances_line(found)
-        made["readme-serve"] = f"{_largest(found)}\n\n{_bytes(found)}\n\n{line}"
+        made["readme-serve"] = "\n\n".join([_largest(found), _bytes(found), line, *_studied(others)])
         made["serve"] = f"{_throughput(found)}\n\n{_bytes(found)}\n\n{line}"
         made["serve-latency"] = _latency(found)
     if found := read_result("engine"):
@@ -115,6 +115,24 @@ def _gain_kept() -> list[str]:
         f" pipeline's shape, {users} users have a relative error of {told['relative_error']['mean']:.2f} on"
         f" the mean, and keep {100 * kept:.1f} % of their gain (`benchmarks/results/demo.json`)."
     ]
+
+
+def _studied(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Speed and quality of the same users: those of the study, in the form that keeps the gain."""
+    told = []
+    for row in (one for one in rows if one.get("quality")):
+        of, cores, pairs = row["quality"], *(row["adapter_bytes"][name] / 1e6 for name in ("cores", "pairs"))
+        low, high = of["interval"]
+        told.append(
+            f"Speed and quality of the same users: {row['users']:,} with the numbers of the {of['users']} of"
+            f" the study whom no part had seen, **{of['arm']}** in the last four layers ({cores:.0f} MB at 16"
+            f" bits, as LoRAs {pairs:.0f} MB). vLLM with the plugin makes"
+            f" **{100 * row['to_base']['soppu']:.0f} %** of the base model's tokens a second, and they win"
+            f" {of['gain']:+.3f} nats a token over shared ({low:+.3f} to {high:+.3f}),"
+            f" {100 * of['kept']:.0f} % of what a full LoRA wins; stored in {of['bits']} bits their loss is"
+            f" {of['mean_stored']:.4f}, as trained {of['mean']:.4f} (commit `{row['commit'][:12]}`)."
+        )
+    return told
 
 
 def _container(found: Mapping[str, Any]) -> str:

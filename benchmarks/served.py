@@ -5,6 +5,7 @@
     cores      random cores of one basis, k = 16: speed does not ask what they mean
     residual   the default method, at 16x
     joint      one core a user, at 16x
+    study      users of the study of personal forms, in the smallest form that keeps the gain (`served_study`)
 
 Compressed are a few unrelated adapters of rank 16 (`fleets`): the other users have another name, a row and
 a record of their own, and the same numbers again. `folders` reconstructs some users as PEFT adapters, for
@@ -13,11 +14,14 @@ servers that know nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks import served_study
 from benchmarks.fleets import Fleet, FleetSpec
 from benchmarks.record import ROOT
 from soppu import adapter, models
@@ -43,7 +47,7 @@ PIPELINE = {
     )
 }
 FORMS = {"qv30": SHAPES, "pipeline": PIPELINE}
-METHODS = ("residual", "joint", "cores")
+METHODS = ("residual", "joint", "cores", "study")
 RATIO, DISTINCT = 16.0, 48
 _STRENGTH = 6.0  # of a user's change: enough to change a text, too little to leave a 16-bit range
 
@@ -56,6 +60,7 @@ class Served:
     bundle: Bundle
     path: Path
     folders: tuple[Path, ...]
+    quality: Mapping[str, Any] | None = None  # of its users, where they were trained
 
 
 def base() -> models.BaseModel:
@@ -121,8 +126,11 @@ def many(bundle: Bundle, users: int) -> Bundle:
 
 def write(folder: Path, *, users: int, folders: int, seed: int = 0, kind: Kind | None = None) -> Served:
     """Write the bundle, and PEFT folders of its first `folders` users in bfloat16."""
-    kind = kind or Kind()
-    if kind.method == "cores" and kind.shape == "qv30":
+    kind, quality = kind or Kind(), None
+    if kind.method == "study":
+        found = served_study.studied()
+        made, quality = many(replace(found.bundle, base_model="smollm2-135m"), users), found.told
+    elif kind.method == "cores" and kind.shape == "qv30":
         made = bundle(users, seed=seed)
     else:
         made = compressed(kind, users, seed=seed)
@@ -132,7 +140,7 @@ def write(folder: Path, *, users: int, folders: int, seed: int = 0, kind: Kind |
     for user in made.users[:folders]:
         kept.append(folder / "peft" / user)
         adapter.write(_halved(made.reconstruct(user)), kept[-1])
-    return Served(base(), made, path, tuple(kept))
+    return Served(base(), made, path, tuple(kept), quality)
 
 
 def _halved(whole: LoraAdapter) -> LoraAdapter:

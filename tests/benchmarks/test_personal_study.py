@@ -19,6 +19,7 @@ from benchmarks import (
     personal_page,
     personal_privacy,
     personal_users,
+    served_study,
 )
 from benchmarks.personal_arms import (
     BASE,
@@ -204,6 +205,10 @@ def test_a_study_of_a_tiny_model_goes_on_where_it_was_stopped(
         assert one["users"] == 2 and one["bytes_up"] >= 4 * one["numbers"]
         assert one["mean"] == pytest.approx(sum(one["losses"].values()) / 2)
     assert by[FULL]["losses"] != by[SHARED]["losses"]
+    for bits, apart in ((32, 1e-5), (8, 1e-2)):
+        made, losses = served_study.bundle_of(SOME[4], ground, bits=bits)
+        assert made.users == ("user0", "user1")
+        assert losses == pytest.approx(list(by[CORE]["losses"].values()), abs=apart)
     shutil.rmtree(ground.folder)  # what git ignores: another machine with the same text
     held = personal.own_of(Arm(FULL), ground)
     again = {

@@ -1,0 +1,70 @@
+"""A thousand users at the study's quality: the cores of its unseen users, as a bundle stores and serves them.
+
+The form is the smallest of ours that keeps 95 % of the full LoRA's gain over shared, by personal.json. Who
+trained in it is compressed with nothing fitted, measured as stored, and repeated under other names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import click
+from torch import Tensor
+
+from benchmarks import personal_arms as arms
+from benchmarks.personal import FOLDER, own_of, stored
+from benchmarks.personal_arms import Arm
+from benchmarks.personal_front import smallest
+from benchmarks.personal_ground import Base, Ground
+from benchmarks.personal_users import Sizes
+from soppu.adapter import LoraPair
+from soppu.compress import Bundle, CompressOptions
+from soppu.compress.cored.run import compress_cores
+from soppu.cores.core import CoreAdapter
+
+CORPUS = "stdlib"
+_TOLD = ("corpus", "k", "users", "gain", "interval", "kept", "numbers", "mean")
+
+
+@dataclass(frozen=True)
+class Studied:
+    """Users of the study in one bundle, and what a row of serving says of their quality."""
+
+    bundle: Bundle
+    told: Mapping[str, Any]
+
+
+def studied(*, bits: int = 8) -> Studied:
+    """The form's users, their numbers in `bits`. ClickException where no form keeps as much."""
+    row = smallest([one for one in stored()["rows"] if one["corpus"] == CORPUS])
+    if row is None:
+        raise click.ClickException(f"no form of {CORPUS} in personal.json keeps 95 % of the full LoRA's gain")
+    arm = Arm(row["arm"], row["k"], row["own"], row["basis_users"])
+    if arm.name != arms.CORE:
+        raise click.ClickException(f"{arm} stands beside a shared adapter, which no bundle has")
+    made, losses = bundle_of(arm, Ground(CORPUS, Sizes(), Base.smollm2(), folder=FOLDER), bits=bits)
+    kept = {
+        name: row[name] for name in ("corpus", "k", "users", "gain", "interval", "kept", "numbers", "mean")
+    }
+    return Studied(made, kept | {"arm": str(arm), "bits": bits, "mean_stored": sum(losses) / len(losses)})
+
+
+def bundle_of(arm: Arm, ground: Ground, *, bits: int) -> tuple[Bundle, list[float]]:
+    """The reported users of an arm as `user0`, `user1` and so on, and the loss of each as stored."""
+    held, people = own_of(arm, ground), ground.roles.reported
+    members = {f"user{n}": core_of(arm, ground, held[who.id]) for n, who in enumerate(people)}
+    options = CompressOptions(basis_bits=bits, core_bits=bits, device="cpu")
+    made = compress_cores(members, arms.basis_of(arm, ground), options)
+    return made, [
+        ground.plain.judged(ground.text(who).heldout, made.reconstruct(name))
+        for who, name in zip(people, members, strict=True)
+    ]
+
+
+def core_of(arm: Arm, ground: Ground, held: Mapping[str, Tensor]) -> CoreAdapter:
+    """A user's numbers as the core that they were trained as."""
+    start = arms.start_of(arm, ground).core
+    own = {name: LoraPair(held[f"{name}.own_A"], held[f"{name}.own_B"]) for name in start.own}
+    return replace(start, cores={name: held[f"{name}.core"] for name in start.cores}, own=own)
