@@ -54,28 +54,17 @@ def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
 
 _MAIN = (
     *(Arm(BASE), Arm(SHARED), Arm(FULL), beside(32), Arm(MORE), ours(32)),
-    *(
-        beside(48),
-        beside(32, 1),
-        Arm(LORA, own=1),
-        Arm(LORA, own=2),
-        Arm(LORA, own=4),
-        beside(16),
-        beside(64),
-    ),
+    *(ours(32, 1), Arm(LORA, own=1), ours(64), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
+    *(Arm(RANDOM, 32), Arm(WEIGHTS, 32), ours(48)),
     *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
-    ours(32, name=MEAN),
-    *(Arm(RANDOM, 32), Arm(WEIGHTS, 32)),
+    *(ours(32, name=MEAN), Arm(FEDSB, 32), Arm(FEDSA), ours(48, 1), ours(16, 1)),
 )
-_CONTROLS = (
-    *(Arm(FEDSB, 32), Arm(FEDSA), beside(16, 1), beside(8), beside(48, 1)),
-    *(Arm(name, k) for k in (16, 48) for name in (RANDOM, WEIGHTS)),
-)
+_CONTROLS = tuple(Arm(name, k) for k in (16, 48) for name in (RANDOM, WEIGHTS))
 _MORE_OF_OURS = (
-    *(beside(32, users=users) for users in (48, 12, 6)),
-    *(beside(8, 1), beside(16, 2), beside(32, 2), beside(16, 4), beside(64, 1)),
-    *(ours(k) for k in (48, 16, 64, 8)),
-    *(beside(48, users=users) for users in (48, 12, 6)),
+    *(ours(32, users=users) for users in (48, 12, 6)),
+    *(ours(8), ours(8, 1), ours(64, 1), ours(32, 2), ours(16, 2), ours(48, 2), ours(16, 4)),
+    *(ours(64, users=users) for users in (48, 12)),
+    *(beside(48), beside(64), beside(16)),
 )
 _OF_PEFT = (Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 64), Arm("tinylora", 1024))
 BLOCKS: tuple[tuple[Arm, ...], ...] = (_MAIN, _CONTROLS, _MORE_OF_OURS, _OF_PEFT)
