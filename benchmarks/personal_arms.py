@@ -47,21 +47,24 @@ def ours(k: int, own: int = 0, *, users: int = COHORT, name: str = CORE) -> Arm:
     return Arm(name, k, own, users)
 
 
+def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
+    """A core beside the shared adapter, in the basis of what the cohort has beside it."""
+    return ours(k, own, users=users, name=BESIDE)
+
+
 _MAIN = (
-    *(Arm(BASE), Arm(SHARED), Arm(FULL), ours(32), Arm(MORE)),
-    *(ours(32, 1), ours(16), ours(48), Arm(LORA, own=1), Arm(LORA, own=2), Arm(LORA, own=4)),
-    *(ours(64), ours(32, name=BESIDE), ours(48, name=BESIDE)),
+    *(Arm(BASE), Arm(SHARED), Arm(FULL), beside(32), Arm(MORE), ours(32)),
+    *(ours(32, 1), Arm(LORA, own=1), ours(64), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
+    *(Arm(RANDOM, 32), Arm(WEIGHTS, 32), ours(48)),
     *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
-    ours(32, name=MEAN),
+    *(ours(32, name=MEAN), Arm(FEDSB, 32), Arm(FEDSA), ours(48, 1), ours(16, 1)),
 )
-_CONTROLS = (
-    *(Arm(name, k) for k in (32, 48, 16) for name in (RANDOM, WEIGHTS)),
-    *(Arm(FEDSB, 32), Arm(FEDSA)),
-)
+_CONTROLS = tuple(Arm(name, k) for k in (16, 48) for name in (RANDOM, WEIGHTS))
 _MORE_OF_OURS = (
-    *(ours(8), ours(36), ours(16, 1), ours(8, 1), ours(48, 1), ours(64, 1)),
-    *(ours(32, 2), ours(16, 2), ours(16, 4)),
-    *(ours(k, users=users) for k in (32, 48) for users in (48, 12, 6)),
+    *(ours(32, users=users) for users in (48, 12, 6)),
+    *(ours(8), ours(8, 1), ours(64, 1), ours(32, 2), ours(16, 2), ours(48, 2), ours(16, 4)),
+    *(ours(64, users=users) for users in (48, 12)),
+    *(beside(48), beside(64), beside(16)),
 )
 _OF_PEFT = (Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 64), Arm("tinylora", 1024))
 BLOCKS: tuple[tuple[Arm, ...], ...] = (_MAIN, _CONTROLS, _MORE_OF_OURS, _OF_PEFT)
@@ -101,7 +104,7 @@ def basis_of(arm: Arm, ground: Ground) -> CoreBasis:
         return _random(arm.k, ground)
     if arm.name in (WEIGHTS, FEDSB):
         return _of_weights(arm.k, ground)
-    return ground.basis(arm.k, arm.basis_users)
+    return ground.basis(arm.k, arm.basis_users, beside=arm.name == BESIDE)
 
 
 def _random(k: int, ground: Ground) -> CoreBasis:

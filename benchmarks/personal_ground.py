@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from benchmarks.personal_users import CORPORA, Person, Roles, Sizes, Text, Texts
 from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, Model, Way, whole
 from benchmarks.record import ROOT
 from soppu import files, models
-from soppu.adapter import LoraAdapter
+from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import CompressOptions, compress
 from soppu.compress.joining import basis_of
 from soppu.cores.basis import CoreBasis
@@ -30,14 +30,21 @@ from soppu.federation import emulator, wire
 from soppu.federation.attach import initial_pairs
 
 RANK, LAYERS = 8, 4
-MARKS = (10, 20, 30)  # steps after which the users of a tuning are looked at; the best number is taken
+MARKS = (
+    10,
+    20,
+    30,
+    45,
+    60,
+)  # steps after which the users of a tuning are looked at; the best number is taken
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # step sizes of A; B and cores take twice as much
 GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that is not gone on with
+RISEN = 0.005  # likewise one that has become worse by as much
 FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, one beyond it is
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 COHORT = 24  # users whose text the shared adapter is trained on
 SETTINGS: Mapping[str, Any] = {
-    "edition": 3,  # to be raised where code changes what comes out
+    "edition": 4,  # to be raised where code changes what comes out
     "rank": RANK,
     "adapter_layers": LAYERS,
     "batch": BATCH,
@@ -45,6 +52,7 @@ SETTINGS: Mapping[str, Any] = {
     "steps": MARKS,
     "step_sizes": FIRST,
     "given_up": GIVEN_UP,
+    "risen": RISEN,
     "cohort": COHORT,
     "shared": {"step_sizes": _SHARED_RATES, "steps": _SHARED_MOST, "batch": _SHARED_BATCH},
 }
@@ -88,7 +96,7 @@ class Ground:
         texts = folder / f"{corpus}-{self.digest}-{base.hash[:8]}"
         self._texts = Texts(texts / "states", sizes, base.bottom)
         self.folder = texts / self.key("everything")
-        self._bases: dict[tuple[int, int], CoreBasis] = {}
+        self._bases: dict[tuple[int, int, bool], CoreBasis] = {}
 
     def key(self, name: str) -> str:
         """Of something that is made here, and all that it is made of: 12 hex digits."""
@@ -222,15 +230,31 @@ class Ground:
         """A full LoRA of a user's own, from the shared one."""
         return InLoop(self.plain, self.shared, whole, seed=self.seed)
 
-    def basis(self, k: int, users: int) -> CoreBasis:
-        """Of the users' adapters, by the joint method, as a bundle in floats has it."""
-        if (k, users) not in self._bases:
+    def basis(self, k: int, users: int, *, beside: bool = False) -> CoreBasis:
+        """Of the users' adapters, by the joint method, as a bundle in floats has it.
+
+        Args:
+            beside: of what they have beside the shared adapter instead.
+        """
+        if (k, users, beside) not in self._bases:
             options = CompressOptions(method="joint", rank=k, basis_bits=32, core_bits=32, seed=self.seed)
-            self._bases[k, users] = basis_of(compress(self.adapters(users), options))
-        return self._bases[k, users]
+            held = self.adapters(users)
+            if beside:
+                held = {user: difference(own, self.shared) for user, own in held.items()}
+            self._bases[k, users, beside] = basis_of(compress(held, options))
+        return self._bases[k, users, beside]
 
     def _place(self, key: str, user: str) -> Path:
         return self.folder / key / f"{user.replace('/', '+')}.safetensors"
+
+
+def difference(own: LoraAdapter, other: LoraAdapter) -> LoraAdapter:
+    """What an adapter changes beside another one, exact, of both ranks together."""
+    pairs = {
+        name: LoraPair(torch.cat([pair.A, other.pairs[name].A]), torch.cat([pair.B, -other.pairs[name].B], 1))
+        for name, pair in own.pairs.items()
+    }
+    return replace(own, pairs=pairs)
 
 
 class Base:
@@ -274,7 +298,8 @@ def tune(ground: Ground, way: Way, *, on: Sequence[Blocks]) -> Tuned:
         for steps in ground.marks:
             loss = ground.tuning_loss(way, next(under_way))
             losses[rate, steps] = loss if math.isfinite(loss) else math.inf  # NaN is not the least
-            if losses[rate, steps] > min(losses.values()) + GIVEN_UP:
+            own = [losses[rate, mark] for mark in ground.marks if (rate, mark) in losses]
+            if losses[rate, steps] > min(min(losses.values()) + GIVEN_UP, min(own) + RISEN):
                 return
 
     for rate in FIRST:

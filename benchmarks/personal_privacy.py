@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks import personal_arms as arms
 from benchmarks.personal import FOLDER, add, own_of, refuse_other_text, stored
-from benchmarks.personal_arms import FULL, Arm, ours
+from benchmarks.personal_arms import FULL, Arm, beside
 from benchmarks.personal_ground import Base, Ground
 from benchmarks.personal_users import CORPORA, Sizes
-from benchmarks.personal_ways import Blocks
+from benchmarks.personal_ways import Blocks, Model
 from benchmarks.record import circumstances
 from clients.privacy import hidden
 from soppu.adapter import LoraAdapter, LoraPair
@@ -36,8 +36,8 @@ from soppu.federation import wire
 from soppu.federation.privacy import epsilon_of
 from soppu.sharing import SharingSettings
 
-ATTACKED = (Arm(arms.SHARED), Arm(FULL), ours(32), ours(32, 1), ours(16), Arm(arms.LORA, own=1))
-NOISED = (Arm(FULL), ours(32), ours(16), ours(8))
+ATTACKED = (Arm(arms.SHARED), Arm(FULL), beside(32), beside(32, 1), beside(16), Arm(arms.LORA, own=1))
+NOISED = (Arm(FULL), beside(32), beside(16), beside(8))
 EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
 DELTA = 1e-5
 CLIPS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the median norm of what users who are not reported train
@@ -72,6 +72,11 @@ def told_again(arm: Arm, ground: Ground, tensors: Mapping[str, Tensor]) -> LoraA
     return CoreInBasis(replace(start.core, cores=held, own=own), start.basis).to_lora()
 
 
+def model_of(arm: Arm, ground: Ground) -> Model:
+    """The model that an arm's numbers were trained on."""
+    return ground.beside if arm.name in (arms.LORA, arms.BESIDE) else ground.plain
+
+
 def begun(arm: Arm, ground: Ground) -> dict[str, Tensor]:
     """The numbers that a user's training starts from, the same for everybody."""
     return wire.to_state(ground.shared) if arm.name == FULL else arms.start_of(arm, ground).core.tensors()
@@ -87,7 +92,7 @@ def membership(arm: Arm, ground: Ground) -> dict[str, Any]:
         own, model = ground.shared, ground.plain
         if arm.name != arms.SHARED:
             own = told_again(arm, ground, held[who.id])
-            model = ground.beside if arm.name in (arms.LORA, arms.BESIDE) else model
+            model = model_of(arm, ground)
         inside, outside = [_each(model, part, own) for part in (text.train, text.heldout)]
         plain[who.id] = auc(inside, outside)
         known = [_each(ground.plain, part, ground.shared) for part in (text.train, text.heldout)]
@@ -128,7 +133,8 @@ def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
         losses = {}
         for who in ground.roles.reported:
             sent = hidden(trained[who.id], start, settings[share]) if epsilon else trained[who.id]
-            losses[who.id] = ground.plain.judged(ground.text(who).heldout, told_again(arm, ground, sent))
+            text, own = ground.text(who).heldout, told_again(arm, ground, sent)
+            losses[who.id] = model_of(arm, ground).judged(text, own)
         yield _named(arm, ground) | {
             "epsilon": epsilon,
             "delta": DELTA,
@@ -151,7 +157,7 @@ def _trained_on_tuned(arm: Arm, ground: Ground) -> list[dict[str, Tensor]]:
 
 def _mean(arm: Arm, ground: Ground, held: Sequence[Mapping[str, Tensor]]) -> float:
     losses = [
-        ground.plain.loss(text, told_again(arm, ground, one))
+        model_of(arm, ground).loss(text, told_again(arm, ground, one))
         for one, text in zip(held, ground.unseen(), strict=True)
     ]
     return sum(losses) / len(losses)

@@ -35,8 +35,10 @@ from benchmarks.personal_arms import (
     ours,
 )
 from benchmarks.personal_front import beside_controls, compared, front, smallest
-from benchmarks.personal_ground import Base, Ground
+from benchmarks.personal_ground import Base, Ground, difference
 from benchmarks.personal_users import Person, Sizes, roles
+from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
 from soppu.data.examples import Example, Record
 from soppu.federation import emulator
 from tests.soppu.serve import tiny
@@ -237,6 +239,14 @@ def test_controls_have_the_numbers_that_they_are_said_to_have(ground: Ground) ->
     assert all(by[arm.name]["mean"] < by[SHARED]["mean"] for arm in CONTROLS)  # each has learnt something
 
 
+def test_what_a_user_has_beside_the_shared_adapter_is_told_exactly_in_a_basis_of_it(ground: Ground) -> None:
+    (own,) = ground.adapters(1).values()  # and shared are of rank 8, so that 16 directions are enough
+    basis = ground.basis(16, 1, beside=True)
+    told = CoreInBasis(from_lora(difference(own, ground.shared), basis).core, basis).to_lora()
+    text = ground.text(ground.roles.basis[0]).heldout
+    assert ground.beside.judged(text, told) == pytest.approx(ground.plain.judged(text, own), abs=1e-5)
+
+
 def test_text_of_another_machine_is_refused(ground: Ground) -> None:
     personal.study(ground, SOME[:1], {"commit": ""})
     personal.refuse_other_text(ground)
@@ -245,11 +255,12 @@ def test_text_of_another_machine_is_refused(ground: Ground) -> None:
         personal.refuse_other_text(other)
 
 
+@pytest.mark.parametrize("name", [CORE, BESIDE])
 @pytest.mark.long
 def test_what_is_told_of_privacy_begins_at_what_was_trained(
-    ground: Ground, monkeypatch: pytest.MonkeyPatch
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    arm = ours(8, users=3)
+    arm = ours(8, users=3, name=name)
     personal.study(ground, (Arm(FULL), arm), {"commit": ""})
     monkeypatch.setattr(personal_privacy, "ATTACKED", (arm,))
     monkeypatch.setattr(personal_privacy, "NOISED", (arm,))
@@ -258,7 +269,7 @@ def test_what_is_told_of_privacy_begins_at_what_was_trained(
     personal_privacy.measure(ground, {"commit": ""})
     found = personal.stored()
     without, noised = found["private"]
-    (trained,) = [one for one in found["rows"] if one["arm"] == CORE]
+    (trained,) = [one for one in found["rows"] if one["arm"] == name]
     assert without["losses"] == pytest.approx(trained["losses"]) and without["noise"] == 0
     assert noised["noise"] > 5 and noised["clip"] > 0 and noised["losses"] != without["losses"]
     (attack,) = found["membership"]
