@@ -17,8 +17,8 @@ from benchmarks.record import ROOT
 
 PAGES = ROOT / "docs" / "personal.md", ROOT / "README.md"
 MARKS = (
-    *("readme-personal", "batched", "join", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
-    *("personal-noise", "personal-membership", "personal-training"),
+    *("batched", "join", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
+    *("personal-noise", "personal-membership", "personal-training", "readme-personal"),
 )
 _NAMES = {"tiny": "random model of width 32, two layers", "smollm2": "last four layers of SmolLM2-135M"}
 _ARMS = {
@@ -107,7 +107,7 @@ def _finding(corpus: str, rows: Sequence[Row]) -> str:
 
 
 def _short(corpus: str, rows: Sequence[Row]) -> str:
-    """What a user's own numbers are worth, in one item: the full LoRA, and the core that keeps enough or most."""
+    """What a user's own numbers are worth, in one item: a full LoRA, the core that keeps enough, the smallest."""
     full = next((row for row in rows if row["arm"] == "full LoRA"), None)
     ours = [row for row in rows if row["arm"] in OURS]
     if full is None or not ours or full["kept"] is None:
