@@ -107,7 +107,7 @@ def _finding(corpus: str, rows: Sequence[Row]) -> str:
 
 
 def _short(corpus: str, rows: Sequence[Row]) -> str:
-    """What a user's own numbers are worth, in one item: a full LoRA, the core that keeps enough, the smallest."""
+    """What a user's own numbers are worth: a full LoRA, the core that keeps enough, the smallest one."""
     full = next((row for row in rows if row["arm"] == "full LoRA"), None)
     ours = [row for row in rows if row["arm"] in OURS]
     if full is None or not ours or full["kept"] is None:
