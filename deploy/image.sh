@@ -20,10 +20,10 @@ uv=${VENV:-.venv}/bin/uv
 context=.soppu/image
 official=python:3.11-slim-bookworm
 
-# gather FOLDER EXTRAS [PACKAGE...]: the wheels of soppu[EXTRAS] and of packages, once for each state of the two files that say which
+# gather FOLDER EXTRAS [PACKAGE...]: the wheels of soppu[EXTRAS] and of packages, once for each state of what says which
 gather() {
     local asked
-    asked=$(cat constraints.txt pyproject.toml | sha256sum)
+    asked=$({ cat constraints.txt pyproject.toml; echo "${@:2}"; } | sha256sum)
     if [ "$asked" = "$(cat "$1/asked" 2>/dev/null)" ]; then return; fi
     rm -rf "$1/wheels"
     mkdir -p "$1/wheels"
