@@ -22,7 +22,6 @@ from soppu.errors import RegistryError
 from soppu.registry.catalogue import (
     Adapter,
     AdapterSet,
-    BasisUse,
     Bundle,
     Core,
     Holding,
@@ -137,14 +136,13 @@ def claim_adapter(session: Session, form: Form) -> Adapter:
 
 
 def identity(session: Session) -> str:
-    """Names this registry: its birth mark, how many adapters were deleted from it since, which basis is new.
+    """Names this registry: its birth mark, and how many adapters were deleted from it since.
 
     What was concluded from a registry (a cached result that holds ids) is void when this changes.
     """
     birth = session.scalar(sa.select(SchemaRow.birth))
     deleted = session.scalar(sa.select(sa.func.coalesce(sa.func.sum(Adapter.removals), 0)))
-    newest = session.scalar(sa.select(sa.func.max(BasisUse.id)))
-    return f"{birth}-{deleted}-{newest}" if newest else f"{birth}-{deleted}"
+    return f"{birth}-{deleted}"
 
 
 def removals(session: Session, adapter_id: str, *, lock: bool = False) -> int:

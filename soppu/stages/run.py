@@ -47,6 +47,9 @@ READS: dict[str, Callable[[Config], tuple[str, ...]]] = {
 }
 
 
+_OF_CORES = ("compress", "evaluate")  # what they come to depends on the basis in force
+
+
 def _users_text(config: Config) -> tuple[str, ...]:
     """Where users' text is read here: nowhere if it is on nodes of its own."""
     return () if config.federation.connection else (config.data.source,)
@@ -78,8 +81,9 @@ class Run:
         texts = [source_digest(source) for source in READS[stage](self.config)]
         base = self.base()
         parts = (self.identity, self.config.digest(), base.hash, models.tokenizer_digest(base))
+        basis = [self.registry().current_basis(base.base)] if stage in _OF_CORES else []
         probes = self.probes().items() if stage == "evaluate" else ()
-        return _digest(stage, *parts, *texts, *(f"{user} {held}" for user, held in probes))
+        return _digest(stage, *parts, *texts, *basis, *(f"{user} {held}" for user, held in probes))
 
     def probes(self) -> dict[str, str]:
         """User -> the adapter that they trained freely since the basis in force is; nobody where none is."""
