@@ -9,6 +9,7 @@ that the study can be stopped at any moment and gone on with. Seconds are the pr
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -117,10 +118,16 @@ def stored() -> dict[str, Any]:
     return read_result(NAME) or {"rows": []}
 
 
+def of_these_settings(found: dict[str, Any]) -> dict[str, Any]:
+    """The same file, or an empty one where it is of other settings: such figures stand in no one table."""
+    same = found.get("settings", SETTINGS) == json.loads(json.dumps(dict(SETTINGS)))
+    return found if same or not found["rows"] else {"rows": []}
+
+
 def add(row: Mapping[str, Any], ground: Ground, where: Mapping[str, Any], *, among: str = "rows") -> None:
     """Write a row down beside the others, in place of an older one of the same arm and setting."""
     with files.exclusive(FOLDER / ".lock"):
-        found = stored()
+        found = of_these_settings(stored())
         place = [row.get(name) for name in _PLACE]
         others = [one for one in found.get(among, []) if [one.get(name) for name in _PLACE] != place]
         corpora = found.get("corpora", {})

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.personal import FOLDER, NAME, refuse_other_text, stored
+from benchmarks.personal import FOLDER, NAME, of_these_settings, refuse_other_text, stored
 from benchmarks.personal_arms import FULL
 from benchmarks.personal_ground import Base, Ground
 from benchmarks.personal_users import CORPORA, Sizes, Words
@@ -60,7 +60,9 @@ def main(corpora: tuple[str, ...], seed: int) -> None:
         refuse_other_text(ground)
         found = checked(ground)
         with files.exclusive(FOLDER / ".lock"):
-            told = stored()
+            told = of_these_settings(stored())
+            if corpus not in told.get("corpora", {}):
+                raise click.ClickException(f"{NAME}.json has no rows of {corpus} of these settings yet")
             told["corpora"][corpus]["training"] = found
             store(NAME, told)
         click.echo(f"{corpus}: {found}")

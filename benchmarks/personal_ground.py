@@ -42,9 +42,10 @@ GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that
 RISEN = 0.005  # likewise one that has become worse by as much
 FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, one beyond it is
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
+OTHERS = 16_384  # tokens that are in no training text, drawn for the head that is trained through
 COHORT = 24  # users whose text the shared adapter is trained on
 SETTINGS: Mapping[str, Any] = {
-    "edition": 4,  # to be raised where code changes what comes out
+    "edition": 5,  # to be raised where code changes what comes out
     "rank": RANK,
     "adapter_layers": LAYERS,
     "batch": BATCH,
@@ -54,6 +55,7 @@ SETTINGS: Mapping[str, Any] = {
     "given_up": GIVEN_UP,
     "risen": RISEN,
     "cohort": COHORT,
+    "others": OTHERS,
     "shared": {"step_sizes": _SHARED_RATES, "steps": _SHARED_MOST, "batch": _SHARED_BATCH},
 }
 
@@ -107,7 +109,7 @@ class Ground:
     def words(self) -> Words:
         """What training goes through of the head."""
         everybody = (*self.roles.basis, *self.roles.tuned, *self.roles.reported)
-        return Words.of(everybody, self.sizes, self.base.tokenizer)
+        return Words.of(everybody, self.sizes, self.base.tokenizer, others=OTHERS)
 
     def training(self, person: Person) -> list[Any]:
         """What a user trains on."""

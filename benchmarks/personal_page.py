@@ -59,7 +59,8 @@ def blocks() -> dict[str, str]:
         made["personal-study"] = f"{_drawn(rows)}{_study(rows)}\n\n{circumstances_line(found)}"
         made["personal-controls"] = _controls(rows)
         made["personal-basis"] = _of_users(rows)
-        made["personal-training"] = " ".join(map(_training, *zip(*found["corpora"].items(), strict=True)))
+        checks = map(_training, *zip(*found["corpora"].items(), strict=True))
+        made["personal-training"] = " ".join([_head(found["settings"]), *filter(None, checks)])
         made["personal-noise"] = _noise(found.get("private", []), rows)
         made["personal-membership"] = _membership(found.get("membership", []))
     return {name: text for name, text in made.items() if text}
@@ -166,6 +167,13 @@ def _won(row: Row) -> list[str]:
     won = f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
     better = f"{row['better_than_shared']} of {row['users']}"
     return [won, better, f"{-row['worst']:+.3f}", kept, *sent]
+
+
+def _head(settings: Mapping[str, Any]) -> str:
+    """Which tokens the head has that is trained through."""
+    others = settings.get("others", 0)
+    drawn = f", and {others:,} others that stand for all the rest" if others else " alone"
+    return f"The head that is trained through has the tokens of all training texts{drawn}."
 
 
 def _training(corpus: str, told: Row) -> str:

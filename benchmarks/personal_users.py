@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,21 +146,22 @@ class Text:
 class Words:
     """The tokens that training texts have, numbered anew: what a head that is trained through has to know.
 
-    A softmax over all tokens is more than half of a step, and nearly all of them are in nobody's text. Losses
-    that are chosen or reported by are over all of them.
+    A softmax over all tokens is more than half of a step, and nearly all of them are in nobody's text. Some of
+    these, `others`, are drawn and stand for all: without any, nothing keeps unlikely what nobody says. Losses
+    that are chosen or reported by are over all tokens.
     """
 
-    def __init__(self, ids: Tensor) -> None:
+    def __init__(self, ids: Tensor, *, others: int = 0) -> None:
         self.ids = ids.unique()  # sorted, (n,)
         self.ids = self.ids[self.ids != IGNORE]
+        self._others = others
 
     @classmethod
-    def of(cls, people: Iterable[Person], sizes: Sizes, tokenizer: Any) -> Words:
+    def of(cls, people: Iterable[Person], sizes: Sizes, tokenizer: Any, *, others: int) -> Words:
         """What everybody is trained on."""
         examples = [item for person in people for item in person.text(sizes).train]
-        return cls(
-            torch.cat([one.labels for one in tokenize(examples, tokenizer, max_tokens=sizes.max_tokens)])
-        )
+        blocks = tokenize(examples, tokenizer, max_tokens=sizes.max_tokens)
+        return cls(torch.cat([one.labels for one in blocks]), others=others)
 
     def told(self, blocks: Iterable[CachedBlock]) -> list[CachedBlock]:
         """Blocks with their labels in the new numbers."""
@@ -172,19 +174,25 @@ class Words:
         ]
 
     def cut(self, top: emulator.TopModel) -> emulator.TopModel:
-        """The same layers, under a head of these tokens alone."""
-        return _Cut(top, self.ids)
+        """The same layers, under a head of these tokens and those drawn."""
+        return _Cut(top, self.ids, self._others)
 
 
 class _Cut(emulator.TopModel):
-    def __init__(self, top: emulator.TopModel, ids: Tensor) -> None:
+    def __init__(self, top: emulator.TopModel, ids: Tensor, others: int) -> None:
         self.model = top.model
         head: Any = self.model.get_output_embeddings()
-        self._head = head.weight.detach()[ids]
+        weight = head.weight.detach()
+        rest = torch.ones(len(weight), dtype=torch.bool).index_fill(0, ids, False).nonzero()[:, 0]
+        drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[:others]]
+        self._head = weight[torch.cat([ids, drawn])]
+        self._bias = torch.zeros(len(self._head), dtype=weight.dtype)
+        # each stands for as many: the sum of exponentials is that of all tokens in the mean of draws
+        self._bias[len(ids) :] = math.log(len(rest) / max(1, len(drawn))) if len(rest) else 0.0
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., n) of these tokens."""
-        return torch.nn.functional.linear(hidden, self._head)
+        """Logits (..., n + others) of these tokens."""
+        return torch.nn.functional.linear(hidden, self._head, self._bias)
 
 
 class Texts:

@@ -36,11 +36,12 @@ from benchmarks.personal_arms import (
 )
 from benchmarks.personal_front import beside_controls, compared, front, smallest
 from benchmarks.personal_ground import Base, Ground, difference
-from benchmarks.personal_users import Person, Sizes, roles
+from benchmarks.personal_users import Person, Sizes, Words, roles
 from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 from soppu.data.examples import Example, Record
 from soppu.federation import emulator
+from soppu.federation.train import mean_loss
 from tests.soppu.serve import tiny
 
 
@@ -245,6 +246,32 @@ def test_what_a_user_has_beside_the_shared_adapter_is_told_exactly_in_a_basis_of
     told = CoreInBasis(from_lora(difference(own, ground.shared), basis).core, basis).to_lora()
     text = ground.text(ground.roles.basis[0]).heldout
     assert ground.beside.judged(text, told) == pytest.approx(ground.plain.judged(text, own), abs=1e-5)
+
+
+def test_a_head_with_all_other_tokens_gives_the_loss_of_the_whole_one(ground: Ground) -> None:
+    text, ids = ground.text(ground.roles.basis[0]).train, ground.words.ids
+    whole = mean_loss(ground.plain.seen, ground.base.plan, text, adapter=ground.shared)
+    size = ground.base.model.config.vocab_size
+    assert len(ids) < size
+    losses = []
+    for others in (0, size // 8, size):
+        words = Words(ids, others=others)
+        top = words.cut(ground.plain.seen)
+        losses.append(mean_loss(top, ground.base.plan, words.told(text), adapter=ground.shared))
+    none, some, every = losses
+    assert every == pytest.approx(whole, abs=1e-5)
+    assert none < whole - 0.1 and abs(some - whole) < whole - none
+
+
+def test_a_row_of_other_settings_does_not_stand_beside_a_new_one(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    personal.study(ground, SOME[:2], {"commit": ""})
+    monkeypatch.setattr(personal, "SETTINGS", {**personal.SETTINGS, "edition": 0})
+    personal.study(ground, SOME[:1], {"commit": ""})  # its key is of the ground's settings: it is there
+    assert len(personal.stored()["rows"]) == 2
+    personal.add({"arm": "new", "corpus": "other", "losses": {}, "key": ""}, ground, {"commit": ""})
+    assert [row["arm"] for row in personal.stored()["rows"]] == ["new"]
 
 
 def test_text_of_another_machine_is_refused(ground: Ground) -> None:
