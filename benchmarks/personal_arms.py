@@ -55,11 +55,11 @@ def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
 _MAIN = (
     *(Arm(BASE), Arm(SHARED), Arm(FULL), beside(32), Arm(MORE), ours(32)),
     *(ours(32, 1), Arm(LORA, own=1), ours(64), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
-    *(Arm(RANDOM, 32), Arm(WEIGHTS, 32), ours(48)),
+    *(Arm(RANDOM, 32), Arm(RANDOM, 64), ours(48), Arm(RANDOM, 16), Arm(WEIGHTS, 32)),
     *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
     *(ours(32, name=MEAN), Arm(FEDSB, 32), Arm(FEDSA), ours(48, 1), ours(16, 1)),
 )
-_CONTROLS = tuple(Arm(name, k) for k in (16, 48) for name in (RANDOM, WEIGHTS))
+_CONTROLS = (Arm(WEIGHTS, 64), Arm(WEIGHTS, 16), Arm(RANDOM, 48), Arm(WEIGHTS, 48))
 _MORE_OF_OURS = (
     *(ours(32, users=users) for users in (48, 12, 6)),
     *(ours(8), ours(8, 1), ours(64, 1), ours(32, 2), ours(16, 2), ours(48, 2), ours(16, 4)),
