@@ -123,7 +123,7 @@ def _short(corpus: str, rows: Sequence[Row]) -> str:
     told += [
         f"without the users' basis, a {name_of(row)}, wins {row['gain']:+.3f}, {100 * row['kept']:.0f} %"
         for row in rows
-        if row["arm"] == "random basis" and row["k"] == 32
+        if row["arm"] == "random basis" and row["k"] in {one["k"] for one in forms if one}
     ]
     (low, high), better = full["interval"], f"{full['better_than_shared']} of {full['users']} users"
     lora = f"a LoRA of a user's own wins {full['gain']:+.3f} ({low:+.3f} to {high:+.3f}), better for {better}"

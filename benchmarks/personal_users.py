@@ -146,9 +146,9 @@ class Text:
 class Words:
     """The tokens that training texts have, numbered anew: what a head that is trained through has to know.
 
-    A softmax over all tokens is more than half of a step, and nearly all of them are in nobody's text. Some of
-    these, `others`, are drawn and stand for all: without any, nothing keeps unlikely what nobody says. Losses
-    that are chosen or reported by are over all tokens.
+    A softmax over all tokens is more than half of a step, and nearly all of them are in nobody's text. Of
+    these some, `others`, are drawn and stand for all: without any, nothing keeps unlikely what nobody says.
+    Losses that are chosen or reported by are over all tokens.
     """
 
     def __init__(self, ids: Tensor, *, others: int = 0) -> None:
