@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.personal_ground import COHORT, RANK, Ground
 from benchmarks.personal_ways import InLoop, InPeft, Way, of_core, only_b, whole
-from soppu.adapter import LoraAdapter
+from soppu.adapter import LoraAdapter, LoraPair
 from soppu.cores import core as cores
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreInBasis
@@ -96,6 +96,14 @@ def start_of(arm: Arm, ground: Ground) -> CoreInBasis:
     if arm.own:
         core = replace(core, own=initial_pairs(basis.module_shapes(), rank=arm.own, seed=ground.seed + 1))
     return CoreInBasis(core, basis)
+
+
+def core_of(arm: Arm, ground: Ground, held: Mapping[str, Tensor]) -> CoreInBasis:
+    """The numbers that a user sent in an arm of cores, as the core that they were trained as."""
+    start = start_of(arm, ground)
+    cores_ = {name: held[f"{name}.core"] for name in start.core.cores}
+    own = {name: LoraPair(held[f"{name}.own_A"], held[f"{name}.own_B"]) for name in start.core.own}
+    return replace(start, core=replace(start.core, cores=cores_, own=own))
 
 
 def basis_of(arm: Arm, ground: Ground) -> CoreBasis:

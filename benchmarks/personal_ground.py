@@ -30,13 +30,7 @@ from soppu.federation import emulator, wire
 from soppu.federation.attach import initial_pairs
 
 RANK, LAYERS = 8, 4
-MARKS = (
-    10,
-    20,
-    30,
-    45,
-    60,
-)  # steps after which the users of a tuning are looked at; the best number is taken
+MARKS = (10, 20, 30, 45, 60)  # steps after which a tuning is looked at; the best number is taken
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # step sizes of A; B and cores take twice as much
 GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that is not gone on with
 RISEN = 0.005  # likewise one that has become worse by as much

@@ -120,11 +120,13 @@ def _short(corpus: str, rows: Sequence[Row]) -> str:
         for row in forms
         if row
     ]
-    told += [
-        f"without the users' basis, a {name_of(row)}, wins {row['gain']:+.3f}, {100 * row['kept']:.0f} %"
-        for row in rows
-        if row["arm"] == "random basis" and row["k"] in {one["k"] for one in forms if one}
-    ]
+    most = max(one["k"] for one in forms if one)  # of a random basis, the nearest that was measured
+    drawn = [row for row in rows if row["arm"] == "random basis" and row["k"] <= most]
+    if nearest := max(drawn, key=lambda row: row["k"], default=None):
+        told.append(
+            f"without the users' basis, a {name_of(nearest)}, wins {nearest['gain']:+.3f},"
+            f" {100 * nearest['kept']:.0f} %"
+        )
     (low, high), better = full["interval"], f"{full['better_than_shared']} of {full['users']} users"
     lora = f"a LoRA of a user's own wins {full['gain']:+.3f} ({low:+.3f} to {high:+.3f}), better for {better}"
     return f"- {corpus}: {lora}; {'; '.join(dict.fromkeys(told))}."

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -28,8 +27,7 @@ from benchmarks.personal_users import CORPORA, Sizes
 from benchmarks.personal_ways import Blocks, Model
 from benchmarks.record import circumstances
 from clients.privacy import hidden
-from soppu.adapter import LoraAdapter, LoraPair
-from soppu.cores.core import CoreInBasis
+from soppu.adapter import LoraAdapter
 from soppu.evaluate.intervals import interval
 from soppu.evaluate.losses import example_losses
 from soppu.federation import wire
@@ -66,10 +64,7 @@ def told_again(arm: Arm, ground: Ground, tensors: Mapping[str, Tensor]) -> LoraA
     """A user's numbers as an adapter of the model that they were trained on."""
     if arm.name in (FULL, arms.LORA):
         return ground.adapter(tensors)
-    start = arms.start_of(arm, ground)
-    held = {name: tensors[f"{name}.core"] for name in start.core.cores}
-    own = {name: LoraPair(tensors[f"{name}.own_A"], tensors[f"{name}.own_B"]) for name in start.core.own}
-    return CoreInBasis(replace(start.core, cores=held, own=own), start.basis).to_lora()
+    return arms.core_of(arm, ground, tensors).to_lora()
 
 
 def model_of(arm: Arm, ground: Ground) -> Model:

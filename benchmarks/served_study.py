@@ -7,11 +7,10 @@ trained in it is compressed with nothing fitted, measured as stored, and repeate
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import click
-from torch import Tensor
 
 from benchmarks import personal_arms as arms
 from benchmarks.personal import FOLDER, own_of, stored
@@ -19,10 +18,8 @@ from benchmarks.personal_arms import Arm
 from benchmarks.personal_front import smallest
 from benchmarks.personal_ground import Base, Ground
 from benchmarks.personal_users import Sizes
-from soppu.adapter import LoraPair
 from soppu.compress import Bundle, CompressOptions
 from soppu.compress.cored.run import compress_cores
-from soppu.cores.core import CoreAdapter
 
 CORPUS = "stdlib"
 _TOLD = ("corpus", "k", "users", "gain", "interval", "kept", "numbers", "mean")
@@ -54,17 +51,10 @@ def studied(*, bits: int = 8) -> Studied:
 def bundle_of(arm: Arm, ground: Ground, *, bits: int) -> tuple[Bundle, list[float]]:
     """The reported users of an arm as `user0`, `user1` and so on, and the loss of each as stored."""
     held, people = own_of(arm, ground), ground.roles.reported
-    members = {f"user{n}": core_of(arm, ground, held[who.id]) for n, who in enumerate(people)}
+    members = {f"user{n}": arms.core_of(arm, ground, held[who.id]).core for n, who in enumerate(people)}
     options = CompressOptions(basis_bits=bits, core_bits=bits, device="cpu")
     made = compress_cores(members, arms.basis_of(arm, ground), options)
     return made, [
         ground.plain.judged(ground.text(who).heldout, made.reconstruct(name))
         for who, name in zip(people, members, strict=True)
     ]
-
-
-def core_of(arm: Arm, ground: Ground, held: Mapping[str, Tensor]) -> CoreAdapter:
-    """A user's numbers as the core that they were trained as."""
-    start = arms.start_of(arm, ground).core
-    own = {name: LoraPair(held[f"{name}.own_A"], held[f"{name}.own_B"]) for name in start.own}
-    return replace(start, cores={name: held[f"{name}.core"] for name in start.cores}, own=own)

@@ -11,7 +11,7 @@ import asyncio
 import select
 import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpcore
@@ -99,13 +99,8 @@ class Streams(AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> AsyncNetworkStream:
         """See httpcore; neither a local address nor options are given by this gateway."""
-        try:
-            async with asyncio.timeout(timeout):
-                return Stream(*await asyncio.open_connection(host, port))
-        except TimeoutError:
-            raise httpcore.ConnectTimeout(f"{host}:{port} took no connection") from None
-        except OSError as error:
-            raise httpcore.ConnectError(str(error)) from error
+        async with _within(timeout, httpcore.ConnectTimeout, httpcore.ConnectError):
+            return Stream(*await asyncio.open_connection(host, port))
 
     async def sleep(self, seconds: float) -> None:
         """See httpcore."""
@@ -122,13 +117,8 @@ class Stream(AsyncNetworkStream):
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """See httpcore."""
         await self._send(timeout)
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._reader.read(max_bytes)
-        except TimeoutError:
-            raise httpcore.ReadTimeout from None
-        except OSError as error:
-            raise httpcore.ReadError(str(error)) from error
+        async with _within(timeout, httpcore.ReadTimeout, httpcore.ReadError):
+            return await self._reader.read(max_bytes)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """See httpcore."""
@@ -145,20 +135,17 @@ class Stream(AsyncNetworkStream):
     ) -> AsyncNetworkStream:
         """See httpcore."""
         try:
-            async with asyncio.timeout(timeout):
+            async with _within(timeout, httpcore.ConnectTimeout, httpcore.ConnectError):
                 await self._writer.start_tls(ssl_context, server_hostname=server_hostname)
-        except TimeoutError:
+        except (httpcore.ConnectTimeout, httpcore.ConnectError):
             self._writer.close()
-            raise httpcore.ConnectTimeout("no TLS in time") from None
-        except (OSError, ssl.SSLError) as error:
-            self._writer.close()
-            raise httpcore.ConnectError(str(error)) from error
+            raise
         return self
 
     def get_extra_info(self, info: str) -> Any:
         """See httpcore, which asks whether an idle connection is readable: then it has been closed there."""
         if info != "is_readable":
-            return self._writer.get_extra_info({"server_addr": "peername"}.get(info, info))
+            return self._writer.get_extra_info(info)
         looked = select.poll()
         looked.register(self._writer.get_extra_info("socket").fileno(), select.POLLIN)
         return self._reader.at_eof() or self._writer.is_closing() or bool(looked.poll(0))
@@ -168,11 +155,20 @@ class Stream(AsyncNetworkStream):
             return
         whole = b"".join(self._unsent)
         self._unsent.clear()
-        try:
-            async with asyncio.timeout(timeout):
-                self._writer.write(whole)
-                await self._writer.drain()
-        except TimeoutError:
-            raise httpcore.WriteTimeout from None
-        except OSError as error:
-            raise httpcore.WriteError(str(error)) from error
+        async with _within(timeout, httpcore.WriteTimeout, httpcore.WriteError):
+            self._writer.write(whole)
+            await self._writer.drain()
+
+
+@asynccontextmanager
+async def _within(
+    seconds: float | None, late: type[Exception], broken: type[Exception]
+) -> AsyncIterator[None]:
+    """What goes wrong on a connection, in httpcore's words."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise late(f"not within {seconds} s") from None
+    except OSError as error:  # TLS has its own kinds of it
+        raise broken(str(error)) from error
