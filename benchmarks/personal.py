@@ -33,7 +33,7 @@ from soppu.cores.projecting import from_lora
 from soppu.evaluate.report import utc_now
 
 NAME, FOLDER = "personal", ROOT / ".soppu" / "study" / "personal"
-_PLACE = ("corpus", "arm", "k", "own", "basis_users", "epsilon")  # no two rows have all of these in common
+_PLACE = ("corpus", "arm", "k", "own", "basis_users", "modules", "epsilon")  # together of one row
 
 
 def measured(arm: Arm, ground: Ground) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def measured(arm: Arm, ground: Ground) -> dict[str, Any]:
         "k": arm.k,
         "own": arm.own,
         "basis_users": arm.basis_users,
+        "modules": list(arm.modules),
         "users": len(losses),
         "mean": sum(losses.values()) / len(losses),
         "bytes_down": size(down) if down else 0,
@@ -128,13 +129,16 @@ def add(row: Mapping[str, Any], ground: Ground, where: Mapping[str, Any], *, amo
     """Write a row down beside the others, in place of an older one of the same arm and setting."""
     with files.exclusive(FOLDER / ".lock"):
         found = of_these_settings(stored())
-        place = [row.get(name) for name in _PLACE]
-        others = [one for one in found.get(among, []) if [one.get(name) for name in _PLACE] != place]
+        others = [one for one in found.get(among, []) if _place(one) != _place(row)]
         corpora = found.get("corpora", {})
         corpora[ground.corpus] = corpora.get(ground.corpus, {}) | described(ground)
         told = found | where | {"settings": SETTINGS, "corpora": corpora}
         told[among] = [*others, {**row, "commit": where["commit"], "created": utc_now()}]
         store(NAME, told | {"rows": compared(told["rows"])})
+
+
+def _place(row: Mapping[str, Any]) -> list[Any]:
+    return [row.get(name) or None for name in _PLACE]
 
 
 def described(ground: Ground) -> dict[str, Any]:

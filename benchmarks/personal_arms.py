@@ -22,7 +22,9 @@ from soppu.federation.attach import initial_pairs
 BASE, SHARED, MORE, FULL, LORA = "base", "shared", "shared, as many steps", "full LoRA", "LoRA"
 CORE, BESIDE, MEAN, PROJECTED = "core", "core beside shared", "mean core", "full LoRA, projected"
 RANDOM, WEIGHTS, FEDSB, FEDSA = "random basis", "basis of the weights", "Fed-SB", "FedSA"
-OURS = (CORE, BESIDE)
+LEARNT = "learnt basis"
+OURS = (CORE, BESIDE, LEARNT)
+DOWN = ("down_proj",)  # the one projection where a user's own numbers are best spent
 TRAINED_FOR_ALL = (MORE, FEDSB)  # on the cohort's pooled text: nothing is a user's own
 NOT_TRAINED = (BASE, SHARED, MEAN, PROJECTED)
 
@@ -34,10 +36,12 @@ class Arm:
     name: str
     k: int = 0  # of the core
     own: int = 0  # rank of the user's own beside
-    basis_users: int = 0  # whose adapters the basis is of; 0 where there is none, or none of users
+    basis_users: int = 0  # who the basis is of; 0 where there is none, or none of users
+    modules: tuple[str, ...] = ()  # projections that are trained; all those of the LoRA if empty
 
     def __str__(self) -> str:
         parts = [f"k={self.k}" if self.k else "", f"own {self.own}" if self.own else ""]
+        parts += [f"on {', '.join(self.modules)}" if self.modules else ""]
         parts += [f"{self.basis_users} users" if self.basis_users not in (0, COHORT) else ""]
         return " ".join([self.name, *filter(None, parts)])
 
@@ -52,14 +56,25 @@ def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
     return ours(k, own, users=users, name=BESIDE)
 
 
+def on_down(name: str, k: int = 0, own: int = 0) -> Arm:
+    """Numbers for the down projections alone, beside the shared adapter."""
+    return Arm(name, k, own, COHORT if name in (BESIDE, LEARNT) else 0, DOWN)
+
+
+_FIRST = (
+    *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
+    *(on_down(LEARNT, 32), on_down(RANDOM, 32), on_down(LORA, own=1)),
+    *(on_down(LEARNT, 64), on_down(RANDOM, 64), on_down(LORA, own=2), ours(64)),
+    *(on_down(LEARNT, 48), on_down(RANDOM, 48), Arm(RANDOM, 32), ours(32), Arm(LORA, own=1)),
+    *(on_down(LEARNT, 16), on_down(RANDOM, 16), on_down(LORA, own=8), on_down(BESIDE, 64)),
+)
 _MAIN = (
-    *(Arm(BASE), Arm(SHARED), Arm(FULL), beside(32), Arm(MORE), ours(32)),
-    *(ours(32, 1), Arm(LORA, own=1), ours(64), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
-    *(Arm(RANDOM, 32), Arm(RANDOM, 64), ours(48), Arm(RANDOM, 16), Arm(WEIGHTS, 32)),
+    *(beside(32), ours(32, 1), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
+    *(Arm(RANDOM, 64), ours(48), Arm(RANDOM, 16), on_down(WEIGHTS, 32), Arm(WEIGHTS, 32)),
     *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
     *(ours(32, name=MEAN), Arm(FEDSB, 32), Arm(FEDSA), ours(48, 1), ours(16, 1)),
 )
-_CONTROLS = (Arm(WEIGHTS, 64), Arm(WEIGHTS, 16), Arm(RANDOM, 48), Arm(WEIGHTS, 48))
+_CONTROLS = (on_down(WEIGHTS, 64), Arm(WEIGHTS, 64), Arm(WEIGHTS, 16), Arm(RANDOM, 48), Arm(WEIGHTS, 48))
 _MORE_OF_OURS = (
     *(ours(32, users=users) for users in (48, 12, 6)),
     *(ours(8), ours(8, 1), ours(64, 1), ours(32, 2), ours(16, 2), ours(48, 2), ours(16, 4)),
@@ -67,7 +82,7 @@ _MORE_OF_OURS = (
     *(beside(48), beside(64), beside(16)),
 )
 _OF_PEFT = (Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 64), Arm("tinylora", 1024))
-BLOCKS: tuple[tuple[Arm, ...], ...] = (_MAIN, _CONTROLS, _MORE_OF_OURS, _OF_PEFT)
+BLOCKS: tuple[tuple[Arm, ...], ...] = (_FIRST, _MAIN, _CONTROLS, _MORE_OF_OURS, _OF_PEFT)
 
 
 def way_of(arm: Arm, ground: Ground) -> Way:
@@ -79,14 +94,14 @@ def way_of(arm: Arm, ground: Ground) -> Way:
     if arm.name == FEDSA:
         return InLoop(ground.plain, ground.shared, only_b, held=(RANK, 0), seed=ground.seed)
     if arm.name == LORA:
-        return InLoop(ground.beside, _fresh_lora(ground, arm.own), whole, seed=ground.seed)
+        return InLoop(ground.beside, _fresh_lora(ground, arm), whole, seed=ground.seed)
     start = start_of(arm, ground)
     return InLoop(ground.plain if arm.name == CORE else ground.beside, start, of_core, seed=ground.seed)
 
 
-def _fresh_lora(ground: Ground, rank: int) -> LoraAdapter:
-    shapes = {name: (len(w), w.shape[1]) for name, w in ground.base.weights()}
-    return LoraAdapter(initial_pairs(shapes, rank=rank, seed=ground.seed + 1), base_hash=ground.base.hash)
+def _fresh_lora(ground: Ground, arm: Arm) -> LoraAdapter:
+    pairs = initial_pairs(ground.base.shapes(arm.modules), rank=arm.own, seed=ground.seed + 1)
+    return LoraAdapter(pairs, base_hash=ground.base.hash)
 
 
 def start_of(arm: Arm, ground: Ground) -> CoreInBasis:
@@ -109,26 +124,20 @@ def core_of(arm: Arm, ground: Ground, held: Mapping[str, Tensor]) -> CoreInBasis
 def basis_of(arm: Arm, ground: Ground) -> CoreBasis:
     """The basis that an arm's cores are told in."""
     if arm.name == RANDOM:
-        return _random(arm.k, ground)
+        return ground.drawn(arm.k, arm.modules)
+    if arm.name == LEARNT:
+        return ground.learnt(arm.k, arm.modules, arm.basis_users)
     if arm.name in (WEIGHTS, FEDSB):
-        return _of_weights(arm.k, ground)
-    return ground.basis(arm.k, arm.basis_users, beside=arm.name == BESIDE)
+        return _of_weights(arm, ground)
+    whole_basis = ground.basis(arm.k, arm.basis_users, beside=arm.name == BESIDE)
+    chosen = ground.base.shapes(arm.modules)
+    return replace(whole_basis, sides={name: whole_basis.sides[name] for name in chosen})
 
 
-def _random(k: int, ground: Ground) -> CoreBasis:
-    draw = torch.Generator().manual_seed(ground.seed)
-
-    def side(width: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(width, min(k, width), generator=draw))[0].contiguous()
-
-    sides = {name: (side(len(w)), side(w.shape[1])) for name, w in ground.base.weights()}
-    return CoreBasis(sides, base_hash=ground.base.hash)
-
-
-def _of_weights(k: int, ground: Ground) -> CoreBasis:
+def _of_weights(arm: Arm, ground: Ground) -> CoreBasis:
     """The leading singular directions of the weights themselves, as LoRA-XS takes them."""
-    sides = {}
-    for name, weight in ground.base.weights():
+    sides, k = {}, arm.k
+    for name, weight in ground.base.weights(arm.modules):
         u, _, vt = torch.linalg.svd(weight, full_matrices=False)
         sides[name] = u[:, :k].contiguous(), vt[:k].mT.contiguous()
     return CoreBasis(sides, base_hash=ground.base.hash)

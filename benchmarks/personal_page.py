@@ -31,6 +31,7 @@ _ARMS = {
     "core": "**core k={k}**",
     "core beside shared": "**core k={k} beside shared**",
     "mean core": "mean of the cohort's cores, k={k}",
+    "learnt basis": "**core k={k} in a learnt basis, beside shared**",
     "random basis": "core k={k} in a random basis, beside shared",
     "basis of the weights": "core k={k} in the weights' own basis (LoRA-XS), beside shared",
     "Fed-SB": "one core k={k} for all, in the weights' basis (Fed-SB)",
@@ -39,7 +40,13 @@ _ARMS = {
     "vera": "PEFT `vera` r={k}, beside shared",
     "tinylora": "PEFT `tinylora` u={k}, beside shared",
 }
-_COLOURS = {"core": "#0072b2", "core beside shared": "#56b4e9", "LoRA": "#e69f01", "full LoRA": "#a63d00"}
+_COLOURS = {
+    "core": "#0072b2",
+    "core beside shared": "#56b4e9",
+    "learnt basis": "#009e73",
+    "LoRA": "#e69f01",
+    "full LoRA": "#a63d00",
+}
 _OTHERS = "#8c959e"
 _USUAL = 24  # users a basis is of where nothing is said
 Row = Mapping[str, Any]
@@ -77,6 +84,7 @@ def name_of(row: Row) -> str:
     name = _ARMS[row["arm"]].format(k=row["k"], own=row["own"])
     if row["own"] and row["arm"] != "LoRA":
         name += f" **+ own rank {row['own']}**"
+    name += f", `{' '.join(row['modules'])}`" if row.get("modules") else ""
     return name + (f", of {row['basis_users']} users" if row["basis_users"] not in (0, _USUAL) else "")
 
 

@@ -57,6 +57,30 @@ class CoreBasis:
         return {name: (int(u.shape[0]), int(v.shape[0])) for name, (u, v) in self.sides.items()}
 
 
+def drawn(shapes: Mapping[str, tuple[int, int]], k: int, *, seed: int, base_hash: str = "") -> CoreBasis:
+    """Random orthonormal directions, of nobody's text: at most `k` a side of every module (o, i).
+
+    Columns of Q of a QR of normal numbers, drawn module by module, U before V.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def side(width: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(width, min(k, width), generator=draw))[0].contiguous()
+
+    return CoreBasis({name: (side(o), side(i)) for name, (o, i) in shapes.items()}, base_hash=base_hash)
+
+
+def orthonormal(basis: CoreBasis) -> CoreBasis:
+    """The basis of the same directions, made orthonormal from the first one on. O(k^2 (o + i)) a module."""
+    sides = {name: (_orthonormal(u), _orthonormal(v)) for name, (u, v) in basis.sides.items()}
+    return CoreBasis(sides, basis.base_model, basis.base_hash, basis.fan_in_fan_out)
+
+
+def _orthonormal(side: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(side)
+    return (q * torch.where(torch.diagonal(r) < 0, -1.0, 1.0)).contiguous()  # one that is so stays as it is
+
+
 def validate(basis: CoreBasis, *, who: str) -> None:
     """Refuse a basis that cores could not be told in.
 

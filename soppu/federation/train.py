@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.cores.basis import CoreBasis
 from soppu.data import IGNORE, Block, collate
+from soppu.errors import AdapterError
 from soppu.federation import emulator
 from soppu.federation.attach import attached
 from soppu.federation.head_loss import row_losses
@@ -43,6 +45,7 @@ class TrainOptions:
     prox_weight: float = 0.0  # of the squared product-space distance to the start
     seed: int = 0  # order of the examples
     held: tuple[int, int] = (0, 0)  # the first rows of A and columns of B that stay as they are
+    basis_rate: float = 0.0  # AdamW step size of the U and V that all cores share; 0 leaves them
 
     @classmethod
     def of(cls, config: Config, *, learning_rate: float, seed: int) -> Self:
@@ -257,6 +260,10 @@ class Together(Generic[Kind]):
         slow, fast = options.learning_rate, options.learning_rate * options.b_ratio
         groups = [{"params": self._trained.parameters("A"), "lr": slow}]
         groups += [{"params": self._trained.parameters("B", "core"), "lr": fast}]
+        if options.basis_rate and options.prox_weight:
+            raise AdapterError("prox_weight holds cores to where they began in one basis; this one is learnt")
+        if options.basis_rate:
+            groups += [{"params": self._trained.learn_basis(), "lr": options.basis_rate}]
         self._optimizer = torch.optim.AdamW([one for one in groups if one["params"]], weight_decay=0.0)
         self._batches = [batches(len(own), options) for own in blocks]
 
@@ -289,6 +296,10 @@ class Together(Generic[Kind]):
     def adapter(self, user: int) -> Kind:
         """A copy of what a user has now: full-model names, float32, on the CPU."""
         return self._trained.adapter(user)
+
+    def basis(self) -> CoreBasis:
+        """A copy of the basis that users' cores are in now: float32, on the CPU."""
+        return self._trained.basis()
 
     def _answering(self, row: Tensor) -> AbstractContextManager[None]:
         return self._trained.attached(self._top.model, row)

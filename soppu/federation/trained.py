@@ -1,4 +1,4 @@
-"""What is trained, as a value: the LoRA pairs of users, or their cores in a basis that stays as it is.
+"""What is trained, as a value: the LoRA pairs of users, or their cores in a basis, which may be learnt too.
 
 Users who are trained together are rows of one stack: a layer multiplies all their tokens with the basis at
 once, and only what is a user's own row by row. One user is a stack of one row.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from soppu.adapter import LoraAdapter, LoraPair
+from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreInBasis
 from soppu.errors import AdapterError
 from soppu.federation import emulator
@@ -28,7 +29,7 @@ Kind = TypeVar("Kind", LoraAdapter, CoreInBasis)
 class Stack:
     """What n users add to one module: row n is U S_n V^T + B_n A_n, either of the two terms or both."""
 
-    basis: tuple[Tensor, Tensor] | None = None  # U (o, k_out), V (i, k_in): no gradient reaches them
+    basis: tuple[Tensor, Tensor] | None = None  # U (o, k_out), V (i, k_in), which all users share
     core: Tensor | None = None  # S (n, k_out, k_in)
     A: Tensor | None = None  # (n, r, i)
     B: Tensor | None = None  # (n, o, r)
@@ -94,7 +95,7 @@ class Trained(Generic[Kind]):
         self._starts: Sequence[Kind] = starts
         stacks = _stacks(starts, device)
         own = emulator.renumbered(stacks, plan.path, {n: at for at, n in enumerate(plan.adapter)})
-        self._stacks, self._own_names = stacks, own
+        self._stacks, self._own_names, self._learns = stacks, own, False
         with torch.no_grad():
             bases = {name: stack.basis for name, stack in stacks.items() if stack.basis is not None}
             self._grams = {name: (u.mT @ u, v.mT @ v) for name, (u, v) in bases.items()}
@@ -104,6 +105,26 @@ class Trained(Generic[Kind]):
         """What is trained of these: "core", "A", "B"."""
         found = [getattr(stack, side) for side in sides for stack in self._stacks.values()]
         return [tensor for tensor in found if tensor is not None]
+
+    def learn_basis(self) -> list[Tensor]:
+        """U and V of every module, as copies that gradients reach from now on: sums over all users."""
+        learnt, self._learns = [], True
+        for name, stack in self._stacks.items():
+            if stack.basis is None:
+                raise AdapterError(f"{name}: a LoRA has no basis that could be learnt; begin with a core")
+            u, v = (side.clone().requires_grad_() for side in stack.basis)
+            self._stacks[name] = replace(stack, basis=(u, v))
+            learnt += [u, v]
+        return learnt
+
+    def basis(self) -> CoreBasis:
+        """A copy of the basis as it is now, on the CPU."""
+        start = self._starts[0]
+        assert isinstance(start, CoreInBasis)
+        held = {name: stack.basis for name, stack in self._stacks.items() if stack.basis is not None}
+        sides = {name: (_copy(u).cpu(), _copy(v).cpu()) for name, (u, v) in held.items()}
+        old = start.basis
+        return CoreBasis(sides, old.base_model, old.base_hash, old.fan_in_fan_out)
 
     def attached(self, model: nn.Module, row: Tensor) -> AbstractContextManager[None]:
         """Have `model` (of the adapter layers) answer example b of a batch as user `row[b]`'s."""
@@ -144,7 +165,9 @@ class Trained(Generic[Kind]):
             return replace(start, pairs={name: _own(stack, user) for name, stack in self._stacks.items()})
         cores = {name: _here(stack.core, user) for name, stack in self._stacks.items()}
         own = {name: _own(stack, user) for name, stack in self._stacks.items() if stack.A is not None}
-        return replace(start, core=replace(start.core, cores=cores, own=own))
+        basis = self.basis() if self._learns else start.basis
+        core = replace(start.core, basis_id=basis.id, cores=cores, own=own)
+        return replace(start, core=core, basis=basis)
 
 
 def _copy(stacked: Tensor | None) -> Tensor:
