@@ -22,8 +22,9 @@ from soppu.federation.attach import initial_pairs
 BASE, SHARED, MORE, FULL, LORA = "base", "shared", "shared, as many steps", "full LoRA", "LoRA"
 CORE, BESIDE, MEAN, PROJECTED = "core", "core beside shared", "mean core", "full LoRA, projected"
 RANDOM, WEIGHTS, FEDSB, FEDSA = "random basis", "basis of the weights", "Fed-SB", "FedSA"
-LEARNT = "learnt basis"
-OURS = (CORE, BESIDE, LEARNT)
+AROUND, LEARNT = "core around shared", "learnt basis"
+OURS = (CORE, BESIDE, AROUND, LEARNT)
+INSIDE = (CORE, AROUND, LEARNT)  # the shared adapter is told in the basis, and cores begin there
 DOWN = ("down_proj",)  # the one projection where a user's own numbers are best spent
 TRAINED_FOR_ALL = (MORE, FEDSB)  # on the cohort's pooled text: nothing is a user's own
 NOT_TRAINED = (BASE, SHARED, MEAN, PROJECTED)
@@ -57,16 +58,16 @@ def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
 
 
 def on_down(name: str, k: int = 0, own: int = 0) -> Arm:
-    """Numbers for the down projections alone, beside the shared adapter."""
+    """Numbers for the down projections alone."""
     return Arm(name, k, own, COHORT if name in (BESIDE, LEARNT) else 0, DOWN)
 
 
 _FIRST = (
     *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
-    *(on_down(LEARNT, 32), on_down(RANDOM, 32), on_down(LORA, own=1)),
-    *(on_down(LEARNT, 64), on_down(RANDOM, 64), on_down(LORA, own=2), ours(64)),
-    *(on_down(LEARNT, 48), on_down(RANDOM, 48), Arm(RANDOM, 32), ours(32), Arm(LORA, own=1)),
-    *(on_down(LEARNT, 16), on_down(RANDOM, 16), on_down(LORA, own=8), on_down(BESIDE, 64)),
+    *(on_down(RANDOM, 64), on_down(AROUND, 32), on_down(AROUND, 48), on_down(AROUND, 64)),
+    *(on_down(LORA, own=1), ours(64), Arm(RANDOM, 32), ours(32), on_down(RANDOM, 32), Arm(LORA, own=1)),
+    *(on_down(LORA, own=2), on_down(LEARNT, 32), on_down(RANDOM, 48), on_down(LORA, own=8)),
+    *(on_down(AROUND, 16), on_down(RANDOM, 16), on_down(BESIDE, 64)),
 )
 _MAIN = (
     *(beside(32), ours(32, 1), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
@@ -96,7 +97,7 @@ def way_of(arm: Arm, ground: Ground) -> Way:
     if arm.name == LORA:
         return InLoop(ground.beside, _fresh_lora(ground, arm), whole, seed=ground.seed)
     start = start_of(arm, ground)
-    return InLoop(ground.plain if arm.name == CORE else ground.beside, start, of_core, seed=ground.seed)
+    return InLoop(ground.plain if arm.name in INSIDE else ground.beside, start, of_core, seed=ground.seed)
 
 
 def _fresh_lora(ground: Ground, arm: Arm) -> LoraAdapter:
@@ -107,7 +108,7 @@ def _fresh_lora(ground: Ground, arm: Arm) -> LoraAdapter:
 def start_of(arm: Arm, ground: Ground) -> CoreInBasis:
     """Where a core begins: at the shared adapter as far as the basis can tell it, or at nothing beside it."""
     basis = basis_of(arm, ground)
-    core = from_lora(ground.shared, basis).core if arm.name == CORE else cores.zero(basis)
+    core = from_lora(ground.shared, basis).core if arm.name in INSIDE else cores.zero(basis)
     if arm.own:
         core = replace(core, own=initial_pairs(basis.module_shapes(), rank=arm.own, seed=ground.seed + 1))
     return CoreInBasis(core, basis)
@@ -125,6 +126,8 @@ def basis_of(arm: Arm, ground: Ground) -> CoreBasis:
     """The basis that an arm's cores are told in."""
     if arm.name == RANDOM:
         return ground.drawn(arm.k, arm.modules)
+    if arm.name == AROUND:
+        return ground.around(arm.k, arm.modules)
     if arm.name == LEARNT:
         return ground.learnt(arm.k, arm.modules, arm.basis_users)
     if arm.name in (WEIGHTS, FEDSB):
@@ -145,8 +148,8 @@ def _of_weights(arm: Arm, ground: Ground) -> CoreBasis:
 
 def bytes_down(arm: Arm, ground: Ground) -> dict[str, Tensor]:
     """What a user is given before training: the shared adapter, and a basis that no seed or weight gives."""
-    given = {} if arm.name in (BASE, CORE, PROJECTED, MEAN) else wire.to_state(ground.shared)
-    if arm.basis_users:
+    given = {} if arm.name in (BASE, PROJECTED, MEAN, *INSIDE) else wire.to_state(ground.shared)
+    if arm.basis_users or arm.name == AROUND:
         basis = basis_of(arm, ground)
         given |= {
             f"{name}.{side}": t
@@ -155,7 +158,7 @@ def bytes_down(arm: Arm, ground: Ground) -> dict[str, Tensor]:
         }
     if arm.name == FEDSB:
         given |= start_of(arm, ground).core.tensors()
-    if arm.name == CORE:
+    if arm.name in INSIDE:
         given |= {
             f"{name}.core": core for name, core in start_of(replace(arm, own=0), ground).core.cores.items()
         }

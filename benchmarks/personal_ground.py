@@ -27,9 +27,10 @@ from soppu.compress import CompressOptions, compress
 from soppu.compress.joining import basis_of
 from soppu.cores import basis as bases
 from soppu.cores import basis_file
-from soppu.cores import core as cores
+from soppu.cores.around import around
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
 from soppu.federation import emulator, learn_basis, wire
 from soppu.federation.attach import initial_pairs
 from soppu.federation.learn_basis import LearnOptions
@@ -252,10 +253,14 @@ class Ground:
         shapes = self.base.shapes(modules)
         return bases.drawn(shapes, k, seed=self.seed, base_hash=self.base.hash)
 
-    def learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
-        """Learnt through cores of the first users of the basis, beside the shared adapter.
+    def around(self, k: int, modules: Sequence[str]) -> CoreBasis:
+        """The shared adapter's own directions, and random ones in these modules."""
+        return around(self.shared, k=k, modules=modules, seed=self.seed)
 
-        From random directions on, for as many episodes as are best for whom step sizes are chosen on.
+    def learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
+        """Learnt through cores of the first users of the basis.
+
+        Begun around the shared adapter, for as many episodes as are best for whom step sizes are chosen on.
         """
         path = self.folder / f"learnt-{self.key(f'{k} {modules} {users} {LEARN}')}.safetensors"
         if not path.exists():
@@ -265,11 +270,14 @@ class Ground:
     def _learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
         texts = [self.training(one) for one in self.roles.basis[:users]]
         tuned = [self.training(one) for one in self.roles.tuned]
-        best, least = self.drawn(k, modules), math.inf
-        top = self.beside.top
+        best, least = self.around(k, modules), math.inf
         options = LearnOptions(**LEARN, seed=self.seed, batch_size=BATCH)
-        for basis in learn_basis.learnt(top, self.base.plan, texts, start=best, options=options):
-            way = InLoop(self.beside, CoreInBasis(cores.zero(basis), basis), of_core, seed=self.seed)
+        under_way = learn_basis.learnt(
+            self.plain.top, self.base.plan, texts, start=best, shared=self.shared, options=options
+        )
+        for basis in under_way:
+            start = CoreInBasis(from_lora(self.shared, basis).core, basis)
+            way = InLoop(self.plain, start, of_core, seed=self.seed)
             held = way.run(tuned, rate=LEARN["core_rate"] / B_RATIO, marks=_LEARN_MARKS)
             loss = min(self.tuning_loss(way, one) for one in held)
             click.echo(f"{self.corpus}: basis k={k} learnt through {users} users' cores: {loss:.4f}")

@@ -31,7 +31,8 @@ _ARMS = {
     "core": "**core k={k}**",
     "core beside shared": "**core k={k} beside shared**",
     "mean core": "mean of the cohort's cores, k={k}",
-    "learnt basis": "**core k={k} in a learnt basis, beside shared**",
+    "core around shared": "**core k={k} around shared**",
+    "learnt basis": "**core k={k} in a learnt basis**",
     "random basis": "core k={k} in a random basis, beside shared",
     "basis of the weights": "core k={k} in the weights' own basis (LoRA-XS), beside shared",
     "Fed-SB": "one core k={k} for all, in the weights' basis (Fed-SB)",
@@ -43,7 +44,8 @@ _ARMS = {
 _COLOURS = {
     "core": "#0072b2",
     "core beside shared": "#56b4e9",
-    "learnt basis": "#009e73",
+    "core around shared": "#009e73",
+    "learnt basis": "#004d38",
     "LoRA": "#e69f01",
     "full LoRA": "#a63d00",
 }

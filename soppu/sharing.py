@@ -27,7 +27,9 @@ OPERATIONAL = frozenset(
     }
 )
 # Keys that say something of cores alone: where users train LoRAs they are no part of what a run is.
-OF_CORES = frozenset({"form", "cohort", "basis_rank", "core_own_rank", "together"})
+OF_CORES = frozenset(
+    {"form", "cohort", "basis_of", "basis_rank", "basis_modules", "core_own_rank", "together"}
+)
 MOST_OWN = 4  # `soppu.cores.core.MOST_OWN`
 
 
@@ -46,7 +48,9 @@ class SharingSettings:
 
     form: Literal["lora", "core", "auto"] = "lora"
     cohort: Annotated[Whole, Field(ge=2)] = 16
+    basis_of: Literal["adapters", "shared"] = "adapters"
     basis_rank: Count = 16
+    basis_modules: tuple[str, ...] = ()
     core_own_rank: Annotated[Whole, Field(ge=0, le=MOST_OWN)] = 0
     together: Count = 32
     mode: Mode = "finetune"
@@ -112,6 +116,12 @@ class SharingSettings:
         if self.noisy_average:
             words = f"in the form {self.form} each user's own core reaches the server, which averages none"
             raise ValueError(self._refused("dp_at", "'client'", words))
+        if self.basis_of == "shared" and self.mode != "finetune":
+            words = "a basis around the shared adapter is of one whose factors are all averaged"
+            raise ValueError(self._refused("mode", "'finetune'", words))
+        if self.basis_modules and self.basis_of != "shared":
+            words = "a basis of adapters has all their modules; basis_of is 'adapters'"
+            raise ValueError(self._refused("basis_modules", "[], or basis_of = 'shared'", words))
 
     def _check_averages(self, mode: str) -> None:
         """In the mode local nothing is averaged."""

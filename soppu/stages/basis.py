@@ -1,4 +1,8 @@
-"""Stage: the adapters of a cohort become a basis, which is put in force, and the cohort's cores in it."""
+"""Stage: what a cohort trained becomes a basis, which is put in force.
+
+It is of their adapters, which become the nearest cores in it; or around the adapter that they share, and they
+train cores as everybody does.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from soppu import files
 from soppu.compress import joining
 from soppu.config import CompressConfig
 from soppu.cores import basis_file
+from soppu.cores.around import around
 from soppu.cores.basis import CoreBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import FederationError
@@ -29,9 +34,9 @@ _EXACT: dict[str, Any] = {"ratio": 0.0, "max_bytes": 0, "max_error": 0.0, "basis
 
 
 def make_basis(run_folder: str, cohort: str, *, on_progress: Tell | None = None) -> str:
-    """Compress the cohort's adapters jointly, store the basis, and put it in force; returns its id.
+    """Make the basis, store it, and put it in force; returns its id.
 
-    Whoever is in the cohort is served on: their adapters become the nearest cores. Idempotent: what a killed
+    Of adapters: whoever is in the cohort is served on, by the nearest cores. Idempotent: what a killed
     attempt left is found.
 
     Args:
@@ -40,7 +45,7 @@ def make_basis(run_folder: str, cohort: str, *, on_progress: Tell | None = None)
     Raises:
         FederationError: the run folder holds another federation.
         RegistryError: an adapter is gone: its user was forgotten meanwhile.
-        AdapterError: the adapters do not go together.
+        AdapterError: the adapters do not go together; no such module as `federation.basis_modules` names.
     """
     run = open_run(run_folder)
     with telling.stage(run.folder, STAGE, on_progress=on_progress) as tell:
@@ -57,22 +62,28 @@ def settings_of(config: CompressConfig, *, rank: int) -> CompressConfig:
 
 
 def _made(run: Run, result: Mapping[str, Any], tell: Tell) -> str:
-    registry, members = run.registry(), result["adapters"]
-    settings = settings_of(run.config.compress, rank=run.config.federation.basis_rank)
-    basis = joining.basis_of(compressed(run, members, settings, tell=tell))
+    registry, settings = run.registry(), run.config.federation
+    of_adapters = settings.basis_of == "adapters"
+    members = result["adapters"] if of_adapters else {}
+    shared = adapters.read(run.folder / FEDERATION / COHORT / result["shared"])
+    if of_adapters:
+        wanted = settings_of(run.config.compress, rank=settings.basis_rank)
+        basis = joining.basis_of(compressed(run, members, wanted, tell=tell))
+    else:
+        basis = around(shared, k=settings.basis_rank, modules=settings.basis_modules, seed=run.config.seed)
     registry.put_basis(basis)
-    registry.put_start(basis.id, adapters.read(run.folder / FEDERATION / COHORT / result["shared"]))
-    own, held, errors = run.config.federation.core_own_rank, {}, {}
+    registry.put_start(basis.id, shared)
+    own, held, errors = settings.core_own_rank, {}, {}
     for number, (user, adapter_id) in enumerate(members.items(), start=1):
         placed = from_lora(registry.get_adapter(adapter_id), basis, own_rank=own, who=f"user {user!r}")
         held[user], errors[user] = registry.put_adapter(placed.core, user=user, run=run.id), placed.error
         tell({"note": f"{user} told in {basis.id}", "share": number / (len(members) + 1)})
     registry.use_basis(basis.id)
-    replace(forms.chosen(run), basis_id=basis.id, adapters=held, served=dict(result["served"])).write(
-        run.folder / FEDERATION
-    )
+    served = {user: result["served"][user] for user in held}
+    replace(forms.chosen(run), basis_id=basis.id, adapters=held, served=served).write(run.folder / FEDERATION)
     run.write(f"basis-{basis.id}.json", _told(basis, errors))
-    tell({"note": f"{basis.id} of {len(members)} users is in force", "share": 1.0})
+    source = f"of {len(members)} users" if of_adapters else "around the shared adapter"
+    tell({"note": f"{basis.id} {source} is in force", "share": 1.0})
     return basis.id
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from soppu import files
+from soppu import files, models
 from soppu.config import Config
 from soppu.errors import ConfigError, RegistryError
-from soppu.federation import chosen_basis
+from soppu.federation import chosen_basis, emulator
 from soppu.federation.chosen_basis import ChosenBasis
 from soppu.models import BaseModel
 from soppu.registry import Registry
@@ -38,10 +38,12 @@ def choose(config: Config, base: BaseModel, folder: Path) -> None:
         folder: the training's.
 
     Raises:
-        ConfigError: the cohort leaves nobody to train a core.
+        ConfigError: the cohort leaves nobody to train a core; the basis asked for cannot be made.
     """
     if config.federation.form == "lora":
         return
+    if config.federation.basis_of == "shared":
+        _check_around(config, base)
     registry = _registry(config)
     with files.exclusive(folder / "choice.lock"):
         found = chosen_basis.read(folder)
@@ -61,6 +63,22 @@ def cohort(config: Config) -> tuple[str, ...]:
         )
     drawn = sorted(users, key=lambda user: hashlib.sha256(f"{config.seed} {user}".encode()).digest())[:size]
     return tuple(user for user in users if user in set(drawn))
+
+
+def _check_around(config: Config, base: BaseModel) -> None:
+    """Refuse what the shared adapter will not give, before it is trained."""
+    settings, rank = config.federation, config.lora.rank
+    plan = emulator.configured_plan(config, models.skeleton(base), base_hash=base.hash)
+    if odd := [name for name in settings.basis_modules if name not in plan.target_modules]:
+        raise ConfigError(
+            f"federation.basis_modules = {list(settings.basis_modules)}: {', '.join(odd)} is not adapted;"
+            f" allowed: some of {', '.join(plan.target_modules)}, [] for all"
+        )
+    if settings.basis_rank < rank:
+        raise ConfigError(
+            f"federation.basis_rank = {settings.basis_rank}: a basis around the shared adapter holds its"
+            f" rank, lora.rank = {rank}; allowed: at least {rank}"
+        )
 
 
 def _holds(registry: Registry, basis_id: str) -> bool:

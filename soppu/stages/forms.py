@@ -47,7 +47,7 @@ def main_part(run: Run) -> Part:
     folder = run.folder / FEDERATION
     if run.config.federation.form == "lora":
         return Part(run.config, run.folder / CONFIG, folder)
-    cohort = set(chosen(run).cohort)
+    cohort = set(chosen(run).cohort) if run.config.federation.basis_of == "adapters" else set()
     others = tuple(user for user in run.config.data.users if user not in cohort)
     part = Part(_with(run.config, others, form="core"), folder / CORES, folder)
     part.write()
@@ -55,11 +55,15 @@ def main_part(run: Run) -> Part:
 
 
 def cohort_part(run: Run) -> Part:
-    """The federation in which the cohort trains adapters: one as any other, of these users alone."""
-    users = chosen(run).cohort
-    least = min(run.config.federation.min_users, len(users))
+    """The federation in which the cohort trains adapters: one as any other, of these users alone.
+
+    Where the basis is of the shared one alone, nobody trains an adapter of their own.
+    """
+    users, settings = chosen(run).cohort, run.config.federation
+    least = min(settings.min_users, len(users))
+    mode = "shared" if settings.basis_of == "shared" else settings.mode
     folder = run.folder / FEDERATION / COHORT
-    part = Part(_with(run.config, users, form="lora", min_users=least), folder / CONFIG, folder)
+    part = Part(_with(run.config, users, form="lora", mode=mode, min_users=least), folder / CONFIG, folder)
     part.write()
     return part
 
