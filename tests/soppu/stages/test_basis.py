@@ -11,6 +11,8 @@ import pytest
 
 from clients.workbench import workbench
 from server.app import main
+from soppu import adapter as adapters
+from soppu.cores import folder as core_folder
 from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import ConfigError, FederationError
@@ -177,6 +179,50 @@ def test_cores_without_a_basis_in_force_are_refused_and_named_by_it_where_there_
     sides = {name: (u * 2, v) for name, (u, v) in other.sides.items()}
     registry.use_basis(registry.put_basis(type(other)(sides, other.base_model, other.base_hash)))
     assert prepare(str(config_path), straight) != first
+
+
+def test_around_the_shared_adapter_everybody_trains_a_core_from_exactly_there(
+    run: Run, config_path: Path, overrides: dict[str, Any]
+) -> None:
+    wide = {"federation.basis_of": "shared", "federation.basis_modules": ["down_proj"]}
+    folder = prepare(str(config_path), {**overrides, **wide})
+    found, own = through(folder), open_run(folder)
+    cohort = set(forms.chosen(own).cohort)
+    assert len(cohort) == 2 and sorted(found["adapters"]) == sorted(USERS)
+    registry = own.registry()
+    made = registry.get_basis(registry.current_basis(own.base().base))
+    for name, shape in made.core_shapes().items():
+        assert shape == ((4, 4) if name.endswith("down_proj") else (2, 2))
+    assert [one["mode"] for one in found["rounds"]] == ["shared", "personal", "personal"]
+    assert sorted(found["rounds"][-1]["accepted"]) == sorted(USERS)  # the cohort too
+
+    # the start is what the cohort averaged, and some core has gone on from there
+    averaged = adapters.read(own.folder / "federation" / "cohort" / "shared")
+    told = from_lora(averaged, made)
+    assert told.error < 1e-5
+    begun = core_folder.read(own.folder / "federation" / found["shared_core"])
+    assert begun.content_hash() == told.core.content_hash()
+    ended = [registry.get_core(core_id) for core_id in found["adapters"].values()]
+    assert all(CoreInBasis(core, made) for core in ended)
+    assert any(core.content_hash() != begun.content_hash() for core in ended)
+    assert own.read(f"basis-{made.id}.json")["relative_error"] == {}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (
+            {"federation.basis_modules": ["down_proj", "lm_head"]},
+            r"\['down_proj', 'lm_head'\]: lm_head is not adapted; allowed: some of q_proj, v_proj",
+        ),
+        ({"federation.basis_rank": 1}, r"basis_rank = 1: .*lora\.rank = 2; allowed: at least 2"),
+    ],
+)
+def test_a_basis_that_the_shared_adapter_cannot_give_is_refused_before_anybody_trains(
+    run: Run, config_path: Path, overrides: dict[str, Any], wrong: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why):
+        prepare(str(config_path), {**overrides, "federation.basis_of": "shared", **wrong})
 
 
 @pytest.mark.parametrize(("size", "allowed"), [(5, "2 to 4"), (6, "2 to 4")])
