@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from soppu.adapter import LoraAdapter, LoraPair
-from soppu.compress import CompressOptions, compress
+from soppu.compress import CompressOptions, compress, compress_cores
 from soppu.compress.bundle.bundle import Bundle
+from soppu.cores.around import around
+from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
 from soppu.models import linear_shapes
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.decoders.decoder import make_decoder
@@ -88,6 +91,33 @@ def served_logits(
     decoder = make_decoder(model, bank.router, KVCache(rows=b, limit=len(ids)))
     step = Step(torch.tensor([ids] * b), range(b), starts=[0] * b, counts=[len(ids)] * b)
     return decoder.forward(step, Routing([bank.resolve(adapter).where for adapter in adapters]))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_cores_around_a_shared_adapter_answer_as_its_own_pairs_do(bits: int) -> None:
+    base, model = tiny.model("llama"), tiny.model("llama")
+    shared = tiny.lora(base, seed=1)
+    basis = around(shared, k=9, modules=["down_proj"], seed=0)  # the others have three directions
+    begun, g = from_lora(shared, basis).core, torch.Generator().manual_seed(2)
+    members = {
+        user: replace(
+            begun,
+            cores={name: s + 0.3 * torch.randn(s.shape, generator=g) for name, s in begun.cores.items()},
+        )
+        for user in ("alice", "bob")
+    }
+    options = CompressOptions(method="joint", basis_bits=bits, core_bits=bits)
+    made = Bundle.from_bytes(compress_cores(members, basis, options).to_bytes())
+    bank = AdapterBank(model, base_hash=tiny.BASE_HASH)
+    bank.stage(made, bundle_id=FIRST)
+    ids = [5, 9, 11, 3]
+    found = served_logits(model, bank, adapters=[f"alice@{FIRST}", "", f"bob@{FIRST}"], ids=ids)
+    for row, user in ((0, "alice"), (1, ""), (2, "bob")):
+        core = CoreInBasis(members[user], basis).to_lora() if user else None
+        with torch.no_grad():
+            wanted = tiny.merged(base, core)(torch.tensor([ids])).logits[0, -1]
+        error = float((found[row] - wanted).norm() / wanted.norm())
+        assert error < (1e-5 if bits == 32 or not user else 0.05)
 
 
 @pytest.mark.parametrize("family", ["llama", *thorough("gpt2", "opt")])

@@ -42,14 +42,16 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 @pytest.mark.parametrize(
-    ("k_out", "k_in", "bits", "most"), [(4, 6, 32, 1e-5), (6, 4, 32, 1e-5), (5, 5, 8, 0.03)]
+    ("k_out", "k_in", "wide", "bits", "most"),
+    [(4, 6, 0, 32, 1e-5), (6, 4, 0, 32, 1e-5), (5, 5, 0, 8, 0.03), (2, 2, 5, 32, 1e-5)],
 )
 def test_a_mixed_batch_of_cores_gets_what_the_exact_pairs_add(
-    kernel: Kernel, k_out: int, k_in: int, bits: int, most: float
+    kernel: Kernel, k_out: int, k_in: int, wide: int, bits: int, most: float
 ) -> None:
     sides = {}
-    for name, (o, i) in engine.SHAPES.items():
-        u, v = drawn(o, k_out, seed=1), drawn(i, k_in, seed=2)
+    for number, (name, (o, i)) in enumerate(engine.SHAPES.items()):
+        more = wide * (number % 2)  # every second module is wider, in layers of several parts too
+        u, v = drawn(o, k_out + more, seed=1), drawn(i, k_in + more, seed=2)
         sides[name] = (u / u.norm(dim=0), v / v.norm(dim=0))
     basis = CoreBasis(sides, "tiny", "b" * 64)
     members = {user: a_core(basis, 10 * own, own=own) for own, user in enumerate(("ann", "bob", "cem"))}
