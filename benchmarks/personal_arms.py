@@ -24,7 +24,7 @@ CORE, BESIDE, MEAN, PROJECTED = "core", "core beside shared", "mean core", "full
 RANDOM, WEIGHTS, FEDSB, FEDSA = "random basis", "basis of the weights", "Fed-SB", "FedSA"
 AROUND, LEARNT = "core around shared", "learnt basis"
 OURS = (CORE, BESIDE, AROUND, LEARNT)
-INSIDE = (CORE, AROUND, LEARNT)  # the shared adapter is told in the basis, and cores begin there
+INSIDE = (CORE, AROUND)  # the shared adapter is told in the basis, and cores begin there
 DOWN = ("down_proj",)  # the one projection where a user's own numbers are best spent
 TRAINED_FOR_ALL = (MORE, FEDSB)  # on the cohort's pooled text: nothing is a user's own
 NOT_TRAINED = (BASE, SHARED, MEAN, PROJECTED)
@@ -64,10 +64,10 @@ def on_down(name: str, k: int = 0, own: int = 0) -> Arm:
 
 _FIRST = (
     *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
-    *(on_down(RANDOM, 64), on_down(AROUND, 32), on_down(AROUND, 48), on_down(AROUND, 64)),
-    *(on_down(LORA, own=1), ours(64), Arm(RANDOM, 32), ours(32), on_down(RANDOM, 32), Arm(LORA, own=1)),
-    *(on_down(LORA, own=2), on_down(LEARNT, 32), on_down(RANDOM, 48), on_down(LORA, own=8)),
-    *(on_down(AROUND, 16), on_down(RANDOM, 16), on_down(BESIDE, 64)),
+    *(on_down(RANDOM, 64), on_down(LEARNT, 64), on_down(AROUND, 32), on_down(LEARNT, 32)),
+    *(on_down(LORA, own=1), on_down(LORA, own=2), on_down(RANDOM, 32), Arm(LORA, own=1), Arm(RANDOM, 32)),
+    *(on_down(AROUND, 64), ours(64), on_down(LORA, own=8), ours(32), on_down(AROUND, 48)),
+    *(on_down(LEARNT, 48), on_down(RANDOM, 48), on_down(RANDOM, 16), on_down(BESIDE, 64)),
 )
 _MAIN = (
     *(beside(32), ours(32, 1), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),

@@ -27,10 +27,10 @@ from soppu.compress import CompressOptions, compress
 from soppu.compress.joining import basis_of
 from soppu.cores import basis as bases
 from soppu.cores import basis_file
+from soppu.cores import core as cores
 from soppu.cores.around import around
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreInBasis
-from soppu.cores.projecting import from_lora
 from soppu.federation import emulator, learn_basis, wire
 from soppu.federation.attach import initial_pairs
 from soppu.federation.learn_basis import LearnOptions
@@ -44,7 +44,7 @@ FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, 
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 OTHERS = 16_384  # tokens that are in no training text, drawn for the head that is trained through
 COHORT = 24  # users whose text the shared adapter is trained on
-LEARN: Mapping[str, Any] = {"episodes": 6, "steps": 40, "rate": 1e-3, "core_rate": 0.06}  # of a learnt basis
+LEARN: Mapping[str, Any] = {"episodes": 4, "steps": 40, "rate": 1e-3, "core_rate": 0.06}  # of a learnt basis
 _LEARN_MARKS = (30, 45, 60)  # steps after which cores in it are looked at
 SETTINGS: Mapping[str, Any] = {
     "edition": 5,  # to be raised where code changes what comes out
@@ -258,9 +258,9 @@ class Ground:
         return around(self.shared, k=k, modules=modules, seed=self.seed)
 
     def learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
-        """Learnt through cores of the first users of the basis.
+        """Learnt through cores of the first users of the basis, beside the shared adapter.
 
-        Begun around the shared adapter, for as many episodes as are best for whom step sizes are chosen on.
+        Begun with random directions, for as many episodes as are best for whom step sizes are chosen on.
         """
         path = self.folder / f"learnt-{self.key(f'{k} {modules} {users} {LEARN}')}.safetensors"
         if not path.exists():
@@ -270,14 +270,10 @@ class Ground:
     def _learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
         texts = [self.training(one) for one in self.roles.basis[:users]]
         tuned = [self.training(one) for one in self.roles.tuned]
-        best, least = self.around(k, modules), math.inf
-        options = LearnOptions(**LEARN, seed=self.seed, batch_size=BATCH)
-        under_way = learn_basis.learnt(
-            self.plain.top, self.base.plan, texts, start=best, shared=self.shared, options=options
-        )
-        for basis in under_way:
-            start = CoreInBasis(from_lora(self.shared, basis).core, basis)
-            way = InLoop(self.plain, start, of_core, seed=self.seed)
+        best, least = self.drawn(k, modules), math.inf
+        options, top = LearnOptions(**LEARN, seed=self.seed, batch_size=BATCH), self.beside.top
+        for basis in learn_basis.learnt(top, self.base.plan, texts, start=best, options=options):
+            way = InLoop(self.beside, CoreInBasis(cores.zero(basis), basis), of_core, seed=self.seed)
             held = way.run(tuned, rate=LEARN["core_rate"] / B_RATIO, marks=_LEARN_MARKS)
             loss = min(self.tuning_loss(way, one) for one in held)
             click.echo(f"{self.corpus}: basis k={k} learnt through {users} users' cores: {loss:.4f}")

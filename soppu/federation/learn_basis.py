@@ -1,9 +1,9 @@
 """A basis that is learnt through the cores trained in it, instead of taken from adapters trained without it.
 
 What users have in common need not lie in where free adapters end: those of two users hardly overlap, and a
-basis of them is little better than a random one. Here everybody in a cohort trains a core from one start,
-while U and V, which all of them share, follow the gradient of the same losses. After some steps the cores are
-forgotten and all begin again, so that what is learnt is a basis in which a core trains well.
+basis of them is little better than a random one. Here everybody in a cohort trains a core that begins at
+nothing, while U and V, which all of them share, follow the gradient of the same losses. After some steps the
+cores are forgotten and all begin again, so that what is learnt is a basis in which a core trains well.
 
 Source: FedRep (Collins et al., ICML 2021): its representation is here U and V, its heads are the cores.
 """
@@ -13,11 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from soppu.adapter import LoraAdapter
 from soppu.cores import core as cores
 from soppu.cores.basis import CoreBasis, orthonormal
 from soppu.cores.core import CoreInBasis
-from soppu.cores.projecting import from_lora
 from soppu.federation import emulator
 from soppu.federation.train import CachedBlock, Together, TrainOptions
 
@@ -26,7 +24,7 @@ from soppu.federation.train import CachedBlock, Together, TrainOptions
 class LearnOptions:
     """How a basis is learnt."""
 
-    episodes: int = 4  # each with cores that begin anew
+    episodes: int = 4  # each with cores that begin at nothing
     steps: int = 40  # of the optimiser, an episode
     rate: float = 1e-3  # AdamW step size of U and V, whose columns are of length 1
     core_rate: float = 0.06  # of cores
@@ -40,23 +38,21 @@ def learnt(
     blocks: Sequence[Sequence[CachedBlock]],
     *,
     start: CoreBasis,
-    shared: LoraAdapter | None = None,
     options: LearnOptions,
 ) -> Iterator[CoreBasis]:
     """The basis after every episode, orthonormal. Cost: a forward and backward pass a step, of every user.
 
     Args:
+        top: with whatever users have beside their cores in it, a shared adapter, say.
         blocks: of every user of the cohort.
         start: whose modules and widths it has: `soppu.cores.basis.drawn` one of nobody's text, say.
-        shared: where cores begin, as far as the basis can tell it; at nothing if left out.
 
     Raises:
         AdapterError: `start` is of other layers than the plan's.
     """
     basis = start
     for episode in range(options.episodes):
-        begun = from_lora(shared, basis, who="shared adapter").core if shared else cores.zero(basis)
-        placed = CoreInBasis(begun, basis, who="cohort")
+        placed = CoreInBasis(cores.zero(basis), basis, who="cohort")
         training = Together(
             top, plan, blocks, starts=[placed] * len(blocks), options=_training(options, episode)
         )
