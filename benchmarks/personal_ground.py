@@ -41,6 +41,7 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # step sizes of A; B 
 GIVEN_UP = 0.2  # nats a token above the best so far: a step size as bad as that is not gone on with
 RISEN = 0.005  # likewise one that has become worse by as much
 FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, one beyond it is
+FIRST_OF_FEW = (1e-2, 3e-2, 1e-1)  # likewise for cores of few modules, whose best is higher
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 OTHERS = 16_384  # tokens that are in no training text, drawn for the head that is trained through
 COHORT = 24  # users whose text the shared adapter is trained on
@@ -194,17 +195,26 @@ class Ground:
                 best, loss = held[0], now
         return best
 
-    def tuned(self, name: str, way: Way, *, on: Sequence[Blocks] | None = None) -> Tuned:
+    def tuned(
+        self,
+        name: str,
+        way: Way,
+        *,
+        on: Sequence[Blocks] | None = None,
+        first: Sequence[float] = FIRST,
+    ) -> Tuned:
         """The step size and number of steps that are best for a way; known ones are looked up.
 
         Args:
             on: texts to train on; those of the users it is chosen on if left out.
+            first: step sizes that are tried whatever they come to.
         """
         path = self._tuned(self.key(name))
         if path.exists():
             told = json.loads(path.read_text())
             return Tuned(told["step_size"], told["steps"], told["tried"])
-        found = tune(self, way, on=on or [self.training(person) for person in self.roles.tuned])
+        own = [self.training(person) for person in self.roles.tuned]
+        found = tune(self, way, on=on or own, first=first)
         files.write_text(path, json.dumps(found.to_dict()))
         return found
 
@@ -333,7 +343,7 @@ class Base:
             yield name, weight.mT if self.plan.fan_in_fan_out else weight
 
 
-def tune(ground: Ground, way: Way, *, on: Sequence[Blocks]) -> Tuned:
+def tune(ground: Ground, way: Way, *, on: Sequence[Blocks], first: Sequence[float] = FIRST) -> Tuned:
     """Try step sizes, more of them while the best is at an end, each after several numbers of steps."""
     losses: dict[tuple[float, int], float] = {}
 
@@ -346,7 +356,7 @@ def tune(ground: Ground, way: Way, *, on: Sequence[Blocks]) -> Tuned:
             if losses[rate, steps] > min(min(losses.values()) + GIVEN_UP, min(own) + RISEN):
                 return
 
-    for rate in FIRST:
+    for rate in first:
         attempt(rate)
     while True:
         rate, steps = min(losses, key=losses.__getitem__)
