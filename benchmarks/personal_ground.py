@@ -264,8 +264,8 @@ class Ground:
         return bases.drawn(shapes, k, seed=self.seed, base_hash=self.base.hash)
 
     def around(self, k: int, modules: Sequence[str]) -> CoreBasis:
-        """The shared adapter's own directions, and random ones in these modules."""
-        return around(self.shared, k=k, modules=modules, seed=self.seed)
+        """The shared adapter's own directions, and random ones in these modules up to k; all are trained."""
+        return replace(around(self.shared, k=k - RANK, modules=modules, seed=self.seed), common=0)
 
     def learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
         """Learnt through cores of the first users of the basis, beside the shared adapter.

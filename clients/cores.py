@@ -87,10 +87,11 @@ def _trained(bench: Workbench, states: Sequence[UserStates], start: CoreInBasis)
     starts = [replace(start, who=one.user.user_id) for one in states]
     search = SearchOptions.of(bench.config.federation)
     best = personalise_many(ground, starts=starts, search=search, options=partial(_options, bench.config))
-    packed = [wire_core.to_state(one.adapter.core) for one in best]
+    common = start.basis.common
+    packed = [wire_core.to_state(one.adapter.core, common=common) for one in best]
     losses = [one.personal for one in best]
     if bench.config.federation.noisy_users:
-        begun = wire_core.to_state(start.core)
+        begun = wire_core.to_state(start.core, common=common)
         packed = [privacy.hidden(state, begun, bench.config.federation) for state in packed]
         losses = _again(ground, packed, starts)
     return [
@@ -109,7 +110,8 @@ def _again(ground: Ground, packed: Sequence[dict[str, Tensor]], starts: Sequence
     sent = []
     for state, start in zip(packed, starts, strict=True):
         rank = next((pair.rank for pair in start.core.own.values()), 0)
-        sent.append(wire_core.from_state(state, start.basis, own_rank=rank, who=start.who))
+        told = wire_core.from_state(state, start.basis, own_rank=rank, who=start.who, start=start.core)
+        sent.append(told)
     return mean_losses(ground.top, ground.plan, ground.validation, adapters=sent)
 
 

@@ -19,7 +19,7 @@ from server.agreement import (
     tensors,
 )
 from soppu.cores.basis import CoreBasis
-from soppu.cores.core import CoreInBasis
+from soppu.cores.core import CoreAdapter, CoreInBasis
 from soppu.errors import AdapterError
 from soppu.federation import wire_core
 
@@ -45,12 +45,14 @@ class CoreAgreement:
         whole: what is agreed on adapters in this federation: the plan, and how far one user may go.
         basis: that the cores are told in.
         own_rank: of the user's own beside the core, in every module.
-        start: what all begin with, as it is on the wire.
+        shared: the core that all begin with; where the basis has something in common it is of this.
+        start: what all begin with of their own, as it is on the wire.
     """
 
     whole: Agreement
     basis: CoreBasis
     own_rank: int
+    shared: CoreAdapter
     start: Mapping[str, Tensor]
 
     def read(self, message: Message, user: str) -> Answer:
@@ -64,7 +66,7 @@ class CoreAgreement:
         check_metrics(metrics, user, PERSONAL_METRICS)
         check_weight(metrics, user, most=self.whole.max_examples)
         state = tensors(arrays, user)
-        placed = wire_core.from_state(state, self.basis, own_rank=self.own_rank, who=user)
+        placed = wire_core.from_state(state, self.basis, own_rank=self.own_rank, who=user, start=self.shared)
         check_product(placed.to_lora(), user)
         moved = size({name: state[name].double() - begun.double() for name, begun in self.start.items()})
         came = sum(record.count_bytes() for record in (arrays, metrics, who))

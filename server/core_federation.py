@@ -112,11 +112,12 @@ class CoreFederation(Federation):
         """What every node is asked, and what its reply has to be."""
         rank = self.config.federation.core_own_rank
         own = initial_pairs(self.basis.module_shapes(), rank=rank, seed=self.config.seed) if rank else {}
-        begun = wire_core.to_state(dataclasses.replace(self.start.core, own=own))
+        shared = self.start.core
+        begun = wire_core.to_state(dataclasses.replace(shared, own=own), common=self.basis.common)
         return CoreRound(
-            CoreAgreement(self.agreement, self.basis, rank, begun),
+            CoreAgreement(self.agreement, self.basis, rank, shared, begun),
             emulator=ArrayRecord(wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)),
-            start=ArrayRecord(wire_core.to_state(self.start.core)),
+            start=ArrayRecord(wire_core.to_state(shared)),
             order=self.order(),
             basis=basis_file.encode(self.basis),
             log=self.log,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,17 @@ from soppu.errors import AdapterError
 
 @dataclass(frozen=True, eq=False)
 class CoreBasis:
-    """U (o, k_out) and V (i, k_in) of every module that has both; they need not be orthonormal."""
+    """U (o, k_out) and V (i, k_in) of every module that has both; they need not be orthonormal.
+
+    Of every side the first `common` columns tell what all users share: the rows and columns of a core that
+    belong to them are everybody's, and nobody trains or sends them.
+    """
 
     sides: Mapping[str, tuple[Tensor, Tensor]]  # by full-model module name
     base_model: str = ""
     base_hash: str = ""
     fan_in_fan_out: bool = False
+    common: int = 0
     _hash: str = field(default="", init=False, repr=False)
 
     @property
@@ -29,9 +34,10 @@ class CoreBasis:
         return Base(self.base_model, self.base_hash)
 
     def content_hash(self) -> str:
-        """SHA-256 over base hash, weight layout, and every number, by name. O(size), once."""
+        """SHA-256 over base hash, weight layout, what is common, and every number, by name. O(size), once."""
         if not self._hash:
             head = f"soppu-basis-1\n{self.base_hash}\n{self.fan_in_fan_out}\n"
+            head += f"common {self.common}\n" if self.common else ""
             object.__setattr__(self, "_hash", hash_of(head, self.tensors().items()))
         return self._hash
 
@@ -51,6 +57,11 @@ class CoreBasis:
     def core_shapes(self) -> dict[str, tuple[int, int]]:
         """Module name -> (k_out, k_in)."""
         return {name: (int(u.shape[1]), int(v.shape[1])) for name, (u, v) in self.sides.items()}
+
+    def free_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> rows and columns of a core that are a user's own; (0, 0) where all is in common."""
+        free = {n: (out - self.common, inn - self.common) for n, (out, inn) in self.core_shapes().items()}
+        return {name: shape if min(shape) > 0 else (0, 0) for name, shape in free.items()}
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """Module name -> (o, i)."""
@@ -73,7 +84,7 @@ def drawn(shapes: Mapping[str, tuple[int, int]], k: int, *, seed: int, base_hash
 def orthonormal(basis: CoreBasis) -> CoreBasis:
     """The basis of the same directions, made orthonormal from the first one on. O(k^2 (o + i)) a module."""
     sides = {name: (_orthonormal(u), _orthonormal(v)) for name, (u, v) in basis.sides.items()}
-    return CoreBasis(sides, basis.base_model, basis.base_hash, basis.fan_in_fan_out)
+    return replace(basis, sides=sides)
 
 
 def _orthonormal(side: Tensor) -> Tensor:
@@ -98,3 +109,9 @@ def validate(basis: CoreBasis, *, who: str) -> None:
             raise AdapterError(f"{who}: {name} is {tensor.dtype}, allowed: torch.float32")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{who}: {name} holds NaN or Inf; take an earlier basis")
+    narrow = min(min(shape) for shape in basis.core_shapes().values())
+    if not 0 <= basis.common <= narrow or not any(map(any, basis.free_shapes().values())):
+        raise AdapterError(
+            f"{who}: common = {basis.common}, allowed: 0 to {narrow}, the fewest directions of a side,"
+            " and some module has to have more"
+        )

@@ -19,6 +19,7 @@ FORMAT = 1
 _HEAD = "soppu-basis"  # the one entry of the header: safetensors keeps no order among several
 _KEY = re.compile(r"(?P<module>.+)\.(?P<side>[UV])")
 _FIELDS = {"base_model": str, "base_hash": str, "fan_in_fan_out": bool, "content": str}
+_COMMON = "common"  # told where it is not 0
 _CURE = "write the file again"
 
 
@@ -27,6 +28,7 @@ def encode(basis: CoreBasis) -> bytes:
     tensors = {name: one.detach().cpu().contiguous().clone() for name, one in basis.tensors().items()}
     told = {name: getattr(basis, name) for name in _FIELDS if name != "content"}
     told |= {"format": FORMAT, "id": basis.id, "content": basis.content_hash()}
+    told |= {_COMMON: basis.common} if basis.common else {}
     return save(tensors, metadata={_HEAD: json.dumps(told, sort_keys=True)})
 
 
@@ -47,8 +49,11 @@ def read(path: Path) -> CoreBasis:
     for name, kind in _FIELDS.items():
         if type(told.get(name)) is not kind:
             raise AdapterError(f"{path}: {name} = {told.get(name)!r}, expected a {kind.__name__}; {_CURE}")
-    noted = told["content"]
-    basis = CoreBasis(_sides(tensors, path), **{name: told[name] for name in _FIELDS if name != "content"})
+    noted, common = told["content"], told.get(_COMMON, 0)
+    if type(common) is not int:
+        raise AdapterError(f"{path}: {_COMMON} = {common!r}, expected a whole number; {_CURE}")
+    named = {name: told[name] for name in _FIELDS if name != "content"}
+    basis = CoreBasis(_sides(tensors, path), **named, common=common)
     validate(basis, who=str(path))
     if basis.content_hash() != noted:
         raise AdapterError(

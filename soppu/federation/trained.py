@@ -100,6 +100,7 @@ class Trained(Generic[Kind]):
             bases = {name: stack.basis for name, stack in stacks.items() if stack.basis is not None}
             self._grams = {name: (u.mT @ u, v.mT @ v) for name, (u, v) in bases.items()}
             self._origins = {name: _copy(stacks[name].core) for name in bases}
+        self._common = max((one.basis.common for one in starts if isinstance(one, CoreInBasis)), default=0)
 
     def parameters(self, *sides: str) -> list[Tensor]:
         """What is trained of these: "core", "A", "B"."""
@@ -123,8 +124,7 @@ class Trained(Generic[Kind]):
         assert isinstance(start, CoreInBasis)
         held = {name: stack.basis for name, stack in self._stacks.items() if stack.basis is not None}
         sides = {name: (_copy(u).cpu(), _copy(v).cpu()) for name, (u, v) in held.items()}
-        old = start.basis
-        return CoreBasis(sides, old.base_model, old.base_hash, old.fan_in_fan_out)
+        return replace(start.basis, sides=sides)
 
     def attached(self, model: nn.Module, row: Tensor) -> AbstractContextManager[None]:
         """Have `model` (of the adapter layers) answer example b of a batch as user `row[b]`'s."""
@@ -150,13 +150,23 @@ class Trained(Generic[Kind]):
         return torch.stack(terms).sum()
 
     def hold(self, rows: int, columns: int) -> None:
-        """No gradient for the first rows of A and columns of B: Adam without decay then leaves them alone."""
+        """No gradient for the first rows of A and columns of B, nor for what a basis has in common.
+
+        Adam without decay then leaves them alone.
+        """
         for A in self.parameters("A") if rows else ():
             assert A.grad is not None
             A.grad[:, :rows] = 0
         for B in self.parameters("B") if columns else ():
             assert B.grad is not None
             B.grad[:, :, :columns] = 0
+        for stack in self._stacks.values() if self._common else ():
+            assert stack.core is not None and stack.core.grad is not None
+            stack.core.grad[:, : self._common] = 0
+            stack.core.grad[:, :, : self._common] = 0
+            for side in stack.basis or ():
+                if side.grad is not None:
+                    side.grad[:, : self._common] = 0
 
     def adapter(self, user: int) -> Kind:
         """A copy of what a user has now: full-model names, float32, on the CPU."""

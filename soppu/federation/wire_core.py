@@ -1,7 +1,9 @@
-"""A core on the wire: all its numbers in one tensor. A tensor each costs more in headers than in numbers.
+"""A core on the wire: its numbers in one tensor. A tensor each costs more in headers than in numbers.
 
 core.numbers    float32 (n,): of every module, in the order of their names, S row by row; then, where
                 users have ranks of their own, A and B of every module
+
+What a user sends are the numbers that are their own; the start that the server sends has all of them.
 """
 
 from __future__ import annotations
@@ -21,28 +23,50 @@ NUMBERS = "core.numbers"
 FORM = "core"  # what a reply says of itself
 
 
-def to_state(core: CoreAdapter) -> dict[str, Tensor]:
-    """Core -> {NUMBERS: float32 (n,)}. Ranks of its own are of every module, or of none."""
-    tensors = core.tensors()
+def to_state(core: CoreAdapter, *, common: int = 0) -> dict[str, Tensor]:
+    """Core -> {NUMBERS: float32 (n,)}. Ranks of its own are of every module, or of none.
+
+    Args:
+        common: rows and columns of every S that are left out, the first ones.
+    """
+    tensors = {name: _free(tensor, name, common) for name, tensor in core.tensors().items()}
     flat = [tensors[name].detach().float().reshape(-1) for name in _order(core.cores, bool(core.own))]
     return {NUMBERS: torch.cat(flat)}
 
 
-def from_state(state: Mapping[str, Tensor], basis: CoreBasis, *, own_rank: int, who: str) -> CoreInBasis:
+def from_state(
+    state: Mapping[str, Tensor],
+    basis: CoreBasis,
+    *,
+    own_rank: int,
+    who: str,
+    start: CoreAdapter | None = None,
+) -> CoreInBasis:
     """Numbers -> the core beside its basis, with everything checked that a sender could get wrong.
+
+    Args:
+        start: a core that has what is in common, where the numbers are those of a user alone.
 
     Raises:
         AdapterError: another tensor, other than as many numbers, another kind of them, NaN or Inf.
     """
-    shapes = _shapes(basis, own_rank)
+    common = basis.common if start else 0
+    shapes = _shapes(basis, own_rank, common=common)
     _check(state, sum(map(math.prod, shapes.values())), who)
     sizes = [math.prod(shape) for shape in shapes.values()]
     parts = state[NUMBERS].split(sizes)
     tensors = {name: part.reshape(shapes[name]).clone() for name, part in zip(shapes, parts, strict=True)}
     cores = {name: tensors[f"{name}.core"] for name in basis.sides}
+    for name, free in cores.items() if start and common else ():
+        cores[name] = start.cores[name].clone()
+        cores[name][common:, common:] = free
     pairs = {name: LoraPair(tensors[f"{name}.own_A"], tensors[f"{name}.own_B"]) for name in _owners(shapes)}
     core = CoreAdapter(basis.id, cores, pairs, basis.base_model, basis.base_hash, basis.fan_in_fan_out)
     return CoreInBasis(core, basis, who=who)
+
+
+def _free(tensor: Tensor, name: str, common: int) -> Tensor:
+    return tensor[common:, common:] if common and name.endswith(".core") else tensor
 
 
 def _check(state: Mapping[str, Tensor], count: int, who: str) -> None:
@@ -58,8 +82,8 @@ def _check(state: Mapping[str, Tensor], count: int, who: str) -> None:
 
 
 def numbers(basis: CoreBasis, *, own_rank: int) -> int:
-    """How many a core has."""
-    return sum(map(math.prod, _shapes(basis, own_rank).values()))
+    """How many of a core are a user's own."""
+    return sum(map(math.prod, _shapes(basis, own_rank, common=basis.common).values()))
 
 
 def _order(modules: Mapping[str, object], own: bool) -> Iterator[str]:
@@ -68,9 +92,10 @@ def _order(modules: Mapping[str, object], own: bool) -> Iterator[str]:
     yield from (f"{name}.own_{side}" for name in names for side in "AB" if own)
 
 
-def _shapes(basis: CoreBasis, own_rank: int) -> dict[str, tuple[int, int]]:
+def _shapes(basis: CoreBasis, own_rank: int, *, common: int) -> dict[str, tuple[int, int]]:
     """Every tensor of a core, in the order of the wire."""
-    shapes = {f"{name}.core": shape for name, shape in basis.core_shapes().items()}
+    cores = basis.core_shapes().items()
+    shapes = {f"{name}.core": (max(0, out - common), max(0, inn - common)) for name, (out, inn) in cores}
     for name, (o, i) in basis.module_shapes().items() if own_rank else ():
         shapes |= {f"{name}.own_A": (own_rank, i), f"{name}.own_B": (o, own_rank)}
     return {name: shapes[name] for name in _order(basis.sides, bool(own_rank))}

@@ -67,17 +67,12 @@ def cohort(config: Config) -> tuple[str, ...]:
 
 def _check_around(config: Config, base: BaseModel) -> None:
     """Refuse what the shared adapter will not give, before it is trained."""
-    settings, rank = config.federation, config.lora.rank
+    settings = config.federation
     plan = emulator.configured_plan(config, models.skeleton(base), base_hash=base.hash)
     if odd := [name for name in settings.basis_modules if name not in plan.target_modules]:
         raise ConfigError(
             f"federation.basis_modules = {list(settings.basis_modules)}: {', '.join(odd)} is not adapted;"
             f" allowed: some of {', '.join(plan.target_modules)}, [] for all"
-        )
-    if settings.basis_rank < rank:
-        raise ConfigError(
-            f"federation.basis_rank = {settings.basis_rank}: a basis around the shared adapter holds its"
-            f" rank, lora.rank = {rank}; allowed: at least {rank}"
         )
 
 

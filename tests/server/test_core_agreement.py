@@ -44,7 +44,7 @@ def an_agreement(*, own_rank: int = 0) -> CoreAgreement:
         cores.zero(basis), cores={name: torch.eye(2) for name in basis.sides}, own=an_own(basis, own_rank)
     )
     whole = Agreement("p" * 64, SHAPES, 2, "tiny", "b" * 64, False, max_examples=50)
-    return CoreAgreement(whole, basis, own_rank, wire_core.to_state(core))
+    return CoreAgreement(whole, basis, own_rank, core, wire_core.to_state(core))
 
 
 def an_own(basis: CoreBasis, rank: int) -> dict[str, Any]:

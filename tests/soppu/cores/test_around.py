@@ -7,6 +7,7 @@ import torch
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.cores.around import around
+from soppu.cores.basis import validate
 from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import AdapterError
@@ -25,8 +26,11 @@ def a_shared(rank: int = 2, *, seed: int = 0) -> LoraAdapter:
 
 def test_it_tells_the_shared_adapter_exactly_and_is_wide_where_it_is_asked_to_be() -> None:
     shared = a_shared()
-    basis = around(shared, k=5, modules=["down_proj"], seed=3)
+    basis = around(shared, k=3, modules=["down_proj"], seed=3)
     assert basis.core_shapes() == {n: (2, 2) if "q_proj" in n else (5, 5) for n in SHAPES}
+    assert basis.common == 2
+    assert basis.free_shapes() == {n: (0, 0) if "q_proj" in n else (3, 3) for n in SHAPES}
+    validate(basis, who="basis")
     assert basis.module_shapes() == SHAPES and basis.base == shared.base and basis.fan_in_fan_out
     for side in (side for sides in basis.sides.values() for side in sides):
         torch.testing.assert_close(side.mT @ side, torch.eye(side.shape[1]), atol=1e-5, rtol=0)
@@ -42,7 +46,7 @@ def test_it_tells_the_shared_adapter_exactly_and_is_wide_where_it_is_asked_to_be
 
 def test_no_module_named_is_every_module_and_no_side_is_wider_than_its_layer() -> None:
     basis = around(a_shared(), k=8, modules=(), seed=0)
-    assert basis.core_shapes() == {"l.0.q_proj": (6, 8), "l.0.down_proj": (7, 8), "l.1.down_proj": (7, 8)}
+    assert basis.core_shapes() == {"l.0.q_proj": (6, 9), "l.0.down_proj": (7, 10), "l.1.down_proj": (7, 10)}
 
 
 def test_what_is_drawn_is_of_the_seed_and_differs_between_modules() -> None:
@@ -59,11 +63,12 @@ def test_an_adapter_of_no_change_yet_is_held_too() -> None:
     pairs = {name: LoraPair(pair.A, torch.zeros_like(pair.B)) for name, pair in begun.pairs.items()}
     basis = around(LoraAdapter(pairs, "m", "b" * 64), k=4, modules=(), seed=0)
     assert all(bool(torch.isfinite(side).all()) for sides in basis.sides.values() for side in sides)
-    assert basis.core_shapes()["l.0.down_proj"] == (4, 4)
+    assert basis.core_shapes()["l.0.down_proj"] == (6, 6)
 
 
 def test_what_it_cannot_be_made_of_is_named() -> None:
     with pytest.raises(AdapterError, match=r"no module up_proj; there are down_proj, q_proj"):
         around(a_shared(), k=4, modules=["up_proj", "q_proj"], seed=0)
-    with pytest.raises(AdapterError, match=r"l\.0\.down_proj: the shared adapter has rank 2, a basis of 1"):
-        around(a_shared(), k=1, modules=["down_proj"], seed=0)
+    pairs = dict(a_shared().pairs) | {"l.0.q_proj": a_shared(3).pairs["l.0.q_proj"]}
+    with pytest.raises(AdapterError, match=r"ranks 2, 3, allowed: one for all"):
+        around(LoraAdapter(pairs), k=1, modules=(), seed=0)
