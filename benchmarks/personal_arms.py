@@ -22,9 +22,9 @@ from soppu.federation.attach import initial_pairs
 BASE, SHARED, MORE, FULL, LORA = "base", "shared", "shared, as many steps", "full LoRA", "LoRA"
 CORE, BESIDE, MEAN, PROJECTED = "core", "core beside shared", "mean core", "full LoRA, projected"
 RANDOM, WEIGHTS, FEDSB, FEDSA = "random basis", "basis of the weights", "Fed-SB", "FedSA"
-AROUND, LEARNT = "core around shared", "learnt basis"
-OURS = (CORE, BESIDE, AROUND, LEARNT)
-INSIDE = (CORE, AROUND)  # the shared adapter is told in the basis, and cores begin there
+HELD, AROUND, LEARNT = "core beside shared, drawn", "core around shared", "learnt basis"
+OURS = (CORE, BESIDE, HELD, AROUND, LEARNT)
+INSIDE = (CORE, HELD, AROUND)  # the shared adapter is told in the basis, and cores begin there
 DOWN = ("down_proj",)  # the one projection where a user's own numbers are best spent
 TRAINED_FOR_ALL = (MORE, FEDSB)  # on the cohort's pooled text: nothing is a user's own
 NOT_TRAINED = (BASE, SHARED, MEAN, PROJECTED)
@@ -64,10 +64,11 @@ def on_down(name: str, k: int = 0, own: int = 0) -> Arm:
 
 _FIRST = (
     *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
-    *(on_down(RANDOM, 64), on_down(LEARNT, 64), on_down(AROUND, 32), on_down(LEARNT, 32)),
-    *(on_down(LORA, own=1), on_down(LORA, own=2), on_down(RANDOM, 32), Arm(LORA, own=1), Arm(RANDOM, 32)),
-    *(on_down(AROUND, 64), ours(64), on_down(LORA, own=8), ours(32), on_down(AROUND, 48)),
-    *(on_down(LEARNT, 48), on_down(RANDOM, 48), on_down(RANDOM, 16), on_down(BESIDE, 64)),
+    *(on_down(RANDOM, 64), on_down(AROUND, 32), on_down(LEARNT, 64), on_down(HELD, 72)),
+    *(on_down(LORA, own=1), on_down(LORA, own=2), ours(64), on_down(HELD, 32)),
+    *(Arm(RANDOM, 32), Arm(LORA, own=1), on_down(HELD, 48), ours(32), on_down(HELD, 64)),
+    *(on_down(LEARNT, 32), on_down(RANDOM, 32), on_down(HELD, 16), on_down(LORA, own=8)),
+    *(on_down(BESIDE, 64), on_down(LEARNT, 48)),
 )
 _MAIN = (
     *(beside(32), ours(32, 1), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
@@ -117,7 +118,9 @@ def start_of(arm: Arm, ground: Ground) -> CoreInBasis:
 def core_of(arm: Arm, ground: Ground, held: Mapping[str, Tensor]) -> CoreInBasis:
     """The numbers that a user sent in an arm of cores, as the core that they were trained as."""
     start = start_of(arm, ground)
-    cores_ = {name: held[f"{name}.core"] for name in start.core.cores}
+    cores_ = {name: core.clone() for name, core in start.core.cores.items()}
+    for name, core in cores_.items():
+        core[start.basis.common :, start.basis.common :] = held[f"{name}.core"]
     own = {name: LoraPair(held[f"{name}.own_A"], held[f"{name}.own_B"]) for name in start.core.own}
     return replace(start, core=replace(start.core, cores=cores_, own=own))
 
@@ -126,8 +129,8 @@ def basis_of(arm: Arm, ground: Ground) -> CoreBasis:
     """The basis that an arm's cores are told in."""
     if arm.name == RANDOM:
         return ground.drawn(arm.k, arm.modules)
-    if arm.name == AROUND:
-        return ground.around(arm.k, arm.modules)
+    if arm.name in (HELD, AROUND):
+        return ground.around(arm.k, arm.modules, held=arm.name == HELD)
     if arm.name == LEARNT:
         return ground.learnt(arm.k, arm.modules, arm.basis_users)
     if arm.name in (WEIGHTS, FEDSB):
@@ -149,7 +152,7 @@ def _of_weights(arm: Arm, ground: Ground) -> CoreBasis:
 def bytes_down(arm: Arm, ground: Ground) -> dict[str, Tensor]:
     """What a user is given before training: the shared adapter, and a basis that no seed or weight gives."""
     given = {} if arm.name in (BASE, PROJECTED, MEAN, *INSIDE) else wire.to_state(ground.shared)
-    if arm.basis_users or arm.name == AROUND:
+    if arm.basis_users or arm.name in (HELD, AROUND):
         basis = basis_of(arm, ground)
         given |= {
             f"{name}.{side}": t

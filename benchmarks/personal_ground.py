@@ -263,9 +263,14 @@ class Ground:
         shapes = self.base.shapes(modules)
         return bases.drawn(shapes, k, seed=self.seed, base_hash=self.base.hash)
 
-    def around(self, k: int, modules: Sequence[str]) -> CoreBasis:
-        """The shared adapter's own directions, and random ones in these modules up to k; all are trained."""
-        return replace(around(self.shared, k=k - RANK, modules=modules, seed=self.seed), common=0)
+    def around(self, k: int, modules: Sequence[str], *, held: bool) -> CoreBasis:
+        """The shared adapter's own directions, and random ones in these modules.
+
+        Args:
+            held: k are beside the shared ones, which stay; else with them, and all are trained.
+        """
+        made = around(self.shared, k=k if held else k - RANK, modules=modules, seed=self.seed)
+        return made if held else replace(made, common=0)
 
     def learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
         """Learnt through cores of the first users of the basis, beside the shared adapter.

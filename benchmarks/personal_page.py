@@ -31,6 +31,7 @@ _ARMS = {
     "core": "**core k={k}**",
     "core beside shared": "**core k={k} beside shared**",
     "mean core": "mean of the cohort's cores, k={k}",
+    "core beside shared, drawn": "**core k={k} beside shared, in random directions**",
     "core around shared": "**core k={k} around shared**",
     "learnt basis": "**core k={k} in a learnt basis, beside shared**",
     "random basis": "core k={k} in a random basis, beside shared",
@@ -44,7 +45,8 @@ _ARMS = {
 _COLOURS = {
     "core": "#0072b2",
     "core beside shared": "#56b4e9",
-    "core around shared": "#009e73",
+    "core beside shared, drawn": "#009e73",
+    "core around shared": "#7fce9f",
     "learnt basis": "#004d38",
     "LoRA": "#e69f01",
     "full LoRA": "#a63d00",
