@@ -22,11 +22,15 @@ from benchmarks import (
     served_study,
 )
 from benchmarks.personal_arms import (
+    AROUND,
     BASE,
     BESIDE,
     BLOCKS,
     CORE,
+    DOWN,
     FULL,
+    HELD,
+    LEARNT,
     LORA,
     MORE,
     PROJECTED,
@@ -238,6 +242,31 @@ def test_controls_have_the_numbers_that_they_are_said_to_have(ground: Ground) ->
     assert by[personal_arms.FEDSB]["numbers"] == 0 and by["unilora"]["numbers"] == 64
     assert by[LORA]["numbers"] == 2 * sum(map(sum, shapes)) and by["tinylora"]["numbers"] == 64 * len(shapes)
     assert all(by[arm.name]["mean"] < by[SHARED]["mean"] for arm in CONTROLS)  # each has learnt something
+
+
+def test_numbers_of_one_projection_are_counted_and_told_again(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        personal_ground, "LEARN", {"episodes": 2, "steps": 2, "rate": 1e-3, "core_rate": 0.06}
+    )
+    held = Arm(HELD, 4, modules=DOWN)
+    arms = Arm(SHARED), held, Arm(AROUND, 12, modules=DOWN), Arm(LEARNT, 4, basis_users=2, modules=DOWN)
+    personal.study(ground, arms, {"commit": ""})
+    by = {one["arm"]: one for one in personal.stored()["rows"]}
+    shapes = emulator.target_shapes(ground.base.model, ground.base.plan)
+    down = sum(name.endswith("down_proj") for name in shapes)
+    assert 0 < down < len(shapes)
+    assert by[HELD]["numbers"] == by[LEARNT]["numbers"] == 16 * down
+    assert by[AROUND]["numbers"] == 144 * down + 64 * (len(shapes) - down)
+    for arm in arms[1:]:
+        row = by[arm.name]
+        assert row["modules"] == list(DOWN) and row["mean"] < by[SHARED]["mean"]
+    own = personal.own_of(held, ground)  # the shared part is not among it, and is there again
+    for who in ground.roles.reported:
+        again = personal_arms.core_of(held, ground, own[who.id]).to_lora()
+        loss = ground.plain.judged(ground.text(who).heldout, again)
+        assert loss == pytest.approx(by[HELD]["losses"][who.id], abs=1e-5)
 
 
 def test_what_a_user_has_beside_the_shared_adapter_is_told_exactly_in_a_basis_of_it(ground: Ground) -> None:
