@@ -64,15 +64,15 @@ def on_down(name: str, k: int = 0, own: int = 0) -> Arm:
 
 _FIRST = (
     *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
-    *(on_down(RANDOM, 64), on_down(AROUND, 32), on_down(LEARNT, 64), on_down(HELD, 72)),
-    *(on_down(LORA, own=1), on_down(LORA, own=2), ours(64), on_down(HELD, 32)),
-    *(Arm(RANDOM, 32), Arm(LORA, own=1), on_down(HELD, 48), ours(32), on_down(HELD, 64)),
-    *(on_down(LEARNT, 32), on_down(RANDOM, 32), on_down(HELD, 16), on_down(LORA, own=8)),
-    *(on_down(BESIDE, 64), on_down(LEARNT, 48)),
+    *(on_down(RANDOM, 64), on_down(AROUND, 32), on_down(LEARNT, 64), on_down(LEARNT, 32)),
+    *(on_down(LORA, own=1), on_down(RANDOM, 32), Arm(LORA, own=1), ours(64)),
+    *(on_down(LORA, own=2), on_down(LEARNT, 48), ours(32), Arm(RANDOM, 32), on_down(LEARNT, 16)),
+    *(Arm(LORA, own=2), on_down(HELD, 32), on_down(HELD, 64), on_down(RANDOM, 16), on_down(LORA, own=8)),
+    *(on_down(RANDOM, 48), on_down(BESIDE, 64), ours(48)),
 )
 _MAIN = (
-    *(beside(32), ours(32, 1), Arm(LORA, own=2), ours(16), Arm(LORA, own=4)),
-    *(Arm(RANDOM, 64), ours(48), Arm(RANDOM, 16), on_down(WEIGHTS, 32), Arm(WEIGHTS, 32)),
+    *(beside(32), ours(32, 1), ours(16), Arm(LORA, own=4)),
+    *(Arm(RANDOM, 64), Arm(RANDOM, 16), on_down(WEIGHTS, 32), Arm(WEIGHTS, 32)),
     *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
     *(ours(32, name=MEAN), Arm(FEDSB, 32), Arm(FEDSA), ours(48, 1), ours(16, 1)),
 )
