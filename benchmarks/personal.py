@@ -88,7 +88,7 @@ def _trained(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]
     losses = {who.id: way.judged(one, ground.text(who).heldout) for who, one in zip(people, own, strict=True)}
     sent = way.sent(held[0])
     told = {"numbers": 0 if for_all else numbers(sent), "bytes_up": size(sent), "seconds": seconds}
-    if arm.name in arms.INSIDE:
+    if arm.name == arms.CORE:
         told["start_error"] = from_lora(ground.shared, arms.basis_of(arm, ground)).error
     return losses, told | tuned.to_dict()
 

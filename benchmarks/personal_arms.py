@@ -22,9 +22,8 @@ from soppu.federation.attach import initial_pairs
 BASE, SHARED, MORE, FULL, LORA = "base", "shared", "shared, as many steps", "full LoRA", "LoRA"
 CORE, BESIDE, MEAN, PROJECTED = "core", "core beside shared", "mean core", "full LoRA, projected"
 RANDOM, WEIGHTS, FEDSB, FEDSA = "random basis", "basis of the weights", "Fed-SB", "FedSA"
-HELD, AROUND, LEARNT = "core beside shared, drawn", "core around shared", "learnt basis"
-OURS = (CORE, BESIDE, HELD, AROUND, LEARNT)
-INSIDE = (CORE, HELD, AROUND)  # the shared adapter is told in the basis, and cores begin there
+LEARNT = "learnt basis"
+OURS = (CORE, BESIDE, LEARNT)
 DOWN = ("down_proj",)  # the one projection where a user's own numbers are best spent
 TRAINED_FOR_ALL = (MORE, FEDSB)  # on the cohort's pooled text: nothing is a user's own
 NOT_TRAINED = (BASE, SHARED, MEAN, PROJECTED)
@@ -64,10 +63,10 @@ def on_down(name: str, k: int = 0, own: int = 0) -> Arm:
 
 _FIRST = (
     *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
-    *(on_down(RANDOM, 64), on_down(AROUND, 32), on_down(LEARNT, 64), on_down(LEARNT, 32)),
+    *(on_down(RANDOM, 64), on_down(LEARNT, 64), on_down(LEARNT, 32)),
     *(on_down(LORA, own=1), on_down(RANDOM, 32), Arm(LORA, own=1), ours(64)),
     *(on_down(LORA, own=2), on_down(LEARNT, 48), ours(32), Arm(RANDOM, 32), on_down(LEARNT, 16)),
-    *(Arm(LORA, own=2), on_down(HELD, 32), on_down(HELD, 64), on_down(RANDOM, 16), on_down(LORA, own=8)),
+    *(Arm(LORA, own=2), on_down(RANDOM, 16), on_down(LORA, own=8)),
     *(on_down(RANDOM, 48), on_down(BESIDE, 64), ours(48)),
 )
 _MAIN = (
@@ -98,7 +97,7 @@ def way_of(arm: Arm, ground: Ground) -> Way:
     if arm.name == LORA:
         return InLoop(ground.beside, _fresh_lora(ground, arm), whole, seed=ground.seed)
     start = start_of(arm, ground)
-    return InLoop(ground.plain if arm.name in INSIDE else ground.beside, start, of_core, seed=ground.seed)
+    return InLoop(ground.plain if arm.name == CORE else ground.beside, start, of_core, seed=ground.seed)
 
 
 def _fresh_lora(ground: Ground, arm: Arm) -> LoraAdapter:
@@ -109,7 +108,7 @@ def _fresh_lora(ground: Ground, arm: Arm) -> LoraAdapter:
 def start_of(arm: Arm, ground: Ground) -> CoreInBasis:
     """Where a core begins: at the shared adapter as far as the basis can tell it, or at nothing beside it."""
     basis = basis_of(arm, ground)
-    core = from_lora(ground.shared, basis).core if arm.name in INSIDE else cores.zero(basis)
+    core = from_lora(ground.shared, basis).core if arm.name == CORE else cores.zero(basis)
     if arm.own:
         core = replace(core, own=initial_pairs(basis.module_shapes(), rank=arm.own, seed=ground.seed + 1))
     return CoreInBasis(core, basis)
@@ -118,9 +117,7 @@ def start_of(arm: Arm, ground: Ground) -> CoreInBasis:
 def core_of(arm: Arm, ground: Ground, held: Mapping[str, Tensor]) -> CoreInBasis:
     """The numbers that a user sent in an arm of cores, as the core that they were trained as."""
     start = start_of(arm, ground)
-    cores_ = {name: core.clone() for name, core in start.core.cores.items()}
-    for name, core in cores_.items():
-        core[start.basis.common :, start.basis.common :] = held[f"{name}.core"]
+    cores_ = {name: held[f"{name}.core"] for name in start.core.cores}
     own = {name: LoraPair(held[f"{name}.own_A"], held[f"{name}.own_B"]) for name in start.core.own}
     return replace(start, core=replace(start.core, cores=cores_, own=own))
 
@@ -129,8 +126,6 @@ def basis_of(arm: Arm, ground: Ground) -> CoreBasis:
     """The basis that an arm's cores are told in."""
     if arm.name == RANDOM:
         return ground.drawn(arm.k, arm.modules)
-    if arm.name in (HELD, AROUND):
-        return ground.around(arm.k, arm.modules, held=arm.name == HELD)
     if arm.name == LEARNT:
         return ground.learnt(arm.k, arm.modules, arm.basis_users)
     if arm.name in (WEIGHTS, FEDSB):
@@ -151,8 +146,8 @@ def _of_weights(arm: Arm, ground: Ground) -> CoreBasis:
 
 def bytes_down(arm: Arm, ground: Ground) -> dict[str, Tensor]:
     """What a user is given before training: the shared adapter, and a basis that no seed or weight gives."""
-    given = {} if arm.name in (BASE, PROJECTED, MEAN, *INSIDE) else wire.to_state(ground.shared)
-    if arm.basis_users or arm.name in (HELD, AROUND):
+    given = {} if arm.name in (BASE, CORE, PROJECTED, MEAN) else wire.to_state(ground.shared)
+    if arm.basis_users:
         basis = basis_of(arm, ground)
         given |= {
             f"{name}.{side}": t
@@ -161,7 +156,7 @@ def bytes_down(arm: Arm, ground: Ground) -> dict[str, Tensor]:
         }
     if arm.name == FEDSB:
         given |= start_of(arm, ground).core.tensors()
-    if arm.name in INSIDE:
+    if arm.name == CORE:
         given |= {
             f"{name}.core": core for name, core in start_of(replace(arm, own=0), ground).core.cores.items()
         }

@@ -28,7 +28,6 @@ from soppu.compress.joining import basis_of
 from soppu.cores import basis as bases
 from soppu.cores import basis_file
 from soppu.cores import core as cores
-from soppu.cores.around import around
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreInBasis
 from soppu.federation import emulator, learn_basis, wire
@@ -262,15 +261,6 @@ class Ground:
         """Random orthonormal directions."""
         shapes = self.base.shapes(modules)
         return bases.drawn(shapes, k, seed=self.seed, base_hash=self.base.hash)
-
-    def around(self, k: int, modules: Sequence[str], *, held: bool) -> CoreBasis:
-        """The shared adapter's own directions, and random ones in these modules.
-
-        Args:
-            held: k are beside the shared ones, which stay; else with them, and all are trained.
-        """
-        made = around(self.shared, k=k if held else k - RANK, modules=modules, seed=self.seed)
-        return made if held else replace(made, common=0)
 
     def learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
         """Learnt through cores of the first users of the basis, beside the shared adapter.

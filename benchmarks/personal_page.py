@@ -31,8 +31,6 @@ _ARMS = {
     "core": "**core k={k}**",
     "core beside shared": "**core k={k} beside shared**",
     "mean core": "mean of the cohort's cores, k={k}",
-    "core beside shared, drawn": "**core k={k} beside shared, in random directions**",
-    "core around shared": "**core k={k} around shared**",
     "learnt basis": "**core k={k} in a learnt basis, beside shared**",
     "random basis": "core k={k} in a random basis, beside shared",
     "basis of the weights": "core k={k} in the weights' own basis (LoRA-XS), beside shared",
@@ -45,9 +43,7 @@ _ARMS = {
 _COLOURS = {
     "core": "#0072b2",
     "core beside shared": "#56b4e9",
-    "core beside shared, drawn": "#009e73",
-    "core around shared": "#7fce9f",
-    "learnt basis": "#004d38",
+    "learnt basis": "#009e73",
     "LoRA": "#e69f01",
     "full LoRA": "#a63d00",
 }

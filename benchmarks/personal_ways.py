@@ -132,10 +132,8 @@ def only_b(held: LoraAdapter) -> dict[str, Tensor]:
 
 
 def of_core(held: CoreInBasis) -> dict[str, Tensor]:
-    """A core but for what its basis has in common, and what it has of its own beside."""
-    common = held.basis.common
-    whole = {f"{name}.core": core[common:, common:] for name, core in held.core.cores.items()}
-    return held.core.tensors() | {name: core for name, core in whole.items() if common}
+    """A core, and what it has of its own beside."""
+    return held.core.tensors()
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:

@@ -6,8 +6,8 @@ trained in it is compressed with nothing fitted, measured as stored, and repeate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -20,9 +20,11 @@ from benchmarks.personal_ground import Base, Ground
 from benchmarks.personal_users import Sizes
 from soppu.compress import Bundle, CompressOptions
 from soppu.compress.cored.run import compress_cores
+from soppu.cores.around import around
+from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
 
 CORPUS = "stdlib"
-_TOLD = ("corpus", "k", "users", "gain", "interval", "kept", "numbers", "mean")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,7 @@ def studied(*, bits: int = 8) -> Studied:
     row = smallest([one for one in stored()["rows"] if one["corpus"] == CORPUS])
     if row is None:
         raise click.ClickException(f"no form of {CORPUS} in personal.json keeps 95 % of the full LoRA's gain")
-    arm = Arm(row["arm"], row["k"], row["own"], row["basis_users"])
-    if arm.name != arms.CORE:
-        raise click.ClickException(f"{arm} stands beside a shared adapter, which no bundle has")
+    arm = Arm(row["arm"], row["k"], row["own"], row["basis_users"], tuple(row["modules"]))
     made, losses = bundle_of(arm, Ground(CORPUS, Sizes(), Base.smollm2(), folder=FOLDER), bits=bits)
     kept = {
         name: row[name] for name in ("corpus", "k", "users", "gain", "interval", "kept", "numbers", "mean")
@@ -49,12 +49,31 @@ def studied(*, bits: int = 8) -> Studied:
 
 
 def bundle_of(arm: Arm, ground: Ground, *, bits: int) -> tuple[Bundle, list[float]]:
-    """The reported users of an arm as `user0`, `user1` and so on, and the loss of each as stored."""
+    """The reported users of an arm as `user0`, `user1` and so on, and the loss of each as stored.
+
+    What stands beside the shared adapter is told in a basis around it.
+    """
     held, people = own_of(arm, ground), ground.roles.reported
-    members = {f"user{n}": arms.core_of(arm, ground, held[who.id]).core for n, who in enumerate(people)}
+    placed = [arms.core_of(arm, ground, held[who.id]) for who in people]
+    if arm.name != arms.CORE:
+        placed = _around(placed, ground)
+    members = {f"user{n}": one.core for n, one in enumerate(placed)}
     options = CompressOptions(basis_bits=bits, core_bits=bits, device="cpu")
-    made = compress_cores(members, arms.basis_of(arm, ground), options)
+    made = compress_cores(members, placed[0].basis, options)
     return made, [
         ground.plain.judged(ground.text(who).heldout, made.reconstruct(name))
         for who, name in zip(people, members, strict=True)
     ]
+
+
+def _around(beside: Sequence[CoreInBasis], ground: Ground) -> list[CoreInBasis]:
+    """The shared adapter and each of the cores beside it as one core."""
+    basis = around(ground.shared, beside[0].basis)
+    start, common = from_lora(ground.shared, basis).core, basis.common
+    placed = []
+    for one in beside:
+        cores = {name: core.clone() for name, core in start.cores.items()}
+        for name, core in one.core.cores.items():
+            cores[name][common:, common:] = core
+        placed.append(CoreInBasis(replace(start, cores=cores, own=one.core.own), basis))
+    return placed

@@ -1,53 +1,54 @@
-"""A basis around the adapter that all users share: its own directions, and beside them random ones.
+"""A basis around the adapter that all users share: its own directions, which are in common, and others beside.
 
-A user's numbers are best spent where layers write into the residual stream from most inputs, in few modules
-of many directions each, and which directions those are matters little: what two users train freely hardly
-overlaps. So such a basis needs nobody's own adapter. Cores begin exactly at the shared adapter, which stays
-beside what a user trains.
+Cores in it begin exactly at the shared adapter, and what a user trains is beside that. The other directions may
+be of nobody's text (`basis.drawn`), or learnt (`soppu.federation.learn_basis`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
+from soppu import base_identity
 from soppu.adapter import LoraAdapter
 from soppu.cores.basis import CoreBasis
 from soppu.errors import AdapterError
 
 
-def around(shared: LoraAdapter, *, k: int, modules: Collection[str], seed: int) -> CoreBasis:
-    """Orthonormal directions: first those of the shared adapter, which are in common, then drawn ones.
+def around(shared: LoraAdapter, beside: CoreBasis) -> CoreBasis:
+    """The shared adapter's directions, orthonormal, and after them those of `beside`, as they are.
 
     Args:
-        k: directions a side that the chosen modules have beside those of the adapter, at most.
-        modules: last parts of names, `down_proj` for one, all others have none; every module's if empty.
+        beside: of some of the adapter's modules, the others have the adapter's directions alone; as many of a
+            side as there is room for.
 
     Raises:
-        AdapterError: the adapter has no such module, or is not of one rank.
+        AdapterError: they are of other models, or `beside` of a module that the adapter lacks, or has in
+            another shape; or the adapter is not of one rank.
 
-    Cost: O(k^2 (o + i)) a module.
+    Cost: O(r^2 (o + i)) a module.
     """
-    ends = {name: name.rpartition(".")[2] for name in shared.pairs}
-    if odd := sorted(set(modules) - set(ends.values())):
-        there = ", ".join(sorted(set(ends.values())))
-        raise AdapterError(f"shared adapter: no module {', '.join(odd)}; there are {there}")
+    base_identity.check(shared.base, beside.base, who="shared adapter", whose="the directions beside are for")
+    shapes, wanted = shared.shapes(), beside.module_shapes()
+    for name, (o, i) in wanted.items():
+        there = (shapes[name][0], shapes[name][2]) if name in shapes else None
+        if there != (o, i):
+            raise AdapterError(
+                f"{name}: the shared adapter has {there or 'no such module'}, needed: {(o, i)}"
+            )
     ranks = {pair.rank for pair in shared.pairs.values()}
     if len(ranks) != 1:
         raise AdapterError(
             f"shared adapter: ranks {', '.join(map(str, sorted(ranks)))}, allowed: one for all"
         )
-    draw, sides = torch.Generator().manual_seed(seed), {}
+    sides = {}
     for name, pair in sorted(shared.pairs.items()):
-        more = k if not modules or ends[name] in modules else 0
-        sides[name] = _side(pair.B, more, draw), _side(pair.A.mT, more, draw)
+        more = beside.sides.get(name, (pair.B[:, :0], pair.A.mT[:, :0]))
+        sides[name] = _side(pair.B, more[0]), _side(pair.A.mT, more[1])
     return CoreBasis(sides, shared.base_model, shared.base_hash, shared.fan_in_fan_out, common=ranks.pop())
 
 
-def _side(own: Tensor, more: int, draw: torch.Generator) -> Tensor:
-    """Orthonormal columns: those of `own` (n, r) first, then as many as `more`, as far as there are n."""
-    n, r = own.shape
-    drawn = torch.randn(n, min(more, n - r), generator=draw)
-    return torch.linalg.qr(torch.cat([own.detach().float().cpu(), drawn], 1))[0].contiguous()
+def _side(own: Tensor, more: Tensor) -> Tensor:
+    """Columns (n, r + m), at most n."""
+    columns = torch.linalg.qr(own.detach().float().cpu())[0]
+    return torch.cat([columns, more.detach().float().cpu()[:, : max(0, len(own) - columns.shape[1])]], 1)

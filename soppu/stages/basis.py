@@ -12,11 +12,12 @@ from typing import Any
 
 from soppu import adapter as adapters
 from soppu import files
+from soppu.adapter import LoraAdapter
 from soppu.compress import joining
 from soppu.config import CompressConfig
 from soppu.cores import basis_file
 from soppu.cores.around import around
-from soppu.cores.basis import CoreBasis
+from soppu.cores.basis import CoreBasis, drawn
 from soppu.cores.projecting import from_lora
 from soppu.errors import FederationError
 from soppu.federation import simulation
@@ -70,7 +71,7 @@ def _made(run: Run, result: Mapping[str, Any], tell: Tell) -> str:
         wanted = settings_of(run.config.compress, rank=settings.basis_rank)
         basis = joining.basis_of(compressed(run, members, wanted, tell=tell))
     else:
-        basis = around(shared, k=settings.basis_rank, modules=settings.basis_modules, seed=run.config.seed)
+        basis = around(shared, _beside(shared, run))
     registry.put_basis(basis)
     registry.put_start(basis.id, shared)
     own, held, errors = settings.core_own_rank, {}, {}
@@ -85,6 +86,18 @@ def _made(run: Run, result: Mapping[str, Any], tell: Tell) -> str:
     source = f"of {len(members)} users" if of_adapters else "around the shared adapter"
     tell({"note": f"{basis.id} {source} is in force", "share": 1.0})
     return basis.id
+
+
+def _beside(shared: LoraAdapter, run: Run) -> CoreBasis:
+    """Directions of nobody's text, in the modules that the run names."""
+    settings, shapes = run.config.federation, shared.shapes()
+    chosen = {
+        name: (o, i)
+        for name, (o, _, i) in shapes.items()
+        if not settings.basis_modules or name.rpartition(".")[2] in settings.basis_modules
+    }
+    made = drawn(chosen, settings.basis_rank, seed=run.config.seed, base_hash=shared.base_hash)
+    return replace(made, base_model=shared.base_model, fan_in_fan_out=shared.fan_in_fan_out)
 
 
 def _told(basis: CoreBasis, errors: Mapping[str, float]) -> dict[str, Any]:

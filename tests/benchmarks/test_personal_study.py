@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 
 from benchmarks import (
     changelogs,
@@ -22,18 +23,17 @@ from benchmarks import (
     served_study,
 )
 from benchmarks.personal_arms import (
-    AROUND,
     BASE,
     BESIDE,
     BLOCKS,
     CORE,
     DOWN,
     FULL,
-    HELD,
     LEARNT,
     LORA,
     MORE,
     PROJECTED,
+    RANDOM,
     SHARED,
     Arm,
     ours,
@@ -250,23 +250,24 @@ def test_numbers_of_one_projection_are_counted_and_told_again(
     monkeypatch.setattr(
         personal_ground, "LEARN", {"episodes": 2, "steps": 2, "rate": 1e-3, "core_rate": 0.06}
     )
-    held = Arm(HELD, 4, modules=DOWN)
-    arms = Arm(SHARED), held, Arm(AROUND, 12, modules=DOWN), Arm(LEARNT, 4, basis_users=2, modules=DOWN)
+    learnt, random = (
+        Arm(name, 4, basis_users=users, modules=DOWN) for name, users in ((LEARNT, 2), (RANDOM, 0))
+    )
+    arms = Arm(SHARED), learnt, random, Arm(LORA, own=1, modules=DOWN)
     personal.study(ground, arms, {"commit": ""})
     by = {one["arm"]: one for one in personal.stored()["rows"]}
     shapes = emulator.target_shapes(ground.base.model, ground.base.plan)
-    down = sum(name.endswith("down_proj") for name in shapes)
-    assert 0 < down < len(shapes)
-    assert by[HELD]["numbers"] == by[LEARNT]["numbers"] == 16 * down
-    assert by[AROUND]["numbers"] == 144 * down + 64 * (len(shapes) - down)
+    down = {name: shape for name, shape in shapes.items() if name.endswith("down_proj")}
+    assert 0 < len(down) < len(shapes)
+    assert by[LEARNT]["numbers"] == by[RANDOM]["numbers"] == 16 * len(down)
+    assert by[LORA]["numbers"] == sum(map(sum, down.values()))
+    assert by[LEARNT]["bytes_down"] > by[RANDOM]["bytes_down"]  # which a seed gives
     for arm in arms[1:]:
-        row = by[arm.name]
-        assert row["modules"] == list(DOWN) and row["mean"] < by[SHARED]["mean"]
-    own = personal.own_of(held, ground)  # the shared part is not among it, and is there again
-    for who in ground.roles.reported:
-        again = personal_arms.core_of(held, ground, own[who.id]).to_lora()
-        loss = ground.plain.judged(ground.text(who).heldout, again)
-        assert loss == pytest.approx(by[HELD]["losses"][who.id], abs=1e-5)
+        assert by[arm.name]["modules"] == list(DOWN) and by[arm.name]["mean"] < by[SHARED]["mean"]
+    with torch.no_grad():  # what is served is the shared adapter and the core in one basis
+        made, losses = served_study.bundle_of(learnt, ground, bits=32)
+    assert losses == pytest.approx(list(by[LEARNT]["losses"].values()), abs=1e-5)
+    assert made.users == ("user0", "user1")
 
 
 def test_what_a_user_has_beside_the_shared_adapter_is_told_exactly_in_a_basis_of_it(ground: Ground) -> None:

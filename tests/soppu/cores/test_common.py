@@ -20,7 +20,7 @@ from soppu.errors import AdapterError
 from soppu.federation import train, wire_core
 from soppu.federation.train import Together, TrainOptions
 from soppu.federation.trained import Trained
-from tests.soppu.cores.test_around import a_shared
+from tests.soppu.cores.test_around import a_shared, beside
 from tests.soppu.cores.test_core import a_basis, a_core
 from tests.soppu.test_trained import a_start, basis_of, bench, make_blocks, states
 
@@ -33,7 +33,7 @@ def test_it_is_part_of_what_a_basis_is_and_comes_back_from_a_file(tmp_path: Path
     plain = a_basis(4, 5)
     ids = {held(plain, common).id for common in (0, 1, 2)}
     assert len(ids) == 3 and held(plain, 0).id == plain.id
-    for basis in (plain, held(plain, 2), around(a_shared(), k=3, modules=["down_proj"], seed=0)):
+    for basis in (plain, held(plain, 2), around(a_shared(), beside(3))):
         path = tmp_path / basis.id
         basis_file.write(basis, path)
         found = basis_file.read(path)
