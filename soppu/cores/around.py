@@ -1,7 +1,7 @@
-"""A basis around the adapter that all users share: its own directions, which are in common, and others beside.
+"""A basis around the adapter that all users share: its own directions, in common, and others beside them.
 
-Cores in it begin exactly at the shared adapter, and what a user trains is beside that. The other directions may
-be of nobody's text (`basis.drawn`), or learnt (`soppu.federation.learn_basis`).
+Cores in it begin exactly at the shared adapter, and what a user trains is beside that. The other directions
+may be of nobody's text (`basis.drawn`), or learnt (`soppu.federation.learn_basis`).
 """
 
 from __future__ import annotations
