@@ -83,7 +83,7 @@ class CoreRound:
                 except AdapterError as error:
                     self.log.refused[user] = short(str(error))
         changes = {**self.log.changes, **{user: answer.change for user, answer in answers.items()}}
-        outsized = self.agreement.whole.outsized(changes, start=size(self.agreement.start))
+        outsized = self.agreement.whole.outsized(changes, start=size(self.agreement.shared.tensors()))
         for user in [user for user in answers if user in outsized]:
             self.log.refused[user] = outsized[user]
             del answers[user]
