@@ -5,13 +5,14 @@ python -m benchmarks.personal_page
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import join_page
 from benchmarks.pages import circumstances_line, fill, markdown, read_result
-from benchmarks.personal_arms import OURS
+from benchmarks.personal_arms import BLOCKS, OURS
 from benchmarks.personal_front import beside_controls, front, smallest
 from benchmarks.record import ROOT
 
@@ -63,7 +64,9 @@ def blocks() -> dict[str, str]:
     if rows := [row for row in found.get("rows", []) if "gain" in row]:
         made["personal-finding"] = "\n".join(_finding(*one) for one in _by_corpus(rows))
         made["readme-personal"] = "\n".join(_short(*one) for one in _by_corpus(rows))
-        made["personal-study"] = f"{_drawn(rows)}{_study(rows)}\n\n{circumstances_line(found)}"
+        made["personal-study"] = (
+            f"{_drawn(rows)}{_study(rows)}\n\n{_missing(rows)}{circumstances_line(found)}"
+        )
         made["personal-controls"] = _controls(rows)
         made["personal-basis"] = _of_users(rows)
         checks = map(_training, *zip(*found["corpora"].items(), strict=True))
@@ -166,6 +169,20 @@ def _study(rows: Sequence[Row]) -> str:
         "better for",
     ]
     return markdown([*head, "worst user", "of the full LoRA's gain", "kB up", "MB down", "s a user"], table)
+
+
+def _missing(rows: Sequence[Row]) -> str:
+    """The arms of the study that have no row yet, by name and how many of each; a corpus a sentence."""
+    told = []
+    for corpus, own in _by_corpus(rows):
+        there = {(row["arm"], row["k"], row["own"], row["basis_users"], *row["modules"]) for row in own}
+        arms = (arm for block in BLOCKS for arm in block)
+        left = Counter(
+            arm.name for arm in arms if (arm.name, arm.k, arm.own, arm.basis_users, *arm.modules) not in there
+        )
+        names = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in left.items())
+        told += [f"Not measured yet on {corpus} with these settings: {names}."] if names else []
+    return "".join(f"{one}\n\n" for one in told)
 
 
 def _won(row: Row) -> list[str]:
@@ -311,7 +328,9 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
             [row["interval"][1] - row["gain"] for row in some],
         ]
         colour = _COLOURS.get(kind.partition(" +")[0], _OTHERS)
-        style = {"core": "o-", "core + own": "s--", "LoRA": "D-"}.get(kind, "o" if kind in _COLOURS else "x")
+        style = {"core": "o-", "learnt basis": "o-", "core + own": "s--", "LoRA": "D-"}.get(
+            kind, "o" if kind in _COLOURS else "x"
+        )
         axis.errorbar(x, y, yerr=ends, fmt=style, color=colour, elinewidth=0.6, alpha=0.9, label=kind)
     ordered = sorted(rows, key=lambda row: row["numbers"])
     best = [ordered[n] for n in front([(row["numbers"], row["gain"]) for row in ordered])]

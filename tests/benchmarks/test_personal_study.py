@@ -344,3 +344,13 @@ def test_the_page_names_every_arm_and_says_what_does_not_win() -> None:
     assert "no core has been measured" in personal_page._finding("stdlib", compared(told[:3]))
     told[2]["losses"] = told[0]["losses"]
     assert "wins nothing over shared" in personal_page._finding("stdlib", compared(told))
+
+
+def test_the_page_says_which_arms_have_no_row() -> None:
+    every = [arm for block in BLOCKS for arm in block]
+    rows = [{**vars(arm), "arm": arm.name, "corpus": "stdlib"} for arm in every]
+    assert personal_page._missing(rows) == ""
+    learnt = sum(arm.name == LEARNT for arm in every)
+    some = [row for row in rows if row["arm"] not in (LEARNT, FULL)]
+    told = personal_page._missing(some)
+    assert told == f"Not measured yet on stdlib with these settings: full LoRA, learnt basis ({learnt}).\n\n"
