@@ -100,7 +100,10 @@ class Trained(Generic[Kind]):
             bases = {name: stack.basis for name, stack in stacks.items() if stack.basis is not None}
             self._grams = {name: (u.mT @ u, v.mT @ v) for name, (u, v) in bases.items()}
             self._origins = {name: _copy(stacks[name].core) for name in bases}
-        self._common = max((one.basis.common for one in starts if isinstance(one, CoreInBasis)), default=0)
+        placed: Sequence[object] = starts
+        self._common: int = max(
+            (one.basis.common for one in placed if isinstance(one, CoreInBasis)), default=0
+        )
 
     def parameters(self, *sides: str) -> list[Tensor]:
         """What is trained of these: "core", "A", "B"."""

@@ -57,12 +57,18 @@ def from_state(
     parts = state[NUMBERS].split(sizes)
     tensors = {name: part.reshape(shapes[name]).clone() for name, part in zip(shapes, parts, strict=True)}
     cores = {name: tensors[f"{name}.core"] for name in basis.sides}
-    for name, free in cores.items() if start and common else ():
-        cores[name] = start.cores[name].clone()
-        cores[name][common:, common:] = free
+    if start and common:
+        cores = {name: _around(start.cores[name], free) for name, free in cores.items()}
     pairs = {name: LoraPair(tensors[f"{name}.own_A"], tensors[f"{name}.own_B"]) for name in _owners(shapes)}
     core = CoreAdapter(basis.id, cores, pairs, basis.base_model, basis.base_hash, basis.fan_in_fan_out)
     return CoreInBasis(core, basis, who=who)
+
+
+def _around(shared: Tensor, free: Tensor) -> Tensor:
+    """A core whose last rows and columns are a user's own."""
+    whole = shared.clone()
+    whole[len(shared) - len(free) :, shared.shape[1] - free.shape[1] :] = free
+    return whole
 
 
 def _free(tensor: Tensor, name: str, common: int) -> Tensor:
