@@ -9,26 +9,44 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 import click
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from soppu.progress.events import DONE, FAILED
 from soppu.progress.followed import Followed
 
 RUN_ARTIFACT = "soppu-run"  # a link to the run's folder, which the first task makes
 _ASK_S, _TIMEOUT_S = 1.0, 10.0
+# Prefect answers 503 while its SQLite is locked, as its own client expects it to
+_BUSY = Retry(
+    total=6,
+    connect=0,
+    read=0,
+    status_forcelist=(429, 502, 503),
+    allowed_methods=None,
+    backoff_factor=0.3,
+    raise_on_status=False,
+)
 _BAD_ENDS = ("FAILED", "CRASHED", "CANCELLED")
 
 
 def submit(api: str, deployment: str, parameters: Mapping[str, Any]) -> FlowRun:
     """Start a deployment.
 
+    A server that says it is busy is asked again for a few seconds; that never starts a second run.
+
     Raises:
         click.ClickException: nobody answers at `api`, it is no Prefect server, or has no such deployment.
     """
+    patient = requests.Session()
+    for scheme in ("http://", "https://"):
+        patient.mount(scheme, HTTPAdapter(max_retries=_BUSY))
     try:
-        found = requests.get(f"{api}/deployments/name/{deployment}", timeout=_TIMEOUT_S)
+        found = patient.get(f"{api}/deployments/name/{deployment}", timeout=_TIMEOUT_S)
         if found.status_code == 404:
             raise click.ClickException(
                 f"{api}: has no deployment {deployment!r}; `make up` makes soppu/full-pipeline and"
@@ -36,7 +54,8 @@ def submit(api: str, deployment: str, parameters: Mapping[str, Any]) -> FlowRun:
             )
         found.raise_for_status()
         path = f"{api}/deployments/{found.json()['id']}/create_flow_run"
-        made = requests.post(path, json={"parameters": dict(parameters)}, timeout=_TIMEOUT_S)
+        asked: dict[str, Any] = {"parameters": dict(parameters), "idempotency_key": uuid4().hex}
+        made = patient.post(path, json=asked, timeout=_TIMEOUT_S)
         made.raise_for_status()
         return FlowRun(api, made.json())
     except requests.ConnectionError:

@@ -32,6 +32,7 @@ class Api:
         self.state: dict[str, Any] = {"type": "SCHEDULED"}
         self.folder, self.workers = "", ["OFFLINE"]
         self.parameters: dict[str, Any] = {}
+        self.busy, self.keys = 0, list[str]()  # so many more requests are answered 503
 
     def answer(self, path: str, body: Any) -> Any:
         if path == f"/api/deployments/name/{FLOW}":
@@ -64,10 +65,12 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Api]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = told.answer(
-                self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "0")
-            )
-            self.send_response(200 if found is not None else 404)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "0")
+            if self.command == "POST" and body and "idempotency_key" in body:
+                told.keys.append(body["idempotency_key"])
+            busy, told.busy = told.busy > 0, max(0, told.busy - 1)
+            found = None if busy else told.answer(self.path, body)
+            self.send_response(503 if busy else 200 if found is not None else 404)
             self.end_headers()
             self.wfile.write(json.dumps(found).encode())
 
@@ -134,6 +137,27 @@ def test_what_is_no_prefect_or_has_no_such_flow_is_named(api: tuple[str, Api]) -
         with pytest.raises(click.ClickException) as refused:
             submit(where, flow, {})
         assert said in refused.value.message
+
+
+def test_a_server_that_is_busy_is_asked_again_and_starts_one_run(
+    api: tuple[str, Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, told = api
+    monkeypatch.setattr(flow_run, "_BUSY", flow_run._BUSY.new(backoff_factor=0.001))
+    post = told.answer
+
+    def answer(path: str, body: Any) -> Any:
+        if path.endswith(FLOW):
+            told.busy = 3  # from now on, three times
+        return post(path, body)
+
+    monkeypatch.setattr(told, "answer", answer)
+    assert submit(url, FLOW, {"config": "x.toml"}).id == "f-1"
+    assert len(told.keys) == 4 and len(set(told.keys)) == 1  # by which Prefect knows the run again
+    told.state = {"type": "COMPLETED"}
+    told.busy = 10**6
+    with pytest.raises(click.ClickException, match="answers, but not as a Prefect server: 503"):
+        submit(url, FLOW, {})
 
 
 def test_the_command_shows_the_flow_run_and_ends_as_it(
