@@ -20,7 +20,7 @@ from benchmarks.personal_ground import Base, Ground
 from benchmarks.personal_users import Sizes
 from soppu.compress import Bundle, CompressOptions
 from soppu.compress.cored.run import compress_cores
-from soppu.cores.around import around
+from soppu.cores.around import around, with_own
 from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 
@@ -69,11 +69,10 @@ def bundle_of(arm: Arm, ground: Ground, *, bits: int) -> tuple[Bundle, list[floa
 def _around(beside: Sequence[CoreInBasis], ground: Ground) -> list[CoreInBasis]:
     """The shared adapter and each of the cores beside it as one core."""
     basis = around(ground.shared, beside[0].basis)
-    start, common = from_lora(ground.shared, basis).core, basis.common
+    start = from_lora(ground.shared, basis).core
     placed = []
     for one in beside:
-        cores = {name: core.clone() for name, core in start.cores.items()}
-        for name, core in one.core.cores.items():
-            cores[name][common:, common:] = core
-        placed.append(CoreInBasis(replace(start, cores=cores, own=one.core.own), basis))
+        own = {name: with_own(start.cores[name], core) for name, core in one.core.cores.items()}
+        core = replace(start, cores={**start.cores, **own}, own=one.core.own)
+        placed.append(CoreInBasis(core, basis))
     return placed

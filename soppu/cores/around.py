@@ -48,6 +48,13 @@ def around(shared: LoraAdapter, beside: CoreBasis) -> CoreBasis:
     return CoreBasis(sides, shared.base_model, shared.base_hash, shared.fan_in_fan_out, common=ranks.pop())
 
 
+def with_own(shared: Tensor, own: Tensor) -> Tensor:
+    """A core (k_out, k_in) whose last rows and columns are a user's own; the rest is as in `shared`."""
+    whole = shared.clone()
+    whole[len(shared) - len(own) :, shared.shape[1] - own.shape[1] :] = own
+    return whole
+
+
 def _side(own: Tensor, more: Tensor) -> Tensor:
     """Columns (n, r + m), at most n."""
     columns = torch.linalg.qr(own.detach().float().cpu())[0]

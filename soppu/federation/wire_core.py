@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from soppu.adapter import LoraPair
+from soppu.cores.around import with_own
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreAdapter, CoreInBasis
 from soppu.errors import AdapterError
@@ -50,25 +51,17 @@ def from_state(
     Raises:
         AdapterError: another tensor, other than as many numbers, another kind of them, NaN or Inf.
     """
-    common = basis.common if start else 0
-    shapes = _shapes(basis, own_rank, common=common)
+    shapes = _shapes(basis, own_rank, free=start is not None)
     _check(state, sum(map(math.prod, shapes.values())), who)
     sizes = [math.prod(shape) for shape in shapes.values()]
     parts = state[NUMBERS].split(sizes)
     tensors = {name: part.reshape(shapes[name]).clone() for name, part in zip(shapes, parts, strict=True)}
     cores = {name: tensors[f"{name}.core"] for name in basis.sides}
-    if start and common:
-        cores = {name: _around(start.cores[name], free) for name, free in cores.items()}
+    if start:
+        cores = {name: with_own(start.cores[name], free) for name, free in cores.items()}
     pairs = {name: LoraPair(tensors[f"{name}.own_A"], tensors[f"{name}.own_B"]) for name in _owners(shapes)}
     core = CoreAdapter(basis.id, cores, pairs, basis.base_model, basis.base_hash, basis.fan_in_fan_out)
     return CoreInBasis(core, basis, who=who)
-
-
-def _around(shared: Tensor, free: Tensor) -> Tensor:
-    """A core whose last rows and columns are a user's own."""
-    whole = shared.clone()
-    whole[len(shared) - len(free) :, shared.shape[1] - free.shape[1] :] = free
-    return whole
 
 
 def _free(tensor: Tensor, name: str, common: int) -> Tensor:
@@ -89,7 +82,7 @@ def _check(state: Mapping[str, Tensor], count: int, who: str) -> None:
 
 def numbers(basis: CoreBasis, *, own_rank: int) -> int:
     """How many of a core are a user's own."""
-    return sum(map(math.prod, _shapes(basis, own_rank, common=basis.common).values()))
+    return sum(map(math.prod, _shapes(basis, own_rank, free=True).values()))
 
 
 def _order(modules: Mapping[str, object], own: bool) -> Iterator[str]:
@@ -98,10 +91,10 @@ def _order(modules: Mapping[str, object], own: bool) -> Iterator[str]:
     yield from (f"{name}.own_{side}" for name in names for side in "AB" if own)
 
 
-def _shapes(basis: CoreBasis, own_rank: int, *, common: int) -> dict[str, tuple[int, int]]:
-    """Every tensor of a core, in the order of the wire."""
-    cores = basis.core_shapes().items()
-    shapes = {f"{name}.core": (max(0, out - common), max(0, inn - common)) for name, (out, inn) in cores}
+def _shapes(basis: CoreBasis, own_rank: int, *, free: bool) -> dict[str, tuple[int, int]]:
+    """Every tensor of a core, or of what is a user's own of it, in the order of the wire."""
+    cores = basis.free_shapes() if free else basis.core_shapes()
+    shapes = {f"{name}.core": shape for name, shape in cores.items()}
     for name, (o, i) in basis.module_shapes().items() if own_rank else ():
         shapes |= {f"{name}.own_A": (own_rank, i), f"{name}.own_B": (o, own_rank)}
     return {name: shapes[name] for name in _order(basis.sides, bool(own_rank))}
