@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from clients import cores
+from clients import basis, cores
 from clients.evaluation import measure
 from clients.limit import within_its_time
 from clients.packing import Parcel, pack
@@ -90,9 +90,33 @@ def train_cores(msg: Message, context: Context) -> Message:
     users = config.data.users if "user-id" in context.node_config else _named(order)
     bench, _ = _set_up(msg, config)
     cache = BasisCache(config.federation.client_state)
-    basis = cores.basis_of(msg.content, str(order["basis"]), cache)
-    start = cores.start_of(bench, basis, msg.content)
+    told_in = cores.basis_of(msg.content, str(order["basis"]), cache)
+    start = cores.start_of(bench, told_in, msg.content)
     return Message(content=cores.train(bench, users, start), reply_to=msg)
+
+
+@app.train("basis")
+def learn_basis(msg: Message, context: Context) -> Message:
+    """Learn the basis that came a little further on this user's text, and send it back."""
+    config, user_id = _who(msg, context)
+    order = msg.content.config_records["config"]
+    bench, sent = _set_up(msg, config)
+    seed = _seed(config, user_id, int(str(order["server-round"])))
+    learnt = basis.learn(
+        bench,
+        bench.states(user_id),
+        sent,
+        shared=msg.content.array_records[basis.SHARED].to_torch_state_dict(),
+        options=basis.options_of(order, batch_size=config.federation.batch_size, seed=seed),
+    )
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(learnt.state),
+            "metrics": MetricRecord({**learnt.metrics}),
+            "who": ConfigRecord({"user": user_id, "plan-hash": bench.plan.hash, "form": wire.FLOAT32}),
+        }
+    )
+    return Message(content=content, reply_to=msg)
 
 
 @app.evaluate()

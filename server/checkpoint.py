@@ -85,6 +85,12 @@ class RoundShare:
     rounds: int
     before: float
     whole: float
+    name: str = "round"
+
+    @classmethod
+    def even(cls, number: int, last: int, *, name: str) -> RoundShare:
+        """Round `number` of `last` that are alike, and all there is."""
+        return cls(number, last, (number - 1) / last, 1 / last, name)
 
     @classmethod
     def of(cls, number: int, last: int, settings: FederationConfig) -> RoundShare:

@@ -105,9 +105,15 @@ class Federation:
         self.adapters: dict[str, str] = {}
         self.served: dict[str, str] = {}
         self.at: RoundShare | None = None  # the round that users are at
+        self.span = 0.0, 1.0  # of the whole run: the part that shares are told of
 
     def run(self, grid: Grid) -> None:
         """All of it: hello, warm-up, rounds, result."""
+        self.rounds(grid)
+        self.finish()
+
+    def rounds(self, grid: Grid) -> None:
+        """As far as the personal round, and with it."""
         self.progress("asking who is there", 0)
         order = self.order()
         self.hello(grid, order)
@@ -122,7 +128,6 @@ class Federation:
         shared = ArrayRecord(self.state.tensors)
         while not self.strategy.logs or self.strategy.logs[-1].mode != PERSONAL:
             shared = self.round(grid, shared, order)
-        self.finish()
 
     def round(self, grid: Grid, shared: ArrayRecord, order: ConfigRecord) -> ArrayRecord:
         """The next round, the personal one where sharing is over. Gives the shared adapter after it."""
@@ -333,10 +338,12 @@ class Federation:
         """A node has answered; in a round that is told."""
         if self.at is None:
             return
-        user, of = self.roll.nodes.get(node, ""), f"round {self.at.round} of {self.at.rounds}"
+        user, of = self.roll.nodes.get(node, ""), f"{self.at.name} {self.at.round} of {self.at.rounds}"
         self.progress(f"{of}: {done} of {total} users", self.at.share(done / total), user=user)
 
     def progress(self, note: str, share: float, **known: Any) -> None:
-        """Tell the folder how far we are; `share` runs from 0 to 1."""
+        """Tell the folder how far we are; `share` runs from 0 to 1, of this part of the whole."""
         place = {"round": self.at.round, "rounds": self.at.rounds} if self.at else {}
-        write_progress(self.workdir, {"note": note, "share": min(1.0, share), **place, **known})
+        begun, ended = self.span
+        told = begun + (ended - begun) * min(1.0, share)
+        write_progress(self.workdir, {"note": note, "share": told, **place, **known})

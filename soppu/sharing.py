@@ -28,7 +28,19 @@ OPERATIONAL = frozenset(
 )
 # Keys that say something of cores alone: where users train LoRAs they are no part of what a run is.
 OF_CORES = frozenset(
-    {"form", "cohort", "basis_of", "basis_rank", "basis_modules", "core_own_rank", "together"}
+    {
+        "form",
+        "cohort",
+        "basis_of",
+        "basis_rank",
+        "basis_modules",
+        "basis_rounds",
+        "basis_steps",
+        "basis_learning_rate",
+        "basis_core_learning_rate",
+        "core_own_rank",
+        "together",
+    }
 )
 MOST_OWN = 4  # `soppu.cores.core.MOST_OWN`
 
@@ -48,9 +60,13 @@ class SharingSettings:
 
     form: Literal["lora", "core", "auto"] = "lora"
     cohort: Annotated[Whole, Field(ge=2)] = 16
-    basis_of: Literal["adapters", "shared"] = "adapters"
+    basis_of: Literal["adapters", "shared", "learnt"] = "adapters"
     basis_rank: Count = 16
     basis_modules: tuple[str, ...] = ()
+    basis_rounds: Count = 4
+    basis_steps: Count = 40
+    basis_learning_rate: Annotated[Real, Field(gt=0.0)] = 1e-3
+    basis_core_learning_rate: Annotated[Real, Field(gt=0.0)] = 0.06
     core_own_rank: Annotated[Whole, Field(ge=0, le=MOST_OWN)] = 0
     together: Count = 32
     mode: Mode = "finetune"
@@ -98,6 +114,11 @@ class SharingSettings:
         """Whether each client clips and noises what it sends: local differential privacy."""
         return bool(self.dp_clip) and self.dp_at == "client"
 
+    @property
+    def around_shared(self) -> bool:
+        """Whether a basis is made of the adapter that a cohort shares and of other directions beside it."""
+        return self.basis_of != "adapters"
+
     def own_rank(self, rank: int) -> int:
         """How much of an adapter's rank is each user's own in the mode dual; ValueError for all or none."""
         own = self.private_rank or rank // 2
@@ -116,12 +137,12 @@ class SharingSettings:
         if self.noisy_average:
             words = f"in the form {self.form} each user's own core reaches the server, which averages none"
             raise ValueError(self._refused("dp_at", "'client'", words))
-        if self.basis_of == "shared" and self.mode != "finetune":
+        if self.around_shared and self.mode != "finetune":
             words = "a basis around the shared adapter is of one whose factors are all averaged"
             raise ValueError(self._refused("mode", "'finetune'", words))
-        if self.basis_modules and self.basis_of != "shared":
+        if self.basis_modules and not self.around_shared:
             words = "a basis of adapters has all their modules; basis_of is 'adapters'"
-            raise ValueError(self._refused("basis_modules", "[], or basis_of = 'shared'", words))
+            raise ValueError(self._refused("basis_modules", "[], or basis_of = 'shared' or 'learnt'", words))
 
     def _check_averages(self, mode: str) -> None:
         """In the mode local nothing is averaged."""

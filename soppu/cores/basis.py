@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -68,17 +68,28 @@ class CoreBasis:
         return {name: (int(u.shape[0]), int(v.shape[0])) for name, (u, v) in self.sides.items()}
 
 
-def drawn(shapes: Mapping[str, tuple[int, int]], k: int, *, seed: int, base_hash: str = "") -> CoreBasis:
+def drawn(
+    shapes: Mapping[str, tuple[int, int]],
+    k: int,
+    *,
+    seed: int,
+    base_hash: str = "",
+    modules: Sequence[str] = (),
+) -> CoreBasis:
     """Random orthonormal directions, of nobody's text: at most `k` a side of every module (o, i).
 
     Columns of Q of a QR of normal numbers, drawn module by module, U before V.
+
+    Args:
+        modules: projections that have them, `down_proj` say; all if empty.
     """
     draw = torch.Generator().manual_seed(seed)
+    chosen = {n: shape for n, shape in shapes.items() if not modules or n.rpartition(".")[2] in modules}
 
     def side(width: int) -> Tensor:
         return torch.linalg.qr(torch.randn(width, min(k, width), generator=draw))[0].contiguous()
 
-    return CoreBasis({name: (side(o), side(i)) for name, (o, i) in shapes.items()}, base_hash=base_hash)
+    return CoreBasis({name: (side(o), side(i)) for name, (o, i) in chosen.items()}, base_hash=base_hash)
 
 
 def orthonormal(basis: CoreBasis) -> CoreBasis:

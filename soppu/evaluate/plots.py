@@ -171,14 +171,15 @@ def round_losses(federation: Row) -> Figure:
         known = [(place, loss) for place, loss in points if loss is not None]
         if known:
             axes.plot(*zip(*known, strict=True), "o-", color=colour, markersize=4, label=name)
-    own = [one for one in log if one["mode"] != "shared" and one["emulator_loss"] is not None]
-    axes.plot(
-        [one["round"] for one in own],
-        [one["emulator_loss"] for one in own],
-        "D",
-        color=COMPRESSED,
-        label="validation text, as trained in the personal round",
+    marked = (
+        ("basis", "s", SHARED, "validation text, a new core in the basis that is learnt"),
+        ("personal", "D", COMPRESSED, "validation text, as trained in the personal round"),
     )
+    for mode, marker, colour, label in marked:
+        own = [one for one in log if one["mode"] == mode and one["emulator_loss"] is not None]
+        places, losses = [one["round"] for one in own], [one["emulator_loss"] for one in own]
+        if own:
+            axes.plot(places, losses, marker, color=colour, markersize=4, label=label)
     if shared:
         axes.axvline(shared[-1]["round"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 2)))
     axes.set_title(f"Losses over the rounds: {patience(federation)}")

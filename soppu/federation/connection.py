@@ -21,7 +21,7 @@ from typing import Any
 
 from soppu import files
 from soppu.errors import FederationError, SuperLinkAway
-from soppu.federation.simulation import PROGRESS, RESULT
+from soppu.federation.simulation import FEDERATE, PROGRESS, RESULT
 
 RUN = "remote.json"  # the run that was started last, so that the next attempt can end it
 _AWAY = "Connection to the SuperLink is unavailable"  # Flower's words
@@ -42,7 +42,7 @@ class Remote:
         connection: its name in Flower's configuration.
         config: the frozen configuration file, handed to the ServerApp by its path.
         workdir: where the ServerApp writes progress and result, by the same path on both sides.
-        task: what the ServerApp is to do, "federate" or "evaluate".
+        task: what the ServerApp is to do: `simulation.FEDERATE`, `LEARN` or `EVALUATE`.
         timeout_s: after this the run has failed.
     """
 
@@ -50,7 +50,7 @@ class Remote:
     connection: str
     config: Path
     workdir: Path
-    task: str = "federate"
+    task: str = FEDERATE
     timeout_s: float = 3600.0
 
 

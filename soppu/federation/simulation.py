@@ -28,6 +28,7 @@ import requests
 from soppu.errors import FederationError
 
 RESULT, PROGRESS = "result.json", "progress.json"
+FEDERATE, LEARN, EVALUATE = "federate", "learn-basis", "evaluate"  # what a ServerApp can be asked to do
 _MARK = "SOPPU_SIMULATION"
 # First in PATH of what we start: Flower starts its programs by their names.
 _SIMULATION = """#!{python}
@@ -68,6 +69,7 @@ class Simulation:
     client_cpus: int = 1  # cores each of them may take; how many run at a time follows from it
     client_gpus: float = 0.0  # of a GPU, to each of them
     timeout_s: float = 3600.0  # after this the run has failed
+    task: str = FEDERATE
 
 
 def run(
@@ -199,6 +201,7 @@ def _start_superlink(environment: dict[str, str], port: int, log: Any) -> subpro
 
 def _start_run(simulation: Simulation, environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
     values = {"config": str(simulation.config.resolve()), "workdir": str(simulation.workdir.resolve())}
+    values["task"] = simulation.task
     wanted = simulation.users * simulation.client_cpus
     cores = max(min(os.cpu_count() or 1, wanted), simulation.client_cpus)  # no more actors than users
     resources = (

@@ -71,7 +71,7 @@ def _made(run: Run, result: Mapping[str, Any], tell: Tell) -> str:
         wanted = settings_of(run.config.compress, rank=settings.basis_rank)
         basis = joining.basis_of(compressed(run, members, wanted, tell=tell))
     else:
-        basis = around(shared, _beside(shared, run))
+        basis = around(shared, _beside(shared, run, result))
     registry.put_basis(basis)
     registry.put_start(basis.id, shared)
     own, held, errors = settings.core_own_rank, {}, {}
@@ -88,15 +88,19 @@ def _made(run: Run, result: Mapping[str, Any], tell: Tell) -> str:
     return basis.id
 
 
-def _beside(shared: LoraAdapter, run: Run) -> CoreBasis:
-    """Directions of nobody's text, in the modules that the run names."""
-    settings, shapes = run.config.federation, shared.shapes()
-    chosen = {
-        name: (o, i)
-        for name, (o, _, i) in shapes.items()
-        if not settings.basis_modules or name.rpartition(".")[2] in settings.basis_modules
-    }
-    made = drawn(chosen, settings.basis_rank, seed=run.config.seed, base_hash=shared.base_hash)
+def _beside(shared: LoraAdapter, run: Run, result: Mapping[str, Any]) -> CoreBasis:
+    """What the cohort has learnt, or directions of nobody's text in the modules that the run names."""
+    if "directions" in result:
+        return basis_file.read(run.folder / FEDERATION / COHORT / result["directions"])
+    settings = run.config.federation
+    shapes = {name: (o, i) for name, (o, _, i) in shared.shapes().items()}
+    made = drawn(
+        shapes,
+        settings.basis_rank,
+        seed=run.config.seed,
+        base_hash=shared.base_hash,
+        modules=settings.basis_modules,
+    )
     return replace(made, base_model=shared.base_model, fan_in_fan_out=shared.fan_in_fan_out)
 
 

@@ -13,6 +13,7 @@ from soppu import files
 from soppu.evaluate.losses import CURRENT, EMULATOR, UserLosses
 from soppu.federation import connection
 from soppu.federation.personalise import BASE
+from soppu.federation.simulation import EVALUATE
 from soppu.stages import forms
 from soppu.stages.federate import RESULT
 from soppu.stages.run import FEDERATION, Run
@@ -51,7 +52,7 @@ def measure(
     app = Path(soppu.__file__).resolve().parents[1]
     config = forms.main_part(run).path  # its settings name the checkpoint that has the emulator
     remote = connection.Remote(
-        app, settings.connection, config, workdir, task="evaluate", timeout_s=settings.timeout_s
+        app, settings.connection, config, workdir, task=EVALUATE, timeout_s=settings.timeout_s
     )
     found = connection.run(remote, on_progress=on_progress)
     for user, why in found["refused"].items():

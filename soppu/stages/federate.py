@@ -69,7 +69,7 @@ def _train(part: forms.Part, base: BaseModel, tell: telling.Tell) -> dict[str, A
     app, settings = Path(soppu.__file__).resolve().parents[1], part.config.federation
     if settings.connection:
         remote = connection.Remote(
-            app, settings.connection, part.path, part.workdir, timeout_s=settings.timeout_s
+            app, settings.connection, part.path, part.workdir, task=part.task, timeout_s=settings.timeout_s
         )
         return connection.run(remote, on_progress=tell)
     check_memory(part.config, base)
@@ -82,6 +82,7 @@ def _train(part: forms.Part, base: BaseModel, tell: telling.Tell) -> dict[str, A
         client_cpus=settings.client_cpus,
         client_gpus=settings.client_gpus,
         timeout_s=settings.timeout_s,
+        task=part.task,
     )
     return simulation.run(wanted, on_progress=tell)
 

@@ -14,6 +14,7 @@ from soppu import files
 from soppu.config import Config
 from soppu.federation import chosen_basis
 from soppu.federation.chosen_basis import COHORT, ChosenBasis
+from soppu.federation.simulation import FEDERATE, LEARN
 from soppu.stages.run import CONFIG, FEDERATION, Run
 
 CORES = "cores.toml"
@@ -26,6 +27,7 @@ class Part:
     config: Config
     path: Path
     workdir: Path
+    task: str = FEDERATE  # of the ServerApp
 
     def write(self) -> None:
         """Have the file say what the settings are. Raises StorageError."""
@@ -47,7 +49,7 @@ def main_part(run: Run) -> Part:
     folder = run.folder / FEDERATION
     if run.config.federation.form == "lora":
         return Part(run.config, run.folder / CONFIG, folder)
-    cohort = set(chosen(run).cohort) if run.config.federation.basis_of == "adapters" else set()
+    cohort = set() if run.config.federation.around_shared else set(chosen(run).cohort)
     others = tuple(user for user in run.config.data.users if user not in cohort)
     part = Part(_with(run.config, others, form="core"), folder / CORES, folder)
     part.write()
@@ -57,13 +59,16 @@ def main_part(run: Run) -> Part:
 def cohort_part(run: Run) -> Part:
     """The federation in which the cohort trains adapters: one as any other, of these users alone.
 
-    Where the basis is of the shared one alone, nobody trains an adapter of their own.
+    Where the basis is around the shared one, nobody trains an adapter of their own; where it is learnt, they
+    all do that together, after their shared rounds.
     """
     users, settings = chosen(run).cohort, run.config.federation
     least = min(settings.min_users, len(users))
-    mode = "shared" if settings.basis_of == "shared" else settings.mode
+    mode = "shared" if settings.around_shared else settings.mode
+    task = LEARN if settings.basis_of == "learnt" else FEDERATE
     folder = run.folder / FEDERATION / COHORT
-    part = Part(_with(run.config, users, form="lora", mode=mode, min_users=least), folder / CONFIG, folder)
+    config = _with(run.config, users, form="lora", mode=mode, min_users=least)
+    part = Part(config, folder / CONFIG, folder, task)
     part.write()
     return part
 

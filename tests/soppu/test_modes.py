@@ -153,11 +153,19 @@ def test_what_is_held_while_a_mode_trains() -> None:
         ({"form": "core", "core_own_rank": 5}, "federation.core_own_rank = 5, allowed: at most 4"),
         ({"form": "auto", "cohort": 1}, "federation.cohort = 1, allowed: at least 2"),
         ({"form": "auto", "basis_rank": 0}, "federation.basis_rank = 0, allowed: at least 1"),
-        ({"form": "auto", "basis_of": "users"}, "federation.basis_of = 'users', allowed: adapters, shared"),
+        (
+            {"form": "auto", "basis_of": "users"},
+            "federation.basis_of = 'users', allowed: adapters, shared, learnt",
+        ),
         (
             {"form": "auto", "basis_of": "shared", "mode": "fedsa"},
             "federation.mode = 'fedsa': a basis around the shared .*: 'finetune'",
         ),
+        (
+            {"form": "auto", "basis_of": "learnt", "mode": "dual"},
+            "federation.mode = 'dual': a basis around the shared .*: 'finetune'",
+        ),
+        ({"form": "auto", "basis_of": "learnt", "basis_learning_rate": 0.0}, "= 0.0, allowed: above 0"),
         (
             {"form": "auto", "basis_modules": ["down_proj"]},
             r"federation.basis_modules = .*basis_of is 'adapters'; allowed here: \[\], or basis_of =",

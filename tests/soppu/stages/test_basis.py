@@ -13,7 +13,10 @@ import torch
 from clients.workbench import workbench
 from server.app import main
 from soppu import adapter as adapters
+from soppu.cores import basis_file
 from soppu.cores import folder as core_folder
+from soppu.cores.around import around
+from soppu.cores.basis import drawn
 from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import ConfigError, FederationError
@@ -67,7 +70,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Simulation]]:
         seen.append(wanted)
         workbench.cache_clear()
         here = context(1)
-        here.run_config = {"config": str(wanted.config), "workdir": str(wanted.workdir), "task": "federate"}
+        here.run_config = {"config": str(wanted.config), "workdir": str(wanted.workdir), "task": wanted.task}
         main(InProcessGrid([{"partition-id": n} for n in range(wanted.users)]), here)
         return dict(json.loads((wanted.workdir / "result.json").read_text()))
 
@@ -215,6 +218,53 @@ def test_around_the_shared_adapter_everybody_trains_a_core_from_exactly_there(
     sent = {row["bytes_up"] for row in found["rounds"][-1]["received"].values()}
     assert max(sent) < 4 * numbers + 2000  # numbers and what else a reply says, but nothing in common
     assert own.read(f"basis-{made.id}.json")["relative_error"] == {}
+
+
+def test_a_cohort_learns_the_directions_that_cores_are_told_in(
+    run: Run, config_path: Path, overrides: dict[str, Any], started: list[Simulation]
+) -> None:
+    learnt = {"basis_of": "learnt", "basis_modules": ["down_proj"], "basis_rounds": 2, "basis_steps": 3}
+    told = {f"federation.{name}": value for name, value in learnt.items()}
+    folder = prepare(str(config_path), {**overrides, **told})
+    found, own = through(folder), open_run(folder)
+    assert [one.task for one in started] == [simulation.LEARN, simulation.FEDERATE]
+    assert sorted(found["adapters"]) == sorted(USERS)
+    cohort = own.folder / "federation" / "cohort"
+    averaged, directions = (
+        adapters.read(cohort / "shared"),
+        basis_file.read(cohort / "directions.safetensors"),
+    )
+    made = own.registry().get_basis(found["basis"])
+    assert made.id == around(averaged, directions).id and made.base == own.base().base
+
+    # all directions are orthonormal, of the projections named, and have moved from where they were drawn
+    shapes = {name: (o, i) for name, (o, _, i) in averaged.shapes().items()}
+    begun = drawn(shapes, 4, seed=own.config.seed, modules=["down_proj"])
+    assert directions.sides.keys() == begun.sides.keys()
+    for name, (u, v) in directions.sides.items():
+        for side, before in zip((u, v), begun.sides[name], strict=True):
+            assert torch.allclose(side.mT @ side, torch.eye(4), atol=1e-5)
+            assert not torch.allclose(side, before, atol=1e-5)
+
+    # who learnt them is told of, with what it cost; cores begin beside, and no core of the cohort was sent
+    modes = [one["mode"] for one in found["rounds"]]
+    assert modes == ["shared", "personal", "basis", "basis", "personal"]
+    assert [one["round"] for one in found["rounds"]] == [1, 2, 3, 4, 5]
+    numbers = 4 * sum(sum(shape) for shape in directions.module_shapes().values())
+    for one in found["rounds"][2:4]:
+        assert one["accepted"] == list(forms.chosen(own).cohort)
+        assert 4 * numbers <= one["bytes_up"] / 2 < 4 * numbers + 4000
+    result = own.read("federation/cohort/result.json")
+    assert result["served"].keys() == set(forms.chosen(own).cohort)
+    assert wire_core.numbers(made, own_rank=0) == 16 * len(directions.sides)
+
+
+def test_more_learnt_directions_than_there_is_room_for_are_refused(
+    run: Run, config_path: Path, overrides: dict[str, Any]
+) -> None:
+    wide = {"federation.basis_of": "learnt", "federation.basis_rank": 1000}
+    with pytest.raises(ConfigError, match=r"basis_rank = 1000: .*room for \d+ .*allowed .*: 1 to \d+"):
+        prepare(str(config_path), {**overrides, **wide})
 
 
 def test_a_basis_of_modules_that_are_not_adapted_is_refused_before_anybody_trains(
