@@ -23,7 +23,7 @@ from benchmarks import personal_arms as arms
 from benchmarks.pages import read_result
 from benchmarks.personal_arms import BLOCKS, Arm
 from benchmarks.personal_front import compared
-from benchmarks.personal_ground import FIRST, FIRST_OF_FEW, SETTINGS, Base, Ground, Tuned
+from benchmarks.personal_ground import SETTINGS, Base, Ground, Tuned
 from benchmarks.personal_users import CORPORA, Sizes
 from benchmarks.personal_ways import Way, numbers, size
 from benchmarks.record import ROOT, circumstances, store
@@ -96,8 +96,7 @@ def _trained(arm: Arm, ground: Ground) -> tuple[dict[str, float], dict[str, Any]
 def _run(arm: Arm, ground: Ground, way: Way) -> tuple[list[Any], Tuned, float]:
     """What every reported user has, or all together, which is put aside; how, and seconds of each."""
     for_all, people = arm.name in arms.TRAINED_FOR_ALL, ground.roles.reported
-    first = FIRST_OF_FEW if arm.modules and arm.k else FIRST
-    tuned = ground.tuned(str(arm), way, on=[ground.pooled] if for_all else None, first=first)
+    tuned = ground.tuned(str(arm), way, on=[ground.pooled] if for_all else None, first=arms.first_rates(arm))
     texts = [ground.pooled] if for_all else [ground.training(who) for who in people]
     started = time.process_time()
     (held,) = way.run(texts, rate=tuned.rate, marks=[tuned.steps])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.personal_ground import COHORT, RANK, Ground
+from benchmarks.personal_ground import COHORT, FIRST, FIRST_OF_FEW, RANK, Ground
 from benchmarks.personal_ways import InLoop, InPeft, Way, of_core, only_b, whole
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.cores import core as cores
@@ -56,34 +56,34 @@ def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
     return ours(k, own, users=users, name=BESIDE)
 
 
-def on_down(name: str, k: int = 0, own: int = 0) -> Arm:
+def on_down(name: str, k: int = 0, own: int = 0, *, users: int = COHORT) -> Arm:
     """Numbers for the down projections alone."""
-    return Arm(name, k, own, COHORT if name in (BESIDE, LEARNT) else 0, DOWN)
+    return Arm(name, k, own, users if name in (BESIDE, LEARNT) else 0, DOWN)
 
 
 _FIRST = (
-    *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
-    *(on_down(RANDOM, 64), on_down(LEARNT, 64), on_down(LEARNT, 32)),
-    *(on_down(LORA, own=1), on_down(RANDOM, 32), Arm(LORA, own=1), ours(64)),
-    *(on_down(LORA, own=2), on_down(LEARNT, 48), ours(32), Arm(RANDOM, 32), on_down(LEARNT, 16)),
-    *(Arm(LORA, own=2), on_down(RANDOM, 16), on_down(LORA, own=8)),
-    *(on_down(RANDOM, 48), on_down(BESIDE, 64), ours(48)),
+    *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE), beside(32)),
+    *(on_down(LEARNT, k) for k in (64, 32)),
+    *(on_down(RANDOM, k) for k in (64, 32)),
+    *(on_down(LORA, own=1), Arm(LORA, own=1)),
 )
-_MAIN = (
-    *(beside(32), ours(32, 1), ours(16), Arm(LORA, own=4)),
-    *(Arm(RANDOM, 64), Arm(RANDOM, 16), on_down(WEIGHTS, 32), Arm(WEIGHTS, 32)),
-    *(ours(k, name=PROJECTED) for k in (16, 32, 48, 64)),
-    *(ours(32, name=MEAN), Arm(FEDSB, 32), Arm(FEDSA), ours(48, 1), ours(16, 1)),
+_EQUAL_NUMBERS = (
+    *(on_down(LEARNT, 16), on_down(RANDOM, 16), on_down(WEIGHTS, 64), on_down(WEIGHTS, 32)),
+    *(Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 1024), Arm("tinylora", 64)),
+    *(Arm(FEDSA), Arm(FEDSB, 32), ours(32, name=MEAN)),
+    *(ours(k, name=PROJECTED) for k in (16, 32, 64)),
+    *(on_down(LEARNT, 8), on_down(RANDOM, 8), on_down(WEIGHTS, 16)),
 )
-_CONTROLS = (on_down(WEIGHTS, 64), Arm(WEIGHTS, 64), Arm(WEIGHTS, 16), Arm(RANDOM, 48), Arm(WEIGHTS, 48))
 _MORE_OF_OURS = (
-    *(ours(32, users=users) for users in (48, 12, 6)),
-    *(ours(8), ours(8, 1), ours(64, 1), ours(32, 2), ours(16, 2), ours(48, 2), ours(16, 4)),
-    *(ours(64, users=users) for users in (48, 12)),
-    *(beside(48), beside(64), beside(16)),
+    *(on_down(LEARNT, 32, users=users) for users in (12, 48, 6)),
+    *(on_down(LEARNT, 32, own) for own in (1, 2, 4)),
 )
-_OF_PEFT = (Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 64), Arm("tinylora", 1024))
-BLOCKS: tuple[tuple[Arm, ...], ...] = (_FIRST, _MAIN, _CONTROLS, _MORE_OF_OURS, _OF_PEFT)
+_ELSEWHERE = (
+    *(on_down(LORA, own=2), Arm(LORA, own=2), on_down(LORA, own=8), Arm(LORA, own=4)),
+    *(ours(32), on_down(BESIDE, 64), ours(64), Arm(RANDOM, 32), Arm(WEIGHTS, 32)),
+    *(on_down(LEARNT, 16, 1), on_down(LEARNT, 64, 1), ours(32, 1)),
+)
+BLOCKS: tuple[tuple[Arm, ...], ...] = (_FIRST, _EQUAL_NUMBERS, _MORE_OF_OURS, _ELSEWHERE)
 
 
 def way_of(arm: Arm, ground: Ground) -> Way:
@@ -142,6 +142,11 @@ def _of_weights(arm: Arm, ground: Ground) -> CoreBasis:
         u, _, vt = torch.linalg.svd(weight, full_matrices=False)
         sides[name] = u[:, :k].contiguous(), vt[:k].mT.contiguous()
     return CoreBasis(sides, base_hash=ground.base.hash)
+
+
+def first_rates(arm: Arm) -> tuple[float, ...]:
+    """Step sizes that are tried whatever they come to."""
+    return FIRST_OF_FEW if arm.modules and arm.k else FIRST
 
 
 def bytes_down(arm: Arm, ground: Ground) -> dict[str, Tensor]:

@@ -246,20 +246,21 @@ def _controls(rows: Sequence[Row]) -> str:
 
 
 def _of_users(rows: Sequence[Row]) -> str:
-    """Cores by how many users their basis was learnt from, where there is more than one such number."""
+    """Cores by how many users their basis is of, where there is more than one such number."""
     table = []
     for corpus, own in _by_corpus(rows):
-        cores = [row for row in own if row["arm"] == "core" and not row["own"]]
-        for k in sorted({row["k"] for row in cores}):
-            some = sorted((row for row in cores if row["k"] == k), key=lambda row: row["basis_users"])
-            for row in some if len(some) > 1 else []:
+        cores = [row for row in own if row["arm"] in OURS and not row["own"]]
+        for kind in sorted({(row["arm"], row["k"], *row["modules"]) for row in cores}):
+            some = [row for row in cores if (row["arm"], row["k"], *row["modules"]) == kind]
+            for row in sorted(some, key=lambda row: row["basis_users"]) if len(some) > 1 else []:
                 kept = "" if row["kept"] is None else f"{100 * row['kept']:.0f} %"
+                name = name_of({**row, "basis_users": 0})
                 table.append(
-                    [corpus, str(k), str(row["basis_users"]), f"{row['mean']:.3f}", *_won(row)[:1], kept]
+                    [corpus, name, str(row["basis_users"]), f"{row['mean']:.3f}", *_won(row)[:1], kept]
                 )
     head = [
         "text",
-        "k",
+        "trained",
         "users in the basis",
         "loss",
         "won over shared (95 % of users' mean)",

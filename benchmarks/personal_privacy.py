@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import personal_arms as arms
 from benchmarks.personal import FOLDER, add, own_of, refuse_other_text, stored
-from benchmarks.personal_arms import FULL, Arm, beside
+from benchmarks.personal_arms import FULL, Arm, on_down
 from benchmarks.personal_ground import Base, Ground
 from benchmarks.personal_users import CORPORA, Sizes
 from benchmarks.personal_ways import Blocks, Model
@@ -34,8 +34,9 @@ from soppu.federation import wire
 from soppu.federation.privacy import epsilon_of
 from soppu.sharing import SharingSettings
 
-ATTACKED = (Arm(arms.SHARED), Arm(FULL), beside(32), beside(32, 1), beside(16), Arm(arms.LORA, own=1))
-NOISED = (Arm(FULL), beside(32), beside(16), beside(8))
+_OURS = tuple(on_down(arms.LEARNT, k) for k in (64, 32, 16, 8))
+ATTACKED = (Arm(arms.SHARED), Arm(FULL), *_OURS, on_down(arms.LORA, own=1))
+NOISED = (Arm(FULL), *_OURS)
 EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
 DELTA = 1e-5
 CLIPS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the median norm of what users who are not reported train
@@ -69,7 +70,7 @@ def told_again(arm: Arm, ground: Ground, tensors: Mapping[str, Tensor]) -> LoraA
 
 def model_of(arm: Arm, ground: Ground) -> Model:
     """The model that an arm's numbers were trained on."""
-    return ground.beside if arm.name in (arms.LORA, arms.BESIDE) else ground.plain
+    return ground.beside if arm.name in (arms.LORA, arms.BESIDE, arms.LEARNT) else ground.plain
 
 
 def begun(arm: Arm, ground: Ground) -> dict[str, Tensor]:
@@ -143,7 +144,7 @@ def private(arm: Arm, ground: Ground) -> Iterator[dict[str, Any]]:
 
 def _trained_on_tuned(arm: Arm, ground: Ground) -> list[dict[str, Tensor]]:
     way = arms.way_of(arm, ground)
-    tuned = ground.tuned(str(arm), way)
+    tuned = ground.tuned(str(arm), way, first=arms.first_rates(arm))
     (held,) = way.run(
         [ground.training(who) for who in ground.roles.tuned], rate=tuned.rate, marks=[tuned.steps]
     )
@@ -169,6 +170,7 @@ def _named(arm: Arm, ground: Ground) -> dict[str, Any]:
         "k": arm.k,
         "own": arm.own,
         "basis_users": arm.basis_users,
+        "modules": list(arm.modules),
         "key": ground.key(str(arm)),
     }
 
