@@ -1,10 +1,11 @@
 """A federation whose users share an adapter, and then learn, beside it, directions for everybody's cores.
 
 After the shared rounds come rounds in which each user trains a core that begins at nothing, and U and V with
-it. What comes back of U and V is averaged by the rule of the shared rounds and made orthonormal; cores stay.
+it. What comes back of U and V is averaged by the rule of the shared rounds, the mean change is taken some
+times, and the result is made orthonormal. Cores stay.
 
-Source: FedRep (Collins et al., ICML 2021), its representation U and V, its heads the cores, and its average
-that of FedAvg (McMahan et al., AISTATS 2017).
+Sources: FedRep (Collins et al., ICML 2021), its representation U and V, its heads the cores; the server's
+own step size is that of FedOpt (Reddi et al., ICLR 2021) with SGD at the server.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from server.strategy import FedBiOT, RoundLog
 from soppu.config import Config
 from soppu.cores import basis as bases
 from soppu.cores import basis_file
+from soppu.cores.basis import CoreBasis
 from soppu.federation import wire, wire_basis
 from soppu.federation.modes import Sharing
 
@@ -96,13 +98,21 @@ class BasisFederation(Federation):
             self.at = RoundShare.even(number, settings.basis_rounds, name="basis round")
             strategy.first_round = before + number - 1
             timeout = min(settings.round_timeout_s, settings.timeout_s)
-            begun = ArrayRecord(wire_basis.to_state(self.basis))
-            result = strategy.start(grid, begun, num_rounds=1, timeout=timeout, train_config=order)
+            begun = wire_basis.to_state(self.basis)
+            result = strategy.start(
+                grid, ArrayRecord(begun), num_rounds=1, timeout=timeout, train_config=order
+            )
             log, self.at = strategy.logs[-1], None
             self.enough(log)
-            averaged = (result.arrays or begun).to_torch_state_dict()
-            self.basis = bases.orthonormal(wire_basis.from_state(averaged, self.basis))
+            averaged = result.arrays.to_torch_state_dict() if result.arrays else begun
+            self.basis = self._further(begun, averaged)
             self._note(number, log)
+
+    def _further(self, begun: Mapping[str, Tensor], averaged: Mapping[str, Tensor]) -> CoreBasis:
+        """The mean of what users changed, enlarged: most of what each of them changes is not the others'."""
+        rate = self.config.federation.basis_server_learning_rate
+        state = {name: old + rate * (averaged[name] - old) for name, old in begun.items()}
+        return bases.orthonormal(wire_basis.from_state(state, self.basis))
 
     def _strategy(self) -> BasisRounds:
         settings, rank = self.config.federation, self.config.federation.basis_rank

@@ -38,6 +38,7 @@ OF_CORES = frozenset(
         "basis_steps",
         "basis_learning_rate",
         "basis_core_learning_rate",
+        "basis_server_learning_rate",
         "core_own_rank",
         "together",
     }
@@ -67,6 +68,7 @@ class SharingSettings:
     basis_steps: Count = 40
     basis_learning_rate: Annotated[Real, Field(gt=0.0)] = 1e-3
     basis_core_learning_rate: Annotated[Real, Field(gt=0.0)] = 0.06
+    basis_server_learning_rate: Annotated[Real, Field(gt=0.0)] = 3.0
     core_own_rank: Annotated[Whole, Field(ge=0, le=MOST_OWN)] = 0
     together: Count = 32
     mode: Mode = "finetune"

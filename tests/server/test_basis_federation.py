@@ -75,8 +75,11 @@ def came(grid: InProcessGrid, number: int) -> list[tuple[dict[str, Tensor], int]
 # ---- what is averaged
 
 
-def test_a_round_is_the_mean_of_what_users_made_of_the_basis(given: Given, tmp_path: Path) -> None:
-    config = given()
+@pytest.mark.parametrize("rate", [1.0, 2.5])
+def test_a_round_is_the_mean_of_what_users_made_of_the_basis_taken_so_many_times(
+    given: Given, tmp_path: Path, rate: float
+) -> None:
+    config = given(basis_server_learning_rate=rate)
     grid = run(config, tmp_path / "work")
     found = directions(tmp_path / "work")
     like = CoreBasis({})
@@ -91,9 +94,9 @@ def test_a_round_is_the_mean_of_what_users_made_of_the_basis(given: Given, tmp_p
             name: sum(state[name].double() * (examples / total) for state, examples in replies)
             for name in sent(grid, number)
         }
-        wanted = orthonormal(
-            wire_basis.from_state({n: torch.as_tensor(t).float() for n, t in mean.items()}, like)
-        )
+        begun = sent(grid, number)
+        taken = {n: (begun[n] + rate * (t - begun[n])).float() for n, t in mean.items()}
+        wanted = orthonormal(wire_basis.from_state(taken, like))
         for name, tensor in wire_basis.to_state(wanted).items():
             torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
         for state, _ in replies:  # everybody has moved it, and nobody by as much as a core begins with
@@ -101,9 +104,7 @@ def test_a_round_is_the_mean_of_what_users_made_of_the_basis(given: Given, tmp_p
                 float((state[name] - before).abs().max()) for name, before in sent(grid, number).items()
             )
             assert 1e-3 < moved < 0.1
-    for message in grid.of_type(
-        "train.basis"
-    ):  # beside what all share, which is told once the rounds are over
+    for message in grid.of_type("train.basis"):  # beside what all share, which is told after its rounds
         shared = message.content.array_records["shared"].to_torch_state_dict()
         assert any(float(tensor.abs().max()) > 0 for name, tensor in shared.items() if "lora_B" in name)
     rounds = result(tmp_path / "work")["rounds"]
@@ -235,12 +236,13 @@ def test_a_round_that_most_are_lost_in_is_not_averaged_and_the_next_attempt_repe
 
 def test_the_median_of_the_bases_is_taken_where_means_are_robust(given: Given, tmp_path: Path) -> None:
     apart = arrays(lambda s: {n: t + 50 for n, t in s.items()})
-    wide = given(robust="median", basis_rounds=1, max_update=1e9)
+    once = {"basis_rounds": 1, "max_update": 1e9, "basis_server_learning_rate": 1.0}
+    wide = given(robust="median", **once)
     run(wide, tmp_path / "with", tamper=only_in_basis_rounds("bob", apart))
     run(wide, tmp_path / "without")
     for name, tensor in directions(tmp_path / "with").tensors().items():
         assert float((tensor - directions(tmp_path / "without").tensors()[name]).abs().max()) < 0.05
-    mean = given(basis_rounds=1, max_update=1e9)
+    mean = given(**once)
     run(mean, tmp_path / "mean", tamper=only_in_basis_rounds("bob", apart))
     some = next(iter(directions(tmp_path / "mean").tensors().values()))
     assert float((some - next(iter(directions(tmp_path / "without").tensors().values()))).abs().max()) > 0.05
