@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.personal_ground import COHORT, FIRST, FIRST_OF_FEW, RANK, Ground
+from benchmarks.personal_learnt import federated, learnt
 from benchmarks.personal_ways import InLoop, InPeft, Way, of_core, only_b, whole
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.cores import core as cores
@@ -22,8 +23,8 @@ from soppu.federation.attach import initial_pairs
 BASE, SHARED, MORE, FULL, LORA = "base", "shared", "shared, as many steps", "full LoRA", "LoRA"
 CORE, BESIDE, MEAN, PROJECTED = "core", "core beside shared", "mean core", "full LoRA, projected"
 RANDOM, WEIGHTS, FEDSB, FEDSA = "random basis", "basis of the weights", "Fed-SB", "FedSA"
-LEARNT = "learnt basis"
-OURS = (CORE, BESIDE, LEARNT)
+LEARNT, FEDERATED = "learnt basis", "federated basis"  # the cohort's text in one place; where it is
+OURS = (CORE, BESIDE, LEARNT, FEDERATED)
 DOWN = ("down_proj",)  # the one projection where a user's own numbers are best spent
 TRAINED_FOR_ALL = (MORE, FEDSB)  # on the cohort's pooled text: nothing is a user's own
 NOT_TRAINED = (BASE, SHARED, MEAN, PROJECTED)
@@ -58,7 +59,7 @@ def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
 
 def on_down(name: str, k: int = 0, own: int = 0, *, users: int = COHORT) -> Arm:
     """Numbers for the down projections alone."""
-    return Arm(name, k, own, users if name in (BESIDE, LEARNT) else 0, DOWN)
+    return Arm(name, k, own, users if name in (BESIDE, LEARNT, FEDERATED) else 0, DOWN)
 
 
 _FIRST = (
@@ -67,6 +68,7 @@ _FIRST = (
     *(on_down(RANDOM, k) for k in (64, 32)),
     *(on_down(LORA, own=1), Arm(LORA, own=1)),
 )
+_FEDERATED = tuple(on_down(FEDERATED, k) for k in (64, 32))
 _EQUAL_NUMBERS = (
     *(on_down(LEARNT, 16), on_down(RANDOM, 16), on_down(WEIGHTS, 64), on_down(WEIGHTS, 32)),
     *(Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 1024), Arm("tinylora", 64)),
@@ -83,7 +85,7 @@ _ELSEWHERE = (
     *(ours(32), on_down(BESIDE, 64), ours(64), Arm(RANDOM, 32), Arm(WEIGHTS, 32)),
     *(on_down(LEARNT, 16, 1), on_down(LEARNT, 64, 1), ours(32, 1)),
 )
-BLOCKS: tuple[tuple[Arm, ...], ...] = (_FIRST, _EQUAL_NUMBERS, _MORE_OF_OURS, _ELSEWHERE)
+BLOCKS: tuple[tuple[Arm, ...], ...] = (_FIRST, _FEDERATED, _EQUAL_NUMBERS, _MORE_OF_OURS, _ELSEWHERE)
 
 
 def way_of(arm: Arm, ground: Ground) -> Way:
@@ -127,7 +129,9 @@ def basis_of(arm: Arm, ground: Ground) -> CoreBasis:
     if arm.name == RANDOM:
         return ground.drawn(arm.k, arm.modules)
     if arm.name == LEARNT:
-        return ground.learnt(arm.k, arm.modules, arm.basis_users)
+        return learnt(ground, arm.k, arm.modules, arm.basis_users)
+    if arm.name == FEDERATED:
+        return federated(ground, arm.k, arm.modules, arm.basis_users)
     if arm.name in (WEIGHTS, FEDSB):
         return _of_weights(arm, ground)
     whole_basis = ground.basis(arm.k, arm.basis_users, beside=arm.name == BESIDE)

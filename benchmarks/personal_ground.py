@@ -19,20 +19,16 @@ import torch
 from safetensors.torch import load_file, save
 
 from benchmarks.personal_users import CORPORA, Person, Roles, Sizes, Text, Texts, Words, digest, roles
-from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, Model, Way, of_core, whole
+from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, Model, Way, whole
 from benchmarks.record import ROOT
 from soppu import files, models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import CompressOptions, compress
 from soppu.compress.joining import basis_of
 from soppu.cores import basis as bases
-from soppu.cores import basis_file
-from soppu.cores import core as cores
 from soppu.cores.basis import CoreBasis
-from soppu.cores.core import CoreInBasis
-from soppu.federation import emulator, learn_basis, wire
+from soppu.federation import emulator, wire
 from soppu.federation.attach import initial_pairs
-from soppu.federation.learn_basis import LearnOptions
 
 RANK, LAYERS = 8, 4
 MARKS = (10, 20, 30, 45, 60)  # steps after which a tuning is looked at; the best number is taken
@@ -44,8 +40,6 @@ FIRST_OF_FEW = (1e-2, 3e-2, 1e-1)  # likewise for cores of few modules, whose be
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 OTHERS = 16_384  # tokens that are in no training text, drawn for the head that is trained through
 COHORT = 24  # users whose text the shared adapter is trained on
-LEARN: Mapping[str, Any] = {"episodes": 4, "steps": 40, "rate": 1e-3, "core_rate": 0.06}  # of a learnt basis
-_LEARN_MARKS = (30, 45, 60)  # steps after which cores in it are looked at
 SETTINGS: Mapping[str, Any] = {
     "edition": 5,  # to be raised where code changes what comes out
     "rank": RANK,
@@ -261,31 +255,6 @@ class Ground:
         """Random orthonormal directions."""
         shapes = self.base.shapes(modules)
         return bases.drawn(shapes, k, seed=self.seed, base_hash=self.base.hash)
-
-    def learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
-        """Learnt through cores of the first users of the basis, beside the shared adapter.
-
-        Begun with random directions, for as many episodes as are best for whom step sizes are chosen on.
-        """
-        path = self.folder / f"learnt-{self.key(f'{k} {modules} {users} {LEARN}')}.safetensors"
-        if not path.exists():
-            basis_file.write(self._learnt(k, modules, users), path)
-        return basis_file.read(path)
-
-    def _learnt(self, k: int, modules: Sequence[str], users: int) -> CoreBasis:
-        texts = [self.training(one) for one in self.roles.basis[:users]]
-        tuned = [self.training(one) for one in self.roles.tuned]
-        best, least = self.drawn(k, modules), math.inf
-        options, top = LearnOptions(**LEARN, seed=self.seed, batch_size=BATCH), self.beside.top
-        for basis in learn_basis.learnt(top, self.base.plan, texts, start=best, options=options):
-            way = InLoop(self.beside, CoreInBasis(cores.zero(basis), basis), of_core, seed=self.seed)
-            held = way.run(tuned, rate=LEARN["core_rate"] / B_RATIO, marks=_LEARN_MARKS)
-            loss = min(self.tuning_loss(way, one) for one in held)
-            click.echo(f"{self.corpus}: basis k={k} learnt through {users} users' cores: {loss:.4f}")
-            if not loss < least:
-                break
-            best, least = basis, loss
-        return best
 
     def _place(self, key: str, user: str) -> Path:
         return self.folder / key / f"{user.replace('/', '+')}.safetensors"

@@ -33,6 +33,7 @@ _ARMS = {
     "core beside shared": "**core k={k} beside shared**",
     "mean core": "mean of the cohort's cores, k={k}",
     "learnt basis": "**core k={k} in a learnt basis, beside shared**",
+    "federated basis": "**core k={k} in a federated basis, beside shared**",
     "random basis": "core k={k} in a random basis, beside shared",
     "basis of the weights": "core k={k} in the weights' own basis (LoRA-XS), beside shared",
     "Fed-SB": "one core k={k} for all, in the weights' basis (Fed-SB)",
@@ -45,6 +46,7 @@ _COLOURS = {
     "core": "#0072b2",
     "core beside shared": "#56b4e9",
     "learnt basis": "#009e73",
+    "federated basis": "#cc79a7",
     "LoRA": "#e69f01",
     "full LoRA": "#a63d00",
 }
@@ -329,9 +331,13 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
             [row["interval"][1] - row["gain"] for row in some],
         ]
         colour = _COLOURS.get(kind.partition(" +")[0], _OTHERS)
-        style = {"core": "o-", "learnt basis": "o-", "core + own": "s--", "LoRA": "D-"}.get(
-            kind, "o" if kind in _COLOURS else "x"
-        )
+        style = {
+            "core": "o-",
+            "learnt basis": "o-",
+            "federated basis": "o-",
+            "core + own": "s--",
+            "LoRA": "D-",
+        }.get(kind, "o" if kind in _COLOURS else "x")
         axis.errorbar(x, y, yerr=ends, fmt=style, color=colour, elinewidth=0.6, alpha=0.9, label=kind)
     ordered = sorted(rows, key=lambda row: row["numbers"])
     best = [ordered[n] for n in front([(row["numbers"], row["gain"]) for row in ordered])]

@@ -70,7 +70,9 @@ def told_again(arm: Arm, ground: Ground, tensors: Mapping[str, Tensor]) -> LoraA
 
 def model_of(arm: Arm, ground: Ground) -> Model:
     """The model that an arm's numbers were trained on."""
-    return ground.beside if arm.name in (arms.LORA, arms.BESIDE, arms.LEARNT) else ground.plain
+    return (
+        ground.beside if arm.name in (arms.LORA, arms.BESIDE, arms.LEARNT, arms.FEDERATED) else ground.plain
+    )
 
 
 def begun(arm: Arm, ground: Ground) -> dict[str, Tensor]:

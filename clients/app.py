@@ -34,6 +34,7 @@ from soppu.errors import FederationError
 from soppu.federation import wire
 from soppu.federation.basis_cache import BasisCache
 from soppu.federation.emulator import LayerPlan
+from soppu.federation.own_part import OwnPart
 from soppu.federation.personalise import SearchOptions, personalise
 from soppu.federation.train import Training, TrainOptions, fit, mean_loss
 
@@ -97,18 +98,19 @@ def train_cores(msg: Message, context: Context) -> Message:
 
 @app.train("basis")
 def learn_basis(msg: Message, context: Context) -> Message:
-    """Learn the basis that came a little further on this user's text, and send it back."""
+    """Train this user's core in the basis that came, and send back where U and V should go."""
     config, user_id = _who(msg, context)
     order = msg.content.config_records["config"]
     bench, sent = _set_up(msg, config)
-    seed = _seed(config, user_id, int(str(order["server-round"])))
-    learnt = basis.learn(
-        bench,
-        bench.states(user_id),
+    asked = basis.Asked.of(order)
+    given = basis.Given(
         sent,
-        shared=msg.content.array_records[basis.SHARED].to_torch_state_dict(),
-        options=basis.options_of(order, batch_size=config.federation.batch_size, seed=seed),
+        msg.content.array_records[basis.SHARED].to_torch_state_dict(),
+        asked,
+        OwnPart.of(config.federation.client_state, run=str(order.get("run", "")), user=user_id),
+        _seed(config, user_id, asked.number),
     )
+    learnt = basis.learn(bench, bench.states(user_id), given)
     content = RecordDict(
         {
             "arrays": ArrayRecord(learnt.state),

@@ -1,20 +1,21 @@
 """A federation whose users share an adapter, and then learn, beside it, directions for everybody's cores.
 
-After the shared rounds come rounds in which each user trains a core that begins at nothing, and U and V with
-it. What comes back of U and V is averaged by the rule of the shared rounds, the mean change is taken some
-times, and the result is made orthonormal. Cores stay.
+After the shared rounds come rounds in which each user trains a core in U and V as they stand, and sends the
+gradients of U and V. They are averaged by the rule of the shared rounds, and Adam takes a step with the mean.
 
-Sources: FedRep (Collins et al., ICML 2021), its representation U and V, its heads the cores; the server's
-own step size is that of FedOpt (Reddi et al., ICLR 2021) with SGD at the server.
+Sources: FedRep (Collins et al., ICML 2021), its representation U and V, its heads the cores; FedAdam of
+FedOpt (Reddi et al., ICLR 2021).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -22,22 +23,23 @@ from torch import Tensor
 from server import checkpoint as checkpoints
 from server.checkpoint import Checkpoint, RoundShare
 from server.federation import Federation
-from server.patience import has_stalled
 from server.strategy import FedBiOT, RoundLog
 from soppu.config import Config
 from soppu.cores import basis as bases
 from soppu.cores import basis_file
 from soppu.cores.basis import CoreBasis
 from soppu.federation import wire, wire_basis
+from soppu.federation.basis_adam import BasisAdam
 from soppu.federation.modes import Sharing
 
 LEARN = f"{MessageType.TRAIN}.basis"
 MODE = "basis"  # of these rounds, in the log
 DIRECTIONS = "directions.safetensors"  # in the work folder: what was learnt
+_MOMENTS = "adam/"  # in the checkpoint
 
 
 class BasisRounds(FedBiOT):
-    """Means of U and V, each told as a LoRA's factors; with the order goes the adapter that all share."""
+    """Means of the gradients of U and V; with U and V goes down the adapter that all share."""
 
     def __init__(self, *given: Any, beside: ArrayRecord, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -53,6 +55,8 @@ class BasisRounds(FedBiOT):
             self.logs[-1].bytes_down += self._beside.count_bytes()
             node = message.metadata.dst_node_id
             messages.append(Message(content=message.content, message_type=LEARN, dst_node_id=node))
+        self._start = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
+        self._whole = self._start  # what comes back are gradients, and no change of what was sent
         return messages
 
 
@@ -69,13 +73,12 @@ class BasisFederation(Federation):
             base_hash=agreed.base_hash,
             modules=settings.basis_modules,
         )
-        self.basis = dataclasses.replace(
-            drawn, base_model=agreed.base_model, fan_in_fan_out=agreed.fan_in_fan_out
-        )
+        drawn = dataclasses.replace(drawn, base_model=agreed.base_model, fan_in_fan_out=agreed.fan_in_fan_out)
         self.folder = workdir / MODE
         how = {name: value for name, value in vars(settings).items() if name.startswith("basis_")}
         self.learnt = checkpoints.load(self.folder, key=f"{self.state.key} {sorted(how.items())}")
         self.learnt.done = max(0, self.learnt.done)
+        self.adam = self._adam(drawn)
         shared = settings.rounds * settings.local_steps
         self.until = shared / (shared + settings.basis_rounds * settings.basis_steps)
 
@@ -88,37 +91,40 @@ class BasisFederation(Federation):
         self.finish()
 
     def learn(self, grid: Grid) -> None:
-        """As many rounds as are wanted, fewer where users' validation losses have stopped falling."""
+        """The rounds of the basis that are not done; with every episode cores begin anew, and Adam too."""
         settings, before = self.config.federation, self.strategy.logs[-1].round
-        strategy, order = self._strategy(), self._order()
-        if self.learnt.tensors:
-            self.basis = wire_basis.from_state(self.learnt.tensors, self.basis)
-        while self.learnt.done < settings.basis_rounds and not self._stalled():
-            number = self.learnt.done + 1
+        strategy, timeout = self._strategy(), min(settings.round_timeout_s, settings.timeout_s)
+        for number in range(self.learnt.done + 1, settings.basis_rounds + 1):
+            since = (number - 1) % settings.basis_episode
+            if not since:
+                self.adam = BasisAdam(bases.orthonormal(self.adam.basis()), rate=settings.basis_learning_rate)
+            order = self._order(first=before + number - since)
             self.at = RoundShare.even(number, settings.basis_rounds, name="basis round")
             strategy.first_round = before + number - 1
-            timeout = min(settings.round_timeout_s, settings.timeout_s)
-            begun = wire_basis.to_state(self.basis)
-            result = strategy.start(
-                grid, ArrayRecord(begun), num_rounds=1, timeout=timeout, train_config=order
-            )
+            now = ArrayRecord(wire_basis.to_state(self.adam.basis().sides))
+            result = strategy.start(grid, now, num_rounds=1, timeout=timeout, train_config=order)
             log, self.at = strategy.logs[-1], None
             self.enough(log)
-            averaged = result.arrays.to_torch_state_dict() if result.arrays else begun
-            self.basis = self._further(begun, averaged)
+            if result.arrays is not None:
+                self.adam.step(wire_basis.from_state(result.arrays.to_torch_state_dict()))
             self._note(number, log)
 
-    def _further(self, begun: Mapping[str, Tensor], averaged: Mapping[str, Tensor]) -> CoreBasis:
-        """The mean of what users changed, enlarged: most of what each of them changes is not the others'."""
-        rate = self.config.federation.basis_server_learning_rate
-        state = {name: old + rate * (averaged[name] - old) for name, old in begun.items()}
-        return bases.orthonormal(wire_basis.from_state(state, self.basis))
+    def _adam(self, drawn: CoreBasis) -> BasisAdam:
+        """The basis as the last attempt left it, or as it is drawn."""
+        rate, held = self.config.federation.basis_learning_rate, self.learnt.tensors
+        if not held:
+            return BasisAdam(drawn, rate=rate)
+        moments = {name: tensor for name, tensor in held.items() if name.startswith(_MOMENTS)}
+        sides = wire_basis.from_state({name: held[name] for name in held.keys() - moments.keys()})
+        adam = BasisAdam(dataclasses.replace(drawn, sides=sides), rate=rate)
+        adam.resume({name.removeprefix(_MOMENTS): tensor for name, tensor in moments.items()})
+        return adam
 
     def _strategy(self) -> BasisRounds:
         settings, rank = self.config.federation, self.config.federation.basis_rank
         agreement = dataclasses.replace(
             self.agreement,
-            shapes=self.basis.module_shapes(),
+            shapes=self.adam.basis().module_shapes(),
             rank=rank,
             examples=self.roll.examples,
             form=wire.FLOAT32,
@@ -129,13 +135,14 @@ class BasisFederation(Federation):
             self.roll.nodes,
             emulator=self._for_round,
             keep=self.keep,
-            sharing=dataclasses.replace(settings, average="factors"),  # U V^T itself means nothing
+            sharing=dataclasses.replace(settings, average="factors"),  # U and V have no product to average
             beside=ArrayRecord(wire.to_state(self.shared)),
         )
 
-    def _order(self) -> ConfigRecord:
-        settings = self.config.federation
-        told = {"basis-steps": settings.basis_steps, "basis-rate": settings.basis_learning_rate}
+    def _order(self, *, first: int) -> ConfigRecord:
+        """What clients are told; their cores are remembered by the settings that they are trained with."""
+        settings, run = self.config.federation, hashlib.sha256(self.learnt.key.encode()).hexdigest()[:16]
+        told: dict[str, int | str] = {"basis-first": first, "basis-steps": settings.basis_steps, "run": run}
         return ConfigRecord({**self.order(), **told, "core-rate": settings.basis_core_learning_rate})
 
     def _for_round(self, number: int, arrays: ArrayRecord) -> dict[str, Tensor]:
@@ -148,21 +155,18 @@ class BasisFederation(Federation):
             self.progress(f"{at.name} {at.round} of {at.rounds}", at.share(0.0))
         return wire.to_state(self.aligner.adapter(), prefix=wire.EMULATOR)
 
-    def _stalled(self) -> bool:
-        losses = [log["emulator_loss"] for log in self.learnt.notes.get("rounds", []) if log["accepted"]]
-        return has_stalled(losses, self.config.federation.patience)
-
     def _note(self, number: int, log: RoundLog) -> None:
         """Checkpoint after a round."""
         log.mode = MODE
         rounds = [*self.learnt.notes.get("rounds", []), dataclasses.asdict(log)]
-        tensors = wire_basis.to_state(self.basis)
+        tensors = wire_basis.to_state(self.adam.basis().sides)
+        tensors |= {f"{_MOMENTS}{name}": moment for name, moment in self.adam.moments().items()}
         self.learnt = Checkpoint(self.learnt.key, number, tensors, {"rounds": rounds})
         checkpoints.store(self.folder, self.learnt)
 
     def result(self, last: RoundLog, refused: Mapping[str, str]) -> dict[str, Any]:
         """As any federation's, and what was learnt."""
-        basis_file.write(self.basis, self.workdir / DIRECTIONS)
+        basis_file.write(bases.orthonormal(self.adam.basis()), self.workdir / DIRECTIONS)
         told = super().result(last, refused)
         rounds = [*told["rounds"], *self.learnt.notes["rounds"]]
         return {**told, "rounds": rounds, "directions": DIRECTIONS}

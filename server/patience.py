@@ -16,10 +16,9 @@ def is_over(rounds: Sequence[Mapping[str, Any]], patience: int) -> bool:
     """
     told = [log for log in rounds if log["accepted"]]
     losses = [[float(log[name]) for log in told] for name in ("shared_loss", "public_loss")]
-    return all(has_stalled(values, patience) for values in losses)
+    return all(_has_stalled(values, patience) for values in losses)
 
 
-def has_stalled(losses: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` losses are none below the least before them."""
+def _has_stalled(losses: Sequence[float], patience: int) -> bool:
     before, last = losses[:-patience], losses[-patience:]
     return bool(before) and not min(last) < min(before)

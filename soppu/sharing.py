@@ -35,10 +35,10 @@ OF_CORES = frozenset(
         "basis_rank",
         "basis_modules",
         "basis_rounds",
+        "basis_episode",
         "basis_steps",
         "basis_learning_rate",
         "basis_core_learning_rate",
-        "basis_server_learning_rate",
         "core_own_rank",
         "together",
     }
@@ -64,11 +64,11 @@ class SharingSettings:
     basis_of: Literal["adapters", "shared", "learnt"] = "adapters"
     basis_rank: Count = 16
     basis_modules: tuple[str, ...] = ()
-    basis_rounds: Count = 4
-    basis_steps: Count = 40
-    basis_learning_rate: Annotated[Real, Field(gt=0.0)] = 1e-3
+    basis_rounds: Count = 16
+    basis_episode: Count = 8
+    basis_steps: Count = 5
+    basis_learning_rate: Annotated[Real, Field(gt=0.0)] = 5e-3
     basis_core_learning_rate: Annotated[Real, Field(gt=0.0)] = 0.06
-    basis_server_learning_rate: Annotated[Real, Field(gt=0.0)] = 3.0
     core_own_rank: Annotated[Whole, Field(ge=0, le=MOST_OWN)] = 0
     together: Count = 32
     mode: Mode = "finetune"

@@ -11,7 +11,7 @@ Source: FedRep (Collins et al., ICML 2021): its representation is here U and V, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from soppu.cores import core as cores
 from soppu.cores.basis import CoreBasis, orthonormal
@@ -51,37 +51,21 @@ def learnt(
         AdapterError: `start` is of other layers than the plan's.
     """
     basis = start
-    for number in range(options.episodes):
-        seeded = replace(options, seed=options.seed + number)
-        basis = orthonormal(episode(top, plan, blocks, start=basis, options=seeded).basis())
+    for episode in range(options.episodes):
+        placed = CoreInBasis(cores.zero(basis), basis, who="cohort")
+        training = Together(
+            top, plan, blocks, starts=[placed] * len(blocks), options=_training(options, episode)
+        )
+        training.advance(options.steps)
+        basis = orthonormal(training.basis())
         yield basis
 
 
-def episode(
-    top: emulator.TopModel,
-    plan: emulator.LayerPlan,
-    blocks: Sequence[Sequence[CachedBlock]],
-    *,
-    start: CoreBasis,
-    options: LearnOptions,
-) -> Together[CoreInBasis]:
-    """One episode, carried out: cores that began at nothing, and the basis that moved with them.
-
-    Args and raises as `learnt`.
-    """
-    placed = CoreInBasis(cores.zero(start), start, who="cohort")
-    training = Together(
-        top,
-        plan,
-        blocks,
-        starts=[placed] * len(blocks),
-        options=TrainOptions(
-            batch_size=options.batch_size,
-            learning_rate=options.core_rate,
-            b_ratio=1.0,
-            basis_rate=options.rate,
-            seed=options.seed,
-        ),
+def _training(options: LearnOptions, episode: int) -> TrainOptions:
+    return TrainOptions(
+        batch_size=options.batch_size,
+        learning_rate=options.core_rate,
+        b_ratio=1.0,
+        basis_rate=options.rate,
+        seed=options.seed + episode,
     )
-    training.advance(options.steps)
-    return training

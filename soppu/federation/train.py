@@ -21,7 +21,7 @@ from soppu.errors import AdapterError
 from soppu.federation import emulator
 from soppu.federation.attach import attached
 from soppu.federation.head_loss import row_losses
-from soppu.federation.trained import Kind, Trained
+from soppu.federation.trained import Kind, Sides, Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -300,6 +300,18 @@ class Together(Generic[Kind]):
     def basis(self) -> CoreBasis:
         """A copy of the basis that users' cores are in now: float32, on the CPU."""
         return self._trained.basis()
+
+    def watch_basis(self) -> None:
+        """Sum the gradients of the U and V that all cores share over the steps to come; no step follows them.
+
+        Raises:
+            AdapterError: what is trained has no basis.
+        """
+        self._trained.learn_basis()
+
+    def basis_gradient(self) -> Sides:
+        """That sum so far, over all users: full-model name -> (that of U, that of V), on the CPU."""
+        return self._trained.basis_gradient()
 
     def _answering(self, row: Tensor) -> AbstractContextManager[None]:
         return self._trained.attached(self._top.model, row)

@@ -23,6 +23,7 @@ from soppu.federation import emulator
 from soppu.federation.attach import attached
 
 Kind = TypeVar("Kind", LoraAdapter, CoreInBasis)
+Sides = dict[str, tuple[Tensor, Tensor]]  # full-model name -> of U (o, k_out) and of V (i, k_in)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +130,11 @@ class Trained(Generic[Kind]):
         sides = {name: (_copy(u).cpu(), _copy(v).cpu()) for name, (u, v) in held.items()}
         return replace(start.basis, sides=sides)
 
+    def basis_gradient(self) -> Sides:
+        """Of U and V as it has added up since `learn_basis`, on the CPU; zeros where there is none."""
+        held = {name: stack.basis for name, stack in self._stacks.items() if stack.basis is not None}
+        return {name: (_gradient(u), _gradient(v)) for name, (u, v) in held.items()}
+
     def attached(self, model: nn.Module, row: Tensor) -> AbstractContextManager[None]:
         """Have `model` (of the adapter layers) answer example b of a batch as user `row[b]`'s."""
         rows = {self._own_names[name]: Rows(stack, row) for name, stack in self._stacks.items()}
@@ -186,6 +192,10 @@ class Trained(Generic[Kind]):
 def _copy(stacked: Tensor | None) -> Tensor:
     assert stacked is not None
     return stacked.detach().clone()
+
+
+def _gradient(side: Tensor) -> Tensor:
+    return torch.zeros_like(side, device="cpu") if side.grad is None else side.grad.detach().cpu().clone()
 
 
 def _here(stacked: Tensor | None, user: int) -> Tensor:

@@ -17,6 +17,7 @@ from benchmarks import (
     personal,
     personal_arms,
     personal_ground,
+    personal_learnt,
     personal_page,
     personal_privacy,
     personal_users,
@@ -28,6 +29,7 @@ from benchmarks.personal_arms import (
     BLOCKS,
     CORE,
     DOWN,
+    FEDERATED,
     FULL,
     LEARNT,
     LORA,
@@ -248,12 +250,15 @@ def test_numbers_of_one_projection_are_counted_and_told_again(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        personal_ground, "LEARN", {"episodes": 2, "steps": 2, "rate": 1e-3, "core_rate": 0.06}
+        personal_learnt, "LEARN", {"episodes": 2, "steps": 2, "rate": 1e-3, "core_rate": 0.06}
     )
-    learnt, random = (
-        Arm(name, 4, basis_users=users, modules=DOWN) for name, users in ((LEARNT, 2), (RANDOM, 0))
+    rounds = {"rounds": 4, "episode": 2, "steps": 2, "rate": 5e-3, "core_rate": 0.06}
+    monkeypatch.setattr(personal_learnt, "ROUNDS", rounds)
+    learnt, federated, random = (
+        Arm(name, 4, basis_users=users, modules=DOWN)
+        for name, users in ((LEARNT, 2), (FEDERATED, 2), (RANDOM, 0))
     )
-    arms = Arm(SHARED), learnt, random, Arm(LORA, own=1, modules=DOWN)
+    arms = Arm(SHARED), learnt, federated, random, Arm(LORA, own=1, modules=DOWN)
     personal.study(ground, arms, {"commit": ""})
     by = {one["arm"]: one for one in personal.stored()["rows"]}
     shapes = emulator.target_shapes(ground.base.model, ground.base.plan)
@@ -261,7 +266,10 @@ def test_numbers_of_one_projection_are_counted_and_told_again(
     assert 0 < len(down) < len(shapes)
     assert by[LEARNT]["numbers"] == by[RANDOM]["numbers"] == 16 * len(down)
     assert by[LORA]["numbers"] == sum(map(sum, down.values()))
-    assert by[LEARNT]["bytes_down"] > by[RANDOM]["bytes_down"]  # which a seed gives
+    assert by[FEDERATED]["numbers"] == 16 * len(down)
+    assert (
+        by[FEDERATED]["bytes_down"] == by[LEARNT]["bytes_down"] > by[RANDOM]["bytes_down"]
+    )  # which a seed gives
     for arm in arms[1:]:
         assert by[arm.name]["modules"] == list(DOWN) and by[arm.name]["mean"] < by[SHARED]["mean"]
     with torch.no_grad():  # what is served is the shared adapter and the core in one basis

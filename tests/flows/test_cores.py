@@ -46,3 +46,26 @@ def test_from_text_to_tokens_of_cores(tiny_pipeline: Pipeline) -> None:
     trained = {name: states[name] for name in ("federate-cohort", "basis", "federate")}
     assert trained == dict.fromkeys(trained, "Cached")
     assert pipeline.run_folders() - before == {folder}
+
+
+def test_from_text_to_tokens_of_cores_in_a_basis_that_a_cohort_learnt(tiny_pipeline: Pipeline) -> None:
+    learnt = {"basis_of": "learnt", "basis_modules": ["down_proj"], "basis_rounds": 2, "basis_steps": 4}
+    told = {f"federation.{name}": value for name, value in learnt.items()}
+    pipeline = replace(tiny_pipeline, overrides={**tiny_pipeline.overrides, **CORES, **told})
+    before = pipeline.run_folders()
+    pipeline.completed(pipeline.start("soppu/full-pipeline"))
+    (folder,) = pipeline.run_folders() - before
+    report = json.loads((folder / "report.json").read_text())
+    rounds = report["federation"]["rounds_log"]
+    assert [one["mode"] for one in rounds if one["mode"] != "shared"] == [
+        "personal",
+        "basis",
+        "basis",
+        "personal",
+    ]
+    assert all(len(one["accepted"]) == 2 for one in rounds if one["mode"] == "basis")
+    assert {row["adapter_id"][:2] for row in report["users"] if row["adapter_id"]} <= {"c-"}
+    url = report["serving"]["url"]
+    for user in Registry.open(pipeline.overrides["registry.root"]).current_set():
+        asked = {"inputs": "say ", "parameters": {"adapter_id": user, "max_new_tokens": 2}}
+        assert requests.post(f"{url}/generate", json=asked, timeout=60).status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from soppu.cores.basis import CoreBasis, drawn, orthonormal
 from soppu.cores.core import CoreInBasis
 from soppu.errors import AdapterError
 from soppu.federation import emulator, train
+from soppu.federation.basis_adam import BasisAdam
 from soppu.federation.learn_basis import LearnOptions, learnt
 from soppu.federation.train import CachedBlock, Together, TrainOptions
 from tests.soppu.test_trained import a_start, basis_of, bench, make_blocks, plain_loss, states
@@ -50,6 +52,68 @@ def test_the_gradient_of_the_basis_is_the_sum_over_users_of_the_dense_ones(
         for side, value in zip(sides, each, strict=True):
             assert side.grad is not None and value.abs().max() > 0
             torch.testing.assert_close(side.grad, value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_watched_basis_stands_still_and_its_gradients_add_up_over_steps(
+    tiny_llama: PreTrainedModel,
+) -> None:
+    plan, top = bench(tiny_llama)
+    basis = basis_of(tiny_llama, plan, 4)
+    texts = [states(tiny_llama, plan, make_blocks(*sizes, seed=1)) for sizes in ((9, 5), (12,))]
+    options, starts = TrainOptions(batch_size=4, learning_rate=1e-2), [a_start(basis, seed=s) for s in (3, 4)]
+
+    def begin() -> Together[CoreInBasis]:
+        return Together(top, plan, texts, starts=starts, options=options)
+
+    watched, wanted = begin(), {name: [0 * u, 0 * v] for name, (u, v) in basis.sides.items()}
+    watched.watch_basis()
+    watched.advance(3)
+    for steps in range(3):  # one after the other: where cores are by then, and the gradient there
+        plain = begin()
+        plain.advance(steps)
+        there = train.Trained([plain.adapter(user) for user in plain.users], plan, top.device)
+        there.learn_basis()
+        train.backward_each(top, texts, partial(there.attached, top.model))
+        for name, slopes in there.basis_gradient().items():
+            wanted[name] = [total + slope for total, slope in zip(wanted[name], slopes, strict=True)]
+    assert watched.basis().id == basis.id
+    for name, slopes in watched.basis_gradient().items():
+        for slope, total in zip(slopes, wanted[name], strict=True):
+            assert total.abs().max() > 0
+            torch.testing.assert_close(slope, total, rtol=1e-3, atol=1e-5)
+    core = begin()
+    core.advance(3)
+    assert torch.equal(core.adapter(1).core.cores[name], watched.adapter(1).core.cores[name])
+
+
+def test_adam_goes_on_where_it_was_and_does_not_mind_how_large_gradients_are() -> None:
+    start = drawn({"a": (7, 5), "b": (6, 4)}, 2, seed=0)
+    draw = torch.Generator().manual_seed(1)
+    slopes = [
+        {
+            n: (torch.randn(u.shape, generator=draw), torch.randn(v.shape, generator=draw))
+            for n, (u, v) in start.sides.items()
+        }
+        for _ in range(4)
+    ]
+    whole = BasisAdam(start, rate=0.01)
+    for slope in slopes:
+        whole.step(slope)
+    first = BasisAdam(start, rate=0.01)
+    for slope in slopes[:2]:
+        first.step(slope)
+    second = BasisAdam(first.basis(), rate=0.01)
+    second.resume(first.moments())
+    for slope in slopes[2:]:
+        second.step(slope)
+    assert second.basis().id == whole.basis().id != start.id
+    larger = BasisAdam(start, rate=0.01)
+    larger.resume({})
+    for slope in slopes:
+        larger.step({n: (1e3 * u, 1e3 * v) for n, (u, v) in slope.items()})
+    torch.testing.assert_close(larger.basis().tensors(), whole.basis().tensors(), rtol=0, atol=1e-6)
+    with pytest.raises(KeyError):
+        BasisAdam(start, rate=0.01).resume({"0.step": torch.ones(())})
 
 
 def test_a_core_out_of_a_learnt_basis_is_told_in_it(tiny_llama: PreTrainedModel) -> None:

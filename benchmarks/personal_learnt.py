@@ -1,0 +1,103 @@
+"""Bases that are learnt through the cohort's cores: with its text in one place, or where the text is.
+
+Both begin with random directions and go on for as long as is best for whom step sizes are chosen on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from benchmarks.personal_ground import Ground
+from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, of_core
+from soppu.cores import basis_file
+from soppu.cores import core as cores
+from soppu.cores.basis import CoreBasis, orthonormal
+from soppu.cores.core import CoreAdapter, CoreInBasis
+from soppu.federation import learn_basis
+from soppu.federation.basis_adam import BasisAdam
+from soppu.federation.learn_basis import LearnOptions
+from soppu.federation.train import Together, TrainOptions
+
+LEARN: Mapping[str, Any] = {"episodes": 4, "steps": 40, "rate": 1e-3, "core_rate": 0.06}
+ROUNDS: Mapping[str, Any] = {"rounds": 16, "episode": 8, "steps": 5, "rate": 5e-3, "core_rate": 0.06}
+_MARKS = (30, 45, 60)  # steps after which cores in a basis are looked at
+_AT_ONCE = 8  # users in one pass
+
+
+def learnt(ground: Ground, k: int, modules: Sequence[str], users: int) -> CoreBasis:
+    """Through cores of the first users of the basis, beside the shared adapter, their text in one place."""
+    path = ground.folder / f"learnt-{ground.key(f'{k} {modules} {users} {LEARN}')}.safetensors"
+    if not path.exists():
+        texts = [ground.training(one) for one in ground.roles.basis[:users]]
+        options, top = LearnOptions(**LEARN, seed=ground.seed, batch_size=BATCH), ground.beside.top
+        start = ground.drawn(k, modules)
+        found = learn_basis.learnt(top, ground.base.plan, texts, start=start, options=options)
+        basis_file.write(_best(ground, found, f"k={k} learnt through {users} users' cores"), path)
+    return basis_file.read(path)
+
+
+def federated(ground: Ground, k: int, modules: Sequence[str], users: int) -> CoreBasis:
+    """As a federation learns it: the mean of users' gradients, round by round, and Adam's steps with it."""
+    path = ground.folder / f"federated-{ground.key(f'{k} {modules} {users} {ROUNDS}')}.safetensors"
+    if not path.exists():
+        texts = [ground.training(one) for one in ground.roles.basis[:users]]
+        found = _episodes(ground, texts, ground.drawn(k, modules))
+        basis_file.write(_best(ground, found, f"k={k} learnt in rounds of {users} users"), path)
+    return basis_file.read(path)
+
+
+def _episodes(ground: Ground, texts: Sequence[Blocks], start: CoreBasis) -> Iterator[CoreBasis]:
+    """The basis after every episode."""
+    for episode in range(ROUNDS["rounds"] // ROUNDS["episode"]):
+        adam = BasisAdam(orthonormal(start), rate=ROUNDS["rate"])
+        own = [cores.zero(start)] * len(texts)
+        for number in range(ROUNDS["episode"]):
+            own = _round(ground, texts, own, adam=adam, seed=episode * ROUNDS["episode"] + number)
+        start = orthonormal(adam.basis())
+        yield start
+
+
+def _round(
+    ground: Ground, texts: Sequence[Blocks], own: Sequence[CoreAdapter], *, adam: BasisAdam, seed: int
+) -> list[CoreAdapter]:
+    """Everybody's core some steps further, and the basis one."""
+    basis = adam.basis()
+    options = TrainOptions(batch_size=BATCH, learning_rate=ROUNDS["core_rate"], b_ratio=1.0, seed=seed)
+    after: list[CoreAdapter] = []
+    total = {name: (0 * u, 0 * v) for name, (u, v) in basis.sides.items()}
+    for first in range(0, len(texts), _AT_ONCE):
+        starts = [
+            CoreInBasis(replace(core, basis_id=basis.id), basis) for core in own[first : first + _AT_ONCE]
+        ]
+        some = texts[first : first + _AT_ONCE]
+        training: Together[CoreInBasis] = Together(
+            ground.beside.top, ground.base.plan, some, starts=starts, options=options
+        )
+        training.watch_basis()
+        training.advance(ROUNDS["steps"])
+        after += [training.adapter(user).core for user in training.users]
+        for name, (u, v) in training.basis_gradient().items():
+            total[name] = total[name][0] + u, total[name][1] + v
+    adam.step({name: (u / len(texts), v / len(texts)) for name, (u, v) in total.items()})
+    return after
+
+
+def _best(ground: Ground, found: Iterable[CoreBasis], what: str) -> CoreBasis:
+    """The last of some bases before one that is no better for cores of whom step sizes are chosen on."""
+    tuned = [ground.training(one) for one in ground.roles.tuned]
+    best, least = None, math.inf
+    for basis in found:
+        way = InLoop(ground.beside, CoreInBasis(cores.zero(basis), basis), of_core, seed=ground.seed)
+        held = way.run(tuned, rate=LEARN["core_rate"] / B_RATIO, marks=_MARKS)
+        loss = min(ground.tuning_loss(way, one) for one in held)
+        click.echo(f"{ground.corpus}: basis {what}: {loss:.4f}")
+        if not loss < least:
+            break
+        best, least = basis, loss
+    assert best is not None
+    return best
