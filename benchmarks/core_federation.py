@@ -53,6 +53,9 @@ SMALL: dict[str, Any] = {
     "align.examples": 8,
     "federation.cohort": 16,
     "federation.basis_rank": 8,
+    "federation.basis_rounds": 4,
+    "federation.basis_episode": 2,
+    "federation.basis_steps": 2,
     "federation.together": 64,
     "federation.local_steps": 4,
     "federation.personal_steps": 8,
@@ -148,13 +151,17 @@ def held(watch: Watch, run: Path, began: float) -> dict[str, Any]:
 
 
 def wire(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes of one reply, of a LoRA and of a core, in the medians of the two personal rounds."""
+    """Bytes of one reply, in medians: a LoRA in a shared round, gradients of a basis, a core at the end."""
     forms: dict[str, list[int]] = {}
     for log in result["rounds"]:
-        for one in log["received"].values() if log["mode"] == "personal" else ():
-            forms.setdefault(one["form"], []).append(one["bytes_up"])
+        for one in log["received"].values():
+            of_core = log["mode"] == "personal" and one["form"] == "core"
+            what = "core" if of_core else {"shared": "float32", "basis": "basis"}.get(log["mode"])
+            if what:
+                forms.setdefault(what, []).append(one["bytes_up"])
     found = {form: statistics.median(sizes) for form, sizes in forms.items()}
     told: dict[str, Any] = {"bytes_up_a_user": found}
+    told["basis_rounds"] = sum(log["mode"] == "basis" for log in result["rounds"])
     if {"core", "float32"} <= found.keys():
         told["smaller"] = found["float32"] / found["core"]
     return told | {"bytes_basis": sum(log.get("bytes_basis", 0) for log in result["rounds"])}

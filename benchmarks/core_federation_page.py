@@ -35,10 +35,12 @@ def _demos(found: Mapping[str, Any]) -> list[str]:
     ]
     first = found["demo_embedded"]
     up, smaller = first["bytes_up_a_user"], first["smaller"]
+    rounds = first.get("basis_rounds", 0)
+    learnt = f", in each of {rounds} rounds of the basis gradients of {_kb(up['basis'])}" if rounds else ""
     wire = (
-        f"Up goes a LoRA of {_kb(up['float32'])} a user of the cohort, a core of {_kb(up['core'])} of the"
-        f" others: {smaller:.1f} times less, all of the reply counted. The basis went down once to each node,"
-        f" {_kb(first['bytes_basis'])} in all."
+        f"Up goes, in a shared round, a LoRA of {_kb(up['float32'])} a user of the cohort{learnt}; at the end"
+        f" a core of {_kb(up['core'])} a user: {smaller:.1f} times less than the LoRA, all of the reply"
+        f" counted. The basis went down once to each node, {_kb(first['bytes_basis'])} in all."
     )
     return [markdown(head, rows), wire, _gains(first["users"])]
 

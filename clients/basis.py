@@ -21,7 +21,7 @@ from soppu.cores.core import CoreAdapter, CoreInBasis
 from soppu.federation import emulator, wire, wire_basis
 from soppu.federation.attach import attached
 from soppu.federation.own_part import OwnPart
-from soppu.federation.train import Together, TrainOptions, mean_loss, mean_losses
+from soppu.federation.train import Together, TrainOptions, mean_losses
 
 SHARED = "shared"  # record of the server's message: the adapter that all cores are beside
 
@@ -84,9 +84,7 @@ def learn(bench: Workbench, states: UserStates, given: Given) -> Learnt:
     """
     plan, settings = bench.plan, bench.config.federation
     shared = wire.loose_from_state(given.shared, base_hash=plan.base_hash)
-    base, common = (
-        mean_loss(bench.top, plan, states.validation, adapter=adapter) for adapter in (None, shared)
-    )
+    base, common = (bench.validation_loss(states, adapter) for adapter in (None, shared))
     with attached(bench.top.model, emulator.to_own(shared, plan, plan.adapter)):
         training = _trained(bench, states, given)
         own = training.adapter(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,10 +20,8 @@ from soppu.errors import FederationError
 from soppu.federation import emulator
 from soppu.federation.client_part import ClientPart
 from soppu.federation.emulator import LayerPlan
-from soppu.federation.memory import KEEP_STATES
-from soppu.federation.train import CachedBlock, cache_states
-
-_KEEP_STATES = KEEP_STATES
+from soppu.federation.memory import KEEP_BYTES, KEEP_STATES
+from soppu.federation.train import CachedBlock, cache_states, mean_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +31,12 @@ class UserStates:
     user: UserData
     train: list[CachedBlock]
     validation: list[CachedBlock]
+    losses: dict[str, float] = field(default_factory=dict)  # on validation text, by hash of the adapter
+
+    @property
+    def bytes(self) -> int:
+        """Of the states."""
+        return sum(block.states.nbytes for block in (*self.train, *self.validation))
 
 
 class Workbench:
@@ -69,14 +73,25 @@ class Workbench:
         self._aligned = version
 
     def states(self, user_id: str) -> UserStates:
-        """Read, tokenise and run the emulator over one user's text; kept for the last few users."""
+        """Read, tokenise and run the emulator over one user's text; kept for the last users."""
         if user_id not in self._states:
             user = load_user(self.config.data, user_id)
             train, validation = self._run(user.train, user.validation)
             self._states[user_id] = UserStates(user, train, validation)
-            while len(self._states) > _KEEP_STATES:
+            while len(self._states) > KEEP_STATES and self._held() > KEEP_BYTES:
                 self._states.popitem(last=False)
         return self._states[user_id]
+
+    def _held(self) -> int:
+        return sum(states.bytes for states in self._states.values())
+
+    def validation_loss(self, states: UserStates, adapter: LoraAdapter | None) -> float:
+        """Mean loss on a user's validation text, nats a token; remembered for as long as the states are."""
+        key = adapter.content_hash() if adapter else ""
+        if key not in states.losses:
+            loss = mean_loss(self.top, self.plan, states.validation, adapter=adapter)
+            states.losses[key] = loss
+        return states.losses[key]
 
     def states_of(self, users: Sequence[UserData]) -> list[UserStates]:
         """Of many users, behind one emulator that is read once; not kept."""

@@ -31,7 +31,8 @@ from soppu.federation.nf4 import NF4
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEEP_STATES = 4  # users whose states a client keeps
+KEEP_STATES = 4  # users whose states a client keeps whatever they take
+KEEP_BYTES = 64 * 2**20  # of states: as many more users as go in here
 PROCESS = 450 * 2**20
 _CONTEXT = 500 * 2**20  # of CUDA, a process
 _LOGITS = 20 * 2**20  # soppu/federation/head_loss.py
@@ -83,17 +84,19 @@ def client_parts(config: Config, plan: LayerPlan, sizes: Sizes) -> dict[str, int
     layer = sizes.layer * (_NF4_BYTES if config.frozen_dtype == NF4 else frozen)
     shared = sizes.tied and frozen == compute
     data, tokens = config.data, config.data.max_tokens
-    kept, at_once = KEEP_STATES, config.federation.batch_size * tokens
+    texts = data.train_examples + data.validation_examples
+    one_user = texts * tokens * sizes.width * frozen
+    kept = max(KEEP_STATES, KEEP_BYTES // one_user)
+    at_once = config.federation.batch_size * tokens
     if config.federation.form == "core":
         kept = config.federation.together
         at_once = max(at_once, min(kept * at_once, AT_ONCE))
-    examples = (data.train_examples + data.validation_examples) * min(kept, len(data.users) or 1)
     activations = 20 * sizes.width + 8 * sizes.widest
     return {
         "emulator": int(len(plan.kept) * layer + (0 if shared else sizes.embedding * frozen)),
         "pass": _PASS * tokens * activations * frozen // 2,
         "top": (plan.adapter_layers * sizes.layer + sizes.head) * compute,
-        "states": examples * tokens * sizes.width * frozen,
+        "states": one_user * min(kept, len(data.users) or 1),
         "step": at_once * plan.adapter_layers * activations * compute + _LOGITS,
     }
 

@@ -19,7 +19,7 @@ from soppu.adapter import LoraAdapter, LoraPair
 from soppu.config import Config
 from soppu.errors import AdapterError, FederationError
 from soppu.federation import emulator
-from soppu.federation.attach import attached
+from soppu.federation.attach import attached, initial_pairs
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.train import cache_states
 
@@ -101,16 +101,35 @@ def test_the_same_alignment_keeps_the_states(
     assert bench.states("alice") is states
 
 
-def test_only_the_last_few_users_are_kept(config: Config, plan: LayerPlan) -> None:
+def test_only_the_last_few_users_are_kept_where_more_do_not_fit(
+    config: Config, plan: LayerPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = Workbench(config, plan)
     first = {user: bench.states(user) for user in USERS}
-    assert len(USERS) == benches._KEEP_STATES + 1
+    assert len(USERS) == benches.KEEP_STATES + 1
+    assert all(bench.states(user) is first[user] for user in USERS)
+    monkeypatch.setattr(benches, "KEEP_BYTES", sum(states.bytes for states in first.values()) - 1)
+    bench = Workbench(config, plan)
+    first = {user: bench.states(user) for user in USERS}
     assert bench.states("erin") is first["erin"]
     assert bench.states("alice") is not first["alice"]  # the oldest made room, and is read again
     assert all(
         torch.equal(a.states, b.states)
         for a, b in zip(bench.states("alice").train, first["alice"].train, strict=True)
     )
+
+
+def test_a_loss_is_measured_once_as_long_as_the_states_are_there(
+    config: Config, plan: LayerPlan, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, asked = Workbench(config, plan), []
+    monkeypatch.setattr(benches, "mean_loss", lambda *_, adapter: asked.append(adapter) or len(asked))
+    states, shapes = bench.states("alice"), bench.shapes
+    one, other = (LoraAdapter(initial_pairs(shapes, rank=2, seed=seed)) for seed in (1, 2))
+    told = [bench.validation_loss(states, adapter) for adapter in (None, one, other, one, None)]
+    assert told == [1, 2, 3, 2, 1] and len(asked) == 3
+    bench.align(emulator_lora(tiny_llama, plan, seed=1))  # the states are others then, and so is the loss
+    assert bench.validation_loss(bench.states("alice"), one) == 4
 
 
 def test_another_base_model_is_refused(config: Config, plan: LayerPlan) -> None:
