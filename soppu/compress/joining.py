@@ -46,7 +46,7 @@ def basis_of(bundle: Bundle, cluster: int = 0) -> CoreBasis:
             "the bundle has no module with a basis on both sides, so nothing can be trained inside it;"
             " compress with the method joint, or residual with more users"
         )
-    return CoreBasis(sides, bundle.base_model, bundle.base_hash, bundle.fan_in_fan_out)
+    return CoreBasis(sides, bundle.base_model, bundle.base_hash, bundle.fan_in_fan_out, common=bundle.common)
 
 
 def bases_of(bundle: Bundle) -> list[CoreBasis]:

@@ -14,6 +14,7 @@ from soppu.cores.projecting import from_lora
 from soppu.data import UserData, load_user
 from soppu.evaluate.gate import Verdict, check
 from soppu.evaluate.losses import UserLosses
+from soppu.federation import wire_core
 from soppu.federation.attach import initial_pairs
 from soppu.federation.personalise import PERSONAL, Personal, SearchOptions, personalise
 from soppu.federation.train import Training, TrainOptions, mean_loss
@@ -58,7 +59,7 @@ class Ground:
     ) -> Personal[CoreInBasis]:
         """The best core on the user's validation text, found as a federation's client finds an adapter."""
         bench, config = self.bench, self.bench.config
-        start = self._start(basis, own_rank)
+        start = self._start(self._trained_in(basis), own_rank)
         states, validation = bench.states(self.text.train), bench.states(self.text.validation)
 
         def begin(rate: float) -> Training[CoreInBasis]:
@@ -71,7 +72,13 @@ class Ground:
             )
 
         search = search or SearchOptions.of(config.federation)
-        return personalise(begin, measure, start=start, search=search)
+        best = personalise(begin, measure, start=start, search=search)
+        core = replace(best.adapter.core, basis_id=basis.id)
+        return replace(best, adapter=CoreInBasis(core, basis, who=self.text.user_id))
+
+    def _trained_in(self, basis: CoreBasis) -> CoreBasis:
+        """The basis, of which nothing is in common where nobody says what that would come to."""
+        return basis if self.shared else replace(basis, common=0)
 
     def _start(self, basis: CoreBasis, own_rank: int) -> CoreInBasis:
         """Where training begins: at the shared adapter, as far as the basis can tell it, or at nothing."""
@@ -96,7 +103,8 @@ class Ground:
         tell({"note": f"training in {basis.id}", "share": 0.2})
         with joined.clock("training"):
             best = self.trained(basis, own_rank=joined.own_rank)
-        joined.steps, joined.numbers = best.steps, best.adapter.core.parameters()
+        joined.steps = best.steps
+        joined.numbers = wire_core.numbers(self._trained_in(basis), own_rank=joined.own_rank)
         tell({"note": "measuring on held-out text", "share": 0.6})
         return best.adapter
 

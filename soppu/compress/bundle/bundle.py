@@ -45,6 +45,7 @@ class Bundle:
     pages: tuple[Page, ...]  # all users' components as bytes, in order
     report: CompressionReport
     basis_saw: tuple[str, ...] = ()  # adapter ids of users taken out since the bases were fitted
+    common: int = 0  # first columns of every basis that tell what all users share: `CoreBasis.common`
     _last: dict[int, list[Components]] = field(default_factory=dict, repr=False)
 
     @property

@@ -111,6 +111,7 @@ def decode(data: bytes, *, source: str) -> dict[str, Any]:
     return dict(
         **{name: meta[name] for name in FIELDS},
         **{name: tuple(meta[name]) for name in _LISTS},
+        common=meta.get("common", 0),
         shapes=held.shapes,
         ranks=held.ranks,
         bases=decode_bases(meta, tensors["bases"].numpy().tobytes(), source),
@@ -176,6 +177,7 @@ def _metadata(bundle: Bundle) -> dict[str, Any]:
     return {
         **{name: getattr(bundle, name) for name in FIELDS},
         **{name: list(getattr(bundle, name)) for name in _LISTS},
+        **({"common": bundle.common} if bundle.common else {}),
         "clusters": len(next(iter(bundle.bases.values()))),
         "pages": [one.users for one in bundle.pages],
         "modules": [

@@ -46,6 +46,12 @@ def check(meta: Mapping[str, Any], source: str) -> None:
             raise BundleError(f"{source}: metadata {key!r} is {show(meta[key])}, expected {allowed}")
     for place, entry in enumerate(meta["modules"]):
         _check_module(entry, clusters=meta["clusters"], where=f"{source}: module {place}")
+    narrow = min(min(entry["k"]) for entry in meta["modules"])
+    if not whole(meta.get("common", 0), 0, narrow):
+        raise BundleError(
+            f"{source}: metadata 'common' is {show(meta['common'])}, expected an integer from 0 to {narrow},"
+            " the least rank of a basis"
+        )
     if len({entry["name"] for entry in meta["modules"]}) < len(meta["modules"]):
         raise BundleError(f"{source}: two modules of one name")
     _check_report(meta["report"], modules=len(meta["modules"]), source=source)

@@ -79,6 +79,7 @@ def compress_cores(
         cluster=torch.zeros(len(totals.users), dtype=torch.int64),
         norm=totals.joined("relative_to"),
         pages=pages,
+        common=basis.common,
         report=replace(report, seconds=time.perf_counter() - started),
     )
 

@@ -55,6 +55,11 @@ def tensors_of(bundle: Bundle) -> list[torch.Tensor]:
     return [*held, bundle.ranks, bundle.cluster, bundle.norm]
 
 
+@pytest.mark.parametrize("said", [-1, 1.0, True, "1", None, 1000])
+def test_more_in_common_than_a_basis_has_is_refused(data: bytes, said: object) -> None:
+    refused(changed(data, lambda meta: meta.update(common=said)), "metadata 'common' is", "from 0 to")
+
+
 @every_plan
 def test_what_is_read_is_what_was_written_and_is_written_alike(plan):
     bundle = handmade.make(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from soppu.compress import Bundle, CompressOptions, edit, joining
+from soppu.compress.bundle import envelope
+from soppu.compress.cored.run import compress_cores
 from soppu.cores import basis_file
 from soppu.cores.around import around
 from soppu.cores.basis import CoreBasis, validate
@@ -76,6 +80,26 @@ def test_only_a_users_own_numbers_travel_back_and_the_rest_is_the_servers(own: i
     assert whole.core.content_hash() == core.content_hash()
     with pytest.raises(AdapterError, match="the basis says"):  # who sends what is not theirs
         wire_core.from_state(wire_core.to_state(core), basis, own_rank=own, who="ann", start=start)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_bundle_says_it_and_so_does_one_with_a_user_more_or_less(bits: int) -> None:
+    basis = held(a_basis(4, 5), 2)
+    members = {user: a_core(basis, seed=seed) for seed, user in enumerate(("ann", "bob"))}
+    options = CompressOptions(basis_bits=bits, core_bits=bits)
+    made = Bundle.from_bytes(compress_cores(members, basis, options).to_bytes())
+    found = joining.basis_of(made)
+    assert made.common == found.common == 2 and (found.id == basis.id) is (bits == 32)
+    core = dataclasses.replace(a_core(basis, seed=9), basis_id=found.id)
+    more = joining.join(made, "eve", CoreInBasis(core, found)).bundle
+    for bundle in (more, edit.forget(more, "ann")):
+        assert joining.basis_of(Bundle.from_bytes(bundle.to_bytes())).id == found.id
+    plain = compress_cores({"ann": a_core(a_basis(4, 5))}, a_basis(4, 5), options)
+    assert b"common" not in inner(plain) and b'"common":2' in inner(made)
+
+
+def inner(bundle: Bundle) -> bytes:
+    return zlib.decompress(envelope.decode(bundle.to_bytes(), source="")["meta"].numpy().tobytes())
 
 
 def test_training_leaves_it_bit_for_bit_and_trains_the_rest(tiny_llama: PreTrainedModel) -> None:

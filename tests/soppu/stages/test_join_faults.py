@@ -16,12 +16,14 @@ from soppu.compress.joining import bases_of
 from soppu.compress.joining import join as row_of
 from soppu.cores import core as cores
 from soppu.cores.core import CoreInBasis
+from soppu.cores.projecting import from_lora
 from soppu.data import load_user
 from soppu.errors import BundleError, TargetError
 from soppu.progress.events import BEGAN, DONE, Reader
 from soppu.progress.followed import Followed
 from soppu.registry import Registry
 from soppu.stages import join as stage
+from soppu.stages.federate import shared_adapter
 from soppu.stages.join import Newcomer, join
 from soppu.stages.join_ground import Ground
 from soppu.stages.publish import Held, publish
@@ -163,6 +165,28 @@ def test_of_several_bases_a_newcomer_takes_the_one_their_validation_text_is_best
     for bases, best in (([useless, useful], 1), ([useful, useless], 0), ([useless], 0)):
         ground = Ground.of(run, load_user(data, "dora"), bases, shared=None)
         assert ground.best_basis(bases, own_rank=0) == best
+
+
+def test_what_all_share_stays_with_a_newcomer_who_has_it_and_is_learnt_by_one_who_has_not(
+    run: Run, fleet: str, tmp_path: Path
+) -> None:
+    (plain,) = bases_of(bundle_of(run, fleet))
+    basis = dataclasses.replace(plain, common=1)
+    data = dataclasses.replace(run.config.data, source=str(text_of("dora", tmp_path)), users=("dora",))
+    shared = shared_adapter(run)
+    assert shared is not None
+    for known in (shared, None):
+        ground = Ground.of(run, load_user(data, "dora"), [basis], shared=known)
+        found = ground.trained(basis, own_rank=0).adapter
+        assert found.core.basis_id == found.basis.id == basis.id
+        begun = from_lora(shared, basis).core if known else cores.zero(basis)
+        same = [
+            torch.equal(core[:1], begun.cores[name][:1])
+            and torch.equal(core[:, :1], begun.cores[name][:, :1])
+            for name, core in found.core.cores.items()
+        ]
+        assert all(same) if known else not any(same)
+        assert found.core.content_hash() != begun.content_hash()
 
 
 @pytest.mark.long
