@@ -64,16 +64,17 @@ def served(run: Run) -> tuple[str, ...]:
 @pytest.mark.long
 def test_joins_at_once_take_turns_and_none_takes_the_other_back(run: Run, fleet: str, tmp_path: Path) -> None:
     folder, registry = str(run.folder), run.registry()
-    waiting = threading.Event()
+    waiting, going_on = threading.Event(), threading.Event()
 
     def told(said: dict[str, Any]) -> None:
         if said["share"] >= 0.6:  # it is judged; what is live has been looked at
             waiting.set()
+            going_on.wait(60)
 
     with ThreadPoolExecutor(3) as pool:
+        eve = pool.submit(join, folder, newcomer("eve", tmp_path), on_progress=told)
+        assert waiting.wait(60)
         with registry.publishing(run.config.serve.url):
-            eve = pool.submit(join, folder, newcomer("eve", tmp_path), on_progress=told)
-            assert waiting.wait(60)
             dora = pool.submit(join, folder, newcomer("dora", tmp_path))
             twice = pool.submit(join, folder, newcomer("dora", tmp_path))
             # somebody else publishes meanwhile: a user more in the same bases
@@ -85,6 +86,7 @@ def test_joins_at_once_take_turns_and_none_takes_the_other_back(run: Run, fleet:
             set_id = registry.freeze(dict(zip(made.users, (*before.adapter_ids, own), strict=True)))
             bundle_id = registry.put_bundle(made.to_bytes(), set_id=set_id, run=run.id)
             publish(folder, bundle_id, run.newest_evaluation(), held=Held(("zoe",)))
+        going_on.set()
         assert eve.result(120).before != fleet
         errors = [one.exception(120) for one in (dora, twice)]
     refused = [error for error in errors if error]
