@@ -37,6 +37,7 @@ PROCESS = 450 * 2**20
 _CONTEXT = 500 * 2**20  # of CUDA, a process
 _LOGITS = 20 * 2**20  # soppu/federation/head_loss.py
 _NF4_BYTES = 0.52
+_LEAST_TOGETHER = 4  # users of a simulated node that trains cores
 AT_ONCE = 2048  # tokens that gradients are worked out for, of many users: soppu/federation/train.py
 _PASS = 8  # examples that states are made of at once
 _CURES = {
@@ -183,8 +184,10 @@ def clients_at_once(config: Config) -> int:
 
 
 def core_nodes(config: Config) -> int:
-    """How many simulated nodes train the cores of a run's users: no more than work at a time."""
-    return min(clients_at_once(config), max(1, -(-len(config.data.users) // config.federation.together)))
+    """How many simulated nodes train the cores of a run's users: as many as work at a time, where that leaves
+    each of them some users to train together.
+    """
+    return min(clients_at_once(config), max(1, len(config.data.users) // _LEAST_TOGETHER))
 
 
 def _bytes(config: Config) -> tuple[int, int]:

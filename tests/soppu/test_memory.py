@@ -101,6 +101,17 @@ def test_shares_of_gpus_that_cannot_be_given(monkeypatch: pytest.MonkeyPatch) ->
     assert memory.clients_at_once(half) == 4
 
 
+@pytest.mark.parametrize(
+    ("users", "cores", "nodes"), [(1, 8, 1), (7, 8, 1), (8, 8, 2), (16, 2, 2), (16, 8, 4), (1000, 8, 8)]
+)
+def test_cores_are_trained_on_all_of_a_machine_and_some_users_together(
+    monkeypatch: pytest.MonkeyPatch, users: int, cores: int, nodes: int
+) -> None:
+    monkeypatch.setattr(memory.os, "cpu_count", lambda: cores)
+    named = {"data": {"users": [f"u{n}" for n in range(users)]}, "federation": {"form": "core"}}
+    assert memory.core_nodes(configuration.from_dict(named)) == nodes
+
+
 MEASURED = """
 import sys, torch
 from pathlib import Path
