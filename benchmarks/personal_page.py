@@ -282,7 +282,15 @@ def _noise(noised: Sequence[Row], rows: Sequence[Row]) -> str:
             [row["corpus"], name_of(row), f"{row['numbers']:,}", epsilon, *hidden, f"{row['mean']:.3f}", won]
         )
     head = ["text", "trained", "numbers", "epsilon", "noise, in clipping norms", "clipping norm", "loss"]
-    return markdown([*head, "won over the shared adapter"], table) if table else ""
+    if not table:
+        return ""
+    won = any(row["epsilon"] and row["mean"] < shared[row["corpus"]] for row in noised)
+    words = (
+        "With noise a user's own is worth something only where a number below is above 0."
+        if won
+        else "With noise nothing of a user's own won over the shared adapter; fewer numbers lose less."
+    )
+    return f"{words}\n\n{markdown([*head, 'won over the shared adapter'], table)}"
 
 
 def _membership(attacked: Sequence[Row]) -> str:
