@@ -284,12 +284,9 @@ def _noise(noised: Sequence[Row], rows: Sequence[Row]) -> str:
     head = ["text", "trained", "numbers", "epsilon", "noise, in clipping norms", "clipping norm", "loss"]
     if not table:
         return ""
-    won = any(row["epsilon"] and row["mean"] < shared[row["corpus"]] for row in noised)
-    words = (
-        "With noise a user's own is worth something only where a number below is above 0."
-        if won
-        else "With noise nothing of a user's own won over the shared adapter; fewer numbers lose less."
-    )
+    hidden_rows = [row for row in noised if row["epsilon"]]
+    won = sum(row["mean"] < shared[row["corpus"]] for row in hidden_rows)
+    words = f"With noise, {won or 'none'} of {len(hidden_rows)} won over the shared adapter."
     return f"{words}\n\n{markdown([*head, 'won over the shared adapter'], table)}"
 
 
