@@ -166,7 +166,7 @@ class Dies:
         return reply
 
 
-@pytest.mark.parametrize("after", [0, 4])
+@pytest.mark.parametrize("after", [pytest.param(0, marks=pytest.mark.long), 4])
 def test_a_killed_attempt_goes_on_to_the_same_directions(given: Given, tmp_path: Path, after: int) -> None:
     config = given()
     with pytest.raises(Killed):
@@ -177,6 +177,7 @@ def test_a_killed_attempt_goes_on_to_the_same_directions(given: Given, tmp_path:
     assert directions(tmp_path / "work").id == directions(tmp_path / "whole").id
 
 
+@pytest.mark.long
 def test_what_was_learnt_with_other_settings_is_not_gone_on_with(given: Given, tmp_path: Path) -> None:
     run(given(basis_steps=2), tmp_path / "work")
     run(given(), tmp_path / "work")
@@ -248,6 +249,7 @@ def test_a_round_that_most_are_lost_in_is_not_averaged_and_the_next_attempt_repe
     assert len(run(config, tmp_path / "work").of_type("train.basis")) == 6
 
 
+@pytest.mark.long
 def test_the_median_of_the_gradients_is_taken_where_means_are_robust(given: Given, tmp_path: Path) -> None:
     opposed = arrays(lambda s: {n: -1e3 * t for n, t in s.items()})
     once = {"basis_rounds": 1, "max_update": 1e9}
