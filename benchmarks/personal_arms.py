@@ -59,7 +59,7 @@ def beside(k: int, own: int = 0, *, users: int = COHORT) -> Arm:
 
 def on_down(name: str, k: int = 0, own: int = 0, *, users: int = COHORT) -> Arm:
     """Numbers for the down projections alone."""
-    return Arm(name, k, own, users if name in (BESIDE, LEARNT, FEDERATED) else 0, DOWN)
+    return Arm(name, k, own, users if name in OURS else 0, DOWN)
 
 
 _FIRST = (

@@ -73,9 +73,7 @@ def told_again(arm: Arm, ground: Ground, tensors: Mapping[str, Tensor]) -> LoraA
 
 def model_of(arm: Arm, ground: Ground) -> Model:
     """The model that an arm's numbers were trained on."""
-    return (
-        ground.beside if arm.name in (arms.LORA, arms.BESIDE, arms.LEARNT, arms.FEDERATED) else ground.plain
-    )
+    return ground.plain if arm.name in (arms.SHARED, FULL, arms.CORE) else ground.beside
 
 
 def begun(arm: Arm, ground: Ground) -> dict[str, Tensor]:

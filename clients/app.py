@@ -204,7 +204,7 @@ def _trained(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Tr
     if turn.trains:
         return (_personal if turn.asked.personal else _shared)(bench, states, turn, seed)
     train_loss = mean_loss(bench.top, bench.plan, states.train, adapter=turn.start)
-    base, shared = (_validate(bench, states, adapter) for adapter in (None, turn.start))
+    base, shared = (bench.validation_loss(states, adapter) for adapter in (None, turn.start))
     losses = {"emulator-loss-base": base, "emulator-loss-shared": shared, "emulator-loss": shared}
     choice = {"learning-rate": 0.0, "steps": 0, "share": 0.0}
     return _Trained(turn.start, (train_loss, train_loss), losses, choice)
@@ -215,7 +215,7 @@ def _released(bench: Workbench, states: UserStates, turn: Turn, trained: _Traine
     adapter = turn.released(trained.adapter)
     if adapter is trained.adapter:
         return trained
-    losses = {**trained.losses, "emulator-loss": _validate(bench, states, adapter)}
+    losses = {**trained.losses, "emulator-loss": bench.validation_loss(states, adapter)}
     return dataclasses.replace(trained, adapter=adapter, losses=losses)
 
 
@@ -235,7 +235,7 @@ def _shared(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _Tra
         "emulator-loss-shared": turn.start,
         "emulator-loss": result.adapter,
     }
-    losses = {name: _validate(bench, states, adapter) for name, adapter in looked_at.items()}
+    losses = {name: bench.validation_loss(states, adapter) for name, adapter in looked_at.items()}
     return _Trained(result.adapter, (result.first_loss, result.last_loss), losses, {})
 
 
@@ -250,19 +250,15 @@ def _personal(bench: Workbench, states: UserStates, turn: Turn, seed: int) -> _T
         options = dataclasses.replace(options, held=turn.held)
         return Training(bench.top, bench.plan, states.train, start=turn.start, options=options)
 
-    best = personalise(begin, partial(_validate, bench, states), start=turn.start, search=search)
+    best = personalise(begin, partial(bench.validation_loss, states), start=turn.start, search=search)
     common = turn.common()
     losses = {
         "emulator-loss-base": best.base,
-        "emulator-loss-shared": best.shared if common is None else _validate(bench, states, common),
+        "emulator-loss-shared": best.shared if common is None else bench.validation_loss(states, common),
         "emulator-loss": best.personal,
     }
     choice = {"learning-rate": best.learning_rate, "steps": best.steps, "share": best.share}
     return _Trained(best.adapter, (best.first_loss, best.last_loss), losses, choice)
-
-
-def _validate(bench: Workbench, states: UserStates, adapter: LoraAdapter | None) -> float:
-    return mean_loss(bench.top, bench.plan, states.validation, adapter=adapter)
 
 
 def _seed(config: Config, user_id: str, server_round: int) -> int:

@@ -68,14 +68,15 @@ def cohort(config: Config) -> tuple[str, ...]:
 def _check_around(config: Config, base: BaseModel) -> None:
     """Refuse what the shared adapter will not give, before it is trained."""
     settings = config.federation
-    plan = emulator.configured_plan(config, models.skeleton(base), base_hash=base.hash)
+    model = models.skeleton(base)
+    plan = emulator.configured_plan(config, model, base_hash=base.hash)
     chosen = settings.basis_modules or plan.target_modules
     if odd := [name for name in settings.basis_modules if name not in plan.target_modules]:
         raise ConfigError(
             f"federation.basis_modules = {list(settings.basis_modules)}: {', '.join(odd)} is not adapted;"
             f" allowed: some of {', '.join(plan.target_modules)}, [] for all"
         )
-    shapes = emulator.target_shapes(models.skeleton(base), plan)
+    shapes = emulator.target_shapes(model, plan)
     room = min(min(shape) for name, shape in shapes.items() if name.rpartition(".")[2] in chosen)
     if settings.basis_of == "learnt" and settings.basis_rank > room:
         raise ConfigError(
