@@ -14,6 +14,8 @@ from tasks.join import collect as collect_joins
 from tasks.prepare import prepare
 from tasks.publish import publish, target_names
 from tasks.recording import ending
+from tasks.refit import refit, refitted
+from tasks.refit import wanted as refit_wanted
 from tasks.report import report
 from tasks.tradeoff import tradeoff
 from tasks.tradeoff import wanted as comparison_wanted
@@ -47,8 +49,13 @@ def _everybody(run: str) -> str:
 
 
 def _recompress(run: str, set_id: str) -> str:
+    set_id = refitted(run, set_id)
     bundle_id = compress(run, set_id)
     evaluation = evaluate(run, set_id, bundle_id)
+    if refit_wanted(run, evaluation):
+        set_id = refit(run, set_id, evaluation)
+        bundle_id = compress(run, set_id)
+        evaluation = evaluate(run, set_id, bundle_id)
     if comparison_wanted(run):
         evaluation = tradeoff(run, evaluation)
     report(run, evaluation)

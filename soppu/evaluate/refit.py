@@ -40,6 +40,7 @@ class Refit:
     short_users: tuple[str, ...]  # whose core keeps less than `basis.min_gain_kept` of their probe's gain
     short_share: float | None  # of those measured
     probes: tuple[Probe, ...]
+    grown_from: str = ""  # the basis that this run found due, and made this one of
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -188,6 +188,7 @@ class _Basis(_Part):
     short_users: list[Text]
     short_share: Real | None
     probes: list[_Probe]
+    grown_from: Text
 
 
 class _Serving(_Part):

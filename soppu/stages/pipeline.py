@@ -21,7 +21,7 @@ from typing import Any
 from soppu.errors import SoppuError, TargetError
 from soppu.federation.chosen_basis import COHORT
 from soppu.progress import telling
-from soppu.stages import basis, federate, publish
+from soppu.stages import basis, federate, grow, publish
 from soppu.stages.compress import compress_set
 from soppu.stages.evaluate import evaluate
 from soppu.stages.forms import has_cohort
@@ -62,10 +62,12 @@ def full_pipeline(config: str, overrides: Mapping[str, Any] | None = None, *, of
 
 
 def _recompress(run: str, set_id: str) -> None:
-    with _noted(run, "compress"):
-        bundle_id = compress_set(run, set_id)
-    with _noted(run, "evaluate"):
-        evaluation = evaluate(run, set_id, bundle_id)
+    set_id = grow.refitted(run, set_id)
+    bundle_id, evaluation = _evaluated(run, set_id)
+    if grow.wanted(run, evaluation):
+        with _noted(run, grow.STAGE):
+            set_id = grow.refit(run, set_id, evaluation)
+        bundle_id, evaluation = _evaluated(run, set_id)
     if judge.wanted(run):
         with _noted(run, "tradeoff"):
             evaluation = judge.tradeoff(run, evaluation).evaluation
@@ -83,6 +85,14 @@ def _recompress(run: str, set_id: str) -> None:
     if failed:
         why = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise TargetError(f"{len(failed)} of {len(names)} targets were not published to: {why}")
+
+
+def _evaluated(run: str, set_id: str) -> tuple[str, str]:
+    """The bundle of a set, and the file of its evaluation."""
+    with _noted(run, "compress"):
+        bundle_id = compress_set(run, set_id)
+    with _noted(run, "evaluate"):
+        return bundle_id, evaluate(run, set_id, bundle_id)
 
 
 @contextmanager

@@ -7,12 +7,14 @@ their core, as a few should, makes one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from soppu.cores.core import is_core
 from soppu.cores.projecting import from_lora
 from soppu.evaluate.refit import Probe, Refit, decide
 from soppu.module_names import split_layer
 from soppu.registry import Registry
+from soppu.stages import grow
 from soppu.stages.bench import Bench, with_text
 from soppu.stages.federate import shared_adapter
 from soppu.stages.run import Run
@@ -37,7 +39,8 @@ def judged(run: Run, members: Mapping[str, str]) -> Refit | None:
         Probe(user, held, from_lora(registry.get_adapter(held), basis, who=user).error)
         for user, held in run.probes().items()
     ]
-    return decide(basis_id, _measured(run, probes, members), settings)
+    found = decide(basis_id, _measured(run, probes, members), settings)
+    return replace(found, grown_from=grow.grown_from(run, basis_id))
 
 
 def _measured(run: Run, probes: list[Probe], members: Mapping[str, str]) -> list[Probe]:

@@ -15,7 +15,7 @@ from soppu.evaluate.losses import UserLosses
 from soppu.evaluate.report import ReportInputs
 from soppu.federation.chosen_basis import COHORT
 from soppu.progress import telling
-from soppu.stages import join_notes, text
+from soppu.stages import grow, join_notes, text
 from soppu.stages.basis import STAGE as BASIS
 from soppu.stages.federate import RESULT
 from soppu.stages.forms import has_cohort
@@ -67,7 +67,7 @@ def _write_report(run: Run, evaluation: str) -> Written:
     same = join_notes.came_of(run, bundle_id)  # who joined since has changed nobody else
     told = {name: row for name, row in rows.items() if row.get("bundle_id") in same}
     live = [one for one in told.values() if not one["error"]]
-    noted = [run.read(f"stages/{name}.json") for name in (*BEFORE, *map(stage_name, told))]
+    noted = [run.read(f"stages/{name}.json") for name in (*BEFORE, grow.STAGE, *map(stage_name, told))]
     inputs = ReportInputs(
         run=run.id,
         config=run.config,

@@ -1,0 +1,111 @@
+"""Stage: a basis that is due for a refit gets the directions in which its probes lie outside it.
+
+Nobody is trained. Whose core is told in the old basis is told exactly in the new one; probes that win more
+than their users' cores do become the cores that they are nearly exactly in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from soppu import files
+from soppu.cores.basis import CoreBasis
+from soppu.cores.grown import grown
+from soppu.cores.projecting import from_lora
+from soppu.progress import telling
+from soppu.progress.telling import Tell
+from soppu.stages.run import Run, open_run
+
+STAGE = "refit"
+FILE = "refit.json"  # in the run folder: what became of which set
+_log = logging.getLogger(__name__)
+
+
+def wanted(run_folder: str, evaluation: str) -> bool:
+    """Whether an evaluation found a refit due that the configuration asks for, and the basis may grow."""
+    run = open_run(run_folder)
+    found, settings = run.read(evaluation).get("basis"), run.config.basis
+    if settings.refit != "grow" or not found or not found["due"]:
+        return False
+    widest = _widest(run.registry().get_basis(found["basis_id"]))
+    if widest >= settings.max_rank:
+        _log.warning(
+            "basis %s is due for a refit and has %d directions, basis.max_rank = %d: it does not grow;"
+            " fit one anew (soppu bases --use)",
+            found["basis_id"],
+            widest,
+            settings.max_rank,
+        )
+        return False
+    return True
+
+
+def refitted(run_folder: str, set_id: str) -> str:
+    """The set that a refit of this run made of a set; the set itself where there was none."""
+    noted = open_run(run_folder).read(FILE)
+    return str(noted["set"]) if noted.get("of_set") == set_id else set_id
+
+
+def refit(run_folder: str, set_id: str, evaluation: str, *, on_progress: Tell | None = None) -> str:
+    """Grow the basis of an evaluation, put it in force; returns the set that is to be compressed in it.
+
+    Idempotent: what a killed attempt left is found, and a basis that was put in force meanwhile stays so.
+
+    Raises:
+        RegistryError: the basis or a probe is gone or damaged.
+        AdapterError: a probe is of other shapes than the basis.
+    """
+    run = open_run(run_folder)
+    with (
+        telling.stage(run.folder, STAGE, on_progress=on_progress) as tell,
+        files.exclusive(run.folder / f"{STAGE}.lock"),
+    ):
+        noted = run.read(FILE)
+        if noted.get("of_set") != set_id:
+            noted = _made(run, set_id, run.read(evaluation)["basis"])
+            run.write(FILE, noted)
+        registry = run.registry()
+        if registry.current_basis(run.base().base) == noted["from"]:
+            registry.use_basis(noted["basis"])
+        more = ", ".join(sorted(noted["probes"])) or "nobody"
+        tell({"note": f"{noted['from']} has grown to {noted['basis']}; told anew: {more}", "share": 1.0})
+        return str(noted["set"])
+
+
+def grown_from(run: Run, basis_id: str) -> str:
+    """The basis that this run has grown one from, "" where it has not."""
+    noted = run.read(FILE)
+    return str(noted["from"]) if noted.get("basis") == basis_id else ""
+
+
+def _made(run: Run, set_id: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The grown basis, stored, and the set in which probes that win are cores of it."""
+    registry, settings = run.registry(), run.config.basis
+    old = registry.get_basis(found["basis_id"])
+    free = {one["user"]: registry.get_adapter(one["adapter_id"]) for one in found["probes"]}
+    new = grown(old, list(free.values()), by=min(settings.grow_by, settings.max_rank - _widest(old)))
+    registry.put_basis(new)
+    if start := registry.get_start(old.id):
+        registry.put_start(new.id, start)
+    members, errors = registry.get_set(set_id), {}
+    for one in found["probes"]:
+        user = one["user"]
+        if user in members and one["gain"] is not None and one["gain"] > one["core_gain"]:
+            placed = from_lora(free[user], new, who=f"user {user!r}")
+            errors[user] = placed.error
+            metrics = {"carried_error": placed.error}
+            members[user] = registry.put_adapter(placed.core, user=user, run=run.id, metrics=metrics)
+    return {
+        "of_set": set_id,
+        "set": registry.freeze(members),
+        "from": old.id,
+        "basis": new.id,
+        "cores": {name: list(shape) for name, shape in new.core_shapes().items()},
+        "probes": errors,  # user -> relative error of the probe, told in the new basis
+    }
+
+
+def _widest(basis: CoreBasis) -> int:
+    return max(max(shape) for shape in basis.core_shapes().values())
