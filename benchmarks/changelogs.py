@@ -10,13 +10,14 @@ import gzip
 import hashlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from soppu.data.examples import Example, Record
 
 ROOT = Path("/usr/share/doc")
+_FILES = "*/changelog*.gz"
 SHORTEST = 40  # characters of a body
 _SIGNED = re.compile(r" -- .*<(?P<address>[^<>\s]+)>  (?P<date>\w.*)")
 _HEADING = re.compile(r"\S+ \([^)]+\) .*;")
@@ -28,10 +29,21 @@ def authors(root: Path = ROOT, *, least: int = 1) -> dict[str, list[Record]]:
     None where the folder or its changelogs are not there. Files that cannot be read as text are left out.
     """
     found: dict[str, dict[Example, Record]] = {}
-    for path in sorted(root.glob("*/changelog*.gz")):
+    for path in sorted(root.glob(_FILES)):
         for address, record in _entries(path):
             found.setdefault(name_of(address), {}).setdefault(record.example, record)
     return {name: list(own.values()) for name, own in sorted(found.items()) if len(own) >= least}
+
+
+def packages(names: Collection[str], root: Path = ROOT) -> list[str]:
+    """The packages that have all entries of these authors, each with one that those before it have not."""
+    wanted, known, found = set(names), set[Example](), list[str]()
+    for path in sorted(root.glob(_FILES)):
+        own = {record.example for address, record in _entries(path) if name_of(address) in wanted}
+        if own - known:
+            found += [path.parent.name] if path.parent.name not in found else []
+            known |= own
+    return found
 
 
 def name_of(address: str) -> str:

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import click
@@ -23,7 +24,7 @@ from benchmarks import personal_arms as arms
 from benchmarks.pages import read_result
 from benchmarks.personal_arms import BLOCKS, Arm
 from benchmarks.personal_front import compared
-from benchmarks.personal_ground import SETTINGS, Base, Ground, Tuned
+from benchmarks.personal_ground import DTYPES, SETTINGS, Base, Ground, Tuned
 from benchmarks.personal_users import CORPORA, Sizes
 from benchmarks.personal_ways import Way, numbers, size
 from benchmarks.record import ROOT, circumstances, store
@@ -52,6 +53,7 @@ def measured(arm: Arm, ground: Ground) -> dict[str, Any]:
         "bytes_down": size(down) if down else 0,
         **told,
         "losses": losses,
+        "compute": ground.base.dtype,
         "key": ground.key(str(arm)),
     }
 
@@ -144,18 +146,58 @@ def _place(row: Mapping[str, Any]) -> list[Any]:
 def described(ground: Ground) -> dict[str, Any]:
     """A corpus and the users of it, as they are written down."""
     parts = {part: len(getattr(ground.roles, part)) for part in ("basis", "tuned", "reported")}
-    tokens = len(ground.words.ids)
-    return {"digest": ground.digest, "users": parts, "sizes": asdict(ground.sizes), "tokens": tokens}
+    told = {"digest": ground.digest, "shared": ground.shared_id, "users": parts}
+    told |= {"packages": ground.packages} if ground.packages else {}
+    return {**told, "sizes": asdict(ground.sizes), "tokens": len(ground.words.ids)}
 
 
-def refuse_other_text(ground: Ground) -> None:
-    """ClickException if the file has rows of this corpus from other text: of another machine, say."""
-    known = stored().get("corpora", {}).get(ground.corpus, {}).get("digest", ground.digest)
-    if known != ground.digest:
+def ground_of(corpus: str, *, dtype: str = "", seed: int = 0) -> Ground:
+    """What arms of a corpus begin with, as the rows that there are did.
+
+    Args:
+        dtype: of the layers in training; that of these rows if left out, and bfloat16 where there are none.
+    """
+    there = [str(row.get("compute", DTYPES[0])) for row in stored()["rows"] if row["corpus"] == corpus]
+    ground = Ground(corpus, Sizes(), _base(dtype or (there or DTYPES)[0]), folder=FOLDER, seed=seed)
+    refuse_other_ground(ground)
+    return ground
+
+
+@lru_cache(maxsize=1)
+def _base(dtype: str) -> Base:
+    return Base.smollm2(dtype)
+
+
+def refuse_other_ground(ground: Ground) -> None:
+    """ClickException if the file has rows of this corpus that do not stand beside new ones.
+
+    They are of other text, of another machine say; or the layers were of another dtype; or the shared adapter
+    was another one, as another processor's rounding makes it: all others begin there.
+    """
+    told, rows = stored().get("corpora", {}).get(ground.corpus, {}), _rows_of(ground)
+    here = f"{NAME}.json has rows of {ground.corpus}"
+    away = "take its rows out of the file, or leave the corpus out"
+    if (known := told.get("digest", ground.digest)) != ground.digest:
+        lacking = sorted({*told.get("packages", ())} - {*ground.packages})
+        install = f" install {', '.join(lacking)}," if lacking else ""
         raise click.ClickException(
-            f"{NAME}.json has rows of {ground.corpus} from other text ({known}, here {ground.digest}):"
-            " users are not the same on this machine; take its rows out of the file, or leave the corpus out"
+            f"{here} from other text ({known}, here {ground.digest}): users are not the same on this"
+            f" machine;{install} {away}"
         )
+    if odd := {row.get("compute", DTYPES[0]) for row in rows} - {ground.base.dtype}:
+        raise click.ClickException(
+            f"{here} trained in {', '.join(odd)}, this is {ground.base.dtype}: go on with --dtype"
+            f" {min(odd)}, or {away}"
+        )
+    if rows and (known := told.get("shared", ground.shared_id)) != ground.shared_id:
+        raise click.ClickException(
+            f"{here} that begin at shared adapter {known}, and here it is {ground.shared_id}: bring"
+            f" {ground.folder} from where they were made, or {away}"
+        )
+
+
+def _rows_of(ground: Ground) -> list[Mapping[str, Any]]:
+    return [row for row in stored()["rows"] if row["corpus"] == ground.corpus]
 
 
 def study(ground: Ground, chosen: Sequence[Arm], where: Mapping[str, Any]) -> None:
@@ -164,8 +206,8 @@ def study(ground: Ground, chosen: Sequence[Arm], where: Mapping[str, Any]) -> No
     Args:
         where: the circumstances that the process began in: files may change below it.
     """
-    for row in stored()["rows"]:
-        if row["corpus"] == ground.corpus and "tried" in row:
+    for row in _rows_of(ground):
+        if "tried" in row:
             ground.know(row["key"], row)
     for arm in chosen:
         if any(row["key"] == ground.key(str(arm)) for row in stored()["rows"]):
@@ -179,15 +221,17 @@ def study(ground: Ground, chosen: Sequence[Arm], where: Mapping[str, Any]) -> No
 @click.command()
 @click.option("--corpus", "corpora", multiple=True, default=tuple(CORPORA), type=click.Choice(tuple(CORPORA)))
 @click.option("--block", "blocks", multiple=True, type=click.IntRange(0, len(BLOCKS) - 1), help="Of arms.")
+@click.option(
+    "--dtype", default="", type=click.Choice(("", *DTYPES)), help="Of layers; as of rows there are."
+)
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
-def main(corpora: tuple[str, ...], blocks: tuple[int, ...], threads: int, seed: int) -> None:
+def main(corpora: tuple[str, ...], blocks: tuple[int, ...], dtype: str, threads: int, seed: int) -> None:
     """Run what is missing, corpus by corpus, block by block."""
     torch.set_num_threads(threads)
-    base, where = Base.smollm2(), circumstances(seed=seed)
+    where = circumstances(seed=seed)
     for corpus in corpora:
-        ground = Ground(corpus, Sizes(), base, folder=FOLDER, seed=seed)
-        refuse_other_text(ground)
+        ground = ground_of(corpus, dtype=dtype, seed=seed)
         for block in blocks or range(len(BLOCKS)):
             study(ground, BLOCKS[block], where)
 

@@ -63,29 +63,27 @@ def on_down(name: str, k: int = 0, own: int = 0, *, users: int = COHORT) -> Arm:
 
 
 _FIRST = (
-    *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE), beside(32)),
-    *(on_down(LEARNT, k) for k in (64, 32)),
+    *(Arm(BASE), Arm(SHARED), Arm(FULL), Arm(MORE)),
+    *(on_down(FEDERATED, k) for k in (64, 32)),
     *(on_down(RANDOM, k) for k in (64, 32)),
-    *(on_down(LORA, own=1), Arm(LORA, own=1)),
+    on_down(LORA, own=1),
 )
-_FEDERATED = tuple(on_down(FEDERATED, k) for k in (64, 32))
 _EQUAL_NUMBERS = (
-    *(on_down(LEARNT, 16), on_down(RANDOM, 16), on_down(WEIGHTS, 64), on_down(WEIGHTS, 32)),
-    *(Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 1024), Arm("tinylora", 64)),
+    *(on_down(FEDERATED, 16), on_down(RANDOM, 16), on_down(WEIGHTS, 64), on_down(WEIGHTS, 32)),
     *(Arm(FEDSA), Arm(FEDSB, 32), ours(32, name=MEAN)),
-    *(ours(k, name=PROJECTED) for k in (16, 32, 64)),
-    *(on_down(LEARNT, 8), on_down(RANDOM, 8), on_down(WEIGHTS, 16)),
+    *(ours(k, name=PROJECTED) for k in (64, 32, 16)),
+    *(Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 1024)),
+    *(on_down(FEDERATED, 8), on_down(RANDOM, 8), on_down(WEIGHTS, 16)),
 )
 _MORE_OF_OURS = (
-    *(on_down(LEARNT, 32, users=users) for users in (12, 48, 6)),
-    *(on_down(LEARNT, 32, own) for own in (1, 2, 4)),
+    *(on_down(FEDERATED, 32, own) for own in (1, 2, 4)),
+    *(on_down(FEDERATED, 32, users=users) for users in (12, 48, 6)),
 )
 _ELSEWHERE = (
-    *(on_down(LORA, own=2), Arm(LORA, own=2), on_down(LORA, own=8), Arm(LORA, own=4)),
-    *(ours(32), on_down(BESIDE, 64), ours(64), Arm(RANDOM, 32), Arm(WEIGHTS, 32)),
-    *(on_down(LEARNT, 16, 1), on_down(LEARNT, 64, 1), ours(32, 1)),
+    *(Arm(LORA, own=1), on_down(LORA, own=2), on_down(LORA, own=8), Arm("tinylora", 64)),
+    *(on_down(LEARNT, 64), on_down(LEARNT, 32), beside(32), ours(32)),
 )
-BLOCKS: tuple[tuple[Arm, ...], ...] = (_FIRST, _FEDERATED, _EQUAL_NUMBERS, _MORE_OF_OURS, _ELSEWHERE)
+BLOCKS: tuple[tuple[Arm, ...], ...] = (_FIRST, _EQUAL_NUMBERS, _MORE_OF_OURS, _ELSEWHERE)
 
 
 def way_of(arm: Arm, ground: Ground) -> Way:

@@ -13,10 +13,10 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.personal import FOLDER, NAME, of_these_settings, refuse_other_text, stored
+from benchmarks.personal import FOLDER, NAME, ground_of, of_these_settings, stored
 from benchmarks.personal_arms import FULL
-from benchmarks.personal_ground import Base, Ground
-from benchmarks.personal_users import CORPORA, Sizes, Words
+from benchmarks.personal_ground import Ground
+from benchmarks.personal_users import CORPORA, Words
 from benchmarks.personal_ways import InLoop, Model, whole
 from benchmarks.record import store
 from soppu import files
@@ -54,11 +54,8 @@ def checked(ground: Ground) -> dict[str, Any]:
 def main(corpora: tuple[str, ...], seed: int) -> None:
     """Train them and write down what came of it."""
     torch.set_num_threads(1)
-    base = Base.smollm2()
     for corpus in corpora:
-        ground = Ground(corpus, Sizes(), base, folder=FOLDER, seed=seed)
-        refuse_other_text(ground)
-        found = checked(ground)
+        found = checked(ground_of(corpus, seed=seed))
         with files.exclusive(FOLDER / ".lock"):
             told = of_these_settings(stored())
             if corpus not in told.get("corpora", {}):

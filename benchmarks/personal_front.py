@@ -49,6 +49,13 @@ def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> Any
     return np.array([before[user] - loss for user, loss in after.items()])
 
 
+def by_corpus(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each corpus, in the order in which these are met first."""
+    return [
+        (name, [r for r in rows if r["corpus"] == name]) for name in dict.fromkeys(r["corpus"] for r in rows)
+    ]
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which of (numbers, gain) no other one beats: none has as few numbers or fewer, and more gain.
 

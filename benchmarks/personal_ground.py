@@ -18,7 +18,18 @@ import click
 import torch
 from safetensors.torch import load_file, save
 
-from benchmarks.personal_users import CORPORA, Person, Roles, Sizes, Text, Texts, Words, digest, roles
+from benchmarks.personal_users import (
+    CORPORA,
+    PACKAGES,
+    Person,
+    Roles,
+    Sizes,
+    Text,
+    Texts,
+    Words,
+    digest,
+    roles,
+)
 from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, Model, Way, whole
 from benchmarks.record import ROOT
 from soppu import files, models
@@ -39,6 +50,7 @@ FIRST = (1e-3, 3e-3, 1e-2)  # tried first; while the best is the first or last, 
 FIRST_OF_FEW = (1e-2, 3e-2, 1e-1)  # likewise for cores of few modules, whose best is higher
 _SHARED_RATES, _SHARED_EVERY, _SHARED_MOST, _SHARED_BATCH = (3e-3, 1e-3, 3e-4), 40, 160, 8
 OTHERS = 16_384  # tokens that are in no training text, drawn for the head that is trained through
+DTYPES = ("bfloat16", "float32")  # of the layers, in training: the second where a processor lacks the first
 COHORT = 24  # users whose text the shared adapter is trained on
 SETTINGS: Mapping[str, Any] = {
     "edition": 5,  # to be raised where code changes what comes out
@@ -92,20 +104,31 @@ class Ground:
         self.roles: Roles = roles(CORPORA[corpus](sizes.least), sizes, seed=seed)
         self.digest = digest(self.roles, sizes)
         texts = folder / f"{corpus}-{self.digest}-{base.hash[:8]}"
-        self._texts = Texts(texts / "states", sizes, base.bottom)
+        self._texts = Texts(texts / f"states-{base.dtype}", sizes, base.bottom)
         self.folder = texts / self.key("everything")
         self._bases: dict[tuple[int, int, bool], CoreBasis] = {}
 
     def key(self, name: str) -> str:
         """Of something that is made here, and all that it is made of: 12 hex digits."""
-        told = [name, self.digest, self.base.hash, self.seed, SETTINGS, self.marks]
+        told: list[Any] = [name, self.digest, self.base.hash, self.seed, SETTINGS, self.marks]
+        told += [self.base.dtype] if self.base.dtype != DTYPES[0] else []
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def everybody(self) -> tuple[Person, ...]:
+        """Users of any part."""
+        return (*self.roles.basis, *self.roles.tuned, *self.roles.reported)
+
+    @cached_property
+    def packages(self) -> list[str]:
+        """What has to be installed for the text to be this one; nothing where it comes with Python."""
+        found = PACKAGES.get(self.corpus)
+        return found({person.id for person in self.everybody}) if found else []
 
     @cached_property
     def words(self) -> Words:
         """What training goes through of the head."""
-        everybody = (*self.roles.basis, *self.roles.tuned, *self.roles.reported)
-        return Words.of(everybody, self.sizes, self.base.tokenizer, others=OTHERS)
+        return Words.of(self.everybody, self.sizes, self.base.tokenizer, others=OTHERS)
 
     def training(self, person: Person) -> list[Any]:
         """What a user trains on."""
@@ -172,6 +195,11 @@ class Ground:
         if not path.exists():
             files.write_bytes(path, save(wire.to_state(self._trained_shared())))
         return self.adapter(load_file(path))
+
+    @property
+    def shared_id(self) -> str:
+        """By which it is told apart: 12 hex digits."""
+        return self.shared.content_hash()[:12]
 
     def _trained_shared(self) -> LoraAdapter:
         """With one step size after the other, each from the best so far and until it is no better."""
@@ -278,14 +306,15 @@ class Base:
 
     def __init__(self, model: Any, tokenizer: Any, *, hash: str, layers: int = LAYERS) -> None:
         self.model, self.tokenizer, self.hash, self.compute = model, tokenizer, hash, model.dtype
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self.plan = emulator.make_plan(model, base_hash=hash, adapter_layers=layers, drop_ratio=0.0)
         self._bottom: Any = None
 
     @classmethod
-    def smollm2(cls) -> Base:
+    def smollm2(cls, dtype: str = DTYPES[0]) -> Base:
         """The demo's."""
         base = models.resolve("smollm2-135m", cache=ROOT / ".soppu" / "models")
-        model = models.load_model(base, dtype="bfloat16")
+        model = models.load_model(base, dtype=dtype)
         return cls(model, models.load_tokenizer(base), hash=base.hash)
 
     def bottom(self) -> tuple[Any, Any]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import join_page
 from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.personal_arms import BLOCKS, OURS
-from benchmarks.personal_front import beside_controls, front, smallest
+from benchmarks.personal_front import beside_controls, by_corpus, front, smallest
+from benchmarks.personal_ground import DTYPES
+from benchmarks.personal_plot import USUAL, plot
 from benchmarks.record import ROOT
 
 PAGES = ROOT / "docs" / "personal.md", ROOT / "README.md"
@@ -42,16 +43,6 @@ _ARMS = {
     "vera": "PEFT `vera` r={k}, beside shared",
     "tinylora": "PEFT `tinylora` u={k}, beside shared",
 }
-_COLOURS = {
-    "core": "#0072b2",
-    "core beside shared": "#56b4e9",
-    "learnt basis": "#009e73",
-    "federated basis": "#cc79a7",
-    "LoRA": "#e69f01",
-    "full LoRA": "#a63d00",
-}
-_OTHERS = "#8c959e"
-_USUAL = 24  # users a basis is of where nothing is said
 Row = Mapping[str, Any]
 
 
@@ -64,24 +55,18 @@ def blocks() -> dict[str, str]:
         made["join"] = join_page.told(found)
     found = read_result("personal")
     if rows := [row for row in found.get("rows", []) if "gain" in row]:
-        made["personal-finding"] = "\n".join(_finding(*one) for one in _by_corpus(rows))
-        made["readme-personal"] = "\n".join(_short(*one) for one in _by_corpus(rows))
+        made["personal-finding"] = "\n".join(_finding(*one) for one in by_corpus(rows))
+        made["readme-personal"] = "\n".join(_short(*one) for one in by_corpus(rows))
         made["personal-study"] = (
             f"{_drawn(rows)}{_study(rows)}\n\n{_missing(rows)}{circumstances_line(found)}"
         )
         made["personal-controls"] = _controls(rows)
         made["personal-basis"] = _of_users(rows)
         checks = map(_training, *zip(*found["corpora"].items(), strict=True))
-        made["personal-training"] = " ".join([_head(found["settings"]), *filter(None, checks)])
+        made["personal-training"] = " ".join([_head(found["settings"]), _dtypes(rows), *filter(None, checks)])
         made["personal-noise"] = _noise(found.get("private", []), rows)
         made["personal-membership"] = _membership(found.get("membership", []))
     return {name: text for name, text in made.items() if text}
-
-
-def _by_corpus(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    return [
-        (name, [r for r in rows if r["corpus"] == name]) for name in dict.fromkeys(r["corpus"] for r in rows)
-    ]
 
 
 def name_of(row: Row) -> str:
@@ -90,7 +75,7 @@ def name_of(row: Row) -> str:
     if row["own"] and row["arm"] != "LoRA":
         name += f" **+ own rank {row['own']}**"
     name += f", `{' '.join(row['modules'])}`" if row.get("modules") else ""
-    return name + (f", of {row['basis_users']} users" if row["basis_users"] not in (0, _USUAL) else "")
+    return name + (f", of {row['basis_users']} users" if row["basis_users"] not in (0, USUAL) else "")
 
 
 def _finding(corpus: str, rows: Sequence[Row]) -> str:
@@ -154,7 +139,7 @@ def _drawn(rows: Sequence[Row]) -> str:
 def _study(rows: Sequence[Row]) -> str:
     """By corpus, in order of numbers: losses, what is won, what is sent. A star: on the front."""
     table = []
-    for corpus, own in _by_corpus(rows):
+    for corpus, own in by_corpus(rows):
         ordered = sorted(own, key=lambda row: (row["numbers"], row["gain"]))
         best = front([(row["numbers"], row["gain"]) for row in ordered])
         for place, row in enumerate(ordered):
@@ -176,7 +161,7 @@ def _study(rows: Sequence[Row]) -> str:
 def _missing(rows: Sequence[Row]) -> str:
     """The arms of the study that have no row yet, by name and how many of each; a corpus a sentence."""
     told = []
-    for corpus, own in _by_corpus(rows):
+    for corpus, own in by_corpus(rows):
         there = {(row["arm"], row["k"], row["own"], row["basis_users"], *row["modules"]) for row in own}
         arms = (arm for block in BLOCKS for arm in block)
         left = Counter(
@@ -205,6 +190,12 @@ def _head(settings: Mapping[str, Any]) -> str:
     return f"The head that is trained through has the tokens of all training texts{drawn}."
 
 
+def _dtypes(rows: Sequence[Row]) -> str:
+    """What the layers computed in, corpus by corpus."""
+    told = {corpus: {row.get("compute", DTYPES[0]) for row in own} for corpus, own in by_corpus(rows)}
+    return f"In training the layers computed in {', '.join(f'{min(d)} on {c}' for c, d in told.items())}."
+
+
 def _training(corpus: str, told: Row) -> str:
     """What the cheaper training comes to beside the plain one, of one corpus; nothing where not measured."""
     if not (found := told.get("training")):
@@ -220,7 +211,7 @@ def _training(corpus: str, told: Row) -> str:
 
 def _controls(rows: Sequence[Row]) -> str:
     table = []
-    for corpus, own in _by_corpus(rows):
+    for corpus, own in by_corpus(rows):
         if not any(row["arm"] in OURS for row in own):
             continue
         for control, best, apart in sorted(beside_controls(own), key=lambda one: one[0]["numbers"]):
@@ -250,7 +241,7 @@ def _controls(rows: Sequence[Row]) -> str:
 def _of_users(rows: Sequence[Row]) -> str:
     """Cores by how many users their basis is of, where there is more than one such number."""
     table = []
-    for corpus, own in _by_corpus(rows):
+    for corpus, own in by_corpus(rows):
         cores = [row for row in own if row["arm"] in OURS and not row["own"]]
         for kind in sorted({(row["arm"], row["k"], *row["modules"]) for row in cores}):
             some = [row for row in cores if (row["arm"], row["k"], *row["modules"]) == kind]
@@ -303,65 +294,6 @@ def _membership(attacked: Sequence[Row]) -> str:
         "knowing the loss with shared",
     ]
     return markdown(head, table) if table else ""
-
-
-def plot(rows: Sequence[Row]) -> Path:
-    """Gain over shared against numbers a user, a panel a corpus; bars are intervals over users."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from benchmarks.compression_page import save_plot
-
-    panels = _by_corpus([row for row in rows if row["numbers"] and row["basis_users"] in (0, _USUAL)])
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6.5 * len(panels), 4.4), layout="constrained", squeeze=False
-    )
-    for axis, (corpus, own) in zip(axes[0], panels, strict=True):
-        _panel(axis, own)
-        axis.set(xscale="log", title=corpus, xlabel="numbers a user", ylabel="won over shared, nats a token")
-        axis.axhline(0, color=_OTHERS, linewidth=0.8)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, ncols=2)
-    return save_plot(figure, "personal-front")
-
-
-def _panel(axis: Any, rows: Sequence[Row]) -> None:
-    for kind, some in _kinds(rows).items():
-        some = sorted(some, key=lambda row: row["numbers"])
-        x, y = [row["numbers"] for row in some], [row["gain"] for row in some]
-        ends = [
-            [row["gain"] - row["interval"][0] for row in some],
-            [row["interval"][1] - row["gain"] for row in some],
-        ]
-        colour = _COLOURS.get(kind.partition(" +")[0], _OTHERS)
-        style = {
-            "core": "o-",
-            "learnt basis": "o-",
-            "federated basis": "o-",
-            "core + own": "s--",
-            "LoRA": "D-",
-        }.get(kind, "o" if kind in _COLOURS else "x")
-        axis.errorbar(x, y, yerr=ends, fmt=style, color=colour, elinewidth=0.6, alpha=0.9, label=kind)
-    ordered = sorted(rows, key=lambda row: row["numbers"])
-    best = [ordered[n] for n in front([(row["numbers"], row["gain"]) for row in ordered])]
-    axis.step(
-        [row["numbers"] for row in best],
-        [row["gain"] for row in best],
-        where="post",
-        color="#444444",
-        lw=0.7,
-        label="front",
-    )
-
-
-def _kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        ours = row["arm"].startswith("core") and row["own"]
-        found.setdefault(f"{row['arm']} + own" if ours else row["arm"], []).append(row)
-    return found
 
 
 def _table(found: dict[str, Any]) -> str:

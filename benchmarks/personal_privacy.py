@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import personal_arms as arms
-from benchmarks.personal import FOLDER, add, own_of, refuse_other_text, stored
+from benchmarks.personal import add, ground_of, own_of, stored
 from benchmarks.personal_arms import FULL, Arm, on_down
-from benchmarks.personal_ground import Base, Ground
-from benchmarks.personal_users import CORPORA, Sizes
+from benchmarks.personal_ground import Ground
+from benchmarks.personal_users import CORPORA
 from benchmarks.personal_ways import Blocks, Model
 from benchmarks.record import circumstances
 from clients.privacy import hidden
@@ -185,11 +185,9 @@ def _named(arm: Arm, ground: Ground) -> dict[str, Any]:
 def main(corpora: tuple[str, ...], threads: int, seed: int) -> None:
     """Measure what is missing of the arms that the study has."""
     torch.set_num_threads(threads)
-    base, where = Base.smollm2(), circumstances(seed=seed)
+    where = circumstances(seed=seed)
     for corpus in corpora:
-        ground = Ground(corpus, Sizes(), base, folder=FOLDER, seed=seed)
-        refuse_other_text(ground)
-        measure(ground, where)
+        measure(ground_of(corpus, seed=seed), where)
 
 
 def measure(ground: Ground, where: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +80,8 @@ def authors(least: int) -> list[Person]:
 
 
 CORPORA: Mapping[str, Callable[[int], list[Person]]] = {"stdlib": stdlib, "changelogs": authors}
+# what a machine has to have installed for the text of some users to be the same
+PACKAGES: Mapping[str, Callable[[Collection[str]], list[str]]] = {"changelogs": changelogs.packages}
 UNSEEN = 16  # examples a user that step sizes are chosen by
 _MOST_OF_A_GROUP = {"reported": 3, "tuned": 1}  # of a part
 

@@ -13,11 +13,10 @@ from typing import Any
 import click
 
 from benchmarks import personal_arms as arms
-from benchmarks.personal import FOLDER, own_of, stored
+from benchmarks.personal import ground_of, own_of, stored
 from benchmarks.personal_arms import Arm
 from benchmarks.personal_front import smallest
-from benchmarks.personal_ground import Base, Ground
-from benchmarks.personal_users import Sizes
+from benchmarks.personal_ground import Ground
 from soppu.compress import Bundle, CompressOptions
 from soppu.compress.cored.run import compress_cores
 from soppu.cores.around import around, with_own
@@ -41,7 +40,7 @@ def studied(*, bits: int = 8) -> Studied:
     if row is None:
         raise click.ClickException(f"no form of {CORPUS} in personal.json keeps 95 % of the full LoRA's gain")
     arm = Arm(row["arm"], row["k"], row["own"], row["basis_users"], tuple(row["modules"]))
-    made, losses = bundle_of(arm, Ground(CORPUS, Sizes(), Base.smollm2(), folder=FOLDER), bits=bits)
+    made, losses = bundle_of(arm, ground_of(CORPUS), bits=bits)
     kept = {
         name: row[name] for name in ("corpus", "k", "users", "gain", "interval", "kept", "numbers", "mean")
     }

@@ -154,6 +154,7 @@ def test_changelogs_give_entries_by_signature_dated_and_without_a_name(tmp_path:
     ]
     assert "example.org" not in json.dumps([record.example.completion for record in records])
     assert [record.date for record in records] == sorted(record.date or 0 for record in records)
+    assert changelogs.packages(found, tmp_path) == ["a"] and changelogs.packages(["0"], tmp_path) == []
     assert changelogs.authors(tmp_path, least=5) == {} == changelogs.authors(tmp_path / "nothing")
 
 
@@ -312,12 +313,36 @@ def test_a_row_of_other_settings_does_not_stand_beside_a_new_one(
     assert [row["arm"] for row in personal.stored()["rows"]] == ["new"]
 
 
-def test_text_of_another_machine_is_refused(ground: Ground) -> None:
+def test_text_of_another_machine_is_refused(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     personal.study(ground, SOME[:1], {"commit": ""})
-    personal.refuse_other_text(ground)
+    personal.refuse_other_ground(ground)
     other = Ground("stdlib", Sizes(3, 2, 2, least=8), ground.base, folder=ground.folder)
     with pytest.raises(click.ClickException, match="rows of stdlib from other text"):
-        personal.refuse_other_text(other)
+        personal.refuse_other_ground(other)
+    told = personal.stored()
+    told["corpora"]["stdlib"]["packages"] = ["bash", "dpkg"]
+    other.packages = ["dpkg"]
+    with monkeypatch.context() as patch:
+        patch.setattr(personal, "stored", lambda: told)
+        with pytest.raises(click.ClickException, match="on this machine; install bash, take its rows out"):
+            personal.refuse_other_ground(other)
+
+
+def test_rows_that_began_elsewhere_are_not_gone_on_with(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    personal.study(ground, SOME[:1], {"commit": ""})
+    (one,), told = personal.stored()["rows"], personal.stored()["corpora"]["stdlib"]
+    assert one["compute"] == "float32" and told["shared"] == ground.shared.content_hash()[:12]
+    known = {"rows": [{**one, "compute": "bfloat16"}], "corpora": {"stdlib": told}}
+    monkeypatch.setattr(personal, "stored", lambda: known)
+    with pytest.raises(click.ClickException, match="trained in bfloat16, this is float32: go on with"):
+        personal.refuse_other_ground(ground)
+    known = {"rows": [one], "corpora": {"stdlib": {**told, "shared": "0" * 12}}}
+    with pytest.raises(click.ClickException, match=f"begin at shared adapter 0{{12}}, .* {told['shared']}"):
+        personal.refuse_other_ground(ground)
+    known = {"rows": [], "corpora": {"stdlib": {**told, "shared": "0" * 12}}}
+    personal.refuse_other_ground(ground)  # nothing stands beside it
 
 
 @pytest.mark.parametrize("name", [CORE, BESIDE])
