@@ -31,7 +31,7 @@ import torch
 from benchmarks.record import circumstances, store
 from soppu.compress import Bundle
 from soppu.evaluate.intervals import interval
-from soppu.models import load_model, load_tokenizer
+from soppu.models import dtype_name, load_model, load_tokenizer
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.engine.engine import Engine, EngineOptions
 from soppu.serve.engine.generation import GenerationRequest
@@ -164,7 +164,7 @@ def main(run_dir: Path, cheaper: Path | None, prompts: int, timed: int, rounds: 
         "model": found.base_name,
         "bundle": told_of(run.registry().bundle_path(found.bundle_id)),
         "cheaper": told_of(cheaper) if cheaper else None,
-        "dtype": {"judged": run.config.frozen_dtype, "timed": "float32"},
+        "dtype": {"judged": dtype_name(run.config.frozen_dtype), "timed": "float32"},
         "threads": torch.get_num_threads(),
         "judged": {"prompts_a_user": prompts, "folds": options.folds, "seconds": fitting},
         "policies": {"neighbours": found.options.neighbours, "tolerance": found.options.tolerance},

@@ -307,7 +307,7 @@ class Config:
 
     seed: Seed = 0
     runs: str = "runs"
-    frozen_dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     base: BaseConfig = BaseConfig()
     data: DataConfig = DataConfig()

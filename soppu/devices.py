@@ -1,8 +1,9 @@
-"""Which device is computed on, and how much memory it has left."""
+"""Which device is computed on, what it is fast at, and how much memory it has left."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,18 @@ def torch_device(name: str, *, key: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{key} = {name!r}, this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's GPU, or without one its processor, has instructions for products of bfloat16.
+
+    A processor without them takes several times as long as for float32. Where torch cannot tell, it has none.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    told: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)  # not of old
+    capabilities = told()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def idle_cores() -> int:

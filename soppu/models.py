@@ -22,7 +22,7 @@ import transformers  # its names are asked for where they are used: importing on
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from soppu import files
+from soppu import devices, files
 from soppu.base_identity import Base
 from soppu.errors import ModelError
 
@@ -32,6 +32,7 @@ DTYPES = {
     "float16": torch.float16,
     "nf4": torch.bfloat16,  # what is not quantised, and what is computed in
 }
+AUTO = "auto"  # the faster one of bfloat16 and float32 on this machine
 _STAMP = "soppu-base.json"
 _AGAIN = "copy or download the folder again"
 
@@ -104,18 +105,30 @@ def load_model(
     """Load all weights, frozen and in evaluation mode. ModelError if transformers cannot.
 
     Args:
-        dtype: a key of `DTYPES`; "nf4" gives bfloat16, since only an emulator's layers are ever quantised.
+        dtype: as `dtype_of`; "nf4" gives bfloat16, since only an emulator's layers are ever quantised.
     """
     with reading(base, "weights"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=DTYPES[dtype], local_files_only=True
+            base.path, dtype=dtype_of(dtype), local_files_only=True
         )
     return model.eval().requires_grad_(False).to(device)
 
 
+def dtype_name(name: str) -> str:
+    """A key of `DTYPES` as it is; "auto" is bfloat16 where a machine has instructions for it, or float32."""
+    if name != AUTO:
+        return name
+    return "bfloat16" if devices.multiplies_bfloat16() else "float32"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that a key of `DTYPES`, or "auto", means here."""
+    return DTYPES[dtype_name(name)]
+
+
 def computing(compute_dtype: str, frozen_dtype: str) -> torch.dtype:
     """What a `compute_dtype` of a configuration means beside its `frozen_dtype`."""
-    return DTYPES[frozen_dtype if compute_dtype == "auto" else compute_dtype]
+    return dtype_of(frozen_dtype if compute_dtype == AUTO else compute_dtype)
 
 
 def skeleton(base: BaseModel) -> transformers.PreTrainedModel:

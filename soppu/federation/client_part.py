@@ -33,7 +33,7 @@ class ClientPart:
     """The layers of one plan on one device.
 
     Args:
-        dtype: of the frozen weights, a key of `models.DTYPES`.
+        dtype: of the frozen weights, as `models.dtype_of`.
         compute: what the adapter layers compute in.
 
     Raises:
@@ -85,7 +85,7 @@ class ClientPart:
         self._read({path: m for path, m in model.named_modules() if m not in unread}, plan.adapter)
         top = TopModel(model, plan, layers=range(plan.adapter_layers), dtype=compute)
         head = top.model.get_output_embeddings().weight
-        if head.dtype == models.DTYPES[self._dtype]:  # a tied embedding is the same tensor then
+        if head.dtype == models.dtype_of(self._dtype):  # a tied embedding is the same tensor then
             self._head = {source: head.detach() for source in self._tied.values()}
         return top
 
@@ -109,7 +109,7 @@ class ClientPart:
                     places.setdefault(self._tied.get(name, name), []).append((module, own))
         held = {name: self._head[name] for name in places if name in self._head}
         for name, tensor in (*held.items(), *self._files.read(places.keys() - held.keys())):
-            here = nn.Parameter(tensor.to(self.device, models.DTYPES[self._dtype]), requires_grad=False)
+            here = nn.Parameter(tensor.to(self.device, models.dtype_of(self._dtype)), requires_grad=False)
             for module, own in places[name]:
                 if (given := module.get_parameter(own).shape) != here.shape:
                     raise ModelError(

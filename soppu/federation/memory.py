@@ -192,7 +192,7 @@ def core_nodes(config: Config) -> int:
 
 def _bytes(config: Config) -> tuple[int, int]:
     compute = models.computing(config.compute_dtype, config.frozen_dtype)
-    return models.DTYPES[config.frozen_dtype].itemsize, compute.itemsize
+    return models.dtype_of(config.frozen_dtype).itemsize, compute.itemsize
 
 
 def _cure(parts: Mapping[str, int], fewer: str, at_once: int) -> str:

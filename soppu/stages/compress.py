@@ -96,7 +96,7 @@ def _moments(run: Run, adapters: Mapping[str, LoraAdapter], tell: Tell) -> dict[
         models.tokenizer_digest(base),
         str(config.data.max_tokens),
         config.data.chat_template,
-        config.frozen_dtype,
+        models.dtype_name(config.frozen_dtype),
         *modules,
         *(t.digest() for t in texts),
     ]

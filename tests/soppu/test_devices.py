@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from transformers import PreTrainedModel
 from soppu import devices, models
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress.options import CompressOptions
-from soppu.config import AlignConfig
+from soppu.config import AlignConfig, Config
 from soppu.data import IGNORE, Block
 from soppu.devices import torch_device
 from soppu.errors import ConfigError
-from soppu.federation import attach, emulator
+from soppu.federation import attach, emulator, memory
 from soppu.federation.align import Aligner
 from soppu.federation.attach import initial_pairs
 from soppu.federation.client_part import ClientPart
@@ -193,6 +194,42 @@ def test_an_adapter_that_stayed_behind_would_be_found(
             model(input_ids=ids, use_cache=False)
         with pytest.raises(RuntimeError, match="one device"):
             model(input_ids=BLOCKS[0].ids[None], use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({"avx2": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        (None, torch.float32),  # a torch that cannot tell
+    ],
+)
+def test_auto_is_bfloat16_only_where_there_are_instructions_for_it(
+    processor: dict[str, bool] | None, dtype: torch.dtype, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if processor is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    base = models.resolve(str(tiny_base), cache=tiny_base)
+    assert next(models.load_model(base, dtype="auto").parameters()).dtype == dtype
+    assert models.computing("auto", "auto") == dtype == models.DTYPES[models.dtype_name("auto")]
+    assert models.computing("float32", "auto") == torch.float32
+    assert models.computing("auto", "nf4") == torch.bfloat16  # who asks for a dtype by name gets that
+    assert memory._bytes(replace(Config(), frozen_dtype="auto")) == (dtype.itemsize, dtype.itemsize)
+
+
+@pytest.mark.parametrize("emulates", [False, True])
+def test_a_gpu_says_itself_whether_it_has_bfloat16(emulates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(*, including_emulation: bool) -> bool:
+        return including_emulation or not emulates
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert devices.multiplies_bfloat16() is not emulates
 
 
 @pytest.mark.parametrize(("busy", "idle"), [(0.0, 8), (50.0, 4), (97.0, 1), (100.0, 1)])

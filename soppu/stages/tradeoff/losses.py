@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from soppu import models
 from soppu.data import UserData
 from soppu.evaluate.losses import ExampleLosses
 from soppu.module_names import split_layer
@@ -53,8 +54,9 @@ class Losses:
 
     def _file(self, text: UserData) -> str:
         config = self._run.config
+        dtype = models.dtype_name(config.frozen_dtype)
         # what the losses of a text follow from, beside the arm
-        made_of = [text.digest(), self._base, config.frozen_dtype, config.gate.device, vars(config.data)]
+        made_of = [text.digest(), self._base, dtype, config.gate.device, vars(config.data)]
         return f"{FOLDER}/losses-{digest(repr(made_of))}.json"
 
     def _kept(self, text: UserData) -> dict[str, _Kept]:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import soppu
-from soppu import files
+from soppu import files, models
 from soppu.data import UserData
 from soppu.devices import torch_device
 from soppu.evaluate.losses import ExampleLosses
@@ -145,7 +145,7 @@ def _environment(run: Run, job: Job) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "packages": {name: _version(name) for name in ("numpy", *dict.fromkeys(NEEDS.values()))},
         "device": str(torch_device(run.config.gate.device, key="gate.device")),
-        "dtype": f"losses {run.config.frozen_dtype}, text {DTYPE}",
+        "dtype": f"losses {models.dtype_name(run.config.frozen_dtype)}, text {DTYPE}",
         "threads": job.threads,
         "seed": job.seed,
         "base_model": base.name,
