@@ -18,5 +18,6 @@ class BasisConfig:
     min_gain_kept: Annotated[Real, Field(ge=-10.0, le=1.0)] = 0.9
     max_short_users: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.25
     refit: Literal["report", "grow"] = "report"
+    min_probes: Count = 2
     grow_by: Count = 8
     max_rank: Count = 128

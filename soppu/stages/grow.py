@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from soppu import files
+from soppu.basis_settings import BasisConfig
 from soppu.cores.basis import CoreBasis
 from soppu.cores.grown import grown
 from soppu.cores.projecting import from_lora
@@ -29,17 +30,9 @@ def wanted(run_folder: str, evaluation: str) -> bool:
     found, settings = run.read(evaluation).get("basis"), run.config.basis
     if settings.refit != "grow" or not found or not found["due"]:
         return False
-    widest = _widest(run.registry().get_basis(found["basis_id"]))
-    if widest >= settings.max_rank:
-        _log.warning(
-            "basis %s is due for a refit and has %d directions, basis.max_rank = %d: it does not grow;"
-            " fit one anew (soppu bases --use)",
-            found["basis_id"],
-            widest,
-            settings.max_rank,
-        )
-        return False
-    return True
+    if why := _why_not(run.registry().get_basis(found["basis_id"]), len(found["probes"]), settings):
+        _log.warning("basis %s is due for a refit and does not grow: %s", found["basis_id"], why)
+    return not why
 
 
 def refitted(run_folder: str, set_id: str) -> str:
@@ -105,6 +98,15 @@ def _made(run: Run, set_id: str, found: Mapping[str, Any]) -> dict[str, Any]:
         "cores": {name: list(shape) for name, shape in new.core_shapes().items()},
         "probes": errors,  # user -> relative error of the probe, told in the new basis
     }
+
+
+def _why_not(basis: CoreBasis, probes: int, settings: BasisConfig) -> str:
+    """What keeps a basis from growing; nothing if it may."""
+    if probes < settings.min_probes:
+        return f"{probes} of the {settings.min_probes} probes that there have to be (basis.min_probes)"
+    if (widest := _widest(basis)) >= settings.max_rank:
+        return f"it has {widest} directions, basis.max_rank = {settings.max_rank}; fit one anew"
+    return ""
 
 
 def _widest(basis: CoreBasis) -> int:

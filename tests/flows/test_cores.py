@@ -85,7 +85,8 @@ def test_a_night_grows_the_basis_that_a_probe_finds_too_narrow(tiny_pipeline: Pi
     old = registry.get_basis(core.basis_id)
     registry.put_adapter(elsewhere(registry.get_adapter(cores["ann"])), user="ann")
     registry.put_adapter(core, user="ann", run="again")
-    before, told = pipeline.run_folders(), {"basis.max_error": 0.1, "basis.grow_by": 4, "basis.refit": "grow"}
+    settings = {"refit": "grow", "max_error": 0.1, "grow_by": 4, "min_probes": 1}
+    before, told = pipeline.run_folders(), {f"basis.{name}": value for name, value in settings.items()}
     night = replace(pipeline, overrides={**pipeline.overrides, **told})
     flow_run = night.start("soppu-recompress/nightly")
     night.completed(flow_run)

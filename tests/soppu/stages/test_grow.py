@@ -22,7 +22,7 @@ from soppu.stages.report import write_report
 from soppu.stages.run import Run, open_run
 from tests.soppu.stages.conftest import train, write_result
 
-GROWS = {"basis.refit": "grow", "basis.grow_by": 6}
+GROWS = {"basis.refit": "grow", "basis.grow_by": 6, "basis.min_probes": 1}
 
 
 @pytest.fixture
@@ -169,10 +169,12 @@ def test_it_grows_only_where_that_is_asked_for_is_due_and_there_is_room(
     reconfigured(basis={"refit": "grow", "max_rank": 2})
     with caplog.at_level(logging.WARNING):
         assert not grow.wanted(fleet.folder, evaluation)
-    assert (
-        f"basis {fleet.basis.id} is due for a refit and has 2 directions, basis.max_rank = 2" in caplog.text
-    )
-    reconfigured(basis={"max_rank": 5})
+    assert f"{fleet.basis.id} is due for a refit and does not grow: it has 2 directions" in caplog.text
+    reconfigured(basis={"max_rank": 128, "min_probes": 2})
+    with caplog.at_level(logging.WARNING):
+        assert not grow.wanted(fleet.folder, evaluation)
+    assert "1 of the 2 probes that there have to be (basis.min_probes)" in caplog.text
+    reconfigured(basis={"max_rank": 5, "min_probes": 1})
     grow.refit(fleet.folder, set_id, evaluation)
     cores = open_run(fleet.folder).read(grow.FILE)["cores"]
     assert all(max(shape) == 5 for shape in cores.values())
