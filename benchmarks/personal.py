@@ -28,7 +28,7 @@ from benchmarks.personal_ground import DTYPES, SETTINGS, Base, Ground, Tuned
 from benchmarks.personal_users import CORPORA, Sizes
 from benchmarks.personal_ways import Way, numbers, size
 from benchmarks.record import ROOT, circumstances, store
-from soppu import files
+from soppu import files, models
 from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 from soppu.evaluate.report import utc_now
@@ -155,10 +155,11 @@ def ground_of(corpus: str, *, dtype: str = "", seed: int = 0) -> Ground:
     """What arms of a corpus begin with, as the rows that there are did.
 
     Args:
-        dtype: of the layers in training; that of these rows if left out, and bfloat16 where there are none.
+        dtype: of the layers in training; if left out that of these rows, or, without any, what is fast here.
     """
     there = [str(row.get("compute", DTYPES[0])) for row in stored()["rows"] if row["corpus"] == corpus]
-    ground = Ground(corpus, Sizes(), _base(dtype or (there or DTYPES)[0]), folder=FOLDER, seed=seed)
+    dtype = dtype or (there[0] if there else models.dtype_name(models.AUTO))
+    ground = Ground(corpus, Sizes(), _base(dtype), folder=FOLDER, seed=seed)
     refuse_other_ground(ground)
     return ground
 
@@ -222,7 +223,7 @@ def study(ground: Ground, chosen: Sequence[Arm], where: Mapping[str, Any]) -> No
 @click.option("--corpus", "corpora", multiple=True, default=tuple(CORPORA), type=click.Choice(tuple(CORPORA)))
 @click.option("--block", "blocks", multiple=True, type=click.IntRange(0, len(BLOCKS) - 1), help="Of arms.")
 @click.option(
-    "--dtype", default="", type=click.Choice(("", *DTYPES)), help="Of layers; as of rows there are."
+    "--dtype", default="", type=click.Choice(("", *DTYPES)), help="Of layers; as rows are, or what is fast."
 )
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)

@@ -34,10 +34,7 @@ from soppu.federation import wire
 from soppu.federation.privacy import epsilon_of
 from soppu.sharing import SharingSettings
 
-_OURS = (
-    *(on_down(arms.FEDERATED, k) for k in (64, 32)),
-    *(on_down(arms.LEARNT, k) for k in (32, 16)),
-)
+_OURS = tuple(on_down(arms.FEDERATED, k) for k in (64, 32, 16))
 ATTACKED = (Arm(arms.SHARED), Arm(FULL), *_OURS, on_down(arms.LORA, own=1))
 NOISED = (Arm(FULL), *_OURS)
 EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
