@@ -6,7 +6,7 @@ Both begin with random directions and go on for as long as is best for whom step
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,23 +31,36 @@ _AT_ONCE = 8  # users in one pass
 
 def learnt(ground: Ground, k: int, modules: Sequence[str], users: int) -> CoreBasis:
     """Through cores of the first users of the basis, beside the shared adapter, their text in one place."""
-    path = ground.folder / f"learnt-{ground.key(f'{k} {modules} {users} {LEARN}')}.safetensors"
-    if not path.exists():
-        texts = [ground.training(one) for one in ground.roles.basis[:users]]
+
+    def episodes(texts: Sequence[Blocks]) -> Iterable[CoreBasis]:
         options, top = LearnOptions(**LEARN, seed=ground.seed, batch_size=BATCH), ground.beside.top
         start = ground.drawn(k, modules)
-        found = learn_basis.learnt(top, ground.base.plan, texts, start=start, options=options)
-        basis_file.write(_best(ground, found, f"k={k} learnt through {users} users' cores"), path)
-    return basis_file.read(path)
+        return learn_basis.learnt(top, ground.base.plan, texts, start=start, options=options)
+
+    return _kept(ground, f"{k} {modules} {users} {LEARN}", ("learnt", k, users), episodes)
 
 
 def federated(ground: Ground, k: int, modules: Sequence[str], users: int) -> CoreBasis:
     """As a federation learns it: the mean of users' gradients, round by round, and Adam's steps with it."""
-    path = ground.folder / f"federated-{ground.key(f'{k} {modules} {users} {ROUNDS}')}.safetensors"
+
+    def episodes(texts: Sequence[Blocks]) -> Iterable[CoreBasis]:
+        return _episodes(ground, texts, ground.drawn(k, modules))
+
+    return _kept(ground, f"{k} {modules} {users} {ROUNDS}", ("federated", k, users), episodes)
+
+
+def _kept(
+    ground: Ground,
+    made_of: str,
+    what: tuple[str, int, int],
+    episodes: Callable[[Sequence[Blocks]], Iterable[CoreBasis]],
+) -> CoreBasis:
+    """The best basis of some episodes, which lies in the study's folder once it was found."""
+    how, k, users = what
+    path = ground.folder / f"{how}-{ground.key(made_of)}.safetensors"
     if not path.exists():
-        texts = [ground.training(one) for one in ground.roles.basis[:users]]
-        found = _episodes(ground, texts, ground.drawn(k, modules))
-        basis_file.write(_best(ground, found, f"k={k} learnt in rounds of {users} users"), path)
+        found = episodes([ground.training(one) for one in ground.roles.basis[:users]])
+        basis_file.write(_best(ground, found, f"k={k} {how}, of {users} users"), path)
     return basis_file.read(path)
 
 
