@@ -73,6 +73,7 @@ _EQUAL_NUMBERS = (
     *(Arm(FEDSA), Arm(FEDSB, 32), ours(32, name=MEAN)),
     *(ours(k, name=PROJECTED) for k in (64, 32, 16)),
     *(Arm("unilora", 16384), Arm("vera", 256), Arm("tinylora", 1024)),
+    on_down(FEDERATED, 54),  # as many numbers as vera's
     *(on_down(FEDERATED, 8), on_down(RANDOM, 8), on_down(WEIGHTS, 16)),
 )
 _MORE_OF_OURS = (
