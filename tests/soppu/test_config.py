@@ -82,7 +82,7 @@ x = 1
         "unknown key nonsense;",
         "unknown key lora.rnak; lora. knows: rank, alpha, target_modules; did you mean rank?",
         "seed = 'one', allowed: a whole number",
-        "frozen_dtype = 'int4', allowed: float32, bfloat16, nf4",
+        "frozen_dtype = 'int4', allowed: auto, float32, bfloat16, nf4",
         "base = 3, allowed: a table",
         "lora.rank = 0, allowed: at least 1",
         "lora.alpha = True, allowed: a number",
