@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from soppu import base_identity
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.cores.basis import CoreBasis
+from soppu.cores.projecting import check_fits
 from soppu.errors import AdapterError
 
 _NOTHING = 1e-4  # of an adapter at a module: what float32 leaves outside of one that is spanned
@@ -35,21 +35,13 @@ def grown(basis: CoreBasis, adapters: Sequence[LoraAdapter], *, by: int) -> Core
     if by < 1:
         raise AdapterError(f"a basis is to grow by {by} directions, allowed: 1 or more")
     for adapter in adapters:
-        _check(adapter, basis)
+        check_fits(adapter, basis, who="adapter")
     sides = {}
     for name, (u, v) in basis.sides.items():
         pairs = [one.pairs[name] for one in adapters if name in one.pairs]
         halves = [_halves(pair) for pair in pairs]
         sides[name] = _side(u, [left for left, _ in halves], by), _side(v, [right for _, right in halves], by)
     return replace(basis, sides=sides)
-
-
-def _check(adapter: LoraAdapter, basis: CoreBasis) -> None:
-    base_identity.check(adapter.base, basis.base, who="adapter", whose="the basis is for")
-    shapes = adapter.shapes()
-    for name, (o, i) in basis.module_shapes().items():
-        if name in shapes and (there := (shapes[name][0], shapes[name][2])) != (o, i):
-            raise AdapterError(f"adapter: {name}: shape {there}, the basis has {(o, i)}")
 
 
 def _halves(pair: LoraPair) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,8 @@ def from_lora(
     """
     if not 0 <= own_rank <= MOST_OWN:
         raise AdapterError(f"{who}: own_rank = {own_rank}, allowed: 0 to {MOST_OWN}")
-    base_identity.check(adapter.base, basis.base, who=who, whose="the basis is for")
+    check_fits(adapter, basis, who=who)
     shapes = basis.module_shapes()
-    for name, (o, _, i) in adapter.shapes().items():
-        if name in shapes and shapes[name] != (o, i):
-            raise AdapterError(f"{who}: {name}: shape {(o, i)}, the basis has {shapes[name]}")
     cores, own, left = {}, {}, 0.0
     whole = sum(_square(*_factors(pair)) for pair in adapter.pairs.values())
     for name, (k_out, k_in) in basis.core_shapes().items():
@@ -62,6 +59,15 @@ def from_lora(
     left += sum(_square(*_factors(pair)) for name, pair in adapter.pairs.items() if name not in shapes)
     core_ = CoreAdapter(basis.id, cores, own, basis.base_model, basis.base_hash, basis.fan_in_fan_out)
     return Projected(core_, (left / whole) ** 0.5 if whole else 0.0)
+
+
+def check_fits(adapter: LoraAdapter, basis: CoreBasis, *, who: str) -> None:
+    """AdapterError: an adapter of another base model or layout than a basis is for, or of other shapes."""
+    base_identity.check(adapter.base, basis.base, who=who, whose="the basis is for")
+    shapes = basis.module_shapes()
+    for name, (o, _, i) in adapter.shapes().items():
+        if name in shapes and shapes[name] != (o, i):
+            raise AdapterError(f"{who}: {name}: shape {(o, i)}, the basis has {shapes[name]}")
 
 
 def carry(core: CoreInBasis, basis: CoreBasis) -> CoreAdapter:

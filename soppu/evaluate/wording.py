@@ -232,11 +232,10 @@ def refit(report: Mapping[str, Any]) -> list[str]:
     if not told:
         return []
     basis_id, probes = told["basis_id"], len(told["probes"])
-    if not probes and (before := told["grown_from"]):
-        return [
-            f"basis {basis_id} grew out of {before}, which was due for a refit; nobody trained freely since"
-        ]
     if not probes:
+        if before := told["grown_from"]:
+            came = f"grew out of {before}, which was due for a refit"
+            return [f"basis {basis_id} {came}; nobody trained freely since"]
         return [f"basis {basis_id}: nobody trained freely beside it, so nothing says whether it still fits"]
     kept = f", their cores keep {percent(told['gain_kept'])} of their gain" if told["measured"] else ""
     many = "probe" if probes == 1 else "probes"
