@@ -63,14 +63,17 @@ def refit(run_folder: str, set_id: str, evaluation: str, *, on_progress: Tell | 
         if registry.current_basis(run.base().base) == noted["from"]:
             registry.use_basis(noted["basis"])
         more = ", ".join(sorted(noted["probes"])) or "nobody"
-        tell({"note": f"{noted['from']} has grown to {noted['basis']}; told anew: {more}", "share": 1.0})
+        became = (
+            f"has grown to {noted['basis']}" if noted["basis"] != noted["from"] else "has all of its probes"
+        )
+        tell({"note": f"{noted['from']} {became}; told anew: {more}", "share": 1.0})
         return str(noted["set"])
 
 
 def grown_from(run: Run, basis_id: str) -> str:
     """The basis that this run has grown one from, "" where it has not."""
     noted = run.read(FILE)
-    return str(noted["from"]) if noted.get("basis") == basis_id else ""
+    return str(noted["from"]) if noted.get("basis") == basis_id != noted["from"] else ""
 
 
 def _made(run: Run, set_id: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from soppu.compress import Bundle
 from soppu.compress.joining import basis_of
 from soppu.cores.basis import CoreBasis
+from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
 from soppu.errors import RegistryError
 from soppu.stages import grow, pipeline
@@ -178,3 +179,17 @@ def test_it_grows_only_where_that_is_asked_for_is_due_and_there_is_room(
     grow.refit(fleet.folder, set_id, evaluation)
     cores = open_run(fleet.folder).read(grow.FILE)["cores"]
     assert all(max(shape) == 5 for shape in cores.values())
+
+
+def test_a_basis_that_has_all_of_its_probes_stays_and_does_not_say_that_it_grew(fleet: Fleet) -> None:
+    run, registry = fleet.run, fleet.run.registry()
+    spanned = from_lora(registry.get_adapter(fleet.probe), fleet.basis).core
+    registry.put_adapter(CoreInBasis(spanned, fleet.basis).to_lora(), user="ann")
+    registry.put_adapter(registry.get_core(fleet.cores["ann"]), user="ann", run="again")
+    set_id = registry.freeze(fleet.cores)
+    _, evaluation = fleet.evaluated(set_id)
+    notes: list[str] = []
+    grow.refit(fleet.folder, set_id, evaluation, on_progress=lambda told: notes.append(str(told.get("note"))))
+    assert run.read(grow.FILE)["basis"] == fleet.basis.id == registry.current_basis(run.base().base)
+    assert len(registry.bases()) == 1 and grow.grown_from(run, fleet.basis.id) == ""
+    assert any(f"{fleet.basis.id} has all of its probes" in note for note in notes)
