@@ -1,25 +1,20 @@
-"""Who may import whom, how long files and functions may be, what goes to Flower: read off the sources."""
+"""Who may import whom, and what from outside: read off the sources."""
 
 from __future__ import annotations
 
 import ast
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
-import zipfile
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import grimp
 import pytest
-from flwr.cli.build import build_fab_from_files
 
-ROOT = Path(__file__).parents[1]
+from tests.sources import APPLICATIONS, ROOT, SOURCES, files, imports, parse
+
 BIN = Path(sys.executable).parent
 # What each application may import from outside. import-linter can forbid packages, but not allow these alone;
 # who may import whom inside the repository is in pyproject.toml, as are undeclared and unused dependencies.
@@ -35,7 +30,6 @@ OUTSIDE = {
         "starlette",
     },  # what flwr simulates with, and serves with
 }
-APPLICATIONS = ("soppu", *OUTSIDE)
 # What a flow may know of the library: names and settings, nothing that computes.
 FLOWS_KNOW = {"soppu.config", "soppu.errors"}
 # Imports inside a function: of what is not always installed, or slow and seldom asked for.
@@ -52,27 +46,6 @@ OPTIONAL = {
 }
 # vLLM calls `register` in every process, with or without a bundle; only with one is the plugin loaded.
 LATE = {"soppu/serve/vllm_plugin/__init__.py"}
-SOURCES = ("soppu", "tasks", "flows", "clients", "server", "deploy", "tests", "benchmarks")
-VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "lib", "tools"}
-
-
-def files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-@cache
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import anywhere in a file; a relative one begins with a dot."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            dots = "." * node.level
-            yield from ((node.lineno, f"{dots}{node.module or ''}.{alias.name}") for alias in node.names)
 
 
 def faults(folder: str, path: Path) -> list[str]:
@@ -323,81 +296,3 @@ def test_all_imports_are_absolute_everywhere() -> None:
         if name.startswith(".")
     ]
     assert not found, "\n".join(found)
-
-
-def test_files_are_short() -> None:
-    found = []
-    for path in files(*SOURCES):
-        limit = 700 if path.is_relative_to(ROOT / "tests") else 400
-        length = len(path.read_text(encoding="utf-8").splitlines())
-        if length > limit:
-            found.append(f"{path.relative_to(ROOT)}: {length} lines, at most {limit}")
-    assert not found, "\n".join(found)
-
-
-def test_functions_are_short() -> None:
-    found = []
-    for path in files(*SOURCES):
-        for node in ast.walk(parse(path)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
-                if length > 60:
-                    found.append(
-                        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}: {length} lines, at most 60"
-                    )
-    assert not found, "\n".join(found)
-
-
-def test_modules_have_names_that_say_something() -> None:
-    found = [
-        str(path.relative_to(ROOT))
-        for path in files(*SOURCES)
-        if VAGUE & {path.stem.strip("_"), *(part.strip("_") for part in path.relative_to(ROOT).parts[:-1])}
-    ]
-    assert not found, "\n".join(found)
-
-
-def test_every_module_says_what_it_is_for() -> None:
-    found = [
-        str(path.relative_to(ROOT))
-        for path in files(*APPLICATIONS, "deploy", "benchmarks")
-        if path.read_text(encoding="utf-8").strip() and not ast.get_docstring(parse(path))
-    ]
-    assert not found, "\n".join(found)
-
-
-def test_flower_packs_all_that_clients_and_server_need_and_nothing_else() -> None:
-    """By Flower's own builder; it refuses a pattern that matches nothing."""
-    everything = [
-        *files(*SOURCES),
-        ROOT / "pyproject.toml",
-        ROOT / ".gitignore",
-        *(ROOT / "configs").glob("*.toml"),
-    ]
-    given = {str(path.relative_to(ROOT)): path.read_bytes() for path in everything}
-    with zipfile.ZipFile(io.BytesIO(build_fab_from_files(given)[0])) as bundle:
-        packed = {name for name in bundle.namelist() if not name.startswith(".info/")}
-    wanted = {str(path.relative_to(ROOT)) for path in files("soppu", "clients", "server")}
-    assert packed == wanted | {"pyproject.toml"}
-
-
-def test_flowers_components_exist() -> None:
-    components = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]
-    for reference in components.values():
-        module, _, name = reference.partition(":")
-        tree = parse(ROOT / f"{module.replace('.', '/')}.py")
-        targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-        assert name in [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-def test_flowers_run_configuration_is_what_the_server_reads() -> None:
-    """Flower refuses `--run-config` keys that pyproject.toml does not list."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    source = (ROOT / "server" / "app.py").read_text() + (ROOT / "clients" / "app.py").read_text()
-    assert set(re.findall(r"run_config\[\"([^\"]+)\"\]", source)) == set(listed)
-    started = {
-        name: (ROOT / "soppu" / "federation" / name).read_text()
-        for name in ("simulation.py", "connection.py")
-    }
-    assert all(f'"{key}": str(' in started["connection.py"] for key in listed)
-    assert all(f'"{key}": str(' in started["simulation.py"] for key, default in listed.items() if not default)

@@ -20,7 +20,7 @@ from soppu.cores.basis import CoreBasis, drawn, orthonormal
 from soppu.errors import FederationError
 from soppu.federation import simulation, wire, wire_basis
 from tests.server.grid import InProcessGrid, context
-from tests.server.test_federation import NODES, USERS, Killed, WriteUsers, builder, result
+from tests.server.small_run import NODES, USERS, Killed, WriteUsers, builder, result
 
 pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 

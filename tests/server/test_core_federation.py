@@ -30,7 +30,7 @@ from soppu.federation.attach import initial_pairs
 from soppu.federation.chosen_basis import ChosenBasis
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid, context
-from tests.server.test_federation import USERS, Killed, builder, result
+from tests.server.small_run import USERS, Killed, builder, result
 
 pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 

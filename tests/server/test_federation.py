@@ -5,97 +5,49 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from clients.workbench import workbench
 from server import checkpoint as checkpoints
 from server.app import main
-from server.federation import CLIENT_SECTIONS, Federation
+from server.federation import CLIENT_SECTIONS
 from soppu import config as configuration
-from soppu import data, files, models
-from soppu.adapter import LoraAdapter
+from soppu import files, models
 from soppu.config import Config
-from soppu.errors import FederationError
 from soppu.federation import wire, wire_ternary
 from soppu.federation.attach import attached
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid, context
-from tests.thorough import thorough
+from tests.server.small_run import (
+    NODES,
+    USERS,
+    Build,
+    Finished,
+    Killed,
+    WriteUsers,
+    builder,
+    federate,
+    finished,
+    result,
+    round_of,
+    shared_state,
+    stored,
+    user_of,
+)
 
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
-
-USERS = {"alice": 12, "bob": 9, "carol": 10}
-TRAINED = {"alice": 6, "bob": 6, "carol": 6}
-NODES = [{"partition-id": n} for n in range(len(USERS))]
-
-
-class Killed(BaseException):
-    """The process died: nothing in between may catch this."""
-
-
-WriteUsers = Callable[[Path, Mapping[str, int]], Path]
-Build = Callable[..., Config]
-
-
-def builder(root: Path, base: Path, write_users: WriteUsers) -> Build:
-    """`build(federation={"rounds": 1})`: a small run below `root`; the sections given are merged in."""
-    source = write_users(root / "users", USERS)
-    public = write_users(root / "public", {"nobody": 5})
-
-    def build(**changes: dict[str, Any]) -> Config:
-        amounts = {"train_examples": 6, "heldout_examples": 2, "min_examples": 4, "max_tokens": 48}
-        steps = {"rounds": 2, "local_steps": 2, "personal_steps": 3, "batch_size": 2, "hello_timeout_s": 1}
-        aligning = {"warmup_steps": 8, "round_steps": 2, "rank": 2, "learning_rate": 3e-3}
-        sections: dict[str, dict[str, Any]] = {
-            "base": {"model": str(base)},
-            "data": {"source": str(source), "users": list(USERS), **amounts},
-            "plan": {"adapter_layers": 2, "drop_ratio": 0.34},
-            "lora": {"rank": 2, "alpha": 4},
-            "align": {"source": str(public), **aligning},
-            "federation": steps,
-            "registry": {"root": str(root / "registry")},
-        }
-        for name, values in changes.items():
-            sections[name] = {**sections.get(name, {}), **values}
-        return configuration.from_dict(sections)
-
-    return build
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Build:
     return builder(tmp_path, tiny_base, write_users)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that has ended, for tests that only look at it."""
-
-    config: Config
-    workdir: Path
-    grid: InProcessGrid
-    federation: Federation
-
-    @property
-    def replies(self) -> list[Message]:
-        """To training, in the order of the rounds."""
-        return [message for message in self.grid.replies if "who" in message.content]
-
-
-def finished(root: Path, config: Config) -> Finished:
-    workbench.cache_clear()
-    torch.set_num_threads(1)  # as in the tests that are held against it: sums depend on how they are split
-    return Finished(config, root / "work", *federate(config, root / "work"))
 
 
 @pytest.fixture(scope="module")
@@ -114,36 +66,6 @@ def steady(
     root = tmp_path_factory.mktemp("steady")
     wires = {"wire": "ternary", "wire_density": 0.2, "wire_max_loss": 1.0}
     return finished(root, builder(root, tiny_base, write_users)(align={"round_steps": 0}, federation=wires))
-
-
-def federate(
-    config: Config, workdir: Path, grid: InProcessGrid | None = None
-) -> tuple[InProcessGrid, Federation]:
-    grid = grid or InProcessGrid(NODES)
-    federation = Federation(config, workdir)
-    federation.run(grid)
-    return grid, federation
-
-
-def result(workdir: Path) -> dict[str, Any]:
-    return dict(json.loads((workdir / "result.json").read_text()))
-
-
-def user_of(message: Message) -> str:
-    return list(USERS)[message.metadata.dst_node_id - 100]
-
-
-def round_of(message: Message) -> int:
-    return int(message.content["config"]["server-round"])
-
-
-def stored(config: Config, workdir: Path) -> dict[str, LoraAdapter]:
-    registry = Registry.open(config.registry.root)
-    return {user: registry.get_adapter(held) for user, held in result(workdir)["adapters"].items()}
-
-
-def shared_state(message: Message) -> dict[str, Tensor]:
-    return wire.split_state(message.content["arrays"].to_torch_state_dict())[0]
 
 
 # ---- the whole of it
@@ -260,6 +182,17 @@ def test_clients_are_told_only_what_they_need(config: Build, tmp_path: Path) -> 
             assert secret not in text
 
 
+def test_a_client_hears_of_its_own_user_alone(plain: Finished) -> None:
+    for message in plain.grid.sent:
+        order = message.content["config"]
+        assert order["user"] == user_of(message)
+        settings = json.loads(order["settings"])
+        assert "users" not in settings["data"]
+        others = set(USERS) - {user_of(message)}
+        text = json.dumps({name: str(value) for name, value in order.items()})
+        assert not [user for user in others if user in text]
+
+
 def test_bytes_in_the_log_are_those_that_travelled(plain: Finished) -> None:
     def size(messages: list[Message]) -> int:
         return sum(record.count_bytes() for message in messages for record in message.content.values())
@@ -289,113 +222,6 @@ def test_the_entry_point_reads_its_two_keys(config: Build, tmp_path: Path) -> No
     here.run_config = {"config": str(path), "workdir": str(tmp_path / "work"), "task": "federate"}
     main(InProcessGrid(NODES), here)
     assert result(tmp_path / "work")["adapters"].keys() == USERS.keys()
-
-
-# ---- users who fail
-
-
-def test_a_poisoned_reply_is_refused_and_the_others_get_their_adapters(config: Build, tmp_path: Path) -> None:
-    def poison(asked: Message, reply: Message) -> Message:
-        if asked.metadata.message_type == "train" and user_of(asked) == "bob":
-            state = reply.content["arrays"].to_torch_state_dict()
-            next(iter(state.values()))[0, 0] = math.nan
-            reply.content["arrays"] = ArrayRecord(state)
-        return reply
-
-    federate(config(), tmp_path / "work", InProcessGrid(NODES, tamper=poison))
-    found = result(tmp_path / "work")
-    assert found["adapters"].keys() == {"alice", "carol"}
-    assert "bob: " in found["refused"]["bob"] and "NaN" in found["refused"]["bob"]
-    assert all(list(log["refused"]) == ["bob"] for log in found["rounds"])
-    assert all(
-        bool(torch.isfinite(side).all())
-        for adapter in stored(config(), tmp_path / "work").values()
-        for pair in adapter.pairs.values()
-        for side in (pair.A, pair.B)
-    )
-
-
-def test_a_user_who_is_silent_in_the_last_round_has_no_adapter(config: Build, tmp_path: Path) -> None:
-    def silent(asked: Message, reply: Message) -> Message | None:
-        last = asked.metadata.message_type == "train" and round_of(asked) == 3
-        return None if last and user_of(asked) == "carol" else reply
-
-    with pytest.raises(FederationError, match="1 users sent no adapter: carol: no answer in time"):
-        federate(config(), tmp_path / "work", InProcessGrid(NODES, tamper=silent))
-    assert not (tmp_path / "work" / "result.json").exists()
-    allowed = config(federation={"min_users": 2})
-    federate(allowed, tmp_path / "work", InProcessGrid(NODES, tamper=silent))
-    found = result(tmp_path / "work")
-    assert found["adapters"].keys() == {"alice", "bob"}
-    assert found["refused"] == {"carol": "carol: no answer in time"}
-    assert found["rounds"][0]["refused"] == {}
-
-
-def test_a_user_without_enough_text_is_named_and_left_out(config: Build, tmp_path: Path) -> None:
-    short = {"min_examples": 8, "train_examples": 9}  # bob has nine, two of them held out
-    with pytest.raises(FederationError, match="federation.min_users is 0, which wants everybody; .*bob"):
-        federate(config(data=short), tmp_path / "work")
-    assert not (tmp_path / "work" / "result.json").exists()
-    grid, _ = federate(config(data=short, federation={"min_users": 2}), tmp_path / "work")
-    found = result(tmp_path / "work")
-    assert found["adapters"].keys() == {"alice", "carol"}
-    assert "user 'bob' has 7 examples to train on" in found["refused"]["bob"]
-    assert {m.metadata.dst_node_id for m in grid.of_type("train")} == {100, 102}
-
-
-def test_too_few_users_are_an_error_that_says_why(config: Build, tmp_path: Path) -> None:
-    run = config(data={"min_examples": 8, "train_examples": 9}, federation={"min_users": 3})
-    with pytest.raises(FederationError, match=r"2 users can train, federation.min_users is 3; .*bob"):
-        federate(run, tmp_path / "work")
-    assert not (tmp_path / "work" / "result.json").exists()
-
-
-def test_too_few_adapters_are_an_error_that_says_why(config: Build, tmp_path: Path) -> None:
-    def fail(asked: Message, reply: Message) -> Message | None:
-        return None if asked.metadata.message_type == "train" else reply
-
-    with pytest.raises(FederationError, match=r"0 adapters came back, .*no answer in time"):
-        few = config(federation={"rounds": 0, "min_users": 1})
-        federate(few, tmp_path / "work", InProcessGrid(NODES, tamper=fail))
-    assert not (tmp_path / "work" / "result.json").exists()
-
-
-def test_nodes_that_do_not_come_are_an_error(config: Build, tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match="1 of 3 nodes came within 1 s"):
-        federate(config(), tmp_path / "work", InProcessGrid(NODES[:1]))
-
-
-def test_a_client_hears_of_its_own_user_alone(plain: Finished) -> None:
-    for message in plain.grid.sent:
-        order = message.content["config"]
-        assert order["user"] == user_of(message)
-        settings = json.loads(order["settings"])
-        assert "users" not in settings["data"]
-        others = set(USERS) - {user_of(message)}
-        text = json.dumps({name: str(value) for name, value in order.items()})
-        assert not [user for user in others if user in text]
-
-
-def test_a_user_who_was_not_there_at_hello_trains_from_the_next_round_on(
-    config: Build, tmp_path: Path
-) -> None:
-    asked_carol: list[Message] = []
-
-    def late(asked: Message, reply: Message) -> Message | None:
-        if user_of(asked) == "carol" and asked.metadata.message_type == "query.hello":
-            asked_carol.append(asked)
-            return None if len(asked_carol) <= 4 else reply
-        return reply
-
-    federate(config(federation={"min_users": 2}), tmp_path / "work", InProcessGrid(NODES, tamper=late))
-    found = result(tmp_path / "work")
-    assert found["adapters"].keys() == {"alice", "bob", "carol"}
-    assert [sorted(log["accepted"]) for log in found["rounds"]] == [
-        ["alice", "bob"],
-        ["alice", "bob", "carol"],
-        ["alice", "bob", "carol"],
-    ]
-    assert found["refused"] == {}
 
 
 # ---- killed and resumed
@@ -470,70 +296,3 @@ def test_a_run_that_is_killed_in_every_round_ends_the_same_to_the_bit(
         assert checkpoints.load(tmp_path / "work", key=key).done == number - 1
     federate(run, tmp_path / "work")
     assert result(tmp_path / "work")["adapters"] == result(plain.workdir)["adapters"]
-
-
-def test_warming_up_is_not_done_twice(config: Build, tmp_path: Path) -> None:
-    first = Federation(config(), tmp_path / "work")
-    first.warm_up()
-    second = Federation(config(), tmp_path / "work")
-    second.warm_up()
-    assert second.state.done == 0
-    assert second.state.notes == first.state.notes
-    assert second.aligner.adapter().content_hash() == first.aligner.adapter().content_hash()
-    ours, theirs = first.aligner.state(), second.aligner.state()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"lora": {"alpha": 8}},
-        {"federation": {"wire": "ternary"}},
-        *thorough(
-            {"plan": {"drop_ratio": 0.2}},
-            {"federation": {"local_steps": 3}},
-            {"data": {"max_tokens": 40}},
-            {"align": {"kl_weight": 0.0}},
-        ),
-    ],
-    ids=["lora", "wire", "plan", "federation", "data", "align"],
-)
-def test_a_checkpoint_of_other_settings_is_not_used(
-    config: Build, tmp_path: Path, changes: dict[str, dict[str, Any]]
-) -> None:
-    Federation(config(), tmp_path / "work").warm_up()
-    assert Federation(config(), tmp_path / "work").state.done == 0
-    assert Federation(config(**changes), tmp_path / "work").state.done == -1
-
-
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"frozen_dtype": "bfloat16"}])
-def test_seed_and_precision_are_settings_too(config: Build, tmp_path: Path, changes: dict[str, Any]) -> None:
-    federation = Federation(config(), tmp_path / "work")
-    federation.warm_up()
-    assert Federation(config(), tmp_path / "work").state.done == 0
-    other = configuration.from_dict(configuration.to_dict(config()) | changes)
-    assert Federation(other, tmp_path / "work").state.done == -1
-
-
-def test_what_is_served_later_does_not_change_the_federation(config: Build, tmp_path: Path) -> None:
-    federation = Federation(config(), tmp_path / "work")
-    federation.warm_up()
-    later = config(serve={"max_batch": 2}, compress={"rank": 4}, gate={"min_mean_gain_kept": 0.1})
-    assert Federation(later, tmp_path / "work").state.done == 0
-
-
-# ---- the server's own text
-
-
-def test_the_server_reads_public_text_only(config: Build, tmp_path: Path) -> None:
-    """With the users' files gone before the server starts, it gets as far as asking them."""
-    run = config()
-    for path in (tmp_path / "users").iterdir():
-        path.unlink()
-    federation = Federation(run, tmp_path / "work")
-    federation.warm_up()
-    public = data.load_public(run.align.source, limit=99)
-    assert len(federation._public) + len(federation._unseen) == len(public) == 5
-    assert federation._public and federation._unseen  # what it trains on, and what it measures with
-    with pytest.raises(FederationError, match="0 users can train"):
-        federation.run(InProcessGrid(NODES))

@@ -15,7 +15,7 @@ from soppu import files
 from soppu.config import Config
 from soppu.federation import simulation
 from soppu.registry import Registry
-from tests.server.test_federation import builder
+from tests.server.small_run import builder
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 USERS = ["alice", "bob"]

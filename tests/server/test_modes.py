@@ -1,92 +1,28 @@
-"""Every mode end to end: what travels, what stays at home, what is handed in; killed, late, hostile."""
+"""Every mode end to end: what travels, what stays at home, what is handed in; killed, late, lost."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import Message
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from clients.workbench import workbench
-from server.federation import Federation
 from soppu import adapter as adapters
-from soppu import config as configuration
-from soppu.adapter import LoraAdapter
-from soppu.config import Config
-from soppu.federation import privacy, wire
 from soppu.federation.attach import attached, initial_pairs
-from soppu.federation.modes import Sharing
-from soppu.registry import Registry
-from soppu.sharing import SharingSettings
-from tests.server import test_federation as whole
-from tests.server import test_strategy as unit
 from tests.server.grid import InProcessGrid
-from tests.server.test_federation import Killed, WriteUsers, result, round_of, shared_state, stored
+from tests.server.mode_runs import NODES, ROUNDS, Run, Start, State, starter
+from tests.server.small_run import Killed, WriteUsers, result, round_of
 from tests.thorough import thorough
 
 # other tests cover the same lines; tracing takes a third of the time
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
 
-NODES = [{"partition-id": n} for n in range(2)]
-ROUNDS = 2
 SERVED = ("base", "shared", "personal")
-State = dict[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One that has ended."""
-
-    config: Config
-    workdir: Path
-    grid: InProcessGrid
-    federation: Federation
-
-    def asked(self, number: int) -> list[State]:
-        """What of an adapter was sent to the two users in a round."""
-        return [shared_state(m) for m in self.grid.of_type("train") if round_of(m) == number]
-
-    def replies(self, number: int) -> list[Message]:
-        """To training: the n-th pair of this attempt."""
-        replies = [m for m in self.grid.replies if "who" in m.content]
-        return replies[2 * (number - 1) : 2 * number]
-
-    def answered(self, number: int) -> list[State]:
-        """What they sent back."""
-        return [m.content["arrays"].to_torch_state_dict() for m in self.replies(number)]
-
-    def adapters(self) -> dict[str, LoraAdapter]:
-        return stored(self.config, self.workdir)
-
-
-Start = Callable[..., Run]
-
-
-def starter(root: Path, base: Path, write_users: WriteUsers) -> Start:
-    """`start(mode="fedsa", grid=…)`: two users, two shared rounds, no alignment between them."""
-
-    def start(*, name: str = "work", grid: InProcessGrid | None = None, **settings: Any) -> Run:
-        made = {"client_state": str(root / name / "clients"), **settings}
-        config = whole.builder(root, base, write_users)(
-            data={"users": ["alice", "bob"]},
-            align={"warmup_steps": 2, "round_steps": 0},
-            federation={"rounds": ROUNDS, **made},
-            registry={"root": str(root / name / "registry")},
-        )
-        workbench.cache_clear()
-        return Run(config, root / name, *whole.federate(config, root / name, grid or InProcessGrid(NODES)))
-
-    return start
 
 
 @pytest.fixture
@@ -284,133 +220,3 @@ def test_a_real_node_keeps_its_part_where_it_wants_to_and_not_where_the_server_s
     assert not (tmp_path / "work" / "clients").exists()
     assert len(list((tmp_path / "hers").rglob("user-alice/round-0001.safetensors"))) == 1
     assert len(list((tmp_path / ".soppu" / "clients").rglob("user-bob/round-0001.safetensors"))) == 1
-
-
-# ---- averages, in the strategy
-
-
-def strategy(last_round: int = 2, *, mode: str = "finetune", **settings: Any) -> unit.Server:
-    server = unit.Server(last_round=last_round)
-    server.strategy._sharing = SharingSettings(mode=mode, **settings)  # type: ignore[arg-type]
-    return server
-
-
-def test_the_strategy_averages_by_the_rule_of_the_configuration() -> None:
-    states = [wire.to_state(unit.make_adapter(seed)) for seed in unit.SEEDS.values()]
-    server = strategy(robust="median")
-    arrays, metrics = server.strategy.aggregate_train(1, unit.answer(server.ask()))
-    assert arrays is not None and metrics is not None
-    for name, tensor in arrays.to_torch_state_dict().items():
-        middle = torch.stack([state[name] for state in states]).median(0).values
-        torch.testing.assert_close(tensor, middle, rtol=1e-5, atol=1e-6)
-    server = strategy(average="products")
-    arrays, _ = server.strategy.aggregate_train(1, unit.answer(server.ask()))
-    assert arrays is not None
-    found = wire.loose_from_state(arrays.to_torch_state_dict())
-    for name, pair in found.pairs.items():
-        products = [unit.make_adapter(seed).pairs[name].delta() for seed in unit.SEEDS.values()]
-        dense = sum(w / 100 * p for w, p in zip((30, 10, 60), products, strict=True))
-        U, sizes, V = torch.linalg.svd(dense)
-        torch.testing.assert_close(pair.delta(), U[:, :2] * sizes[:2] @ V[:2], rtol=1e-4, atol=1e-4)
-
-
-def test_where_changes_are_clipped_a_large_one_is_not_refused_but_told() -> None:
-    server = strategy(clip="median")
-    replies = unit.answer(server.ask())
-    unit.scaled(replies[1].content, 1e3)
-    arrays, _ = server.strategy.aggregate_train(1, replies)
-    log = server.strategy.logs[0]
-    assert arrays is not None and not log.refused and sorted(log.accepted) == ["alice", "bob", "carol"]
-    assert "bob" in log.clipped and log.clipped["bob"] < 0.01
-    own = strategy(1, clip="median")  # of their own adapters no mean is made: there it is as ever
-    replies = unit.answer(own.ask())
-    unit.scaled(replies[1].content, 1e3)
-    own.strategy.aggregate_train(1, replies)
-    assert (
-        own.kept.keys() == {"alice", "carol"} and "median of the round" in own.strategy.logs[0].refused["bob"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("mode", "personal", "sent", "fault"),
-    [
-        ("fedsa", False, "whole", r"tensor .*lora_B.weight is not part of the plan \(2 in all\)"),
-        ("ffa", False, "whole", r"tensor .*lora_A.weight is not part of the plan \(2 in all\)"),
-        ("dual", False, "whole", r"shape \(2, \d\), the plan says \(1, \d\)"),
-        ("fedsa", True, "shared", r"tensor .*lora_B.weight is missing \(2 in all\)"),
-        ("dual", True, "shared", r"shape \(1, \d\), the plan says \(2, \d\)"),
-        ("shared", True, "whole", r"is not part of the plan \(4 in all\)"),
-        ("fedsa", False, "nan", "holds NaN or Inf"),
-        ("dual", True, "nan", "holds NaN or Inf"),
-    ],
-)
-def test_a_reply_of_another_mode_is_refused_by_name(mode: str, personal: bool, sent: str, fault: str) -> None:
-    """More than was agreed, or less: the round goes on with the others."""
-    cut = Sharing.of(configuration.from_dict({"lora": {"rank": 2}, "federation": {"mode": mode}}))
-    agreement = dataclasses.replace(unit.AGREEMENT, sharing=cut)
-    server = unit.Server(last_round=1 if personal else 2, agreement=agreement)
-    begun = ArrayRecord(cut.start(unit.SHAPES)[0])
-    order = ConfigRecord({"settings": "{}", "plan": "{}"})
-    asked = list(server.strategy.configure_train(1, begun, order, None))  # type: ignore[arg-type]
-    replies = unit.answer(asked)
-    for reply in replies:
-        state = reply.content["arrays"].to_torch_state_dict()
-        parts = {"whole": state, "shared": cut.split(state)[0]}
-        right = (state if cut.trains_alone else {}) if personal else parts["shared"]
-        parts["nan"] = {name: tensor * math.nan for name, tensor in right.items()}
-        is_bob = reply.content["who"]["user"] == "bob"
-        reply.content["arrays"] = ArrayRecord(parts[sent] if is_bob else right)
-    server.strategy.aggregate_train(1, replies)
-    log = server.strategy.logs[0]
-    assert log.accepted == ["alice", "carol"] and list(log.refused) == ["bob"]
-    assert re.search(f"^bob: .*{fault}", log.refused["bob"]), log.refused["bob"]
-    assert server.kept.keys() == ({"alice", "carol"} if personal else set())
-    if mode == "shared":  # whatever anybody says, what is stored is the average that the server sent
-        kept = {name: wire.to_state(adapter) for name, adapter in server.kept.items()}
-        assert all(
-            torch.equal(tensor, kept["alice"][name]) for name, tensor in begun.to_torch_state_dict().items()
-        )
-
-
-# ---- privacy, end to end
-
-
-def test_noise_at_the_client_hides_all_that_leaves_and_every_release_is_counted(start: Start) -> None:
-    seen: list[Message] = []
-
-    def tamper(asked: Message, reply: Message) -> Message:
-        if asked.metadata.message_type == "train" and round_of(asked) == 2:
-            seen.append(asked)
-            if len(seen) == 2:
-                raise Killed
-        return reply
-
-    options = {"mode": "fedsa", "dp_at": "client", "dp_clip": 0.1, "dp_noise": 0.5}
-    with pytest.raises(Killed):
-        start(grid=InProcessGrid(NODES, tamper=tamper), **options)
-    run = start(**options)
-    told = result(run.workdir)["privacy"]
-    assert (told["at"], told["clip"], told["noise"], told["releases"]) == ("client", 0.1, 0.5, 4)
-    assert told["epsilon"] == privacy.epsilon_of(0.25, 4, 1e-5)
-    begun = run.asked(2)[0]
-    for state in run.answered(1):  # the first of this attempt: round 2
-        change = torch.cat([(state[name] - begun[name]).flatten() for name in begun])
-        # the step is at most 0.1, beside noise of 0.05 a number
-        assert float(change.norm()) == pytest.approx(0.05 * math.sqrt(len(change)), rel=0.2)
-    for adapter in run.adapters().values():  # A is held in the last round, and what is held is no secret
-        for name, pair in adapter.pairs.items():
-            assert torch.equal(pair.A, run.asked(3)[0][f"{name}.lora_A.weight"])
-
-
-def test_noise_at_the_server_is_in_the_average_and_its_epsilon_in_the_result(start: Start) -> None:
-    run = start(mode="finetune", dp_clip=0.05, dp_noise=1.0)
-    told = result(run.workdir)["privacy"]
-    assert (told["at"], told["releases"]) == ("server", ROUNDS)
-    assert told["epsilon"] == privacy.epsilon_of(1.0, ROUNDS, 1e-5)
-    assert "reaches as it is" in told["not_covered"]
-    begun, then = run.asked(1)[0], run.asked(2)[0]
-    moved = torch.cat([(then[name] - begun[name]).flatten() for name in begun])
-    assert float(moved.norm()) == pytest.approx(0.025 * math.sqrt(len(moved)), rel=0.2)
-    assert all(len(log["clipped"]) == 2 for log in result(run.workdir)["rounds"][:ROUNDS])
-    assert Registry.open(run.config.registry.root).current_set().keys() == {"alice", "bob"}
-    assert configuration.from_dict(configuration.to_dict(run.config)) == run.config

@@ -16,7 +16,7 @@ from server.federation import Federation
 from soppu.config import Config
 from soppu.errors import FederationError
 from tests.server.grid import InProcessGrid
-from tests.server.test_federation import (
+from tests.server.small_run import (
     NODES,
     USERS,
     Build,

@@ -7,7 +7,7 @@ import pytest
 from soppu import published
 from soppu.errors import RegistryError
 from soppu.registry import Registry
-from tests.soppu.test_registry import freeze, make_adapter, registry
+from tests.soppu.registries import freeze, make_adapter, registry
 
 __all__ = ["registry"]
 

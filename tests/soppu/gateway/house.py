@@ -23,8 +23,8 @@ from soppu.gateway.keys import KeyStore
 from soppu.gateway.settings import GatewaySettings
 from soppu.registry import Registry
 from soppu.settings import build
+from tests.soppu.registries import freeze, make_adapter
 from tests.soppu.serve.tiny import listening
-from tests.soppu.test_registry import freeze, make_adapter
 
 USERS = ("alice", "bob", "Alice", "straße", "k")
 Json = dict[str, Any]

@@ -17,7 +17,7 @@ from soppu.gateway.app import Gateway
 from soppu.gateway.keys import KeyStore
 from soppu.gateway.settings import GatewaySettings
 from tests.soppu.gateway.house import House, house, registry_of, settings_of
-from tests.soppu.test_registry import freeze, make_adapter
+from tests.soppu.registries import freeze, make_adapter
 
 ASK = {"inputs": "a secret prompt"}
 

@@ -15,9 +15,9 @@ from soppu.gateway.app import Gateway
 from soppu.gateway.keys import KeyStore
 from soppu.registry import Registry
 from tests.soppu.gateway.house import settings_of
+from tests.soppu.registries import freeze
 from tests.soppu.serve import tiny
 from tests.soppu.serve.test_lorax_client import client
-from tests.soppu.test_registry import freeze
 
 __all__ = ["client"]
 pytestmark = pytest.mark.long

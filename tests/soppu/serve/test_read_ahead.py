@@ -15,7 +15,7 @@ from soppu.serve.bank.resident import Residents
 from soppu.serve.vllm_plugin.settings import Settings
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.vllm_plugin import engine
-from tests.soppu.serve.vllm_plugin.test_control import SHARED, begin
+from tests.soppu.serve.vllm_plugin.commanded import SHARED, begin
 
 A, B = "a" * 64, "b" * 64
 USERS = ("alice", "bob", "cleo", "dan")

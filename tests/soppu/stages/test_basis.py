@@ -30,7 +30,7 @@ from soppu.stages.evaluate import evaluate
 from soppu.stages.report import stage_names, write_report
 from soppu.stages.run import Run, open_run, prepare
 from tests.server.grid import InProcessGrid, context
-from tests.server.test_federation import Killed
+from tests.server.small_run import Killed
 
 pytestmark = pytest.mark.usefixtures("flower_identity", "fresh_workbench")
 

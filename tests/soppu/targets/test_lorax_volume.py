@@ -1,98 +1,42 @@
-"""The volume a LoRAX reads: what lies in it, what is shared, and what is left of publications that die."""
+"""The volume a LoRAX reads: what lies in it, what is shared, and whom it has a folder for."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import random
-import resource
 import shutil
-import signal
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle, CompressOptions, compress
 from soppu.compress.lorax_export import Form
 from soppu.errors import BundleError, ConfigError, TargetError
-from soppu.targets.lorax_volume import Volume
 from tests.soppu.compress import handmade
 from tests.soppu.serve import tiny
+from tests.soppu.targets.volumes import (
+    ONE,
+    TWO,
+    assert_same_change,
+    content,
+    open_volume,
+    other,
+    shared,
+    stage,
+    tensors,
+)
 
-ONE, TWO = "1" * 64, "2" * 64
-LAYERS = 2
-
-
-def members(*, users: int = 3, rank: int = 3, first: int = 1) -> dict[str, LoraAdapter]:
-    model = tiny.llama()
-    return {f"user{n}": tiny.lora(model, seed=n, rank=rank) for n in range(first, first + users)}
-
-
-@pytest.fixture(scope="module")
-def shared() -> Bundle:
-    return tiny.bundle(members(), rank=8)
-
-
-@pytest.fixture(scope="module")
-def other() -> Bundle:
-    """The same first user, and one more, in bases of their own."""
-    return tiny.bundle(members(users=2), rank=8)
-
-
-def stage(volume: Volume, bundle: Bundle, bundle_id: str = ONE, **changes: Any) -> dict[str, str]:
-    asked = {"base_model": "org/base", "layers": LAYERS} | changes
-    return volume.stage(bundle, bundle_id=bundle_id, **asked)
-
-
-def open_volume(tmp_path: Path) -> tuple[Volume, Path]:
-    folder = tmp_path / "volume"
-    folder.mkdir(exist_ok=True)
-    return Volume.open(str(folder)), folder
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What LoRAX makes of a folder: the tensors of all its safetensors files."""
-    made: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as stream:
-            assert not stream.metadata()
-            assert not made.keys() & set(stream.keys())
-            made |= {name: stream.get_tensor(name) for name in stream.keys()}
-    return made
+__all__ = ["other", "shared"]
 
 
 def used(folder: Path) -> int:
     """Bytes on the disk, every file once."""
     found = {file.stat().st_ino: file.stat().st_size for file in folder.rglob("*.safetensors")}
     return sum(found.values())
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def assert_same_change(folder: Path, bundle: Bundle, user: str, *, close: float = 2e-3) -> None:
-    found, own = tensors(folder), bundle.reconstruct(user).pairs
-    names = {name.removesuffix(".lora_A.weight") for name in found if name.endswith(".lora_A.weight")}
-    assert {name.removeprefix("base_model.model.") for name in names} >= set(own)
-    for name in names:
-        pair = LoraPair(found[f"{name}.lora_A.weight"].float(), found[f"{name}.lora_B.weight"].float())
-        wanted = own.get(name.removeprefix("base_model.model."))
-        expected = torch.zeros_like(pair.delta()) if wanted is None else wanted.delta()
-        assert torch.linalg.norm(pair.delta() - expected) <= close * max(1.0, float(expected.norm()))
 
 
 def test_every_user_has_a_folder_lorax_serves_and_the_basis_lies_once(shared: Bundle, tmp_path: Path) -> None:
@@ -246,179 +190,6 @@ def test_a_bundle_staged_otherwise_is_refused_until_it_is_dropped(shared: Bundle
     stage(volume, shared, dtype="bfloat16")
 
 
-def test_a_sweep_deletes_leftovers_and_nothing_else(shared: Bundle, other: Bundle, tmp_path: Path) -> None:
-    volume, folder = open_volume(tmp_path)
-    foreign = folder / "adapters/by-hand/adapter_config.json"
-    foreign.parent.mkdir(parents=True)
-    foreign.write_text("{}")
-    stage(volume, shared)
-    before = content(folder)
-    lost = stage(volume, other, TWO)
-    (folder / f"bundles/{TWO}.json").unlink()
-    (folder / ".staging/abc").mkdir()
-    (folder / ".staging/abc/adapter_model.safetensors").write_bytes(b"half")
-    (folder / f"bundles/.{TWO}.json.xyz.tmp").write_bytes(b"half")
-    (folder / "basis/.abc.safetensors.xyz.tmp").write_bytes(b"half")
-    (folder / "adapters/nobody").mkdir()
-    assert set(volume.sweep()) == set(lost.values())
-    assert content(folder) == before and not (folder / "adapters/nobody").exists()
-    assert volume.sweep() == ()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"adapters": 3}', '{"adapters": {"a": 1}}', ""])
-def test_where_a_manifest_is_damaged_nothing_is_swept(shared: Bundle, tmp_path: Path, text: str) -> None:
-    volume, folder = open_volume(tmp_path)
-    ids = stage(volume, shared)
-    (folder / f"bundles/{TWO}.json").write_text(text)
-    (folder / f"bundles/{ONE}.json").unlink()
-    with pytest.raises(TargetError, match=rf"bundles/{TWO}.json is damaged; delete it"):
-        volume.sweep()
-    with pytest.raises(TargetError, match="is damaged"):
-        volume.placements(TWO)
-    assert all((folder / path).is_dir() for path in ids.values())
-
-
-def test_two_stagings_at_once_end_as_one(shared: Bundle, other: Bundle, tmp_path: Path) -> None:
-    _, folder = open_volume(tmp_path)
-
-    def publish(which: tuple[Bundle, str]) -> dict[str, str]:
-        volume = Volume.open(str(folder))
-        ids = stage(volume, *which)
-        volume.sweep()
-        return ids
-
-    with ThreadPoolExecutor(4) as pool:
-        one, same, two, again = pool.map(publish, [(shared, ONE), (shared, ONE), (other, TWO), (other, TWO)])
-    assert one == same and two == again
-    for bundle, ids in ((shared, one), (other, two)):
-        for user, path in ids.items():
-            assert_same_change(folder / path, bundle, user)
-
-
-def publisher(bundle: Bundle, folder: Path) -> int:
-    """The pid of a copy of this process that stages, drops and sweeps for ever."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        while True:
-            volume = Volume.open(str(folder))
-            stage(volume, bundle)
-            volume.drop(ONE)
-            volume.sweep()
-    finally:
-        os._exit(1)
-
-
-def test_killed_at_any_moment_it_is_staged_by_the_next(shared: Bundle, tmp_path: Path) -> None:
-    """Whatever stands when two publishers die is whole, and the next one goes on from there."""
-    volume, folder = open_volume(tmp_path)
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    ids = stage(Volume.open(str(clean)), shared)
-    wanted = {name: data for name, data in content(clean).items() if name != ".lock"}
-    dice = random.Random(11)
-    for _ in range(20):
-        pids = [publisher(shared, folder) for _ in range(2)]  # one of them waits for the other
-        time.sleep(dice.uniform(0.0, 0.15))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-            assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])  # and did not end by an error of its own
-        for bundle_id in volume.staged():  # what is staged is whole, before anybody mends anything
-            for path in volume.placements(bundle_id).values():
-                assert content(folder / path) == content(clean / path)
-        assert stage(volume, shared) == ids
-        volume.sweep()
-        assert {name: data for name, data in content(folder).items() if name != ".lock"} == wanted
-        assert not list((folder / ".staging").iterdir())
-
-
-@contextmanager
-def limited(size: int) -> Iterator[None]:
-    """Files of at most `size` bytes: stands for a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_volume_is_named_and_nothing_is_staged(shared: Bundle, tmp_path: Path) -> None:
-    volume, folder = open_volume(tmp_path)
-    for size in (100, 1000, 4000):
-        with limited(size), pytest.raises(TargetError, match=rf"volume {folder}: bundle 1+ was not staged: "):
-            stage(volume, shared)
-        assert volume.staged() == ()
-    stage(volume, shared)
-
-
-@pytest.mark.parametrize(
-    ("number", "cure"),
-    [(errno.ENOSPC, "free space"), (errno.EROFS, "mount it writable"), (errno.EACCES, "let this user write")],
-)
-def test_what_the_system_refuses_comes_with_a_cure(
-    shared: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, cure: str
-) -> None:
-    volume, folder = open_volume(tmp_path)
-
-    def refused(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    for place in ("os.fsync", "os.link"):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, refused)
-            with pytest.raises(TargetError, match=rf"volume {folder}: .*{os.strerror(number)}; {cure}"):
-                stage(volume, shared)
-        assert volume.staged() == ()
-    stage(volume, shared)
-
-
-def test_a_volume_that_cannot_be_written_is_named(shared: Bundle) -> None:
-    with pytest.raises(TargetError, match="volume /sys: bundle 1+ was not staged: "):
-        stage(Volume.open("/sys"), shared)
-
-
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV])
-def test_without_hard_links_every_folder_has_a_copy(
-    shared: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refused(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    volume, folder = open_volume(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr("os.link", refused)
-        ids = stage(volume, shared)
-    assert stage(volume, shared) == ids
-    for user, path in ids.items():
-        assert (folder / path / "shared.safetensors").stat().st_nlink == 1
-        assert_same_change(folder / path, shared, user)
-
-
-def test_where_a_file_has_too_many_names_another_copy_is_made(
-    shared: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    link = os.link
-
-    def full(source: Path, place: Path) -> None:
-        if os.stat(source).st_nlink >= 2:
-            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
-        link(source, place)
-
-    monkeypatch.setattr("os.link", full)
-    volume, folder = open_volume(tmp_path)
-    ids = stage(volume, shared)
-    assert all((folder / path / "shared.safetensors").is_file() for path in ids.values())
-    assert stage(volume, shared) == ids
-
-
-@pytest.mark.parametrize("where", ["/nowhere/at/all", "nothing://bucket/prefix"])
-def test_a_volume_that_is_not_there_is_named(where: str) -> None:
-    with pytest.raises(TargetError, match=rf"volume {where}"):
-        Volume.open(where)
-
-
 def renamed(bundle: Bundle, user: str) -> Bundle:
     report = replace(bundle.report, relative_error={user: 0.0})
     return replace(bundle, users=(user, *bundle.users[1:]), report=report, _last={})
@@ -462,64 +233,3 @@ def test_ranks_dtypes_and_ids_lorax_cannot_serve_are_refused(shared: Bundle, tmp
     with pytest.raises(BundleError, match=r"user1: .*numbers beyond the range of torch\.float16"):
         stage(volume, huge)
     assert volume.staged() == () and not list(folder.glob("adapters/*"))
-
-
-class TestBucket:
-    @pytest.fixture
-    def where(self, tmp_path: Path) -> Iterator[str]:
-        yield f"memory://{tmp_path.name}/prefix"
-        if fsspec.filesystem("memory").exists(f"/{tmp_path.name}"):
-            fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
-
-    def test_ids_name_bucket_and_prefix_and_nothing_is_split(
-        self, shared: Bundle, tmp_path: Path, where: str
-    ) -> None:
-        volume = Volume.open(where)
-        assert volume.source == "s3"
-        ids = stage(volume, shared)
-        assert volume.placements(ONE) == ids == stage(volume, shared) and volume.staged() == (ONE,)
-        for user, path in ids.items():
-            assert path.startswith(f"{tmp_path.name}/prefix/adapters/{user}/") and len(path[-16:]) == 16
-            local = tmp_path / user
-            fsspec.filesystem("memory").get(f"/{path}", str(local), recursive=True)
-            names = sorted(file.name for file in local.iterdir())
-            assert names == ["adapter_config.json", "adapter_model.safetensors"]
-            assert_same_change(local, shared, user)
-
-    def test_what_was_begun_is_finished_and_what_nobody_names_is_swept(
-        self, shared: Bundle, other: Bundle, where: str
-    ) -> None:
-        volume, system = Volume.open(where), fsspec.filesystem("memory")
-        ids = stage(volume, shared)
-        system.rm_file(f"/{ids['user1']}/adapter_config.json")  # killed before its last object
-        assert stage(volume, shared) == ids and system.exists(f"/{ids['user1']}/adapter_config.json")
-        lost = stage(volume, other, TWO)
-        system.rm_file(f"/{where.removeprefix('memory://')}/bundles/{TWO}.json")
-        assert set(volume.sweep()) == set(lost.values())
-        volume.drop(ONE)
-        assert system.find(f"/{where.removeprefix('memory://')}") == []
-
-    def test_nothing_is_deleted_while_somebody_publishes(
-        self, shared: Bundle, other: Bundle, where: str
-    ) -> None:
-        volume, system = Volume.open(where), fsspec.filesystem("memory")
-        root = f"/{where.removeprefix('memory://')}"
-        lost = stage(volume, other, TWO)
-        system.rm_file(f"{root}/bundles/{TWO}.json")
-        system.pipe_file(f"{root}/.staging/abc.json", json.dumps(time.time()).encode())
-        assert volume.sweep() == ()
-        system.pipe_file(f"{root}/.staging/abc.json", json.dumps(time.time() - 2 * 86_400).encode())
-        assert set(volume.sweep()) == set(lost.values())
-        assert system.find(f"{root}/.staging") == []
-
-    def test_a_bucket_that_refuses_is_named(
-        self, shared: Bundle, where: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refused(*_: object, **__: object) -> None:
-            raise RuntimeError("AccessDenied")
-
-        volume = Volume.open(where)
-        stage(volume, shared)
-        monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.pipe_file", refused)
-        with pytest.raises(TargetError, match=rf"volume {where}: bundle 2+ was not staged: AccessDenied"):
-            stage(volume, shared, TWO)

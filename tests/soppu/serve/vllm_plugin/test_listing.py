@@ -15,7 +15,7 @@ from soppu.serve.vllm_plugin.frontend.control import Control
 from soppu.serve.vllm_plugin.settings import Settings
 from tests.soppu.serve import handmade, tiny
 from tests.soppu.serve.vllm_plugin import engine
-from tests.soppu.serve.vllm_plugin.test_control import SHARED
+from tests.soppu.serve.vllm_plugin.commanded import SHARED
 
 MANY = 1_000_000
 BASE = {"id": "base", "object": "model", "root": "/m", "parent": None, "max_model_len": 1024}

@@ -21,10 +21,10 @@ from soppu.serve.vllm_plugin.frontend.following import Follower, health
 from soppu.serve.vllm_plugin.settings import Settings
 from soppu.serve.vllm_plugin.worker.static import Limits
 from tests.share import share
+from tests.soppu.registries import freeze, make_adapter
 from tests.soppu.serve import handmade
 from tests.soppu.serve.vllm_plugin import engine
-from tests.soppu.serve.vllm_plugin.test_control import MIXED, SHARED, Server, _adapter, _same, begin
-from tests.soppu.test_registry import freeze, make_adapter
+from tests.soppu.serve.vllm_plugin.commanded import MIXED, SHARED, Server, _adapter, _same, begin
 
 LAYER = "block.qkv_proj"
 TWO: dict[str, handmade.Plan] = {"ann": [SHARED], "bob": [SHARED]}
