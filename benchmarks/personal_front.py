@@ -45,6 +45,14 @@ def _beside(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     return told
 
 
+def won(row: Row, over: Row) -> tuple[float, float, float]:
+    """What one wins over another in the mean, and the ends of its 95 % interval over users."""
+    apart = _differences(over["losses"], row["losses"])
+    found = interval(apart, np.ones(len(apart)), seed=0)
+    assert found.low is not None and found.high is not None
+    return found.mean, found.low, found.high
+
+
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> Any:
     return np.array([before[user] - loss for user, loss in after.items()])
 
@@ -88,8 +96,5 @@ def beside_controls(rows: Sequence[Row]) -> list[tuple[Row, Row | None, tuple[fl
         if best is None:
             told.append((control, None, None))
             continue
-        apart = _differences(control["losses"], best["losses"])
-        found = interval(apart, np.ones(len(apart)), seed=0)
-        assert found.low is not None and found.high is not None
-        told.append((control, best, (found.mean, found.low, found.high)))
+        told.append((control, best, won(best, control)))
     return told

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import join_page
 from benchmarks.pages import circumstances_line, fill, markdown, read_result
 from benchmarks.personal_arms import BLOCKS, OURS
-from benchmarks.personal_front import beside_controls, by_corpus, front, smallest
+from benchmarks.personal_front import beside_controls, by_corpus, front, smallest, won
 from benchmarks.personal_ground import DTYPES
 from benchmarks.personal_plot import USUAL, plot
 from benchmarks.record import ROOT
@@ -178,9 +178,9 @@ def _won(row: Row) -> list[str]:
     sent = [f"{row['bytes_up'] / 1e3:.1f}", f"{row['bytes_down'] / 1e6:.2f}", f"{row['seconds']:.1f}"]
     if row["arm"] == "shared, as many steps":
         return ["", "", "", "", *sent]
-    won = f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
+    gained = f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
     better = f"{row['better_than_shared']} of {row['users']}"
-    return [won, better, f"{-row['worst']:+.3f}", kept, *sent]
+    return [gained, better, f"{-row['worst']:+.3f}", kept, *sent]
 
 
 def _head(settings: Mapping[str, Any]) -> str:
@@ -263,22 +263,20 @@ def _of_users(rows: Sequence[Row]) -> str:
 
 
 def _noise(noised: Sequence[Row], rows: Sequence[Row]) -> str:
-    shared = {row["corpus"]: row["mean"] for row in rows if row["arm"] == "shared"}
-    table = []
+    if not noised:
+        return ""
+    shared, table, decided = {row["corpus"]: row for row in rows if row["arm"] == "shared"}, [], []
     for row in noised:
         epsilon = "no noise" if row["epsilon"] is None else f"{row['epsilon']:g}"
         hidden = [f"{row['noise']:.2f}", f"{row['clip']:.3g}"] if row["epsilon"] else ["", ""]
-        won = f"{shared[row['corpus']] - row['mean']:+.4f}"
-        table.append(
-            [row["corpus"], name_of(row), f"{row['numbers']:,}", epsilon, *hidden, f"{row['mean']:.3f}", won]
-        )
+        mean, low, high = won(row, shared[row["corpus"]])
+        decided += [low > 0] if row["epsilon"] else []
+        told = [f"{row['mean']:.3f}", f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"]
+        table.append([row["corpus"], name_of(row), f"{row['numbers']:,}", epsilon, *hidden, *told])
     head = ["text", "trained", "numbers", "epsilon", "noise, in clipping norms", "clipping norm", "loss"]
-    if not table:
-        return ""
-    hidden_rows = [row for row in noised if row["epsilon"]]
-    won = sum(row["mean"] < shared[row["corpus"]] for row in hidden_rows)
-    words = f"With noise, {won or 'none'} of {len(hidden_rows)} won over the shared adapter."
-    return f"{words}\n\n{markdown([*head, 'won over the shared adapter'], table)}"
+    head += ["won over the shared adapter (95 % of users' mean)"]
+    words = f"With noise, {sum(decided) or 'none'} of {len(decided)} won decidedly over the shared adapter."
+    return f"{words}\n\n{markdown(head, table)}"
 
 
 def _membership(attacked: Sequence[Row]) -> str:
