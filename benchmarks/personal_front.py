@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.personal_arms import FULL, MORE, OURS, SHARED
-from soppu.evaluate.intervals import interval
+from soppu.evaluate.intervals import Interval, interval
 
 Row = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def _beside(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     if shared is None:
         return {}
     gains = _differences(shared, row["losses"])
-    found = interval(gains, np.ones(len(gains)), seed=0)
+    found = _over_users(gains)
     told: dict[str, Any] = {
         "worst": float(-gains.min()),
         "gain": found.mean,
@@ -39,7 +39,7 @@ def _beside(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     }
     if full is not None:
         whole, over = _differences(shared, full), _differences(full, row["losses"])
-        apart = interval(over, np.ones(len(over)), seed=0)
+        apart = _over_users(over)
         told |= {"over_full": apart.mean, "over_full_interval": (apart.low, apart.high)}
         told["kept"] = found.mean / float(whole.mean()) if whole.mean() > 0 else None
     return told
@@ -47,10 +47,14 @@ def _beside(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
 def won(row: Row, over: Row) -> tuple[float, float, float]:
     """What one wins over another in the mean, and the ends of its 95 % interval over users."""
-    apart = _differences(over["losses"], row["losses"])
-    found = interval(apart, np.ones(len(apart)), seed=0)
+    found = _over_users(_differences(over["losses"], row["losses"]))
     assert found.low is not None and found.high is not None
     return found.mean, found.low, found.high
+
+
+def _over_users(apart: Any) -> Interval:
+    """The mean of users' differences, each weighing the same, with its 95 % interval."""
+    return interval(apart, np.ones(len(apart)), seed=0)
 
 
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flwr.app import Message
 from torch import Tensor
 
@@ -66,3 +67,8 @@ def starter(root: Path, base: Path, write_users: WriteUsers) -> Start:
         return Run(config, root / name, *federate(config, root / name, grid or InProcessGrid(NODES)))
 
     return start
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Start:
+    return starter(tmp_path, tiny_base, write_users)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flwr.app import Message
 from torch import Tensor
@@ -56,6 +57,11 @@ def builder(root: Path, base: Path, write_users: WriteUsers) -> Build:
         return configuration.from_dict(sections)
 
     return build
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Build:
+    return builder(tmp_path, tiny_base, write_users)
 
 
 def federate(

@@ -33,6 +33,7 @@ from tests.server.small_run import (
     Killed,
     WriteUsers,
     builder,
+    config,
     federate,
     finished,
     result,
@@ -42,12 +43,8 @@ from tests.server.small_run import (
     user_of,
 )
 
+__all__ = ["config"]
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Build:
-    return builder(tmp_path, tiny_base, write_users)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from tests.server.grid import InProcessGrid
 from tests.server.small_run import (
     NODES,
     Build,
-    WriteUsers,
-    builder,
+    config,
     federate,
     result,
     round_of,
@@ -23,12 +22,8 @@ from tests.server.small_run import (
     user_of,
 )
 
+__all__ = ["config"]
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Build:
-    return builder(tmp_path, tiny_base, write_users)
 
 
 def test_a_poisoned_reply_is_refused_and_the_others_get_their_adapters(config: Build, tmp_path: Path) -> None:

@@ -13,15 +13,11 @@ from soppu import config as configuration
 from soppu import data
 from soppu.errors import FederationError
 from tests.server.grid import InProcessGrid
-from tests.server.small_run import NODES, Build, WriteUsers, builder
+from tests.server.small_run import NODES, Build, config
 from tests.thorough import thorough
 
+__all__ = ["config"]
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Build:
-    return builder(tmp_path, tiny_base, write_users)
 
 
 def test_warming_up_is_not_done_twice(config: Build, tmp_path: Path) -> None:

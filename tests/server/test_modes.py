@@ -15,19 +15,15 @@ from transformers import PreTrainedModel
 from soppu import adapter as adapters
 from soppu.federation.attach import attached, initial_pairs
 from tests.server.grid import InProcessGrid
-from tests.server.mode_runs import NODES, ROUNDS, Run, Start, State, starter
+from tests.server.mode_runs import NODES, ROUNDS, Run, Start, State, start, starter
 from tests.server.small_run import Killed, WriteUsers, result, round_of
 from tests.thorough import thorough
 
+__all__ = ["start"]
 # other tests cover the same lines; tracing takes a third of the time
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
 
 SERVED = ("base", "shared", "personal")
-
-
-@pytest.fixture
-def start(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Start:
-    return starter(tmp_path, tiny_base, write_users)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +12,12 @@ from soppu import config as configuration
 from soppu.federation import privacy
 from soppu.registry import Registry
 from tests.server.grid import InProcessGrid
-from tests.server.mode_runs import NODES, ROUNDS, Start, starter
-from tests.server.small_run import Killed, WriteUsers, result, round_of
+from tests.server.mode_runs import NODES, ROUNDS, Start, start
+from tests.server.small_run import Killed, result, round_of
 
+__all__ = ["start"]
 # other tests cover the same lines; tracing takes a third of the time
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
-
-
-@pytest.fixture
-def start(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Start:
-    return starter(tmp_path, tiny_base, write_users)
 
 
 def test_noise_at_the_client_hides_all_that_leaves_and_every_release_is_counted(start: Start) -> None:

@@ -20,21 +20,16 @@ from tests.server.small_run import (
     NODES,
     USERS,
     Build,
-    WriteUsers,
-    builder,
+    config,
     federate,
     result,
     round_of,
     user_of,
 )
 
+__all__ = ["config"]
 # other tests cover the same lines; tracing takes a third of the time
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("flower_identity", "fresh_workbench")]
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_base: Path, write_users: WriteUsers) -> Build:
-    return builder(tmp_path, tiny_base, write_users)
 
 
 # ---- who a node is

@@ -18,6 +18,7 @@ from soppu.compress import Bundle, CompressOptions, compress
 from soppu.compress.bundle import envelope
 from soppu.errors import BundleError
 from tests.soppu.compress.mutate import File
+from tests.soppu.compress.refusals import refused
 
 TINY = {"q": (4, 3)}
 
@@ -43,14 +44,6 @@ def rewritten(
     tensors = load(file.close())
     retensor(tensors)
     return envelope.encode(tensors)
-
-
-def refused(data: bytes, *words: str) -> str:
-    with pytest.raises(BundleError) as caught:
-        Bundle.from_bytes(data, source="some.file")
-    message = str(caught.value)
-    assert message.startswith("some.file: ") and all(word in message for word in words), message
-    return message
 
 
 @pytest.mark.parametrize("where", ["empty", "length", "header", "after header", "first tensor", "last byte"])

@@ -21,6 +21,7 @@ from soppu.compress.options import ratio
 from soppu.errors import BundleError
 from tests.soppu.compress import handmade, mutate
 from tests.soppu.compress.mutate import File
+from tests.soppu.compress.refusals import refused
 
 every_plan = pytest.mark.parametrize("plan", handmade.PLANS.values(), ids=handmade.PLANS.keys())
 
@@ -35,14 +36,6 @@ def changed(data: bytes, change: Callable[[Any], object]) -> bytes:
     file = File.open(data)
     change(file.inner)
     return file.close()
-
-
-def refused(data: bytes, *words: str) -> str:
-    with pytest.raises(BundleError) as caught:
-        Bundle.from_bytes(data, source="some.file")
-    message = str(caught.value)
-    assert message.startswith("some.file: ") and all(word in message for word in words), message
-    return message
 
 
 def tensors_of(bundle: Bundle) -> list[torch.Tensor]:

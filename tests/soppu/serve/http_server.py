@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from starlette.testclient import TestClient
 from transformers import PreTrainedModel
@@ -78,6 +79,17 @@ def three_adapters() -> dict[str, LoraAdapter]:
     return {
         name: tiny.lora(tiny.llama(), seed=seed) for seed, name in enumerate(("alice", "bob", "žofie"), 1)
     }
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with starting(tmp_path / "state") as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def members() -> dict[str, LoraAdapter]:
+    return three_adapters()
 
 
 def put(server: Server, bundle: Bundle, *, activate: bool = True) -> str:

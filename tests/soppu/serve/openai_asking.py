@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from openai import OpenAI
 
 from soppu.compress.bundle.bundle import Bundle
 from tests.soppu.serve import tiny
-from tests.soppu.serve.talking import Talker, talker
+from tests.soppu.serve.talking import Talker, members, talker
 
 PROMPT = "the quick"
 SAID: list[Any] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the fox"}]
@@ -34,6 +35,17 @@ def asking(folder: Path) -> Iterator[Served]:
     with talker(folder, max_batch=8) as server, tiny.listening(server.app) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         yield Served(client, url, server)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with asking(tmp_path_factory.mktemp("openai") / "state") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def shared() -> Bundle:
+    return members()
 
 
 def text_of(shared: Bundle, who: str, prompt: str) -> str:

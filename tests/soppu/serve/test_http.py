@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,9 @@ from transformers import PreTrainedModel
 
 from soppu.compress.bundle.bundle import Bundle
 from tests.soppu.serve import tiny
-from tests.soppu.serve.http_server import PROMPT, Start, put, starting, three_adapters
+from tests.soppu.serve.http_server import PROMPT, Start, put, start, three_adapters
 
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path / "state") as start:
-        yield start
+__all__ = ["start"]
 
 
 @pytest.fixture(scope="module")

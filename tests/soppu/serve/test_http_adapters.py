@@ -6,7 +6,6 @@ import io
 import json
 import resource
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,9 @@ from soppu.serve.api.admin import unpack_adapter
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
 from tests.soppu.serve import tiny
-from tests.soppu.serve.http_server import PROMPT, Start, starting, tar, three_adapters
+from tests.soppu.serve.http_server import PROMPT, Start, members, start, tar
 
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path / "state") as start:
-        yield start
-
-
-@pytest.fixture(scope="module")
-def members() -> dict[str, LoraAdapter]:
-    return three_adapters()
+__all__ = ["members", "start"]
 
 
 def test_an_adapter_is_put_as_a_tar_served_replaced_and_deleted(

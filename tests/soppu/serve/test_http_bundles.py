@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,9 @@ from soppu.serve.api.http import ServerInfo
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.bank.store import ServerState
 from tests.soppu.serve import tiny
-from tests.soppu.serve.http_server import Start, put, sha256, starting, tar, three_adapters
+from tests.soppu.serve.http_server import Start, members, put, sha256, start, tar
 
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path / "state") as start:
-        yield start
-
-
-@pytest.fixture(scope="module")
-def members() -> dict[str, LoraAdapter]:
-    return three_adapters()
+__all__ = ["members", "start"]
 
 
 @pytest.fixture(scope="module")

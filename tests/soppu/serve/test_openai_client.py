@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -15,19 +14,10 @@ from pydantic import BaseModel
 from soppu import __version__
 from soppu.compress.bundle.bundle import Bundle
 from tests.soppu.serve import tiny
-from tests.soppu.serve.openai_asking import PROMPT, RENDERED, SAID, Served, asking, text_of
-from tests.soppu.serve.talking import BUNDLE_ID, members
+from tests.soppu.serve.openai_asking import PROMPT, RENDERED, SAID, Served, served, shared, text_of
+from tests.soppu.serve.talking import BUNDLE_ID
 
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with asking(tmp_path_factory.mktemp("openai") / "state") as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def shared() -> Bundle:
-    return members()
+__all__ = ["served", "shared"]
 
 
 @pytest.mark.parametrize("model", ["alice", "bob", "", "tiny", f"bob@{BUNDLE_ID[:8]}"])

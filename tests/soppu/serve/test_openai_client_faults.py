@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -11,14 +10,10 @@ import pytest
 from openai import OpenAI
 
 from tests.soppu.serve import tiny
-from tests.soppu.serve.openai_asking import PROMPT, RENDERED, SAID, Served, asking
+from tests.soppu.serve.openai_asking import PROMPT, RENDERED, SAID, Served, served
 from tests.soppu.serve.talking import talker
 
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with asking(tmp_path_factory.mktemp("openai") / "state") as served:
-        yield served
+__all__ = ["served"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from soppu.compress.bundle.bundle import Bundle
-from tests.soppu.serve.openai_asking import PROMPT, RENDERED, SAID, Served, asking, text_of
-from tests.soppu.serve.talking import members
+from tests.soppu.serve.openai_asking import PROMPT, RENDERED, SAID, Served, served, shared, text_of
 
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with asking(tmp_path_factory.mktemp("openai") / "state") as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def shared() -> Bundle:
-    return members()
+__all__ = ["served", "shared"]
 
 
 def test_a_completions_stream_is_the_same_text_in_pieces(served: Served, shared: Bundle) -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pytest
 import torch
 import uvicorn
 from safetensors.torch import load_file
@@ -42,6 +43,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from soppu.serve.port import claim_port
+from tests.soppu.serve import tiny
 
 _TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 _KERNELS = (8, 16, 32, 64, 128)
@@ -359,3 +361,10 @@ def _events(answer: Mapping[str, Any]) -> Iterator[str]:
         last = place == len(tokens) - 1
         text = answer["generated_text"] if last else None
         yield f"data: {json.dumps({'token': token, 'generated_text': text, 'details': None})}\n\n"
+
+
+@pytest.fixture
+def double(tmp_path: Path) -> Iterator[LoraxDouble]:
+    (tmp_path / "data").mkdir()
+    with LoraxDouble(tmp_path / "data", tiny.llama(), tiny.tokenizer()) as made:
+        yield made

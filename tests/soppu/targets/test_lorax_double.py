@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from soppu.adapter import LoraAdapter
 from soppu.compress import Bundle
 from soppu.targets.lorax_volume import Volume
 from tests.soppu.serve import tiny
-from tests.soppu.targets.lorax_double import LoraxDouble
+from tests.soppu.targets.lorax_double import LoraxDouble, double
+
+__all__ = ["double"]
 
 PROMPT = "the quick"
 
@@ -27,13 +28,6 @@ PROMPT = "the quick"
 def bundle() -> Bundle:
     model = tiny.llama()
     return tiny.bundle({f"user{n}": tiny.lora(model, seed=n) for n in (1, 2)}, rank=8)
-
-
-@pytest.fixture
-def double(tmp_path: Path) -> Iterator[LoraxDouble]:
-    (tmp_path / "data").mkdir()
-    with LoraxDouble(tmp_path / "data", tiny.llama(), tiny.tokenizer()) as made:
-        yield made
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from soppu.federation.simulation import free_port
 from soppu.targets.verify import POINTS
 from soppu.targets.verify_server import Server
 from tests.soppu.serve import tiny
-from tests.soppu.targets.lorax_double import LoraxDouble
-from tests.soppu.targets.verified import base, bundle, double, failing, file, folders, ids, run, verdicts
+from tests.soppu.targets.lorax_double import LoraxDouble, double
+from tests.soppu.targets.verified import base, bundle, failing, file, folders, ids, run, verdicts
 
 __all__ = ["base", "bundle", "double", "file", "folders", "ids"]
 

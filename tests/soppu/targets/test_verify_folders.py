@@ -17,8 +17,8 @@ from soppu.errors import AdapterError
 from soppu.targets.verify_form import RULES, check
 from soppu.targets.verify_reference import Reference, read
 from tests.soppu.serve import tiny
-from tests.soppu.targets.lorax_double import LoraxDouble
-from tests.soppu.targets.verified import base, bundle, double, failing, file, folders, ids, run, verdicts
+from tests.soppu.targets.lorax_double import LoraxDouble, double
+from tests.soppu.targets.verified import base, bundle, failing, file, folders, ids, run, verdicts
 
 __all__ = ["base", "bundle", "double", "file", "folders", "ids"]
 

@@ -22,8 +22,8 @@ from soppu.compress import Bundle
 from soppu.errors import AdapterError
 from soppu.targets.verify_reference import Reference
 from tests.soppu.serve import tiny
-from tests.soppu.targets.lorax_double import LoraxDouble
-from tests.soppu.targets.verified import PROMPT, base, bundle, double, failing, file, ids, verdicts
+from tests.soppu.targets.lorax_double import LoraxDouble, double
+from tests.soppu.targets.verified import PROMPT, base, bundle, failing, file, ids, verdicts
 
 __all__ = ["base", "bundle", "double", "file", "ids"]
 ADMIN = {"authorization": f"Bearer {tiny.TOKEN}"}

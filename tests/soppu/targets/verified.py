@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,15 +38,7 @@ def file(bundle: Bundle, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def double(tmp_path: Path) -> Iterator[LoraxDouble]:
-    (tmp_path / "data").mkdir()
-    with LoraxDouble(tmp_path / "data", tiny.llama(), tiny.tokenizer()) as made:
-        yield made
-
-
-@pytest.fixture
 def ids(double: LoraxDouble, bundle: Bundle, file: Path) -> dict[str, str]:
-
     volume = Volume.open(str(double.root))
     return volume.stage(bundle, bundle_id=sha256_file(file), base_model="tiny", layers=2)
 
