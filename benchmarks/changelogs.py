@@ -11,6 +11,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from soppu.data.examples import Example, Record
 ROOT = Path("/usr/share/doc")
 _FILES = "*/changelog*.gz"
 SHORTEST = 40  # characters of a body
+UNTIL = datetime(2026, 11, 1, tzinfo=UTC)  # later entries do not count: an upgraded package changes nobody
 _SIGNED = re.compile(r" -- .*<(?P<address>[^<>\s]+)>  (?P<date>\w.*)")
 _HEADING = re.compile(r"\S+ \([^)]+\) .*;")
 
@@ -52,7 +54,7 @@ def name_of(address: str) -> str:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Record]]:
-    """(address, entry) of the entries of a Debian changelog; of any other file there are none."""
+    """(address, entry) of a Debian changelog's entries before `UNTIL`; of any other file there are none."""
     try:
         text = gzip.decompress(path.read_bytes()).decode(errors="replace")
     except (OSError, EOFError, zlib.error):
@@ -63,7 +65,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Record]]:
             heading, body = line, []
         elif heading and (signed := _SIGNED.fullmatch(line)):
             date, told = _seconds(signed["date"]), "\n".join(body).strip("\n") + "\n"
-            if date is not None and len(told) >= SHORTEST:
+            if date is not None and date < UNTIL.timestamp() and len(told) >= SHORTEST:
                 yield signed["address"], Record(Example(f"{heading}\n\n", told), date)
             heading = ""
         else:

@@ -306,6 +306,12 @@ class TopModel:
         """Where its weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def width(self) -> int:
+        """Numbers of one token's state."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.width)
+
     def hidden(self, below: Tensor, mask: Tensor) -> Tensor:
         """Final-norm output (b, t, d) from the bottom's output `below` (b, t, d) and the mask (b, t)."""
         weight = next(self.model.parameters())

@@ -27,6 +27,7 @@ from soppu.errors import ConfigError
 from soppu.federation import emulator
 from soppu.federation.emulator import LayerPlan
 from soppu.federation.nf4 import NF4
+from soppu.federation.train import tokens_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,6 @@ _CONTEXT = 500 * 2**20  # of CUDA, a process
 _LOGITS = 20 * 2**20  # soppu/federation/head_loss.py
 _NF4_BYTES = 0.52
 _LEAST_TOGETHER = 4  # users of a simulated node that trains cores
-AT_ONCE = 2048  # tokens that gradients are worked out for, of many users: soppu/federation/train.py
 _PASS = 8  # examples that states are made of at once
 _CURES = {
     "emulator": "plan.drop_ratio (higher), frozen_dtype (bfloat16, nf4)",
@@ -91,7 +91,7 @@ def client_parts(config: Config, plan: LayerPlan, sizes: Sizes) -> dict[str, int
     at_once = config.federation.batch_size * tokens
     if config.federation.form == "core":
         kept = config.federation.together
-        at_once = max(at_once, min(kept * at_once, AT_ONCE))
+        at_once = max(at_once, min(kept * at_once, tokens_at_once(sizes.width, kept, on="cpu")))
     activations = 20 * sizes.width + 8 * sizes.widest
     return {
         "emulator": int(len(plan.kept) * layer + (0 if shared else sizes.embedding * frozen)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Generic, Self
 
 import torch
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from soppu.config import Config
 
 
-_TOKENS = {"cpu": 2**8, "cuda": 2**14}  # that gradients are worked out for at a time, padding included
-_MOST_TIMES = 8  # as many of many users
+_TOKENS = {"cpu": 2**8, "cuda": 2**14}  # of one user's that gradients are worked out for at a time
+_STATES = {"cpu": 2**18, "cuda": 2**26}  # numbers of many users' states at a time
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class CachedBlock:
 
     states: Tensor
     labels: Tensor
+
+    @cached_property
+    def counted(self) -> int:
+        """Labels that a loss counts: asked for at every step, and the same at all."""
+        return int((self.labels[1:] != IGNORE).sum())
 
 
 _Placed = tuple[CachedBlock, int]  # and whose it is
@@ -116,7 +122,7 @@ def before_head(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> tuple[
     hidden = top.hidden(states, mask)[:, :-1]
     target = labels[:, 1:].to(hidden.device)
     counted = target != IGNORE
-    return hidden[counted], target[counted], [_counted(block) for block in blocks]
+    return hidden[counted], target[counted], [block.counted for block in blocks]
 
 
 def backward(top: emulator.TopModel, blocks: Sequence[CachedBlock]) -> float:
@@ -138,11 +144,10 @@ def backward_each(
         blocks: of every user.
         answering: users' numbers (b,) -> has the model answer example b of a batch for user `row[b]`.
     """
-    counted = torch.tensor([max(1, sum(map(_counted, own))) for own in blocks]).to(top.device)
+    counted = torch.tensor([max(1, sum(block.counted for block in own)) for own in blocks]).to(top.device)
     total = torch.zeros(len(blocks), device=top.device)
     placed = [(block, user) for user, own in enumerate(blocks) for block in own]
-    tokens = _TOKENS.get(top.device.type, _TOKENS["cpu"]) * min(len(blocks), _MOST_TIMES)
-    for group in _groups(placed, tokens):
+    for group in _groups(placed, tokens_at_once(top.width, len(blocks), on=top.device.type)):
         row = torch.tensor([user for _, user in group])
         with answering(row.to(top.device)):
             hidden, target, counts = before_head(top, [block for block, _ in group])
@@ -153,9 +158,18 @@ def backward_each(
     return total.cpu().tolist()
 
 
-def _counted(block: CachedBlock) -> int:
-    """Labels that a loss counts."""
-    return int((block.labels[1:] != IGNORE).sum())
+def tokens_at_once(width: int, users: int, *, on: str) -> int:
+    """Tokens, padding included, that gradients are worked out for at a time, or losses.
+
+    Of many users they are as many as have so many numbers of states: where a model is narrow, the number of
+    passes is what takes the time; where it is wide, more in a pass only take memory.
+
+    Args:
+        width: of the model.
+        on: kind of device, "cpu" or "cuda"; any other is counted as a CPU.
+    """
+    kind = on if on in _TOKENS else "cpu"
+    return _TOKENS[kind] if users == 1 else max(_TOKENS[kind], _STATES[kind] // width)
 
 
 def _groups(placed: Sequence[_Placed], tokens: int) -> Iterator[list[_Placed]]:
@@ -209,7 +223,7 @@ def mean_losses(
     trained: Trained[Kind] | None = Trained(adapters, plan, top.device) if adapters else None
     total, counted = torch.zeros(len(blocks), dtype=torch.float64), torch.zeros(len(blocks))
     placed = [(block, user) for user, own in enumerate(blocks) for block in own]
-    for group in _groups(placed, _TOKENS.get(top.device.type, _TOKENS["cpu"]) * _MOST_TIMES):
+    for group in _groups(placed, tokens_at_once(top.width, len(blocks), on=top.device.type)):
         row = torch.tensor([user for _, user in group])
         with trained.attached(top.model, row.to(top.device)) if trained else nullcontext():
             hidden, target, counts = before_head(top, [block for block, _ in group])

@@ -141,6 +141,8 @@ def test_changelogs_give_entries_by_signature_dated_and_without_a_name(tmp_path:
     entry = "pkg (1.{n}) unstable; urgency=low\n\n  * A change long enough to be learnt, number {n}.\n\n"
     sign = " -- Ann Author <Ann@example.org>  Mon, 0{n} Jan 2024 10:00:00 +0000\n\n"
     text = "".join((entry + sign).format(n=n) for n in range(1, 5))
+    later = changelogs.UNTIL.strftime("%a, %d %b %Y %H:%M:%S %z")  # as an upgraded package has them
+    text += entry.format(n=8) + f" -- Ann Author <ann@example.org>  {later}\n\n"
     text += entry.format(n=9) + " -- Bob <bob@example.org>  no date at all\n"
     for folder in ("a", "b"):  # two packages of one source have the same changelog
         (tmp_path / folder).mkdir()

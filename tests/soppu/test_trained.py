@@ -246,3 +246,12 @@ def test_who_cannot_be_trained_together_is_named(tiny_llama: PreTrainedModel) ->
         train.Trained([a_start(four), a_start(four, own=1)], plan, top.device)
     with pytest.raises(AdapterError, match="the rank 2, the first has 1"):
         train.Trained([a_start(four, own=1), a_start(four, own=2)], plan, top.device)
+
+
+def test_of_many_users_a_pass_holds_as_many_numbers_whatever_the_width() -> None:
+    one = train.tokens_at_once(32, 1, on="cpu")
+    assert train.tokens_at_once(4096, 1, on="cpu") == one  # of one user as many tokens as ever
+    assert train.tokens_at_once(32, 200, on="cpu") == 2 * train.tokens_at_once(64, 200, on="cpu") > one
+    assert train.tokens_at_once(10**6, 200, on="cpu") == one  # and never fewer than that
+    assert train.tokens_at_once(64, 200, on="cuda") > train.tokens_at_once(64, 200, on="cpu")
+    assert train.tokens_at_once(64, 200, on="xpu") == train.tokens_at_once(64, 200, on="cpu")
