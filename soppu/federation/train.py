@@ -145,7 +145,7 @@ def backward_each(
         answering: users' numbers (b,) -> has the model answer example b of a batch for user `row[b]`.
     """
     counted = torch.tensor([max(1, sum(block.counted for block in own)) for own in blocks]).to(top.device)
-    total = torch.zeros(len(blocks), device=top.device)
+    total = torch.zeros(len(blocks), device=top.device, dtype=torch.float64)
     placed = [(block, user) for user, own in enumerate(blocks) for block in own]
     for group in _groups(placed, tokens_at_once(top.width, len(blocks), on=top.device.type)):
         row = torch.tensor([user for _, user in group])
@@ -154,7 +154,7 @@ def backward_each(
             whose = row.repeat_interleave(torch.tensor(counts)).to(top.device)
             losses = row_losses(top.logits, hidden, target) / counted[whose]
             losses.sum().backward()
-        total.index_add_(0, whose, losses.detach())
+        total.index_add_(0, whose, losses.detach().double())
     return total.cpu().tolist()
 
 
