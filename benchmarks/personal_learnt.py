@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.personal_ground import Ground
+from benchmarks.personal_users import Person
 from benchmarks.personal_ways import B_RATIO, BATCH, Blocks, InLoop, of_core
 from soppu.cores import basis_file
 from soppu.cores import core as cores
@@ -49,17 +50,32 @@ def federated(ground: Ground, k: int, modules: Sequence[str], users: int) -> Cor
     return _kept(ground, f"{k} {modules} {users} {ROUNDS}", ("federated", k, users), episodes)
 
 
+def federated_of(ground: Ground, people: Sequence[Person], k: int, modules: Sequence[str]) -> CoreBasis:
+    """As `federated`, of some users of the basis."""
+
+    def episodes(texts: Sequence[Blocks]) -> Iterable[CoreBasis]:
+        return _episodes(ground, texts, ground.drawn(k, modules))
+
+    told = f"{k} {modules} {[one.id for one in people]} {ROUNDS}"
+    return _kept(ground, told, ("federated", k, len(people)), episodes, people)
+
+
 def _kept(
     ground: Ground,
     made_of: str,
     what: tuple[str, int, int],
     episodes: Callable[[Sequence[Blocks]], Iterable[CoreBasis]],
+    people: Sequence[Person] = (),
 ) -> CoreBasis:
-    """The best basis of some episodes, which lies in the study's folder once it was found."""
+    """The best basis of some episodes, which lies in the study's folder once it was found.
+
+    Args:
+        people: whose text it is learnt from; as many of the first users of the basis if left out.
+    """
     how, k, users = what
     path = ground.folder / f"{how}-{ground.key(made_of)}.safetensors"
     if not path.exists():
-        found = episodes([ground.training(one) for one in ground.roles.basis[:users]])
+        found = episodes([ground.training(one) for one in people or ground.roles.basis[:users]])
         basis_file.write(_best(ground, found, f"k={k} {how}, of {users} users"), path)
     return basis_file.read(path)
 
@@ -80,24 +96,30 @@ def _round(
 ) -> list[CoreAdapter]:
     """Everybody's core some steps further, and the basis one."""
     basis = adam.basis()
-    options = TrainOptions(batch_size=BATCH, learning_rate=ROUNDS["core_rate"], b_ratio=1.0, seed=seed)
     after: list[CoreAdapter] = []
     total = {name: (0 * u, 0 * v) for name, (u, v) in basis.sides.items()}
     for first in range(0, len(texts), _AT_ONCE):
-        starts = [
-            CoreInBasis(replace(core, basis_id=basis.id), basis) for core in own[first : first + _AT_ONCE]
-        ]
-        some = texts[first : first + _AT_ONCE]
-        training: Together[CoreInBasis] = Together(
-            ground.beside.top, ground.base.plan, some, starts=starts, options=options
-        )
-        training.watch_basis()
-        training.advance(ROUNDS["steps"])
+        some = slice(first, first + _AT_ONCE)
+        training = trained_in(ground, basis, texts[some], own[some], seed=seed)
         after += [training.adapter(user).core for user in training.users]
         for name, (u, v) in training.basis_gradient().items():
             total[name] = total[name][0] + u, total[name][1] + v
     adam.step({name: (u / len(texts), v / len(texts)) for name, (u, v) in total.items()})
     return after
+
+
+def trained_in(
+    ground: Ground, basis: CoreBasis, texts: Sequence[Blocks], own: Sequence[CoreAdapter], *, seed: int
+) -> Together[CoreInBasis]:
+    """Users' cores a round further, and what they say together of where U and V should go."""
+    options = TrainOptions(batch_size=BATCH, learning_rate=ROUNDS["core_rate"], b_ratio=1.0, seed=seed)
+    starts = [CoreInBasis(replace(core, basis_id=basis.id), basis) for core in own]
+    training: Together[CoreInBasis] = Together(
+        ground.beside.top, ground.base.plan, texts, starts=starts, options=options
+    )
+    training.watch_basis()
+    training.advance(ROUNDS["steps"])
+    return training
 
 
 def _best(ground: Ground, found: Iterable[CoreBasis], what: str) -> CoreBasis:

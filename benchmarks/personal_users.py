@@ -135,6 +135,11 @@ class Text:
         return self._of("train")
 
     @cached_property
+    def validation(self) -> list[CachedBlock]:
+        """What a user chooses by."""
+        return self._of("validation")
+
+    @cached_property
     def heldout(self) -> list[CachedBlock]:
         """What a reported user is judged by."""
         return self._of("heldout")
@@ -142,7 +147,7 @@ class Text:
     @cached_property
     def unseen(self) -> list[CachedBlock]:
         """Text that is not trained on: what a step size is chosen by, of users who are not reported."""
-        return [*self._of("validation"), *self.heldout][:UNSEEN]
+        return [*self.validation, *self.heldout][:UNSEEN]
 
 
 class Words:

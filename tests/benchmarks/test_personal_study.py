@@ -16,11 +16,9 @@ from benchmarks import (
     changelogs,
     personal,
     personal_arms,
-    personal_ground,
     personal_learnt,
     personal_page,
     personal_privacy,
-    personal_users,
     served_study,
 )
 from benchmarks.personal_arms import (
@@ -41,14 +39,13 @@ from benchmarks.personal_arms import (
     ours,
 )
 from benchmarks.personal_front import beside_controls, compared, front, smallest
-from benchmarks.personal_ground import Base, Ground, difference
-from benchmarks.personal_users import Person, Sizes, Words, roles
+from benchmarks.personal_ground import Ground, difference
+from benchmarks.personal_users import Sizes, Words, roles
 from soppu.cores.core import CoreInBasis
 from soppu.cores.projecting import from_lora
-from soppu.data.examples import Example, Record
 from soppu.federation import emulator
 from soppu.federation.train import mean_loss
-from tests.soppu.serve import tiny
+from tests.benchmarks.tiny_study import people
 
 
 def row(arm: str, numbers: int, *losses: float, corpus: str = "stdlib") -> dict[str, Any]:
@@ -120,13 +117,6 @@ def test_a_control_stands_beside_the_best_of_ours_with_no_more_numbers() -> None
     assert found[FULL][0]["numbers"] == 100 and found["x"] == (None, None)
 
 
-def people(users: int, *, group: int = 1) -> list[Person]:
-    def records(user: int) -> tuple[Record, ...]:
-        return tuple(Record(Example(f"def f{n}():\n", f"    return {user + n}\n")) for n in range(24))
-
-    return [Person(f"u{user}", f"g{user // group}", records(user)) for user in range(users)]
-
-
 def test_nobody_is_in_two_parts_and_no_group_of_who_is_reported_is_elsewhere() -> None:
     found = roles(people(40, group=4), Sizes(basis=12, tuned=4, reported=6), seed=0)
     parts = found.basis, found.tuned, found.reported
@@ -173,28 +163,11 @@ def test_less_epsilon_takes_more_noise() -> None:
     assert 1 < noise[0] < noise[1]
 
 
-SIZES = Sizes(basis=3, tuned=2, reported=2, train=8, validation=2, heldout=3, max_tokens=20, least=8)
 CONTROLS = (
     *(ours(8, users=3, name=BESIDE), Arm(personal_arms.RANDOM, 4), Arm(personal_arms.FEDSB, 4)),
     *(Arm(personal_arms.FEDSA), Arm(LORA, own=2), Arm("vera", 4), Arm("unilora", 64), Arm("tinylora", 64)),
 )
 SOME = (*map(Arm, (BASE, SHARED, FULL, MORE)), ours(8, 1, users=3), ours(8, users=3, name=PROJECTED))
-
-
-@pytest.fixture
-def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ground:
-    monkeypatch.setattr(personal_ground, "_SHARED_EVERY", 2)
-    monkeypatch.setattr(personal_ground, "_SHARED_MOST", 4)
-    monkeypatch.setattr(personal_ground, "FIRST", (1e-3, 3e-3))
-    monkeypatch.setitem(personal_users.CORPORA, "stdlib", lambda least: people(10))  # type: ignore[misc]
-    monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path)
-    monkeypatch.setattr("benchmarks.pages.RESULTS", tmp_path)
-    monkeypatch.setattr(personal, "FOLDER", tmp_path)
-    config = tiny.llama().config
-    config.num_hidden_layers = 4
-    model = type(tiny.llama())(config).eval().requires_grad_(False)
-    base = Base(model, tiny.tokenizer(), hash=tiny.BASE_HASH, layers=2)
-    return Ground("stdlib", SIZES, base, folder=tmp_path, marks=(1, 2))
 
 
 def test_a_study_of_a_tiny_model_goes_on_where_it_was_stopped(
