@@ -20,7 +20,7 @@ from benchmarks.record import ROOT
 PAGES = ROOT / "docs" / "personal.md", ROOT / "README.md"
 MARKS = (
     *("batched", "join", "personal-finding", "personal-study", "personal-controls", "personal-basis"),
-    *("personal-noise", "personal-membership", "personal-training", "readme-personal"),
+    *("personal-parts", "personal-noise", "personal-membership", "personal-training", "readme-personal"),
 )
 _NAMES = {"tiny": "random model of width 32, two layers", "smollm2": "last four layers of SmolLM2-135M"}
 _ARMS = {
@@ -62,6 +62,7 @@ def blocks() -> dict[str, str]:
         )
         made["personal-controls"] = _controls(rows)
         made["personal-basis"] = _of_users(rows)
+        made["personal-parts"] = in_parts(found.get("parts", []), rows)
         checks = map(_training, *zip(*found["corpora"].items(), strict=True))
         made["personal-training"] = " ".join([_head(found["settings"]), _dtypes(rows), *filter(None, checks)])
         made["personal-noise"] = _noise(found.get("private", []), rows)
@@ -260,6 +261,31 @@ def _of_users(rows: Sequence[Row]) -> str:
         "of the full LoRA's",
     ]
     return markdown(head, table) if table else ""
+
+
+def in_parts(parts: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Two bases that users choose from, beside the one of as many users, or of those there are the most."""
+    table = []
+    for row in parts:
+        alike = [one for one in rows if one["arm"] == "federated basis" and _place(one) == _place(row)]
+        one = max(alike, key=lambda one: (one["basis_users"] <= row["basis_users"], one["basis_users"]))
+        mean, low, high = won(row, one)
+        first = f"{list(row['choice'].values()).count(0)} of {len(row['choice'])}"
+        each = " and ".join(f"{loss:.3f}" for loss in row["mean_of_each"])
+        table.append(
+            [
+                *(row["corpus"], row["arm"], " and ".join(map(str, row["users_of_each"]))),
+                *(f"{row['mean']:.3f}", each, first, f"{row['mean_of_better']:.3f}"),
+                f"{mean:+.4f} ({low:+.4f} to {high:+.4f}), of {one['basis_users']} users",
+            ]
+        )
+    head = ["text", f"cores k={parts[0]['k']}" if parts else "", "users of each", "loss of who chose"]
+    head += ["of all in the one, in the other", "who chose the one", "if all had chosen what is better"]
+    return markdown([*head, "won over one basis (95 % of users' mean)"], table) if table else ""
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    return row["corpus"], row["k"], *row["modules"], row.get("own") or 0
 
 
 def _noise(noised: Sequence[Row], rows: Sequence[Row]) -> str:

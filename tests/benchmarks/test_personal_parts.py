@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import personal, personal_learnt, personal_parts
+from benchmarks import personal, personal_learnt, personal_page, personal_parts
 from benchmarks.personal_arms import BASE, FULL, SHARED, Arm
 from benchmarks.personal_ground import Ground
 
@@ -37,3 +37,20 @@ def test_everybody_keeps_the_basis_that_is_better_on_their_own_validation_text(
         assert there["losses"] == row["losses"] and there["arm"] == row["arm"]
         assert sorted(row["users_of_each"]) == [1, 2] and set(row["choice"].values()) <= {0, 1}
         assert min(row["mean_of_each"]) >= row["mean_of_better"] and row["mean"] >= row["mean_of_better"]
+
+
+def test_two_bases_stand_beside_one_of_as_many_users_or_of_the_nearest_fewer() -> None:
+    place = {"corpus": "stdlib", "arm": "federated basis", "k": 4, "own": 0, "modules": ["down_proj"]}
+    ones = [
+        {**place, "basis_users": users, "losses": {"ann": loss, "bob": loss}}
+        for users, loss in ((12, 4.0), (24, 3.0), (48, 2.0))
+    ]
+    parts = {
+        **place, "arm": personal_parts.ALIKE, "own": None, "basis_users": 24,
+        "users_of_each": [12, 12], "mean": 1.0, "losses": {"ann": 1.0, "bob": 1.0},
+        "choice": {"ann": 0, "bob": 1}, "mean_of_each": [1.5, 1.6], "mean_of_better": 0.9,
+    }
+    told = personal_page.in_parts([parts], ones)
+    assert "+2.0000 (+2.0000 to +2.0000), of 24 users" in told and "1 of 2" in told
+    assert "of 12 users" in personal_page.in_parts([{**parts, "basis_users": 20}], ones)
+    assert personal_page.in_parts([], ones) == ""
