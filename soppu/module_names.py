@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..+)")
 
@@ -14,3 +15,8 @@ def split_layer(module: str) -> tuple[str, int, str] | None:
     """
     match = _LAYER.fullmatch(module)
     return (match[1], int(match[2]), match[3]) if match else None
+
+
+def lowest_layer(modules: Iterable[str]) -> int:
+    """The lowest number of any of these. ValueError: none of them holds a layer."""
+    return min(parts[1] for name in modules if (parts := split_layer(name)))

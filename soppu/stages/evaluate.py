@@ -14,7 +14,7 @@ from soppu.compress import Bundle
 from soppu.evaluate.gate import check
 from soppu.evaluate.losses import CURRENT, UserLosses
 from soppu.federation.personalise import BASE
-from soppu.module_names import split_layer
+from soppu.module_names import lowest_layer
 from soppu.progress import telling
 from soppu.progress.telling import Tell
 from soppu.stages import elsewhere
@@ -82,8 +82,7 @@ def measure(
     """
     registry, result, shared = run.registry(), run.read(RESULT), shared_adapter(run)
     bundle = Bundle.load(registry.bundle_path(bundle_id), expected_hash=bundle_id)
-    lowest = min(parts[1] for name in bundle.shapes if (parts := split_layer(name)))
-    bench = Bench(run, layers=lowest)
+    bench = Bench(run, layers=lowest_layer(bundle.shapes))
     own, served = {**members, **result.get("adapters", {})}, result.get("served", {})
     losses = []
     here = with_text(run.config, own)

@@ -1,22 +1,25 @@
 """Stage: a basis that is due for a refit gets the directions in which its probes lie outside it.
 
-Nobody is trained. Whose core is told in the old basis is told exactly in the new one; probes that win more
-than their users' cores do become the cores that they are nearly exactly in it.
+Nobody is trained. Whose core is told in the old basis is told exactly in the new one; a probe becomes the
+core that it is in the new one, where that serves its user better.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soppu import files
 from soppu.basis_settings import BasisConfig
 from soppu.cores.basis import CoreBasis
+from soppu.cores.core import CoreInBasis
 from soppu.cores.grown import grown
-from soppu.cores.projecting import from_lora
+from soppu.cores.projecting import Projected, from_lora
+from soppu.module_names import lowest_layer
 from soppu.progress import telling
 from soppu.progress.telling import Tell
+from soppu.stages.bench import Bench, with_text
 from soppu.stages.run import Run, open_run
 
 STAGE = "refit"
@@ -85,22 +88,43 @@ def _made(run: Run, set_id: str, found: Mapping[str, Any]) -> dict[str, Any]:
     registry.put_basis(new)
     if start := registry.get_start(old.id):
         registry.put_start(new.id, start)
-    members, errors = registry.get_set(set_id), {}
-    for one in found["probes"]:
-        user = one["user"]
-        if user in members and one["gain"] is not None and one["gain"] > one["core_gain"]:
-            placed = from_lora(free[user], new, who=f"user {user!r}")
-            errors[user] = placed.error
-            metrics = {"carried_error": placed.error}
-            members[user] = registry.put_adapter(placed.core, user=user, run=run.id, metrics=metrics)
+    members = registry.get_set(set_id)
+    won = _that_win(run, members, found["probes"], new)
+    for user, placed in won.items():
+        metrics = {"carried_error": placed.error}
+        members[user] = registry.put_adapter(placed.core, user=user, run=run.id, metrics=metrics)
     return {
         "of_set": set_id,
         "set": registry.freeze(members),
         "from": old.id,
         "basis": new.id,
         "cores": {name: list(shape) for name, shape in new.core_shapes().items()},
-        "probes": errors,  # user -> relative error of the probe, told in the new basis
+        "probes": {user: placed.error for user, placed in won.items()},  # relative errors in the new basis
     }
+
+
+def _that_win(
+    run: Run, members: Mapping[str, str], probes: Sequence[Mapping[str, Any]], new: CoreBasis
+) -> dict[str, Projected]:
+    """User -> the core that their probe is in the new basis, where it serves them better than what they have.
+
+    A basis may still be too narrow for a probe, so what that gains freely does not decide: each is measured
+    as the core that it would be. O(their text) on the full model.
+    """
+    better = [one for one in probes if one["gain"] is not None and one["gain"] > one["core_gain"]]
+    texts = with_text(run.config, [one["user"] for one in better if one["user"] in members])
+    if not texts:
+        return {}
+    registry, bench, found = run.registry(), Bench(run, layers=lowest_layer(new.sides)), {}
+    for one in better:
+        if (user := one["user"]) in texts:
+            placed = from_lora(registry.get_adapter(one["adapter_id"]), new, who=f"user {user!r}")
+            told = CoreInBasis(placed.core, new, who=f"user {user!r}").to_lora()
+            tried = {"told": told, "has": registry.get_adapter(members[user])}
+            each = bench.measure(texts[user].heldout, tried)
+            if each.mean("told") < each.mean("has"):
+                found[user] = placed
+    return found
 
 
 def _why_not(basis: CoreBasis, probes: int, settings: BasisConfig) -> str:

@@ -18,7 +18,7 @@ from soppu.federation import wire_core
 from soppu.federation.attach import initial_pairs
 from soppu.federation.personalise import PERSONAL, Personal, SearchOptions, personalise
 from soppu.federation.train import Training, TrainOptions, mean_loss
-from soppu.module_names import split_layer
+from soppu.module_names import lowest_layer
 from soppu.progress.telling import Tell
 from soppu.stages import join_rules
 from soppu.stages.bench import Bench
@@ -39,7 +39,7 @@ class Ground:
         cls, run: Run, text: UserData, bases: Sequence[CoreBasis], *, shared: LoraAdapter | None
     ) -> Ground:
         """Loads the base model, cut where the lowest module of the bases lies."""
-        lowest = min(split[1] for basis in bases for name in basis.sides if (split := split_layer(name)))
+        lowest = lowest_layer(name for basis in bases for name in basis.sides)
         return cls(Bench(run, layers=lowest, keep=True), text, shared)
 
     def best_basis(self, bases: Sequence[CoreBasis], *, own_rank: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from soppu.cores.core import is_core
 from soppu.cores.projecting import from_lora
 from soppu.evaluate.refit import Probe, Refit, decide
-from soppu.module_names import split_layer
+from soppu.module_names import lowest_layer
 from soppu.registry import Registry
 from soppu.stages import grow
 from soppu.stages.bench import Bench, with_text
@@ -69,5 +69,4 @@ def _measured(run: Run, probes: list[Probe], members: Mapping[str, str]) -> list
 
 def _lowest(registry: Registry, adapter_ids: list[str]) -> int:
     """The lowest layer that any of these adapters changes."""
-    names = {name for held in adapter_ids for name in registry.get_adapter(held).pairs}
-    return min(split[1] for name in names if (split := split_layer(name)))
+    return lowest_layer(name for held in adapter_ids for name in registry.get_adapter(held).pairs)

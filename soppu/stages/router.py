@@ -18,7 +18,7 @@ from soppu.compress import Bundle
 from soppu.errors import RouterError
 from soppu.evaluate.losses import UserLosses
 from soppu.federation.personalise import BASE as SERVED_BASE
-from soppu.module_names import split_layer
+from soppu.module_names import lowest_layer
 from soppu.progress.telling import Tell
 from soppu.serve.router import crossed, policies
 from soppu.serve.router import file as files
@@ -68,8 +68,7 @@ def fit(
     arms = _arms(forms, options)
     if options.policy:
         policies.known(options.policy, list(forms))
-    names = {name for form in forms.values() for name in form.shapes}
-    layers = min(parts[1] for name in names if (parts := split_layer(name)))
+    layers = lowest_layer(name for form in forms.values() for name in form.shapes)
     bench = Bench(run, layers=layers)
     measured = measure(bench, forms, prompts=options.prompts, on_progress=on_progress)
     chosen = Options(arms, options.neighbours, options.tolerance, _prior(evaluation, bundle, arms))

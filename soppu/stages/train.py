@@ -27,7 +27,7 @@ from soppu.central.training import CentralTraining, Schedule, State
 from soppu.data import list_users, load_user, tokenize
 from soppu.errors import ConfigError
 from soppu.evaluate.losses import ExampleLosses
-from soppu.module_names import split_layer
+from soppu.module_names import lowest_layer
 from soppu.progress.telling import Tell
 from soppu.stages import text
 from soppu.stages.bench import Bench as Gauge
@@ -202,8 +202,7 @@ def _samples(run: Run, bench: Bench, accelerator: Accelerator) -> tuple[list[Sam
 
 def _judged(run: Run, adapter: LoraAdapter, on_progress: Tell | None) -> dict[str, ExampleLosses]:
     """User -> the losses of their held-out text, columns "base" and "adapter", as the gate measures them."""
-    lowest = min(parts[1] for name in adapter.pairs if (parts := split_layer(name)))
-    gauge = Gauge(run, layers=max(lowest, LEAST_BELOW))  # no cut is lower
+    gauge = Gauge(run, layers=max(lowest_layer(adapter.pairs), LEAST_BELOW))  # no cut is lower
     here = with_text(run.config, list_users(run.config.data))
     found = {}
     for number, (user, own) in enumerate(here.items(), start=1):

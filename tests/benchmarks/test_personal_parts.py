@@ -46,9 +46,16 @@ def test_two_bases_stand_beside_one_of_as_many_users_or_of_the_nearest_fewer() -
         for users, loss in ((12, 4.0), (24, 3.0), (48, 2.0))
     ]
     parts = {
-        **place, "arm": personal_parts.ALIKE, "own": None, "basis_users": 24,
-        "users_of_each": [12, 12], "mean": 1.0, "losses": {"ann": 1.0, "bob": 1.0},
-        "choice": {"ann": 0, "bob": 1}, "mean_of_each": [1.5, 1.6], "mean_of_better": 0.9,
+        **place,
+        "arm": personal_parts.ALIKE,
+        "own": None,
+        "basis_users": 24,
+        "users_of_each": [12, 12],
+        "mean": 1.0,
+        "losses": {"ann": 1.0, "bob": 1.0},
+        "choice": {"ann": 0, "bob": 1},
+        "mean_of_each": [1.5, 1.6],
+        "mean_of_better": 0.9,
     }
     told = personal_page.in_parts([parts], ones)
     assert "+2.0000 (+2.0000 to +2.0000), of 24 users" in told and "1 of 2" in told

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from soppu.adapter import LoraAdapter, LoraPair
 from soppu.compress import Bundle
 from soppu.compress.joining import basis_of
 from soppu.cores.basis import CoreBasis
@@ -193,3 +194,36 @@ def test_a_basis_that_has_all_of_its_probes_stays_and_does_not_say_that_it_grew(
     assert run.read(grow.FILE)["basis"] == fleet.basis.id == registry.current_basis(run.base().base)
     assert len(registry.bases()) == 1 and grow.grown_from(run, fleet.basis.id) == ""
     assert any(f"{fleet.basis.id} has all of its probes" in note for note in notes)
+
+
+@pytest.mark.parametrize("overrides", [{**GROWS, "basis.grow_by": 1}])
+def test_a_probe_that_the_grown_basis_has_no_room_for_takes_no_core_away(fleet: Fleet) -> None:
+    run, registry = fleet.run, fleet.run.registry()
+    free, core = registry.get_adapter(fleet.probe), registry.get_core(fleet.cores["ann"])
+    weak = replace(core, cores={name: 0.2 * one for name, one in core.cores.items()})
+    registry.put_adapter(outside(free, fleet.basis, times=3), user="ann")
+    fleet.cores["ann"] = registry.put_adapter(weak, user="ann")
+    draw = torch.Generator().manual_seed(0)
+    large = {
+        name: LoraPair(*(torch.randn(side.shape, generator=draw) for side in (pair.A, pair.B)))
+        for name, pair in free.pairs.items()
+    }
+    registry.put_adapter(replace(free, pairs=large), user="dan")  # takes what room there is
+    set_id = registry.freeze(fleet.cores)
+    _, evaluation = fleet.evaluated(set_id)
+    (ann,) = [one for one in run.read(evaluation)["basis"]["probes"] if one["user"] == "ann"]
+    assert ann["gain"] > ann["core_gain"]  # as it was trained
+    told_anew = grow.refit(fleet.folder, set_id, evaluation)
+    assert registry.get_set(told_anew) == fleet.cores and run.read(grow.FILE)["probes"] == {}
+    _, second = fleet.evaluated(told_anew)
+    was, now = losses(run, evaluation)["ann"], losses(run, second)["ann"]
+    assert now["compressed"] == pytest.approx(was["compressed"], abs=1e-4)
+
+
+def outside(adapter: LoraAdapter, basis: CoreBasis, *, times: float) -> LoraAdapter:
+    """What an adapter changes at right angles to both sides of a basis, so many times."""
+    pairs = {}
+    for name, pair in adapter.pairs.items():
+        u, v = (torch.linalg.qr(side)[0] for side in basis.sides[name])
+        pairs[name] = LoraPair(pair.A - pair.A @ v @ v.mT, times * (pair.B - u @ u.mT @ pair.B))
+    return replace(adapter, pairs=pairs)
