@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from soppu.federation.emulator import SUPPORTED
 from soppu.serve.bank.bank import AdapterBank
 from soppu.serve.engine.engine import Engine
 from soppu.serve.engine.generation import GenerationRequest, TokenEvent
-from soppu.serve.engine.sampling import Sampler, Sampling, processors
+from soppu.serve.engine.sampling import Sampling
 from tests.soppu.serve import tiny
 from tests.thorough import some
 
@@ -189,35 +188,6 @@ def test_a_request_finishes_on_the_version_it_was_resolved_to(make: Callable[...
     gate.set()
     assert first.result()[1].text == waiting.result()[1].text == expected[0]
     assert text(engine, "a", "alice", tokens=9) == expected[1]
-
-
-def test_warping_keeps_what_top_k_and_top_p_promise() -> None:
-    def scores(logits: torch.Tensor, ids: Sequence[int] = (0,), **sampling: Any) -> torch.Tensor:
-        return processors(Sampling(**sampling))(torch.tensor([ids]), logits[None])[0]
-
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
-    kept = scores(logits, do_sample=True, top_k=2).softmax(-1)
-    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
-    kept = scores(logits, do_sample=True, top_p=0.65).softmax(-1)
-    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
-    kept = scores(logits, do_sample=True, top_p=1e-6).softmax(-1)
-    torch.testing.assert_close(kept, torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    torch.testing.assert_close(scores(logits, do_sample=True, temperature=0.5), 2 * logits)
-    torch.testing.assert_close(
-        scores(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], repetition_penalty=2.0),
-        torch.tensor([1.0, -4.0, 1.0]),
-    )
-    kept = scores(logits, do_sample=True, top_k=2**63, top_p=1.0)
-    torch.testing.assert_close(kept, logits)  # more than there are keeps all
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    sampler = Sampler(Sampling(do_sample=True, seed=3))
-    counts = (
-        torch.bincount(torch.tensor([sampler.choose(logits, []) for _ in range(4000)]), minlength=3) / 4000
-    )
-    torch.testing.assert_close(counts, torch.tensor([0.5, 0.3, 0.2]), atol=0.03, rtol=0)
 
 
 def test_events_come_one_by_one_before_the_end(make: Callable[..., Engine]) -> None:

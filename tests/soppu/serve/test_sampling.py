@@ -79,3 +79,29 @@ def test_the_order_is_loraxs_penalties_first_then_temperature_and_the_cuts() -> 
     expected = torch.full((6,), -torch.inf)
     expected[[2, 4]] = penalized[[2, 4]] / 0.5
     torch.testing.assert_close(found, expected)
+
+
+def test_warping_keeps_what_top_k_and_top_p_promise() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    kept = scores(logits, do_sample=True, top_k=2).softmax(-1)
+    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
+    kept = scores(logits, do_sample=True, top_p=0.65).softmax(-1)
+    torch.testing.assert_close(kept, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]))
+    kept = scores(logits, do_sample=True, top_p=1e-6).softmax(-1)
+    torch.testing.assert_close(kept, torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    torch.testing.assert_close(scores(logits, do_sample=True, temperature=0.5), 2 * logits)
+    torch.testing.assert_close(
+        scores(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], repetition_penalty=2.0),
+        torch.tensor([1.0, -4.0, 1.0]),
+    )
+    kept = scores(logits, do_sample=True, top_k=2**63, top_p=1.0)
+    torch.testing.assert_close(kept, logits)  # more than there are keeps all
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    sampler = Sampler(Sampling(do_sample=True, seed=3))
+    counts = (
+        torch.bincount(torch.tensor([sampler.choose(logits, []) for _ in range(4000)]), minlength=3) / 4000
+    )
+    torch.testing.assert_close(counts, torch.tensor([0.5, 0.3, 0.2]), atol=0.03, rtol=0)
