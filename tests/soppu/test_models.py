@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from soppu import files, models
 from soppu.errors import ModelError
 from soppu.models import PackagedModel
-from soppu.module_names import split_layer
+from soppu.module_names import lowest_layer, split_layer
 
 ALIAS = "smollm2-135m"
 
@@ -189,3 +189,10 @@ def test_the_layer_number_is_the_first_part_that_is_a_number(
     assert split_layer(name) == parts
     if parts:
         assert f"{parts[0]}{parts[1]}{parts[2]}" == name
+
+
+def test_the_lowest_layer_is_of_modules_that_have_one() -> None:
+    names = ["model.layers.10.mlp.up_proj", "model.layers.9.mlp.up_proj", "lm_head"]
+    assert lowest_layer(names) == 9 == lowest_layer(iter(names))
+    with pytest.raises(ValueError):
+        lowest_layer(["lm_head"])
