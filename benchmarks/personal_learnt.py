@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
@@ -43,21 +44,15 @@ def learnt(ground: Ground, k: int, modules: Sequence[str], users: int) -> CoreBa
 
 def federated(ground: Ground, k: int, modules: Sequence[str], users: int) -> CoreBasis:
     """As a federation learns it: the mean of users' gradients, round by round, and Adam's steps with it."""
-
-    def episodes(texts: Sequence[Blocks]) -> Iterable[CoreBasis]:
-        return _episodes(ground, texts, ground.drawn(k, modules))
-
-    return _kept(ground, f"{k} {modules} {users} {ROUNDS}", ("federated", k, users), episodes)
+    told = f"{k} {modules} {users} {ROUNDS}"
+    return _kept(ground, told, ("federated", k, users), partial(_episodes, ground, k, modules))
 
 
 def federated_of(ground: Ground, people: Sequence[Person], k: int, modules: Sequence[str]) -> CoreBasis:
     """As `federated`, of some users of the basis."""
-
-    def episodes(texts: Sequence[Blocks]) -> Iterable[CoreBasis]:
-        return _episodes(ground, texts, ground.drawn(k, modules))
-
     told = f"{k} {modules} {[one.id for one in people]} {ROUNDS}"
-    return _kept(ground, told, ("federated", k, len(people)), episodes, people)
+    what = "federated", k, len(people)
+    return _kept(ground, told, what, partial(_episodes, ground, k, modules), people)
 
 
 def _kept(
@@ -80,8 +75,9 @@ def _kept(
     return basis_file.read(path)
 
 
-def _episodes(ground: Ground, texts: Sequence[Blocks], start: CoreBasis) -> Iterator[CoreBasis]:
-    """The basis after every episode."""
+def _episodes(ground: Ground, k: int, modules: Sequence[str], texts: Sequence[Blocks]) -> Iterator[CoreBasis]:
+    """The basis after every episode, from random directions."""
+    start = ground.drawn(k, modules)
     for episode in range(ROUNDS["rounds"] // ROUNDS["episode"]):
         adam = BasisAdam(orthonormal(start), rate=ROUNDS["rate"])
         own = [cores.zero(start)] * len(texts)
