@@ -51,15 +51,16 @@ def halves(told: Tensor) -> list[list[int]]:
     """Rows (n, d) in two halves, by the direction in which they differ most. O(n^2 d)."""
     away = told - told.mean(0)
     _, vectors = torch.linalg.eigh((away @ away.mT).double())
-    order = torch.argsort(vectors[:, -1], stable=True).tolist()
-    middle = len(order) // 2
-    return [sorted(order[:middle]), sorted(order[middle:])]
+    return _cut(torch.argsort(vectors[:, -1], stable=True).tolist())
 
 
 def drawn_halves(people: Sequence[Person]) -> list[list[int]]:
     """The same by a hash of users' names."""
     ranks = [hashlib.sha256(f"half {person.id}".encode()).hexdigest() for person in people]
-    order = sorted(range(len(people)), key=ranks.__getitem__)
+    return _cut(sorted(range(len(people)), key=ranks.__getitem__))
+
+
+def _cut(order: Sequence[int]) -> list[list[int]]:
     middle = len(order) // 2
     return [sorted(order[:middle]), sorted(order[middle:])]
 

@@ -7,10 +7,11 @@ core that it is in the new one, where that serves its user better.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from soppu import files
+from soppu.adapter import LoraAdapter
 from soppu.basis_settings import BasisConfig
 from soppu.cores.basis import CoreBasis
 from soppu.cores.core import CoreInBasis
@@ -89,7 +90,10 @@ def _made(run: Run, set_id: str, found: Mapping[str, Any]) -> dict[str, Any]:
     if start := registry.get_start(old.id):
         registry.put_start(new.id, start)
     members = registry.get_set(set_id)
-    won = _that_win(run, members, found["probes"], new)
+    gained = [
+        one["user"] for one in found["probes"] if one["gain"] is not None and one["gain"] > one["core_gain"]
+    ]
+    won = _that_win(run, members, {user: free[user] for user in gained if user in members}, new)
     for user, placed in won.items():
         metrics = {"carried_error": placed.error}
         members[user] = registry.put_adapter(placed.core, user=user, run=run.id, metrics=metrics)
@@ -104,26 +108,23 @@ def _made(run: Run, set_id: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _that_win(
-    run: Run, members: Mapping[str, str], probes: Sequence[Mapping[str, Any]], new: CoreBasis
+    run: Run, members: Mapping[str, str], free: Mapping[str, LoraAdapter], new: CoreBasis
 ) -> dict[str, Projected]:
     """User -> the core that their probe is in the new basis, where it serves them better than what they have.
 
     A basis may still be too narrow for a probe, so what that gains freely does not decide: each is measured
     as the core that it would be. O(their text) on the full model.
     """
-    better = [one for one in probes if one["gain"] is not None and one["gain"] > one["core_gain"]]
-    texts = with_text(run.config, [one["user"] for one in better if one["user"] in members])
+    texts, found = with_text(run.config, free), dict[str, Projected]()
     if not texts:
-        return {}
-    registry, bench, found = run.registry(), Bench(run, layers=lowest_layer(new.sides)), {}
-    for one in better:
-        if (user := one["user"]) in texts:
-            placed = from_lora(registry.get_adapter(one["adapter_id"]), new, who=f"user {user!r}")
-            told = CoreInBasis(placed.core, new, who=f"user {user!r}").to_lora()
-            tried = {"told": told, "has": registry.get_adapter(members[user])}
-            each = bench.measure(texts[user].heldout, tried)
-            if each.mean("told") < each.mean("has"):
-                found[user] = placed
+        return found
+    registry, bench = run.registry(), Bench(run, layers=lowest_layer(new.sides))
+    for user, text in texts.items():
+        placed = from_lora(free[user], new, who=f"user {user!r}")
+        told = CoreInBasis(placed.core, new, who=f"user {user!r}").to_lora()
+        each = bench.measure(text.heldout, {"told": told, "has": registry.get_adapter(members[user])})
+        if each.mean("told") < each.mean("has"):
+            found[user] = placed
     return found
 
 
